@@ -1,0 +1,266 @@
+//! [`UnpackedBuf`] and [`PackedBuf`]: fresh tensors, one block of memory for all of them.
+//!
+//! A fresh page costs a fault and a clearing at its first touch. At 4 KiB a page that is several times the cost of
+//! the copy itself, so a large block asks the system for huge pages (2 MiB on x86-64 Linux), one fault for 512 small ones.
+
+use std::ops::Range;
+
+use memmap2::MmapMut;
+use thiserror::Error;
+
+use crate::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
+
+/// Why there is no memory for fresh tensors.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BufError {
+    /// The number of bytes does not fit the address space, or an element has none.
+    #[error("{num_rows} rows of {features} features of {element_size} bytes do not fit the address space")]
+    Size {
+        /// N.
+        num_rows: usize,
+        /// Features of a row.
+        features: usize,
+        /// Bytes of an element.
+        element_size: usize,
+    },
+    /// The system has no block of that size.
+    #[error("no memory for {bytes} bytes of tensors: {source}")]
+    NoMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Which pages a large block asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge ones where the system offers them.
+    #[default]
+    Huge,
+    /// Whatever the system gives to everybody.
+    Ordinary,
+}
+
+/// Tensors begin on a cache line.
+const LINE: usize = 64;
+/// The size of a huge page, and of the smallest block that asks for one.
+const HUGE: usize = 2 << 20;
+
+/// Cache lines on the heap.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+// SAFETY: an array of bytes, of which zeros are a value.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: an array of bytes without padding: the alignment equals the size.
+unsafe impl bytemuck::Pod for Line {}
+
+/// A zeroed block of bytes that begins on a cache line.
+enum Block {
+    Small(Vec<Line>),
+    /// Mapped from the system; the block begins at the first huge page in it.
+    Large(MmapMut, usize),
+}
+
+impl Block {
+    fn new(bytes: usize, pages: Pages) -> Result<Self, BufError> {
+        let no_memory = |source| BufError::NoMemory { bytes, source };
+        if bytes < HUGE {
+            let lines = bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(LINE));
+            return lines.map(Self::Small).map_err(|()| no_memory(std::io::ErrorKind::OutOfMemory.into()));
+        }
+        let mapped =
+            bytes.checked_add(HUGE).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
+        let map = MmapMut::map_anon(mapped).map_err(no_memory)?;
+        let start = map.as_ptr().align_offset(HUGE);
+        #[cfg(target_os = "linux")]
+        if pages == Pages::Huge {
+            // A kernel without huge pages says no, and the block has ordinary ones.
+            let _ = map.advise_range(memmap2::Advice::HugePage, start, bytes);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = pages;
+        Ok(Self::Large(map, start))
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Small(lines) => bytemuck::cast_slice(lines),
+            Self::Large(map, start) => &map[*start..],
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Small(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Large(map, start) => &mut map[*start..],
+        }
+    }
+}
+
+/// Where one tensor lies in a block.
+#[derive(Clone, Debug)]
+struct Place {
+    bytes: Range<usize>,
+    features: usize,
+    element_size: usize,
+}
+
+/// `TENSORS` dense tensors of `num_rows` rows in one block.
+struct Tensors<const TENSORS: usize> {
+    block: Block,
+    num_rows: usize,
+    places: [Place; TENSORS],
+}
+
+impl<const TENSORS: usize> Tensors<TENSORS> {
+    /// Each tensor as its features and the size of its elements.
+    fn new(num_rows: usize, tensors: [(usize, usize); TENSORS], pages: Pages) -> Result<Self, BufError> {
+        let mut end = 0usize;
+        let mut places = Vec::with_capacity(TENSORS);
+        for (features, element_size) in tensors {
+            let place = || {
+                let bytes = num_rows.checked_mul(features)?.checked_mul(element_size)?;
+                let start = end.checked_next_multiple_of(LINE)?;
+                Some(start..start.checked_add(bytes).filter(|end| isize::try_from(*end).is_ok())?)
+            };
+            let bytes = place().filter(|_| element_size > 0).ok_or(BufError::Size {
+                num_rows,
+                features,
+                element_size,
+            })?;
+            end = bytes.end;
+            places.push(Place { bytes, features, element_size });
+        }
+        let places = places.try_into().unwrap_or_else(|_| unreachable!("one place for each tensor"));
+        Ok(Self { block: Block::new(end, pages)?, num_rows, places })
+    }
+
+    fn bytes(&self, tensor: usize) -> &[u8] {
+        &self.block.bytes()[self.places[tensor].bytes.clone()]
+    }
+
+    fn rows(&self) -> [Rows<'_>; TENSORS] {
+        std::array::from_fn(|i| {
+            let Place { features, element_size, .. } = self.places[i];
+            Rows::from_bytes(self.bytes(i), element_size, self.num_rows, features).expect(FITS)
+        })
+    }
+
+    fn rows_mut(&mut self) -> [RowsMut<'_>; TENSORS] {
+        let (mut rest, mut at) = (self.block.bytes_mut(), 0);
+        self.places.each_ref().map(|Place { bytes, features, element_size }| {
+            let (_, tail) = std::mem::take(&mut rest).split_at_mut(bytes.start - at);
+            let (tensor, tail) = tail.split_at_mut(bytes.len());
+            (rest, at) = (tail, bytes.end);
+            RowsMut::from_bytes(tensor, *element_size, self.num_rows, *features).expect(FITS)
+        })
+    }
+}
+
+const FITS: &str = "a place was made for just these rows";
+
+macro_rules! tensors {
+    ($(#[$doc:meta])* $name:ident, $count:literal, $view:ident, $view_mut:ident,
+     [$($(#[$tensor_doc:meta])* $tensor:ident = $index:literal),+], $shapes:expr) => {
+        $(#[$doc])*
+        pub struct $name(Tensors<$count>);
+
+        impl $name {
+            /// Zeroed tensors of `num_rows` rows, for elements of `element_size` bytes (`ba_element_size` for what
+            /// belongs to `mixed_ba`).
+            ///
+            /// # Errors
+            /// [`BufError`].
+            pub fn new(
+                heads: &Heads, num_rows: usize, element_size: usize, ba_element_size: usize,
+            ) -> Result<Self, BufError> {
+                Self::with_pages(heads, num_rows, element_size, ba_element_size, Pages::default())
+            }
+
+            /// The same, with a say in the pages of a block of 2 MiB or more.
+            ///
+            /// # Errors
+            /// [`BufError`].
+            pub fn with_pages(
+                heads: &Heads, num_rows: usize, element_size: usize, ba_element_size: usize, pages: Pages,
+            ) -> Result<Self, BufError> {
+                let shapes: fn(&Heads, usize, usize) -> [(usize, usize); $count] = $shapes;
+                Tensors::new(num_rows, shapes(heads, element_size, ba_element_size), pages).map(Self)
+            }
+
+            /// Every tensor, to be read.
+            pub fn as_ref(&self) -> $view<'_> {
+                let [$($tensor),+] = self.0.rows();
+                $view { $($tensor),+ }
+            }
+
+            /// Every tensor, to be written.
+            pub fn as_mut(&mut self) -> $view_mut<'_> {
+                let [$($tensor),+] = self.0.rows_mut();
+                $view_mut { $($tensor),+ }
+            }
+
+            $(
+                $(#[$tensor_doc])*
+                pub fn $tensor(&self) -> &[u8] {
+                    self.0.bytes($index)
+                }
+            )+
+        }
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($name))
+                    .field("num_rows", &self.0.num_rows)
+                    .field("places", &self.0.places)
+                    .finish_non_exhaustive()
+            }
+        }
+    };
+}
+
+tensors! {
+    /// The four parts of the projections in one block of memory: what [`split_fresh`](crate::split_fresh) returns.
+    ///
+    /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements. Keep the value and
+    /// hand its [`as_mut`](Self::as_mut) to [`split`](crate::split) again: memory that was touched before is faster.
+    UnpackedBuf, 4, Unpacked, UnpackedMut,
+    [
+        /// The bytes of `mixed_qkv [N, 2*HK*DK + HV*DV]`.
+        mixed_qkv = 0,
+        /// The bytes of `z [N, HV, DV]`.
+        z = 1,
+        /// The bytes of `b [N, HV]`.
+        b = 2,
+        /// The bytes of `a [N, HV]`.
+        a = 3
+    ],
+    |heads, element_size, ba_element_size| [
+        (heads.qkv_features(), element_size),
+        (heads.z_features(), element_size),
+        (heads.num_v_heads(), ba_element_size),
+        (heads.num_v_heads(), ba_element_size),
+    ]
+}
+
+tensors! {
+    /// The packed projections in one block of memory: what [`merge_fresh`](crate::merge_fresh) returns.
+    ///
+    /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements.
+    PackedBuf, 2, Packed, PackedMut,
+    [
+        /// The bytes of `mixed_qkvz [N, 2*HK*DK + 2*HV*DV]`.
+        mixed_qkvz = 0,
+        /// The bytes of `mixed_ba [N, 2*HV]`.
+        mixed_ba = 1
+    ],
+    |heads, element_size, ba_element_size| [
+        (heads.qkvz_features(), element_size),
+        (heads.ba_features(), ba_element_size),
+    ]
+}

@@ -1,0 +1,52 @@
+//! One 64-byte register a cache line, on x86-64 with AVX-512F.
+
+use std::{arch::x86_64 as x86, ops::Range};
+
+use super::{Job, Vector};
+
+impl Vector for x86::__m512i {
+    const BYTES: usize = 64;
+
+    #[inline(always)]
+    unsafe fn load(src: *const u8) -> Self {
+        // SAFETY: the caller's promises.
+        unsafe { x86::_mm512_loadu_si512(src.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, dst: *mut u8) {
+        // SAFETY: the caller's promises.
+        unsafe { x86::_mm512_storeu_si512(dst.cast(), self) }
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, dst: *mut u8) {
+        // SAFETY: the caller's promises.
+        unsafe { x86::_mm512_stream_si512(dst.cast(), self) }
+    }
+
+    #[inline(always)]
+    fn fence() {
+        // SAFETY: every x86-64 machine has SSE, whose instruction this is.
+        unsafe { x86::_mm_sfence() }
+    }
+}
+
+/// # Safety
+/// As [`super::copy_rows`]; the machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn copy_rows(job: &Job, rows: Range<usize>, stage: &mut [u8]) {
+    // SAFETY: the caller's promises.
+    unsafe { super::copy_rows_with::<x86::__m512i>(job, rows, stage) }
+}
+
+/// # Safety
+/// As [`super::stream()`]; the machine has AVX-512F.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        super::stream::<x86::__m512i>(src, dst, len);
+        x86::__m512i::fence();
+    }
+}

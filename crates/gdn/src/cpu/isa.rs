@@ -1,0 +1,103 @@
+//! [`Isa`]: which instructions there are, and the one place where a call turns to its own.
+
+use std::{fmt, str::FromStr, sync::OnceLock};
+
+use thiserror::Error;
+
+/// An instruction set that the kernels were written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// 8-byte moves, on every machine.
+    Scalar,
+    /// 32-byte moves and streaming stores on x86-64.
+    Avx2,
+    /// 64-byte moves, a cache line each, and streaming stores on x86-64.
+    Avx512,
+    /// 16-byte moves on 64-bit Arm.
+    Neon,
+}
+
+/// An instruction set that was asked for and is not to be had.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum IsaError {
+    /// This machine has no such instructions.
+    #[error("isa '{isa}' is not available on this machine; it has {available}")]
+    Unavailable {
+        /// What was asked for.
+        isa: Isa,
+        /// What there is.
+        available: String,
+    },
+    /// There is no such name.
+    #[error("isa is '{0}', it must be 'scalar', 'avx2', 'avx512' or 'neon'")]
+    Unknown(String),
+}
+
+impl Isa {
+    /// Every instruction set, each after those it is better than.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+
+    /// The best one of this machine. Looked up once.
+    pub fn detect() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().unwrap_or(Self::Scalar))
+    }
+
+    /// Those of this machine, the best last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// Itself, where this machine has it.
+    ///
+    /// # Errors
+    /// [`IsaError::Unavailable`] with those there are.
+    pub fn checked(self) -> Result<Self, IsaError> {
+        if self.is_available() {
+            return Ok(self);
+        }
+        let available = Self::available().map(Self::name).collect::<Vec<_>>().join(", ");
+        Err(IsaError::Unavailable { isa: self, available })
+    }
+
+    /// `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Isa {
+    type Err = IsaError;
+
+    fn from_str(name: &str) -> Result<Self, IsaError> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Unknown(name.to_owned()))
+    }
+}

@@ -1,0 +1,167 @@
+//! The CPU backend, and [`Cpu`], the choices a caller has.
+
+mod cache;
+mod copy;
+mod isa;
+mod job;
+
+use std::num::NonZeroUsize;
+
+use rayon::prelude::*;
+
+use self::job::{Job, LINE};
+use crate::{
+    split::Plan,
+    tiling::{self, DeviceProfile},
+};
+
+pub use cache::{Cache, caches, last_level_bytes};
+pub use isa::{Isa, IsaError};
+
+/// How results are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Stores {
+    /// Streaming for outputs that no cache would hold, cached for smaller ones.
+    #[default]
+    Auto,
+    /// Through the caches.
+    Cached,
+    /// Past the caches, where the instruction set can.
+    Streaming,
+}
+
+/// How the CPU is to do the work: a small value, made once or for each call.
+///
+/// The default chooses everything by itself. Every choice gives the same bits.
+///
+/// ```
+/// use gdn::cpu::{Cpu, Isa};
+/// let cpu = Cpu::new().threads(2).isa(Isa::Scalar)?;
+/// # Ok::<(), gdn::cpu::IsaError>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Cpu {
+    threads: Option<NonZeroUsize>,
+    isa: Option<Isa>,
+    rows_per_iter: Option<NonZeroUsize>,
+    stores: Stores,
+}
+
+/// The least bytes (read and written together) worth a thread's waking up.
+const BYTES_PER_THREAD: usize = 512 << 10;
+/// What a tile of rows, inputs and outputs together, may take of a core's second-level cache.
+const TILE_BYTES: usize = 512 << 10;
+/// Where the system does not tell the size of the last-level cache.
+const UNKNOWN_CACHE_BYTES: usize = 32 << 20;
+
+impl Cpu {
+    /// Everything automatic.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// At most this many threads, those of the rayon pool the call is made in (the global one, else); 0 is automatic: as
+    /// many as the pool has, and one where there is too little work to share.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = NonZeroUsize::new(threads);
+        self
+    }
+
+    /// This instruction set instead of the best one.
+    ///
+    /// # Errors
+    /// [`IsaError::Unavailable`].
+    pub fn isa(mut self, isa: Isa) -> Result<Self, IsaError> {
+        self.isa = Some(isa.checked()?);
+        Ok(self)
+    }
+
+    /// So many rows at a time instead of as many as [`tiling::plan`] finds to fit the cache; 0 is automatic.
+    #[must_use]
+    pub fn rows_per_iter(mut self, rows: usize) -> Self {
+        self.rows_per_iter = NonZeroUsize::new(rows);
+        self
+    }
+
+    /// How results are stored.
+    #[must_use]
+    pub fn stores(mut self, stores: Stores) -> Self {
+        self.stores = stores;
+        self
+    }
+
+    /// The instruction set a call will use.
+    pub fn chosen_isa(&self) -> Isa {
+        self.isa.unwrap_or_else(Isa::detect)
+    }
+
+    /// The threads a call that reads and writes `bytes` in all will use.
+    pub fn chosen_threads(&self, bytes: usize) -> usize {
+        match self.threads {
+            Some(threads) => threads.get(),
+            // Asking for the pool would start it.
+            None if bytes < 2 * BYTES_PER_THREAD => 1,
+            None => rayon::current_num_threads().min(bytes / BYTES_PER_THREAD),
+        }
+    }
+
+    /// Whether a call that writes `bytes` will stream them.
+    pub fn chosen_streaming(&self, bytes: usize) -> bool {
+        match self.stores {
+            Stores::Streaming => true,
+            Stores::Cached => false,
+            Stores::Auto => bytes > STREAM_FROM,
+        }
+    }
+}
+const STREAM_FROM: usize = 32 << 20;
+
+/// Does what was checked.
+pub(crate) fn run(plan: &Plan, cpu: &Cpu) {
+    let read: usize = plan.projections.iter().map(|p| p.packed.geometry.row_bytes).sum();
+    // What is read is also written.
+    let written = plan.num_rows.saturating_mul(read);
+    let threads = cpu.chosen_threads(written.saturating_mul(2));
+    let device = DeviceProfile { cores: threads, buffer_bytes: TILE_BYTES, max_rows_per_iter: 64 };
+    let tiling = tiling::plan(plan.num_rows, 2 * read, &device);
+    let rows_per_iter =
+        cpu.rows_per_iter.map_or(tiling.rows_per_iter, |rows| rows.get().min(tiling.rows_per_core));
+    let job = Job::new(plan, rows_per_iter, cpu.chosen_streaming(written));
+    let (isa, num_rows) = (cpu.chosen_isa(), plan.num_rows);
+    let chunk = |i: usize| {
+        let rows = i * tiling.rows_per_core..((i + 1) * tiling.rows_per_core).min(num_rows);
+        let mut memory = vec![0u8; job.stage_bytes()];
+        // SAFETY: the plan was checked, so the job's rows are there and its targets overlap nothing; chunks have no row in
+        // common; `Cpu` has only instruction sets that are available.
+        unsafe { copy::copy_rows(isa, &job, rows, &mut memory) }
+    };
+    match tiling.grid {
+        1 => chunk(0),
+        grid => (0..grid).into_par_iter().with_max_len(1).for_each(chunk),
+    }
+}
+
+/// A plain copy of bytes by as many threads as `cpu` says, with `memcpy` or with streaming stores: what the ops are measured
+/// against. Copies as many bytes as the shorter slice has.
+pub fn copy_bytes(src: &[u8], dst: &mut [u8], cpu: &Cpu) {
+    let bytes = src.len().min(dst.len());
+    let stream = cpu.chosen_streaming(bytes);
+    let isa = cpu.chosen_isa();
+    let copy = |(src, dst): (&[u8], &mut [u8])| {
+        if stream {
+            // SAFETY: `Cpu` has only instruction sets that are available.
+            unsafe { copy::stream_slice(isa, src, dst) }
+        } else {
+            dst.copy_from_slice(src);
+        }
+    };
+    let (src, dst) = (&src[..bytes], &mut dst[..bytes]);
+    match cpu.chosen_threads(2 * bytes) {
+        1 => copy((src, dst)),
+        threads => {
+            let chunk = bytes.div_ceil(threads).next_multiple_of(LINE);
+            src.par_chunks(chunk).zip(dst.par_chunks_mut(chunk)).with_max_len(1).for_each(copy);
+        }
+    }
+}

@@ -1,0 +1,19 @@
+#![doc = include_str!("lib.md")]
+
+mod buf;
+pub mod cpu;
+mod heads;
+mod packing;
+pub mod reference;
+mod rows;
+mod split;
+pub mod tiling;
+
+pub use buf::{BufError, PackedBuf, Pages, UnpackedBuf};
+pub use cpu::Cpu;
+pub use heads::{Heads, HeadsError, PRESETS};
+pub use packing::{FeatureMap, Layout, Packing, Run, Segment, UnknownPacking};
+pub use rows::{Rows, RowsError, RowsMut};
+pub use split::{
+    Packed, PackedMut, SplitError, Unpacked, UnpackedMut, merge, merge_fresh, split, split_fresh,
+};

@@ -1,0 +1,424 @@
+//! [`Rows`] and [`RowsMut`]: N rows of opaque elements, each row in one piece, any distance from row to row.
+
+use std::{marker::PhantomData, ops::Range};
+
+use bytemuck::Pod;
+use thiserror::Error;
+
+/// Why memory cannot be seen as the rows asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RowsError {
+    /// The rows would reach past the end of `data`.
+    #[error(
+        "data has {got} elements, {num_rows} rows of {features} features at row_stride = {row_stride} need {needed}"
+    )]
+    TooShort {
+        /// Elements there are.
+        got: usize,
+        /// Elements needed.
+        needed: usize,
+        /// Rows asked for.
+        num_rows: usize,
+        /// Features of a row.
+        features: usize,
+        /// Elements from a row to the next.
+        row_stride: usize,
+    },
+    /// Rows would overlap.
+    #[error("row_stride = {row_stride} is shorter than a row of {features} features")]
+    Stride {
+        /// Elements from a row to the next.
+        row_stride: usize,
+        /// Features of a row.
+        features: usize,
+    },
+    /// The number of bytes does not fit the address space.
+    #[error(
+        "{num_rows} rows of {features} features at row_stride = {row_stride}, {element_size} bytes each, \
+         do not fit the address space"
+    )]
+    Overflow {
+        /// Rows asked for.
+        num_rows: usize,
+        /// Features of a row.
+        features: usize,
+        /// Elements from a row to the next.
+        row_stride: usize,
+        /// Bytes of an element.
+        element_size: usize,
+    },
+    /// Elements of no bytes, or raw bytes that are no whole number of elements.
+    #[error("element_size = {element_size} does not divide data of {bytes} bytes")]
+    ElementSize {
+        /// Bytes of an element.
+        element_size: usize,
+        /// Bytes of the data.
+        bytes: usize,
+    },
+    /// Rows or columns that are not all there.
+    #[error("{axis} {start}..{end} do not lie within 0..{len}")]
+    OutOfRange {
+        /// `rows` or `columns`.
+        axis: &'static str,
+        /// First one asked for.
+        start: usize,
+        /// One past the last one asked for.
+        end: usize,
+        /// How many there are.
+        len: usize,
+    },
+}
+
+/// Where N rows lie: the geometry that shared and exclusive views have in common. All distances are in bytes.
+///
+/// Kept by every constructor: `row_bytes <= row_stride`, `(num_rows - 1) * row_stride + row_bytes <= isize::MAX`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    pub(crate) num_rows: usize,
+    pub(crate) row_bytes: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) element_size: usize,
+}
+
+impl Geometry {
+    /// Everything in elements of `element_size` bytes. The stride of at most one row counts for nothing.
+    fn new(
+        num_rows: usize,
+        features: usize,
+        row_stride: usize,
+        element_size: usize,
+    ) -> Result<Self, RowsError> {
+        let row_stride = if num_rows <= 1 { features } else { row_stride };
+        if row_stride < features {
+            return Err(RowsError::Stride { row_stride, features });
+        }
+        let span = || {
+            let elements = num_rows.saturating_sub(1).checked_mul(row_stride)?.checked_add(features)?;
+            elements.checked_mul(element_size).filter(|bytes| isize::try_from(*bytes).is_ok())
+        };
+        match (span(), row_stride.checked_mul(element_size)) {
+            (Some(_), Some(stride_bytes)) => Ok(Self {
+                num_rows,
+                row_bytes: features * element_size,
+                row_stride: stride_bytes,
+                element_size,
+            }),
+            _ => Err(RowsError::Overflow { num_rows, features, row_stride, element_size }),
+        }
+    }
+
+    fn within(self, data_bytes: usize) -> Result<Self, RowsError> {
+        if self.span() <= data_bytes {
+            return Ok(self);
+        }
+        Err(RowsError::TooShort {
+            got: data_bytes / self.element_size,
+            needed: self.span() / self.element_size,
+            num_rows: self.num_rows,
+            features: self.features(),
+            row_stride: self.row_stride / self.element_size,
+        })
+    }
+
+    /// Bytes from the first byte of the first row to the end of the last row.
+    pub(crate) fn span(&self) -> usize {
+        if self.num_rows == 0 { 0 } else { (self.num_rows - 1) * self.row_stride + self.row_bytes }
+    }
+
+    fn features(&self) -> usize {
+        self.row_bytes / self.element_size
+    }
+
+    /// Offset of the first of `rows`, and the geometry of what is left.
+    fn rows(mut self, rows: &Range<usize>) -> Result<(usize, Self), RowsError> {
+        check_range("rows", rows, self.num_rows)?;
+        self.num_rows = rows.len();
+        Ok((if rows.is_empty() { 0 } else { rows.start * self.row_stride }, self))
+    }
+
+    /// Offset of the first of `columns`, and the geometry of what is left.
+    fn columns(mut self, columns: &Range<usize>) -> Result<(usize, Self), RowsError> {
+        check_range("columns", columns, self.features())?;
+        self.row_bytes = columns.len() * self.element_size;
+        Ok((if self.num_rows == 0 { 0 } else { columns.start * self.element_size }, self))
+    }
+}
+
+fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(), RowsError> {
+    if range.start <= range.end && range.end <= len {
+        return Ok(());
+    }
+    Err(RowsError::OutOfRange { axis, start: range.start, end: range.end, len })
+}
+
+fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
+    match size_of::<T>() {
+        0 => Err(RowsError::ElementSize { element_size: 0, bytes }),
+        size => Ok(size),
+    }
+}
+
+/// A shared view of N rows. Elements are opaque: only their size is known.
+///
+/// Strides are in elements and go from the start of a row to the start of the next. A view may be a slice of columns of a
+/// wider buffer ([`Rows::columns`]): both projections may be views of one merged GEMM output.
+///
+/// ```
+/// let gemm = vec![0u16; 3 * 100];                        // three rows of 100 features
+/// let rows = gdn::Rows::new(&gemm, 3, 100)?;
+/// let (left, right) = (rows.columns(0..96)?, rows.columns(96..100)?);
+/// assert_eq!((left.features(), right.features(), right.row_stride()), (96, 4, 100));
+/// # Ok::<(), gdn::RowsError>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    pub(crate) ptr: *const u8,
+    pub(crate) geometry: Geometry,
+    data: PhantomData<&'a [u8]>,
+}
+
+/// An exclusive view of N rows, to be written. See [`Rows`].
+///
+/// Bytes between the rows of a strided view are never touched.
+#[derive(Debug)]
+pub struct RowsMut<'a> {
+    pub(crate) ptr: *mut u8,
+    pub(crate) geometry: Geometry,
+    data: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a `Rows` is a `&[u8]` with a shape: whoever may share the one may share the other.
+unsafe impl Send for Rows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Rows<'_> {}
+// SAFETY: a `RowsMut` is a `&mut [u8]` with a shape, which may be sent.
+unsafe impl Send for RowsMut<'_> {}
+// SAFETY: a shared `RowsMut` gives access to its shape alone.
+unsafe impl Sync for RowsMut<'_> {}
+
+impl<'a> Rows<'a> {
+    /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
+    ///
+    /// # Errors
+    /// [`RowsError::TooShort`], [`RowsError::Overflow`], [`RowsError::ElementSize`] for a `T` of no bytes.
+    pub fn new<T: Pod>(data: &'a [T], num_rows: usize, features: usize) -> Result<Self, RowsError> {
+        Self::with_stride(data, num_rows, features, features)
+    }
+
+    /// The same with `row_stride` elements from a row to the next.
+    ///
+    /// # Errors
+    /// Those of [`Rows::new`], and [`RowsError::Stride`].
+    pub fn with_stride<T: Pod>(
+        data: &'a [T],
+        num_rows: usize,
+        features: usize,
+        row_stride: usize,
+    ) -> Result<Self, RowsError> {
+        let bytes = size_of_val(data);
+        let geometry =
+            Geometry::new(num_rows, features, row_stride, element_size_of::<T>(bytes)?)?.within(bytes)?;
+        Ok(Self { ptr: data.as_ptr().cast(), geometry, data: PhantomData })
+    }
+
+    /// Dense rows of elements of `element_size` bytes out of raw bytes, at any alignment.
+    ///
+    /// # Errors
+    /// Those of [`Rows::new`].
+    pub fn from_bytes(
+        data: &'a [u8],
+        element_size: usize,
+        num_rows: usize,
+        features: usize,
+    ) -> Result<Self, RowsError> {
+        check_bytes(data.len(), element_size)?;
+        let geometry = Geometry::new(num_rows, features, features, element_size)?.within(data.len())?;
+        Ok(Self { ptr: data.as_ptr(), geometry, data: PhantomData })
+    }
+
+    /// The door for engines: rows at a pointer, of any alignment.
+    ///
+    /// # Errors
+    /// [`RowsError::Stride`], [`RowsError::Overflow`], [`RowsError::ElementSize`].
+    ///
+    /// # Safety
+    /// `ptr` is not null, and for `'a` each of the rows' bytes can be read and is written by nobody. With
+    /// `num_rows = 0` the pointer is not looked at.
+    pub unsafe fn from_raw(
+        ptr: *const u8,
+        element_size: usize,
+        num_rows: usize,
+        features: usize,
+        row_stride: usize,
+    ) -> Result<Self, RowsError> {
+        check_bytes(0, element_size)?;
+        Ok(Self {
+            ptr,
+            geometry: Geometry::new(num_rows, features, row_stride, element_size)?,
+            data: PhantomData,
+        })
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Errors
+    /// [`RowsError::OutOfRange`].
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self, RowsError> {
+        let (offset, geometry) = self.geometry.rows(&rows)?;
+        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+    }
+
+    /// Some of the features of every row.
+    ///
+    /// # Errors
+    /// [`RowsError::OutOfRange`].
+    pub fn columns(&self, columns: Range<usize>) -> Result<Self, RowsError> {
+        let (offset, geometry) = self.geometry.columns(&columns)?;
+        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+    }
+
+    /// The bytes of row `row`; `None` past the last row.
+    pub fn row(&self, row: usize) -> Option<&'a [u8]> {
+        let Geometry { num_rows, row_bytes, row_stride, .. } = self.geometry;
+        // SAFETY: the constructors saw to it that every row lies in memory readable for `'a`.
+        (row < num_rows)
+            .then(|| unsafe { std::slice::from_raw_parts(self.ptr.add(row * row_stride), row_bytes) })
+    }
+
+    /// N.
+    pub fn num_rows(&self) -> usize {
+        self.geometry.num_rows
+    }
+
+    /// Elements of a row.
+    pub fn features(&self) -> usize {
+        self.geometry.features()
+    }
+
+    /// Elements from the start of a row to the start of the next.
+    pub fn row_stride(&self) -> usize {
+        self.geometry.row_stride / self.geometry.element_size
+    }
+
+    /// Bytes of an element.
+    pub fn element_size(&self) -> usize {
+        self.geometry.element_size
+    }
+}
+
+impl<'a> RowsMut<'a> {
+    /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
+    ///
+    /// # Errors
+    /// Those of [`Rows::new`].
+    pub fn new<T: Pod>(data: &'a mut [T], num_rows: usize, features: usize) -> Result<Self, RowsError> {
+        Self::with_stride(data, num_rows, features, features)
+    }
+
+    /// The same with `row_stride` elements from a row to the next.
+    ///
+    /// # Errors
+    /// Those of [`Rows::with_stride`].
+    pub fn with_stride<T: Pod>(
+        data: &'a mut [T],
+        num_rows: usize,
+        features: usize,
+        row_stride: usize,
+    ) -> Result<Self, RowsError> {
+        let geometry = Rows::with_stride(data, num_rows, features, row_stride)?.geometry;
+        Ok(Self { ptr: data.as_mut_ptr().cast(), geometry, data: PhantomData })
+    }
+
+    /// Dense rows of elements of `element_size` bytes in raw bytes, at any alignment.
+    ///
+    /// # Errors
+    /// Those of [`Rows::new`].
+    pub fn from_bytes(
+        data: &'a mut [u8],
+        element_size: usize,
+        num_rows: usize,
+        features: usize,
+    ) -> Result<Self, RowsError> {
+        let geometry = Rows::from_bytes(data, element_size, num_rows, features)?.geometry;
+        Ok(Self { ptr: data.as_mut_ptr(), geometry, data: PhantomData })
+    }
+
+    /// The door for engines: rows at a pointer, of any alignment, initialised or not.
+    ///
+    /// # Errors
+    /// Those of [`Rows::from_raw`].
+    ///
+    /// # Safety
+    /// `ptr` is not null, and for `'a` each of the rows' bytes can be written, and is neither read nor written by anybody
+    /// but the holder of this view. (Views handed to one op that overlap are found and refused before anything is
+    /// written.) With `num_rows = 0` the pointer is not looked at.
+    pub unsafe fn from_raw(
+        ptr: *mut u8,
+        element_size: usize,
+        num_rows: usize,
+        features: usize,
+        row_stride: usize,
+    ) -> Result<Self, RowsError> {
+        check_bytes(0, element_size)?;
+        Ok(Self {
+            ptr,
+            geometry: Geometry::new(num_rows, features, row_stride, element_size)?,
+            data: PhantomData,
+        })
+    }
+
+    /// The same rows for a shorter while, so that this view can be used again.
+    pub fn reborrow(&mut self) -> RowsMut<'_> {
+        RowsMut { ptr: self.ptr, geometry: self.geometry, data: PhantomData }
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Errors
+    /// [`RowsError::OutOfRange`].
+    pub fn rows(self, rows: Range<usize>) -> Result<Self, RowsError> {
+        let (offset, geometry) = self.geometry.rows(&rows)?;
+        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+    }
+
+    /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices of one wider
+    /// buffer.
+    ///
+    /// # Errors
+    /// [`RowsError::OutOfRange`] where there are fewer than `column` features.
+    pub fn split_columns(self, column: usize) -> Result<(Self, Self), RowsError> {
+        let features = self.geometry.features();
+        let (_, left) = self.geometry.columns(&(0..column))?;
+        let (offset, right) = self.geometry.columns(&(column..features))?;
+        let at = |offset, geometry| Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData };
+        Ok((at(0, left), at(offset, right)))
+    }
+
+    /// N.
+    pub fn num_rows(&self) -> usize {
+        self.geometry.num_rows
+    }
+
+    /// Elements of a row.
+    pub fn features(&self) -> usize {
+        self.geometry.features()
+    }
+
+    /// Elements from the start of a row to the start of the next.
+    pub fn row_stride(&self) -> usize {
+        self.geometry.row_stride / self.geometry.element_size
+    }
+
+    /// Bytes of an element.
+    pub fn element_size(&self) -> usize {
+        self.geometry.element_size
+    }
+}
+
+fn check_bytes(bytes: usize, element_size: usize) -> Result<(), RowsError> {
+    if element_size == 0 || !bytes.is_multiple_of(element_size) {
+        return Err(RowsError::ElementSize { element_size, bytes });
+    }
+    Ok(())
+}

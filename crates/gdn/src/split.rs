@@ -1,0 +1,335 @@
+//! The first op of the layer: [`split`] takes the packed projections apart, [`merge`] puts them together again.
+//!
+//! Everything a caller can get wrong is checked here, once, before the first byte is written; a backend gets a [`Plan`] that is
+//! known to be right.
+
+use thiserror::Error;
+
+use crate::{
+    FeatureMap, Heads, Layout, Rows, RowsMut,
+    buf::{BufError, PackedBuf, UnpackedBuf},
+    cpu::{self, Cpu},
+    rows::Geometry,
+};
+
+/// The packed projections, to be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    /// `[N, 2*HK*DK + 2*HV*DV]`
+    pub mixed_qkvz: Rows<'a>,
+    /// `[N, 2*HV]`; its elements may have another size than those of `mixed_qkvz`.
+    pub mixed_ba: Rows<'a>,
+}
+
+/// The packed projections, to be written.
+#[derive(Debug)]
+pub struct PackedMut<'a> {
+    /// `[N, 2*HK*DK + 2*HV*DV]`
+    pub mixed_qkvz: RowsMut<'a>,
+    /// `[N, 2*HV]`; its elements may have another size than those of `mixed_qkvz`.
+    pub mixed_ba: RowsMut<'a>,
+}
+
+/// The four parts of the projections, to be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Unpacked<'a> {
+    /// `[N, 2*HK*DK + HV*DV]`: all queries, all keys, all values.
+    pub mixed_qkv: Rows<'a>,
+    /// `[N, HV*DV]`, the same memory as `[N, HV, DV]`.
+    pub z: Rows<'a>,
+    /// `[N, HV]`
+    pub b: Rows<'a>,
+    /// `[N, HV]`
+    pub a: Rows<'a>,
+}
+
+/// The four parts of the projections, to be written.
+#[derive(Debug)]
+pub struct UnpackedMut<'a> {
+    /// `[N, 2*HK*DK + HV*DV]`: all queries, all keys, all values.
+    pub mixed_qkv: RowsMut<'a>,
+    /// `[N, HV*DV]`, the same memory as `[N, HV, DV]`.
+    pub z: RowsMut<'a>,
+    /// `[N, HV]`
+    pub b: RowsMut<'a>,
+    /// `[N, HV]`
+    pub a: RowsMut<'a>,
+}
+
+/// Why tensors do not fit the op, or one another. Nothing has been written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// A row of the wrong length.
+    #[error("{argument} has {got} features, {heads} need {expected}")]
+    Features {
+        /// Which tensor.
+        argument: &'static str,
+        /// Features it has.
+        got: usize,
+        /// Features it should have.
+        expected: usize,
+        /// The heads that say so.
+        heads: Heads,
+    },
+    /// Tensors of different N.
+    #[error("{argument} has {got} rows, {other} has {expected}")]
+    NumRows {
+        /// Which tensor.
+        argument: &'static str,
+        /// Rows it has.
+        got: usize,
+        /// The tensor it is held against.
+        other: &'static str,
+        /// Rows that one has.
+        expected: usize,
+    },
+    /// Elements of different size on the two sides.
+    #[error("{argument} has elements of {got} bytes, {other} has elements of {expected}")]
+    ElementSize {
+        /// Which tensor.
+        argument: &'static str,
+        /// Bytes of its elements.
+        got: usize,
+        /// The tensor it is held against.
+        other: &'static str,
+        /// Bytes of that one's elements.
+        expected: usize,
+    },
+    /// Memory to be written is also memory of another tensor of the call.
+    #[error("{argument} overlaps {other}: {bytes} bytes at {address:#x} belong to both")]
+    Overlap {
+        /// A tensor to be written.
+        argument: &'static str,
+        /// The other tensor.
+        other: &'static str,
+        /// The first address that belongs to both.
+        address: usize,
+        /// How many bytes from there on.
+        bytes: usize,
+    },
+    /// Fresh outputs could not be had.
+    #[error(transparent)]
+    Buf(#[from] BufError),
+}
+
+/// Takes packed projections apart, into outputs the caller gives.
+///
+/// For each row, features move as [`Layout::qkvz_map`] and [`Layout::ba_map`] say; nothing is computed, so elements
+/// are opaque and arrive bit for bit. Rows of any tensor may lie any distance apart and at any alignment. Inputs may
+/// overlap one another; an output may overlap nothing. With outputs given and work for one thread nothing is allocated.
+///
+/// ```
+/// use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, UnpackedMut};
+///
+/// let layout = Layout::new(Heads::new(1, 2, 1, 2)?, Packing::Interleaved);
+/// let qkvz: Vec<u16> = (0..10).collect();                 // q | k | v0 v0 v1 v1 | z0 z0 z1 z1
+/// let ba: Vec<f32> = vec![0.1, 0.2, 0.3, 0.4];            // b0 b1 | a0 a1
+/// let (mut qkv, mut z) = ([0u16; 6], [0u16; 4]);
+/// let (mut b, mut a) = ([0f32; 2], [0f32; 2]);
+/// gdn::split(
+///     &layout,
+///     Packed { mixed_qkvz: Rows::new(&qkvz, 1, 10)?, mixed_ba: Rows::new(&ba, 1, 4)? },
+///     UnpackedMut {
+///         mixed_qkv: RowsMut::new(&mut qkv, 1, 6)?,
+///         z: RowsMut::new(&mut z, 1, 4)?,
+///         b: RowsMut::new(&mut b, 1, 2)?,
+///         a: RowsMut::new(&mut a, 1, 2)?,
+///     },
+///     &Cpu::new(),
+/// )?;
+/// assert_eq!((qkv, z), ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9]));
+/// assert_eq!((b, a), ([0.1, 0.2], [0.3, 0.4]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`SplitError`], before anything is written.
+pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) -> Result<(), SplitError> {
+    let plan = Plan::new(
+        layout,
+        Direction::Split,
+        [read(&from.mixed_qkvz), read(&from.mixed_ba)],
+        [write(&to.mixed_qkv), write(&to.z), write(&to.b), write(&to.a)],
+    )?;
+    cpu::run(&plan, cpu);
+    Ok(())
+}
+
+/// Takes packed projections apart, into one fresh block of memory (see [`UnpackedBuf`]).
+///
+/// Outputs that are kept and used again with [`split`] are faster: fresh memory costs a page fault for every page.
+///
+/// # Errors
+/// [`SplitError`]; [`SplitError::Buf`] where there is no memory.
+pub fn split_fresh(layout: &Layout, from: Packed<'_>, cpu: &Cpu) -> Result<UnpackedBuf, SplitError> {
+    let Packed { mixed_qkvz, mixed_ba } = from;
+    let mut buf = UnpackedBuf::new(
+        &layout.heads,
+        mixed_qkvz.num_rows(),
+        mixed_qkvz.element_size(),
+        mixed_ba.element_size(),
+    )?;
+    split(layout, from, buf.as_mut(), cpu)?;
+    Ok(buf)
+}
+
+/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split`].
+///
+/// # Errors
+/// [`SplitError`], before anything is written.
+pub fn merge(layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>, cpu: &Cpu) -> Result<(), SplitError> {
+    let plan = Plan::new(
+        layout,
+        Direction::Merge,
+        [write(&to.mixed_qkvz), write(&to.mixed_ba)],
+        [read(&from.mixed_qkv), read(&from.z), read(&from.b), read(&from.a)],
+    )?;
+    cpu::run(&plan, cpu);
+    Ok(())
+}
+
+/// Puts the four parts together again, into one fresh block of memory (see [`PackedBuf`]).
+///
+/// # Errors
+/// [`SplitError`]; [`SplitError::Buf`] where there is no memory.
+pub fn merge_fresh(layout: &Layout, from: Unpacked<'_>, cpu: &Cpu) -> Result<PackedBuf, SplitError> {
+    let Unpacked { mixed_qkv, b, .. } = from;
+    let mut buf =
+        PackedBuf::new(&layout.heads, mixed_qkv.num_rows(), mixed_qkv.element_size(), b.element_size())?;
+    merge(layout, from, buf.as_mut(), cpu)?;
+    Ok(buf)
+}
+
+/// Which way the features move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Split,
+    Merge,
+}
+
+/// One tensor as a plan sees it: an address (never looked at here) and where its rows lie from there on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    /// Only those on the written side are ever written to.
+    pub(crate) ptr: *mut u8,
+    pub(crate) geometry: Geometry,
+}
+
+fn read(rows: &Rows<'_>) -> Operand {
+    Operand { ptr: rows.ptr.cast_mut(), geometry: rows.geometry }
+}
+
+fn write(rows: &RowsMut<'_>) -> Operand {
+    Operand { ptr: rows.ptr, geometry: rows.geometry }
+}
+
+/// One projection: its packed tensor, the two it comes apart into, and the map between their features.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Projection {
+    pub(crate) map: FeatureMap,
+    pub(crate) packed: Operand,
+    pub(crate) unpacked: [Operand; 2],
+}
+
+/// A call that was checked: shapes and element sizes agree, and what is written overlaps nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) direction: Direction,
+    pub(crate) num_rows: usize,
+    pub(crate) projections: [Projection; 2],
+}
+
+impl Plan {
+    /// `packed` is `mixed_qkvz`, `mixed_ba`; `unpacked` is `mixed_qkv`, `z`, `b`, `a`.
+    fn new(
+        layout: &Layout,
+        direction: Direction,
+        packed: [Operand; 2],
+        unpacked: [Operand; 4],
+    ) -> Result<Self, SplitError> {
+        let heads = layout.heads;
+        let [mixed_qkvz, mixed_ba] = packed;
+        let [mixed_qkv, z, b, a] = unpacked;
+        let named = [
+            ("mixed_qkvz", mixed_qkvz, heads.qkvz_features()),
+            ("mixed_ba", mixed_ba, heads.ba_features()),
+            ("mixed_qkv", mixed_qkv, heads.qkv_features()),
+            ("z", z, heads.z_features()),
+            ("b", b, heads.num_v_heads()),
+            ("a", a, heads.num_v_heads()),
+        ];
+        for (argument, operand, expected) in named {
+            let got = operand.geometry.row_bytes / operand.geometry.element_size;
+            if got != expected {
+                return Err(SplitError::Features { argument, got, expected, heads });
+            }
+        }
+        // The first tensor that is read sets N, and the first of each projection the size of its elements.
+        let (qkvz, ba) = match direction {
+            Direction::Split => (0, 1),
+            Direction::Merge => (2, 4),
+        };
+        for (i, (argument, operand, _)) in named.into_iter().enumerate() {
+            let (other, first, _) = named[qkvz];
+            let (got, expected) = (operand.geometry.num_rows, first.geometry.num_rows);
+            if got != expected {
+                return Err(SplitError::NumRows { argument, got, other, expected });
+            }
+            let (other, first, _) = named[if matches!(i, 0 | 2 | 3) { qkvz } else { ba }];
+            let (got, expected) = (operand.geometry.element_size, first.geometry.element_size);
+            if got != expected {
+                return Err(SplitError::ElementSize { argument, got, other, expected });
+            }
+        }
+        let written = match direction {
+            Direction::Split => 2..6,
+            Direction::Merge => 0..2,
+        };
+        for i in written.clone() {
+            for j in (0..named.len()).filter(|j| *j < i || !written.contains(j)) {
+                let ((argument, x, _), (other, y, _)) = (named[i], named[j]);
+                if let Some((address, bytes)) = overlap(&x, &y) {
+                    return Err(SplitError::Overlap { argument, other, address, bytes });
+                }
+            }
+        }
+        Ok(Self {
+            direction,
+            num_rows: mixed_qkvz.geometry.num_rows,
+            projections: [
+                Projection { map: layout.qkvz_map(), packed: mixed_qkvz, unpacked: [mixed_qkv, z] },
+                Projection { map: layout.ba_map(), packed: mixed_ba, unpacked: [b, a] },
+            ],
+        })
+    }
+}
+
+/// The first bytes that both tensors own, as address and number, exactly: slices of the columns of one wider buffer lie
+/// within one another's reach without sharing a byte. Walks both sequences of rows, each in order of address, side by side.
+fn overlap(x: &Operand, y: &Operand) -> Option<(usize, usize)> {
+    let start = |o: &Operand| o.ptr.addr();
+    let (x_end, y_end) =
+        (start(x).saturating_add(x.geometry.span()), start(y).saturating_add(y.geometry.span()));
+    if x_end <= start(y) || y_end <= start(x) {
+        return None;
+    }
+    // The row of `o` in which, or after which, `address` lies.
+    let first_row =
+        |o: &Operand, address: usize| address.saturating_sub(start(o)) / o.geometry.row_stride.max(1);
+    let (mut i, mut j) = (first_row(x, start(y)), first_row(y, start(x)));
+    while i < x.geometry.num_rows && j < y.geometry.num_rows {
+        let (x_row, y_row) = (start(x) + i * x.geometry.row_stride, start(y) + j * y.geometry.row_stride);
+        let (x_end, y_end) = (x_row + x.geometry.row_bytes, y_row + y.geometry.row_bytes);
+        let (from, to) = (x_row.max(y_row), x_end.min(y_end));
+        if from < to {
+            return Some((from, to - from));
+        }
+        if x_end <= y_end {
+            i += 1;
+        } else {
+            j += 1;
+        }
+    }
+    None
+}
