@@ -8,7 +8,7 @@ use std::ops::Range;
 use memmap2::MmapMut;
 use thiserror::Error;
 
-use crate::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
+use crate::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut, rows::Geometry};
 
 /// Why there is no memory for fresh tensors.
 #[derive(Debug, Error)]
@@ -62,8 +62,8 @@ unsafe impl bytemuck::Pod for Line {}
 /// A zeroed block of bytes that begins on a cache line.
 enum Block {
     Small(Vec<Line>),
-    /// Mapped from the system; the block begins at the first huge page in it.
-    Large(MmapMut, usize),
+    /// Mapped from the system; the block is this range of it, which begins on a huge page.
+    Large(MmapMut, Range<usize>),
 }
 
 impl Block {
@@ -84,36 +84,34 @@ impl Block {
         }
         #[cfg(not(target_os = "linux"))]
         let _ = pages;
-        Ok(Self::Large(map, start))
+        Ok(Self::Large(map, start..start + bytes))
     }
 
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Small(lines) => bytemuck::cast_slice(lines),
-            Self::Large(map, start) => &map[*start..],
+            Self::Large(map, block) => &map[block.clone()],
         }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Self::Small(lines) => bytemuck::cast_slice_mut(lines),
-            Self::Large(map, start) => &mut map[*start..],
+            Self::Large(map, block) => &mut map[block.clone()],
         }
     }
 }
 
-/// Where one tensor lies in a block.
-#[derive(Clone, Debug)]
+/// Where one tensor lies in a block: the offset of its first byte, and its dense rows from there on.
+#[derive(Clone, Copy, Debug)]
 struct Place {
-    bytes: Range<usize>,
-    features: usize,
-    element_size: usize,
+    offset: usize,
+    geometry: Geometry,
 }
 
-/// `TENSORS` dense tensors of `num_rows` rows in one block.
+/// `TENSORS` dense tensors in one block.
 struct Tensors<const TENSORS: usize> {
     block: Block,
-    num_rows: usize,
     places: [Place; TENSORS],
 }
 
@@ -121,48 +119,34 @@ impl<const TENSORS: usize> Tensors<TENSORS> {
     /// Each tensor as its features and the size of its elements.
     fn new(num_rows: usize, tensors: [(usize, usize); TENSORS], pages: Pages) -> Result<Self, BufError> {
         let mut end = 0usize;
-        let mut places = Vec::with_capacity(TENSORS);
-        for (features, element_size) in tensors {
-            let place = || {
-                let bytes = num_rows.checked_mul(features)?.checked_mul(element_size)?;
-                let start = end.checked_next_multiple_of(LINE)?;
-                Some(start..start.checked_add(bytes).filter(|end| isize::try_from(*end).is_ok())?)
+        let mut places = [Place { offset: 0, geometry: Geometry::EMPTY }; TENSORS];
+        for (place, (features, element_size)) in places.iter_mut().zip(tensors) {
+            let mut next = || {
+                let geometry = Geometry::new(num_rows, features, features, element_size).ok()?;
+                let offset = end.checked_next_multiple_of(LINE)?;
+                end = offset.checked_add(geometry.span()).filter(|end| isize::try_from(*end).is_ok())?;
+                Some(Place { offset, geometry })
             };
-            let bytes = place().filter(|_| element_size > 0).ok_or(BufError::Size {
+            *place = next().filter(|_| element_size > 0).ok_or(BufError::Size {
                 num_rows,
                 features,
                 element_size,
             })?;
-            end = bytes.end;
-            places.push(Place { bytes, features, element_size });
         }
-        let places = places.try_into().unwrap_or_else(|_| unreachable!("one place for each tensor"));
-        Ok(Self { block: Block::new(end, pages)?, num_rows, places })
+        Ok(Self { block: Block::new(end, pages)?, places })
     }
 
     fn bytes(&self, tensor: usize) -> &[u8] {
-        &self.block.bytes()[self.places[tensor].bytes.clone()]
+        let Place { offset, geometry } = self.places[tensor];
+        &self.block.bytes()[offset..offset + geometry.span()]
     }
 
-    fn rows(&self) -> [Rows<'_>; TENSORS] {
-        std::array::from_fn(|i| {
-            let Place { features, element_size, .. } = self.places[i];
-            Rows::from_bytes(self.bytes(i), element_size, self.num_rows, features).expect(FITS)
-        })
-    }
-
-    fn rows_mut(&mut self) -> [RowsMut<'_>; TENSORS] {
-        let (mut rest, mut at) = (self.block.bytes_mut(), 0);
-        self.places.each_ref().map(|Place { bytes, features, element_size }| {
-            let (_, tail) = std::mem::take(&mut rest).split_at_mut(bytes.start - at);
-            let (tensor, tail) = tail.split_at_mut(bytes.len());
-            (rest, at) = (tail, bytes.end);
-            RowsMut::from_bytes(tensor, *element_size, self.num_rows, *features).expect(FITS)
-        })
+    fn rows(&self, tensor: usize) -> Rows<'_> {
+        let Place { offset, geometry } = self.places[tensor];
+        // SAFETY: `new` made the block large enough for every place, and the block is borrowed as long as the view.
+        unsafe { Rows::at(self.block.bytes().as_ptr().wrapping_add(offset), geometry) }
     }
 }
-
-const FITS: &str = "a place was made for just these rows";
 
 macro_rules! tensors {
     ($(#[$doc:meta])* $name:ident, $count:literal, $view:ident, $view_mut:ident,
@@ -195,14 +179,28 @@ macro_rules! tensors {
 
             /// Every tensor, to be read.
             pub fn as_ref(&self) -> $view<'_> {
-                let [$($tensor),+] = self.0.rows();
-                $view { $($tensor),+ }
+                $view { $($tensor: self.0.rows($index)),+ }
             }
 
             /// Every tensor, to be written.
             pub fn as_mut(&mut self) -> $view_mut<'_> {
-                let [$($tensor),+] = self.0.rows_mut();
-                $view_mut { $($tensor),+ }
+                let block = self.0.block.bytes_mut().as_mut_ptr();
+                let rows = |Place { offset, geometry }: Place| {
+                    // SAFETY: `Tensors::new` made the block large enough for every place, and no two places have a byte in
+                    // common; the block is borrowed exclusively as long as the views.
+                    unsafe { RowsMut::at(block.wrapping_add(offset), geometry) }
+                };
+                $view_mut { $($tensor: rows(self.0.places[$index])),+ }
+            }
+
+            /// The whole block: the tensors in this order, each from the next cache line on.
+            pub fn bytes(&self) -> &[u8] {
+                self.0.block.bytes()
+            }
+
+            /// The whole block, to be written.
+            pub fn bytes_mut(&mut self) -> &mut [u8] {
+                self.0.block.bytes_mut()
             }
 
             $(
@@ -216,7 +214,6 @@ macro_rules! tensors {
         impl std::fmt::Debug for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.debug_struct(stringify!($name))
-                    .field("num_rows", &self.0.num_rows)
                     .field("places", &self.0.places)
                     .finish_non_exhaustive()
             }

@@ -75,45 +75,54 @@ impl Layout {
         self.map(&[r, r], self.heads.num_v_heads())
     }
 
-    /// `parts` are the features of each kind that one key head has, in the order of the packed row; unpacked, each
-    /// kind has all its heads side by side. `boundary` is where the second tensor begins there.
-    fn map(&self, parts: &[usize], boundary: usize) -> FeatureMap {
+    /// `kinds` are the features of each kind that one key head has, in the order of the packed row; unpacked, each kind has
+    /// all its heads side by side. `boundary` is where the second tensor begins there.
+    #[inline(always)]
+    fn map(&self, kinds: &[usize], boundary: usize) -> FeatureMap {
         let hk = self.heads.num_k_heads();
-        let head: usize = parts.iter().sum();
-        let mut map = FeatureMap { runs: [Run::default(); 4], used: 0, features: hk * head, boundary };
-        let mut offset = 0;
-        for &len in parts {
-            let unpacked = hk * offset;
-            map.push(match self.packing {
-                Packing::Interleaved => {
-                    Run { packed: offset, packed_step: head, unpacked, unpacked_step: len, len, count: hk }
-                }
-                Packing::Contiguous => {
-                    Run { packed: unpacked, unpacked, len: hk * len, count: 1, ..Run::default() }
-                }
-            });
-            offset += len;
+        let head: usize = kinds.iter().sum();
+        let mut map = FeatureMap {
+            runs: [Run::NONE; 4],
+            used: 0,
+            count: 1,
+            packed_step: 0,
+            features: hk * head,
+            boundary,
+        };
+        let mut before = 0;
+        if self.packing == Packing::Interleaved && hk > 1 {
+            (map.count, map.packed_step) = (hk, head);
+            for &len in kinds {
+                map.runs[map.used] = Run { packed: before, unpacked: hk * before, len };
+                map.used += 1;
+                before += len;
+            }
+        } else {
+            // Both rows are in the same order: one segment for each tensor.
+            for end in [boundary, map.features] {
+                map.runs[map.used] = Run { packed: before, unpacked: before, len: end - before };
+                map.used += 1;
+                before = end;
+            }
         }
         map
     }
 }
 
-/// `count` segments of `len` adjacent features each, at regular distances on both sides: segment `i` ties the
-/// features from `packed + i * packed_step` to those from `unpacked + i * unpacked_step`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The segments of one kind (queries, keys, values, gates), [`FeatureMap::count`] of them and all of `len` features.
+/// Segment `i` ties the features from `packed + i * packed_step` on to those from `unpacked + i * len` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// First feature of segment 0 in the packed row.
     pub packed: usize,
-    /// From a segment to the next in the packed row.
-    pub packed_step: usize,
     /// First feature of segment 0 in the unpacked row.
     pub unpacked: usize,
-    /// From a segment to the next in the unpacked row.
-    pub unpacked_step: usize,
     /// Features of one segment.
     pub len: usize,
-    /// How many segments.
-    pub count: usize,
+}
+
+impl Run {
+    const NONE: Self = Self { packed: 0, unpacked: 0, len: 0 };
 }
 
 /// One stretch of features that lies in one piece on both sides.
@@ -145,24 +154,13 @@ pub struct Segment {
 pub struct FeatureMap {
     runs: [Run; 4],
     used: usize,
+    count: usize,
+    packed_step: usize,
     features: usize,
     boundary: usize,
 }
 
 impl FeatureMap {
-    /// Adds a run, grown onto the one before where the two are one piece.
-    fn push(&mut self, run: Run) {
-        if let Some(last) = self.runs[..self.used].last_mut() {
-            let adjacent = last.packed + last.len == run.packed && last.unpacked + last.len == run.unpacked;
-            if last.count == 1 && run.count == 1 && adjacent && run.unpacked != self.boundary {
-                last.len += run.len;
-                return;
-            }
-        }
-        self.runs[self.used] = run;
-        self.used += 1;
-    }
-
     /// Features of a row, the same number on both sides.
     pub fn features(&self) -> usize {
         self.features
@@ -173,18 +171,28 @@ impl FeatureMap {
         [0..self.boundary, self.boundary..self.features]
     }
 
-    /// The runs, in the order of the unpacked row.
+    /// The runs, in the order of both rows.
     pub fn runs(&self) -> &[Run] {
         &self.runs[..self.used]
     }
 
+    /// Segments of each run: the key heads, or 1 where every kind is in one piece already.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Features from a segment of a run to the next in the packed row: those of all kinds of one key head.
+    pub fn packed_step(&self) -> usize {
+        self.packed_step
+    }
+
     /// Every segment, in the order of the unpacked row.
     pub fn segments(&self) -> impl Iterator<Item = Segment> + '_ {
-        self.runs().iter().flat_map(|run| {
-            (0..run.count).map(|i| Segment {
-                packed: run.packed + i * run.packed_step,
-                unpacked: run.unpacked + i * run.unpacked_step,
-                len: run.len,
+        self.runs().iter().flat_map(move |&Run { packed, unpacked, len }| {
+            (0..self.count).map(move |i| Segment {
+                packed: packed + i * self.packed_step,
+                unpacked: unpacked + i * len,
+                len,
             })
         })
     }

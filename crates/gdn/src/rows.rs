@@ -70,20 +70,23 @@ pub enum RowsError {
     },
 }
 
-/// Where N rows lie: the geometry that shared and exclusive views have in common. All distances are in bytes.
+/// Where N rows lie: the geometry that shared and exclusive views have in common.
 ///
-/// Kept by every constructor: `row_bytes <= row_stride`, `(num_rows - 1) * row_stride + row_bytes <= isize::MAX`.
+/// Kept by every constructor: `row_bytes() <= row_stride`, `(num_rows - 1) * row_stride + row_bytes() <= isize::MAX`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     pub(crate) num_rows: usize,
-    pub(crate) row_bytes: usize,
+    pub(crate) features: usize,
+    /// Bytes from the start of a row to the start of the next.
     pub(crate) row_stride: usize,
     pub(crate) element_size: usize,
 }
 
 impl Geometry {
+    pub(crate) const EMPTY: Self = Self { num_rows: 0, features: 0, row_stride: 0, element_size: 1 };
+
     /// Everything in elements of `element_size` bytes. The stride of at most one row counts for nothing.
-    fn new(
+    pub(crate) fn new(
         num_rows: usize,
         features: usize,
         row_stride: usize,
@@ -98,14 +101,13 @@ impl Geometry {
             elements.checked_mul(element_size).filter(|bytes| isize::try_from(*bytes).is_ok())
         };
         match (span(), row_stride.checked_mul(element_size)) {
-            (Some(_), Some(stride_bytes)) => Ok(Self {
-                num_rows,
-                row_bytes: features * element_size,
-                row_stride: stride_bytes,
-                element_size,
-            }),
+            (Some(_), Some(row_stride)) => Ok(Self { num_rows, features, row_stride, element_size }),
             _ => Err(RowsError::Overflow { num_rows, features, row_stride, element_size }),
         }
+    }
+
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.features * self.element_size
     }
 
     fn within(self, data_bytes: usize) -> Result<Self, RowsError> {
@@ -116,18 +118,14 @@ impl Geometry {
             got: data_bytes / self.element_size,
             needed: self.span() / self.element_size,
             num_rows: self.num_rows,
-            features: self.features(),
+            features: self.features,
             row_stride: self.row_stride / self.element_size,
         })
     }
 
     /// Bytes from the first byte of the first row to the end of the last row.
     pub(crate) fn span(&self) -> usize {
-        if self.num_rows == 0 { 0 } else { (self.num_rows - 1) * self.row_stride + self.row_bytes }
-    }
-
-    fn features(&self) -> usize {
-        self.row_bytes / self.element_size
+        if self.num_rows == 0 { 0 } else { (self.num_rows - 1) * self.row_stride + self.row_bytes() }
     }
 
     /// Offset of the first of `rows`, and the geometry of what is left.
@@ -139,10 +137,18 @@ impl Geometry {
 
     /// Offset of the first of `columns`, and the geometry of what is left.
     fn columns(mut self, columns: &Range<usize>) -> Result<(usize, Self), RowsError> {
-        check_range("columns", columns, self.features())?;
-        self.row_bytes = columns.len() * self.element_size;
+        check_range("columns", columns, self.features)?;
+        self.features = columns.len();
         Ok((if self.num_rows == 0 { 0 } else { columns.start * self.element_size }, self))
     }
+}
+
+/// What the ops see of either kind of view: an address, and where the rows lie from there on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    /// Written to only where it comes from a [`RowsMut`].
+    pub(crate) ptr: *mut u8,
+    pub(crate) geometry: Geometry,
 }
 
 fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(), RowsError> {
@@ -173,8 +179,7 @@ fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
-    pub(crate) ptr: *const u8,
-    pub(crate) geometry: Geometry,
+    pub(crate) operand: Operand,
     data: PhantomData<&'a [u8]>,
 }
 
@@ -183,8 +188,7 @@ pub struct Rows<'a> {
 /// Bytes between the rows of a strided view are never touched.
 #[derive(Debug)]
 pub struct RowsMut<'a> {
-    pub(crate) ptr: *mut u8,
-    pub(crate) geometry: Geometry,
+    pub(crate) operand: Operand,
     data: PhantomData<&'a mut [u8]>,
 }
 
@@ -198,6 +202,12 @@ unsafe impl Send for RowsMut<'_> {}
 unsafe impl Sync for RowsMut<'_> {}
 
 impl<'a> Rows<'a> {
+    /// # Safety
+    /// As [`Rows::from_raw`].
+    pub(crate) unsafe fn at(ptr: *const u8, geometry: Geometry) -> Self {
+        Self { operand: Operand { ptr: ptr.cast_mut(), geometry }, data: PhantomData }
+    }
+
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
     ///
     /// # Errors
@@ -219,7 +229,8 @@ impl<'a> Rows<'a> {
         let bytes = size_of_val(data);
         let geometry =
             Geometry::new(num_rows, features, row_stride, element_size_of::<T>(bytes)?)?.within(bytes)?;
-        Ok(Self { ptr: data.as_ptr().cast(), geometry, data: PhantomData })
+        // SAFETY: the rows lie within `data`, borrowed for `'a`.
+        Ok(unsafe { Self::at(data.as_ptr().cast(), geometry) })
     }
 
     /// Dense rows of elements of `element_size` bytes out of raw bytes, at any alignment.
@@ -234,7 +245,8 @@ impl<'a> Rows<'a> {
     ) -> Result<Self, RowsError> {
         check_bytes(data.len(), element_size)?;
         let geometry = Geometry::new(num_rows, features, features, element_size)?.within(data.len())?;
-        Ok(Self { ptr: data.as_ptr(), geometry, data: PhantomData })
+        // SAFETY: the rows lie within `data`, borrowed for `'a`.
+        Ok(unsafe { Self::at(data.as_ptr(), geometry) })
     }
 
     /// The door for engines: rows at a pointer, of any alignment.
@@ -253,11 +265,9 @@ impl<'a> Rows<'a> {
         row_stride: usize,
     ) -> Result<Self, RowsError> {
         check_bytes(0, element_size)?;
-        Ok(Self {
-            ptr,
-            geometry: Geometry::new(num_rows, features, row_stride, element_size)?,
-            data: PhantomData,
-        })
+        let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
+        // SAFETY: the caller's promises.
+        Ok(unsafe { Self::at(ptr, geometry) })
     }
 
     /// Some of the rows.
@@ -265,8 +275,9 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`RowsError::OutOfRange`].
     pub fn rows(&self, rows: Range<usize>) -> Result<Self, RowsError> {
-        let (offset, geometry) = self.geometry.rows(&rows)?;
-        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+        let (offset, geometry) = self.operand.geometry.rows(&rows)?;
+        // SAFETY: a part of the rows there are.
+        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
     }
 
     /// Some of the features of every row.
@@ -274,40 +285,48 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`RowsError::OutOfRange`].
     pub fn columns(&self, columns: Range<usize>) -> Result<Self, RowsError> {
-        let (offset, geometry) = self.geometry.columns(&columns)?;
-        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+        let (offset, geometry) = self.operand.geometry.columns(&columns)?;
+        // SAFETY: a part of the rows there are.
+        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
     }
 
     /// The bytes of row `row`; `None` past the last row.
     pub fn row(&self, row: usize) -> Option<&'a [u8]> {
-        let Geometry { num_rows, row_bytes, row_stride, .. } = self.geometry;
+        let (Geometry { num_rows, row_stride, .. }, row_bytes) =
+            (self.operand.geometry, self.operand.geometry.row_bytes());
         // SAFETY: the constructors saw to it that every row lies in memory readable for `'a`.
         (row < num_rows)
-            .then(|| unsafe { std::slice::from_raw_parts(self.ptr.add(row * row_stride), row_bytes) })
+            .then(|| unsafe { std::slice::from_raw_parts(self.operand.ptr.add(row * row_stride), row_bytes) })
     }
 
     /// N.
     pub fn num_rows(&self) -> usize {
-        self.geometry.num_rows
+        self.operand.geometry.num_rows
     }
 
     /// Elements of a row.
     pub fn features(&self) -> usize {
-        self.geometry.features()
+        self.operand.geometry.features
     }
 
     /// Elements from the start of a row to the start of the next.
     pub fn row_stride(&self) -> usize {
-        self.geometry.row_stride / self.geometry.element_size
+        self.operand.geometry.row_stride / self.operand.geometry.element_size
     }
 
     /// Bytes of an element.
     pub fn element_size(&self) -> usize {
-        self.geometry.element_size
+        self.operand.geometry.element_size
     }
 }
 
 impl<'a> RowsMut<'a> {
+    /// # Safety
+    /// As [`RowsMut::from_raw`].
+    pub(crate) unsafe fn at(ptr: *mut u8, geometry: Geometry) -> Self {
+        Self { operand: Operand { ptr, geometry }, data: PhantomData }
+    }
+
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
     ///
     /// # Errors
@@ -326,8 +345,9 @@ impl<'a> RowsMut<'a> {
         features: usize,
         row_stride: usize,
     ) -> Result<Self, RowsError> {
-        let geometry = Rows::with_stride(data, num_rows, features, row_stride)?.geometry;
-        Ok(Self { ptr: data.as_mut_ptr().cast(), geometry, data: PhantomData })
+        let geometry = Rows::with_stride(data, num_rows, features, row_stride)?.operand.geometry;
+        // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
+        Ok(unsafe { Self::at(data.as_mut_ptr().cast(), geometry) })
     }
 
     /// Dense rows of elements of `element_size` bytes in raw bytes, at any alignment.
@@ -340,8 +360,9 @@ impl<'a> RowsMut<'a> {
         num_rows: usize,
         features: usize,
     ) -> Result<Self, RowsError> {
-        let geometry = Rows::from_bytes(data, element_size, num_rows, features)?.geometry;
-        Ok(Self { ptr: data.as_mut_ptr(), geometry, data: PhantomData })
+        let geometry = Rows::from_bytes(data, element_size, num_rows, features)?.operand.geometry;
+        // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
+        Ok(unsafe { Self::at(data.as_mut_ptr(), geometry) })
     }
 
     /// The door for engines: rows at a pointer, of any alignment, initialised or not.
@@ -361,16 +382,14 @@ impl<'a> RowsMut<'a> {
         row_stride: usize,
     ) -> Result<Self, RowsError> {
         check_bytes(0, element_size)?;
-        Ok(Self {
-            ptr,
-            geometry: Geometry::new(num_rows, features, row_stride, element_size)?,
-            data: PhantomData,
-        })
+        let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
+        // SAFETY: the caller's promises.
+        Ok(unsafe { Self::at(ptr, geometry) })
     }
 
     /// The same rows for a shorter while, so that this view can be used again.
     pub fn reborrow(&mut self) -> RowsMut<'_> {
-        RowsMut { ptr: self.ptr, geometry: self.geometry, data: PhantomData }
+        RowsMut { operand: self.operand, data: PhantomData }
     }
 
     /// Some of the rows.
@@ -378,8 +397,9 @@ impl<'a> RowsMut<'a> {
     /// # Errors
     /// [`RowsError::OutOfRange`].
     pub fn rows(self, rows: Range<usize>) -> Result<Self, RowsError> {
-        let (offset, geometry) = self.geometry.rows(&rows)?;
-        Ok(Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData })
+        let (offset, geometry) = self.operand.geometry.rows(&rows)?;
+        // SAFETY: a part of the rows there are, which this view gives up.
+        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
     }
 
     /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices of one wider
@@ -388,31 +408,32 @@ impl<'a> RowsMut<'a> {
     /// # Errors
     /// [`RowsError::OutOfRange`] where there are fewer than `column` features.
     pub fn split_columns(self, column: usize) -> Result<(Self, Self), RowsError> {
-        let features = self.geometry.features();
-        let (_, left) = self.geometry.columns(&(0..column))?;
-        let (offset, right) = self.geometry.columns(&(column..features))?;
-        let at = |offset, geometry| Self { ptr: self.ptr.wrapping_add(offset), geometry, data: PhantomData };
+        let features = self.operand.geometry.features;
+        let (_, left) = self.operand.geometry.columns(&(0..column))?;
+        let (offset, right) = self.operand.geometry.columns(&(column..features))?;
+        // SAFETY: two parts of the rows there are, without a byte in common, for the view that is given up.
+        let at = |offset, geometry| unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) };
         Ok((at(0, left), at(offset, right)))
     }
 
     /// N.
     pub fn num_rows(&self) -> usize {
-        self.geometry.num_rows
+        self.operand.geometry.num_rows
     }
 
     /// Elements of a row.
     pub fn features(&self) -> usize {
-        self.geometry.features()
+        self.operand.geometry.features
     }
 
     /// Elements from the start of a row to the start of the next.
     pub fn row_stride(&self) -> usize {
-        self.geometry.row_stride / self.geometry.element_size
+        self.operand.geometry.row_stride / self.operand.geometry.element_size
     }
 
     /// Bytes of an element.
     pub fn element_size(&self) -> usize {
-        self.geometry.element_size
+        self.operand.geometry.element_size
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     FeatureMap, Heads, Layout, Rows, RowsMut,
     buf::{BufError, PackedBuf, UnpackedBuf},
     cpu::{self, Cpu},
-    rows::Geometry,
+    rows::{Geometry, Operand},
 };
 
 /// The packed projections, to be read.
@@ -149,8 +149,14 @@ pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) 
     let plan = Plan::new(
         layout,
         Direction::Split,
-        [read(&from.mixed_qkvz), read(&from.mixed_ba)],
-        [write(&to.mixed_qkv), write(&to.z), write(&to.b), write(&to.a)],
+        [
+            &from.mixed_qkvz.operand,
+            &to.mixed_qkv.operand,
+            &to.z.operand,
+            &from.mixed_ba.operand,
+            &to.b.operand,
+            &to.a.operand,
+        ],
     )?;
     cpu::run(&plan, cpu);
     Ok(())
@@ -182,8 +188,14 @@ pub fn merge(layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>, cpu: &Cpu) 
     let plan = Plan::new(
         layout,
         Direction::Merge,
-        [write(&to.mixed_qkvz), write(&to.mixed_ba)],
-        [read(&from.mixed_qkv), read(&from.z), read(&from.b), read(&from.a)],
+        [
+            &to.mixed_qkvz.operand,
+            &from.mixed_qkv.operand,
+            &from.z.operand,
+            &to.mixed_ba.operand,
+            &from.b.operand,
+            &from.a.operand,
+        ],
     )?;
     cpu::run(&plan, cpu);
     Ok(())
@@ -208,119 +220,117 @@ pub(crate) enum Direction {
     Merge,
 }
 
-/// One tensor as a plan sees it: an address (never looked at here) and where its rows lie from there on.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Operand {
-    /// Only those on the written side are ever written to.
-    pub(crate) ptr: *mut u8,
-    pub(crate) geometry: Geometry,
-}
-
-fn read(rows: &Rows<'_>) -> Operand {
-    Operand { ptr: rows.ptr.cast_mut(), geometry: rows.geometry }
-}
-
-fn write(rows: &RowsMut<'_>) -> Operand {
-    Operand { ptr: rows.ptr, geometry: rows.geometry }
-}
-
-/// One projection: its packed tensor, the two it comes apart into, and the map between their features.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Projection {
-    pub(crate) map: FeatureMap,
-    pub(crate) packed: Operand,
-    pub(crate) unpacked: [Operand; 2],
-}
-
 /// A call that was checked: shapes and element sizes agree, and what is written overlaps nothing.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct Plan<'a> {
+    pub(crate) layout: Layout,
     pub(crate) direction: Direction,
-    pub(crate) num_rows: usize,
-    pub(crate) projections: [Projection; 2],
+    operands: [&'a Operand; 6],
 }
 
-impl Plan {
-    /// `packed` is `mixed_qkvz`, `mixed_ba`; `unpacked` is `mixed_qkv`, `z`, `b`, `a`.
-    fn new(
+/// The order of a plan's operands: for each projection its packed tensor, and the two it comes apart into.
+const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_qkv", "z", "mixed_ba", "b", "a"];
+
+impl<'a> Plan<'a> {
+    /// Checks operands in the order of [`NAMES`].
+    #[inline]
+    pub(crate) fn new(
         layout: &Layout,
         direction: Direction,
-        packed: [Operand; 2],
-        unpacked: [Operand; 4],
+        operands: [&'a Operand; 6],
     ) -> Result<Self, SplitError> {
         let heads = layout.heads;
-        let [mixed_qkvz, mixed_ba] = packed;
-        let [mixed_qkv, z, b, a] = unpacked;
-        let named = [
-            ("mixed_qkvz", mixed_qkvz, heads.qkvz_features()),
-            ("mixed_ba", mixed_ba, heads.ba_features()),
-            ("mixed_qkv", mixed_qkv, heads.qkv_features()),
-            ("z", z, heads.z_features()),
-            ("b", b, heads.num_v_heads()),
-            ("a", a, heads.num_v_heads()),
-        ];
-        for (argument, operand, expected) in named {
-            let got = operand.geometry.row_bytes / operand.geometry.element_size;
+        let is_written = |i: usize| (direction == Direction::Split) == (i % 3 != 0);
+        // The first tensor of a projection that is read: that of mixed_qkvz sets N, each the size of its elements.
+        let first_read = |projection: usize| 3 * projection + usize::from(direction == Direction::Merge);
+        for i in 0..6 {
+            let &Geometry { features: got, num_rows, element_size, .. } = &operands[i].geometry;
+            let expected = match i {
+                0 => heads.qkvz_features(),
+                1 => heads.qkv_features(),
+                2 => heads.z_features(),
+                3 => heads.ba_features(),
+                _ => heads.num_v_heads(),
+            };
             if got != expected {
-                return Err(SplitError::Features { argument, got, expected, heads });
+                return Err(SplitError::Features { argument: NAMES[i], got, expected, heads });
+            }
+            let first = first_read(0);
+            let expected = operands[first].geometry.num_rows;
+            if num_rows != expected {
+                return Err(SplitError::NumRows {
+                    argument: NAMES[i],
+                    got: num_rows,
+                    other: NAMES[first],
+                    expected,
+                });
+            }
+            let first = first_read(i / 3);
+            let expected = operands[first].geometry.element_size;
+            if element_size != expected {
+                let other = NAMES[first];
+                return Err(SplitError::ElementSize {
+                    argument: NAMES[i],
+                    got: element_size,
+                    other,
+                    expected,
+                });
             }
         }
-        // The first tensor that is read sets N, and the first of each projection the size of its elements.
-        let (qkvz, ba) = match direction {
-            Direction::Split => (0, 1),
-            Direction::Merge => (2, 4),
-        };
-        for (i, (argument, operand, _)) in named.into_iter().enumerate() {
-            let (other, first, _) = named[qkvz];
-            let (got, expected) = (operand.geometry.num_rows, first.geometry.num_rows);
-            if got != expected {
-                return Err(SplitError::NumRows { argument, got, other, expected });
-            }
-            let (other, first, _) = named[if matches!(i, 0 | 2 | 3) { qkvz } else { ba }];
-            let (got, expected) = (operand.geometry.element_size, first.geometry.element_size);
-            if got != expected {
-                return Err(SplitError::ElementSize { argument, got, other, expected });
-            }
-        }
-        let written = match direction {
-            Direction::Split => 2..6,
-            Direction::Merge => 0..2,
-        };
-        for i in written.clone() {
-            for j in (0..named.len()).filter(|j| *j < i || !written.contains(j)) {
-                let ((argument, x, _), (other, y, _)) = (named[i], named[j]);
-                if let Some((address, bytes)) = overlap(&x, &y) {
+        for i in 0..6 {
+            for j in 0..i {
+                if (is_written(i) || is_written(j))
+                    && let Some((address, bytes)) = overlap(operands[i], operands[j])
+                {
+                    let (argument, other) =
+                        if is_written(i) { (NAMES[i], NAMES[j]) } else { (NAMES[j], NAMES[i]) };
                     return Err(SplitError::Overlap { argument, other, address, bytes });
                 }
             }
         }
-        Ok(Self {
-            direction,
-            num_rows: mixed_qkvz.geometry.num_rows,
-            projections: [
-                Projection { map: layout.qkvz_map(), packed: mixed_qkvz, unpacked: [mixed_qkv, z] },
-                Projection { map: layout.ba_map(), packed: mixed_ba, unpacked: [b, a] },
-            ],
-        })
+        Ok(Self { layout: *layout, direction, operands })
+    }
+
+    pub(crate) fn num_rows(&self) -> usize {
+        self.operands[0].geometry.num_rows
+    }
+
+    /// The map of the projection `mixed_qkvz` (0) or `mixed_ba` (1).
+    #[inline(always)]
+    pub(crate) fn map(&self, projection: usize) -> FeatureMap {
+        if projection == 0 { self.layout.qkvz_map() } else { self.layout.ba_map() }
+    }
+
+    /// The packed tensor of a projection, then the two it comes apart into.
+    pub(crate) fn tensors(&self, projection: usize) -> &[&'a Operand] {
+        &self.operands[3 * projection..][..3]
+    }
+
+    /// Bytes that one row takes, packed or unpacked.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.operands[0].geometry.row_bytes() + self.operands[3].geometry.row_bytes()
     }
 }
 
-/// The first bytes that both tensors own, as address and number, exactly: slices of the columns of one wider buffer lie
-/// within one another's reach without sharing a byte. Walks both sequences of rows, each in order of address, side by side.
+/// The first bytes that both tensors own, as address and number.
+#[inline]
 fn overlap(x: &Operand, y: &Operand) -> Option<(usize, usize)> {
+    let end = |o: &Operand| o.ptr.addr().saturating_add(o.geometry.span());
+    if end(x) <= y.ptr.addr() || end(y) <= x.ptr.addr() { None } else { overlap_of_rows(x, y) }
+}
+
+/// The same for tensors within one another's reach, exactly: slices of the columns of one wider buffer share no byte. Walks
+/// both sequences of rows, each in order of address, side by side.
+#[cold]
+fn overlap_of_rows(x: &Operand, y: &Operand) -> Option<(usize, usize)> {
     let start = |o: &Operand| o.ptr.addr();
-    let (x_end, y_end) =
-        (start(x).saturating_add(x.geometry.span()), start(y).saturating_add(y.geometry.span()));
-    if x_end <= start(y) || y_end <= start(x) {
-        return None;
-    }
     // The row of `o` in which, or after which, `address` lies.
     let first_row =
         |o: &Operand, address: usize| address.saturating_sub(start(o)) / o.geometry.row_stride.max(1);
     let (mut i, mut j) = (first_row(x, start(y)), first_row(y, start(x)));
     while i < x.geometry.num_rows && j < y.geometry.num_rows {
         let (x_row, y_row) = (start(x) + i * x.geometry.row_stride, start(y) + j * y.geometry.row_stride);
-        let (x_end, y_end) = (x_row + x.geometry.row_bytes, y_row + y.geometry.row_bytes);
+        let (x_end, y_end) = (x_row + x.geometry.row_bytes(), y_row + y.geometry.row_bytes());
         let (from, to) = (x_row.max(y_row), x_end.min(y_end));
         if from < to {
             return Some((from, to - from));

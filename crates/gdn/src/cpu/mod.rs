@@ -3,20 +3,17 @@
 mod cache;
 mod copy;
 mod isa;
-mod job;
+mod split;
 
 use std::num::NonZeroUsize;
 
 use rayon::prelude::*;
 
-use self::job::{Job, LINE};
-use crate::{
-    split::Plan,
-    tiling::{self, DeviceProfile},
-};
+use self::copy::{Copier, LINE};
 
 pub use cache::{Cache, caches, last_level_bytes};
 pub use isa::{Isa, IsaError};
+pub(crate) use split::run;
 
 /// How results are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -48,11 +45,9 @@ pub struct Cpu {
 }
 
 /// The least bytes (read and written together) worth a thread's waking up.
-const BYTES_PER_THREAD: usize = 512 << 10;
-/// What a tile of rows, inputs and outputs together, may take of a core's second-level cache.
-const TILE_BYTES: usize = 512 << 10;
-/// Where the system does not tell the size of the last-level cache.
-const UNKNOWN_CACHE_BYTES: usize = 32 << 20;
+const BYTES_PER_THREAD: usize = 1 << 20;
+/// What a thread may count on having of a last-level cache that others share. Measured: from here on streaming was never slower.
+const CACHE_BYTES_PER_THREAD: usize = 8 << 20;
 
 impl Cpu {
     /// Everything automatic.
@@ -106,39 +101,18 @@ impl Cpu {
         }
     }
 
-    /// Whether a call that writes `bytes` will stream them.
+    /// Whether a call that writes `bytes` will stream them: automatically where they are more than the last-level cache
+    /// has, or than the 8 MiB a thread of it that are likely to stay there.
     pub fn chosen_streaming(&self, bytes: usize) -> bool {
         match self.stores {
             Stores::Streaming => true,
             Stores::Cached => false,
-            Stores::Auto => bytes > STREAM_FROM,
+            Stores::Auto => {
+                let share =
+                    CACHE_BYTES_PER_THREAD.saturating_mul(self.chosen_threads(bytes.saturating_mul(2)));
+                bytes > CACHE_BYTES_PER_THREAD && bytes > share.min(last_level_bytes().unwrap_or(share))
+            }
         }
-    }
-}
-const STREAM_FROM: usize = 32 << 20;
-
-/// Does what was checked.
-pub(crate) fn run(plan: &Plan, cpu: &Cpu) {
-    let read: usize = plan.projections.iter().map(|p| p.packed.geometry.row_bytes).sum();
-    // What is read is also written.
-    let written = plan.num_rows.saturating_mul(read);
-    let threads = cpu.chosen_threads(written.saturating_mul(2));
-    let device = DeviceProfile { cores: threads, buffer_bytes: TILE_BYTES, max_rows_per_iter: 64 };
-    let tiling = tiling::plan(plan.num_rows, 2 * read, &device);
-    let rows_per_iter =
-        cpu.rows_per_iter.map_or(tiling.rows_per_iter, |rows| rows.get().min(tiling.rows_per_core));
-    let job = Job::new(plan, rows_per_iter, cpu.chosen_streaming(written));
-    let (isa, num_rows) = (cpu.chosen_isa(), plan.num_rows);
-    let chunk = |i: usize| {
-        let rows = i * tiling.rows_per_core..((i + 1) * tiling.rows_per_core).min(num_rows);
-        let mut memory = vec![0u8; job.stage_bytes()];
-        // SAFETY: the plan was checked, so the job's rows are there and its targets overlap nothing; chunks have no row in
-        // common; `Cpu` has only instruction sets that are available.
-        unsafe { copy::copy_rows(isa, &job, rows, &mut memory) }
-    };
-    match tiling.grid {
-        1 => chunk(0),
-        grid => (0..grid).into_par_iter().with_max_len(1).for_each(chunk),
     }
 }
 
@@ -150,8 +124,10 @@ pub fn copy_bytes(src: &[u8], dst: &mut [u8], cpu: &Cpu) {
     let isa = cpu.chosen_isa();
     let copy = |(src, dst): (&[u8], &mut [u8])| {
         if stream {
-            // SAFETY: `Cpu` has only instruction sets that are available.
-            unsafe { copy::stream_slice(isa, src, dst) }
+            let copier = Copier::of(isa);
+            // SAFETY: the chunks of two slices, one of them exclusive, are of one length.
+            unsafe { (copier.stream)(src.as_ptr(), dst.as_mut_ptr(), src.len()) }
+            (copier.fence)();
         } else {
             dst.copy_from_slice(src);
         }

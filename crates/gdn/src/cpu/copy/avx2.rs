@@ -1,8 +1,10 @@
 //! Two 32-byte registers a cache line, on x86-64 with AVX2.
 
-use std::{arch::x86_64 as x86, ops::Range};
+use std::arch::x86_64 as x86;
 
-use super::{Job, Vector};
+use super::{Copier, Lane, Vector};
+
+pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence };
 
 impl Vector for x86::__m256i {
     const BYTES: usize = 32;
@@ -26,27 +28,37 @@ impl Vector for x86::__m256i {
     }
 
     #[inline(always)]
-    fn fence() {
-        // SAFETY: every x86-64 machine has SSE, whose instruction this is.
-        unsafe { x86::_mm_sfence() }
+    fn prefetch(src: *const u8) {
+        // SAFETY: a prefetch of any address is harmless, and every x86-64 machine has SSE, whose instruction it is.
+        unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T0 }>(src.cast()) }
     }
 }
 
 /// # Safety
-/// As [`super::copy_rows`]; the machine has AVX2.
+/// As `Copier::copy_cached`; the machine has AVX2.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn copy_rows(job: &Job, rows: Range<usize>, stage: &mut [u8]) {
+unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_rows_with::<x86::__m256i>(job, rows, stage) }
+    unsafe { super::copy_cached::<x86::__m256i>(lanes, count, rows) }
 }
 
 /// # Safety
-/// As [`super::stream()`]; the machine has AVX2.
+/// As `Copier::copy_past`; the machine has AVX2.
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe {
-        super::stream::<x86::__m256i>(src, dst, len);
-        x86::__m256i::fence();
-    }
+    unsafe { super::copy_past::<x86::__m256i>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::stream`; the machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::stream::<x86::__m256i>(src, dst, len) }
+}
+
+fn fence() {
+    // SAFETY: every x86-64 machine has SSE, whose instruction this is.
+    unsafe { x86::_mm_sfence() }
 }

@@ -8,12 +8,88 @@ mod avx512;
 mod neon;
 mod scalar;
 
-use std::ops::Range;
+use super::isa::Isa;
 
-use super::{
-    isa::Isa,
-    job::{Job, LINE, Segments, Stage},
-};
+/// Bytes of a cache line, the unit of streaming stores.
+pub(super) const LINE: usize = 64;
+
+/// How far ahead of the loads of a copy past the caches its source is prefetched, in bytes: farther where the loads go on in one
+/// direction for long.
+#[inline(always)]
+fn ahead(len: usize) -> usize {
+    len.clamp(2 << 10, 8 << 10)
+}
+
+/// The segments of one kind in some rows. Segment `i` of row `n` goes from `src + n * src_stride + i * src_step` to
+/// `dst + n * dst_stride + i * dst_step`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lane {
+    pub(super) src: *const u8,
+    pub(super) dst: *mut u8,
+    pub(super) src_stride: usize,
+    pub(super) dst_stride: usize,
+    pub(super) src_step: usize,
+    pub(super) dst_step: usize,
+    /// Bytes of a segment.
+    pub(super) len: usize,
+    /// Whether it is written past the caches, where the instruction set can.
+    pub(super) streamed: bool,
+}
+
+impl Lane {
+    /// A lane of nothing.
+    pub(super) const NONE: Self = Self {
+        src: std::ptr::null(),
+        dst: std::ptr::null_mut(),
+        src_stride: 0,
+        dst_stride: 0,
+        src_step: 0,
+        dst_step: 0,
+        len: 0,
+        streamed: false,
+    };
+}
+
+/// Takes lanes, the number of segments each has in a row, and the number of rows.
+type CopyLanes = unsafe fn(&[Lane], usize, usize);
+
+/// The algorithms for one instruction set, which this machine has.
+pub(super) struct Copier {
+    /// For rows that the caches hold: a row goes lane by lane. Nothing is streamed.
+    ///
+    /// # Safety
+    /// Every segment of every lane and row is readable at its source and writable at its destination, and nothing written
+    /// overlaps anything read.
+    pub(super) copy_cached: CopyLanes,
+    /// For rows that come from memory: a row goes segment by segment, each from every lane in turn, so that a packed source is
+    /// read in one sweep, with prefetching.
+    ///
+    /// # Safety
+    /// As `copy_cached`; what a streamed lane says of its destination, and its segments' length, are multiples of [`LINE`].
+    pub(super) copy_past: CopyLanes,
+    /// Copies bytes of any number to any address: whole lines past the caches, what is left at both ends through them.
+    ///
+    /// # Safety
+    /// So many bytes are readable at the source and writable at the destination, and the two do not overlap.
+    pub(super) stream: unsafe fn(*const u8, *mut u8, usize),
+    /// Makes what was streamed visible to other threads as ordinary stores are.
+    pub(super) fence: fn(),
+}
+
+impl Copier {
+    /// The algorithms for `isa`, or the scalar ones where this machine does not have it.
+    pub(super) fn of(isa: Isa) -> &'static Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if isa.is_available() => &avx512::COPIER,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if isa.is_available() => &avx2::COPIER,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon if isa.is_available() => &neon::COPIER,
+            _ => &scalar::COPIER,
+        }
+    }
+}
 
 /// One register of bytes.
 trait Vector: Copy {
@@ -27,152 +103,116 @@ trait Vector: Copy {
     /// `BYTES` bytes at `dst` are writable, and the machine has the instruction set.
     unsafe fn store(self, dst: *mut u8);
 
-    /// Stores past the caches, where the instruction set can. Seen by other threads after [`Vector::fence`].
+    /// Stores past the caches, where the instruction set can. Seen by other threads after `Copier::fence`.
     ///
     /// # Safety
     /// As [`Vector::store`], and `dst` is a multiple of `BYTES`.
     unsafe fn stream(self, dst: *mut u8);
 
-    /// Makes what was streamed visible as ordinary stores are.
-    fn fence();
+    /// Has the line of `src` brought near. Any address will do.
+    fn prefetch(src: *const u8);
 }
 
-/// Copies the given rows of a job, `rows_per_iter` at a time.
-///
 /// # Safety
-/// The job's pointers are what [`Job`] says; `isa` is available; no two calls at a time have a row in common. `stage` has
-/// [`Job::stage_bytes`].
-pub(super) unsafe fn copy_rows(isa: Isa, job: &Job, rows: Range<usize>, stage: &mut [u8]) {
-    // SAFETY: the caller's promises, and each function needs just the instruction set that selects it.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::copy_rows(job, rows, stage),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::copy_rows(job, rows, stage),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon => neon::copy_rows(job, rows, stage),
-            _ => scalar::copy_rows(job, rows, stage),
-        }
-    }
-}
-
-/// Copies `src` to `dst` with streaming stores.
-///
-/// # Safety
-/// `isa` is available.
-pub(super) unsafe fn stream_slice(isa: Isa, src: &[u8], dst: &mut [u8]) {
-    let len = src.len().min(dst.len());
-    let (src, dst) = (src.as_ptr(), dst.as_mut_ptr());
-    // SAFETY: two slices of at least `len` bytes, one of them exclusive; the instruction set as the caller promises.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::stream(src, dst, len),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::stream(src, dst, len),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon => neon::stream(src, dst, len),
-            _ => scalar::stream(src, dst, len),
-        }
-    }
-}
-
-/// The loops over rows, heads and kinds. A tile of rows goes projection by projection, and within one row the segments go in
-/// the order of the packed side, so that one of the two sides is read or written in one sweep.
-///
-/// # Safety
-/// As [`copy_rows`].
+/// As `Copier::copy_cached`; the machine has the instruction set.
 #[inline(always)]
-unsafe fn copy_rows_with<V: Vector>(job: &Job, rows: Range<usize>, stage: &mut [u8]) {
-    let stages = job.stages(stage);
-    let mut start = rows.start;
-    while start < rows.end {
-        let tile = start..(start + job.rows_per_iter).min(rows.end);
-        // SAFETY: `tile` is part of `rows`; every address is a row's start plus an offset that lies in the row (`Job`),
-        // or the same within a stage, which has room for `rows_per_iter` rows.
-        unsafe {
-            for group in &job.groups {
-                for n in tile.clone() {
-                    let row_of = |target: usize| match (stages[target], &job.targets()[target]) {
-                        (Some(Stage(stage)), target) => stage.add((n - tile.start) * target.row_bytes),
-                        (None, target) => target.ptr.add(n * target.row_stride),
-                    };
-                    if group.longest() <= SHORT {
-                        for copy in group.copies() {
-                            let src = copy.src.add(n * copy.src_stride);
-                            copy_short_run(src, row_of(copy.target).add(copy.offset), copy, group.count);
-                        }
-                        continue;
-                    }
-                    for i in 0..group.count {
-                        for copy in group.copies() {
-                            let src = copy.src.add(n * copy.src_stride + i * copy.src_step);
-                            let dst = row_of(copy.target).add(copy.offset + i * copy.dst_step);
-                            if job.targets()[copy.target].streamed() {
-                                stream_lines::<V>(src, dst, copy.len);
-                            } else {
-                                copy_segment::<V>(src, dst, copy.len);
-                            }
-                        }
+unsafe fn copy_cached<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
+    for n in 0..rows {
+        for lane in lanes {
+            // SAFETY: row `n` of those the caller vouches for.
+            unsafe {
+                copy_run::<V>(
+                    lane.src.add(n * lane.src_stride),
+                    lane.dst.add(n * lane.dst_stride),
+                    lane,
+                    count,
+                )
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As `Copier::copy_past`; the machine has the instruction set.
+#[inline(always)]
+unsafe fn copy_past<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
+    for n in 0..rows {
+        for i in 0..count {
+            for lane in lanes {
+                // SAFETY: segment `i` of row `n` of those the caller vouches for.
+                unsafe {
+                    let src = lane.src.add(n * lane.src_stride + i * lane.src_step);
+                    let dst = lane.dst.add(n * lane.dst_stride + i * lane.dst_step);
+                    if lane.streamed {
+                        stream_lines::<V>(src, dst, lane.len);
+                    } else {
+                        prefetch::<V>(src.wrapping_add(ahead(lane.len)), lane.len);
+                        copy_segment::<V>(src, dst, lane.len);
                     }
                 }
             }
-            for (stage, target) in stages.iter().zip(job.targets()) {
-                let Some(Stage(stage)) = *stage else { continue };
-                // Dense rows are one stretch of lines, others are streamed one by one.
-                let (rows, bytes) = match target.row_stride == target.row_bytes {
-                    true => (1, tile.len() * target.row_bytes),
-                    false => (tile.len(), target.row_bytes),
-                };
-                for k in 0..rows {
-                    let dst = target.ptr.add((tile.start + k) * target.row_stride);
-                    stream::<V>(stage.add(k * target.row_bytes), dst, bytes);
-                }
-            }
         }
-        start = tile.end;
     }
-    V::fence();
 }
 
-/// Segments of at most this many bytes are moved kind by kind, without vectors.
-const SHORT: usize = 16;
-
-/// # Safety
-/// `count` segments of `copy.len <= SHORT` bytes at the steps from `src` and `dst` are readable and writable.
+/// Prefetches the lines of `len` bytes from `src` on, which need not be anybody's.
 #[inline(always)]
-unsafe fn copy_short_run(src: *const u8, dst: *mut u8, copy: &Segments, count: usize) {
+fn prefetch<V: Vector>(src: *const u8, len: usize) {
+    for at in (0..len).step_by(LINE) {
+        V::prefetch(src.wrapping_add(at));
+    }
+}
+
+/// Copies the segments of one row. The lengths that models have get loops of their own, unrolled.
+///
+/// # Safety
+/// `count` of the lane's segments, from `src` and `dst` on, are readable and writable, the two sides do not overlap, and the machine has the
+/// instruction set.
+#[inline(always)]
+unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: usize) {
     /// # Safety
-    /// As the outer function, for segments of `size_of::<T>()` bytes.
+    /// As [`copy_run`], for segments of `N * size_of::<T>()` bytes.
     #[inline(always)]
-    unsafe fn run<T: Copy>(src: *const u8, src_step: usize, dst: *mut u8, dst_step: usize, count: usize) {
+    unsafe fn fixed<T: Copy, const N: usize>(
+        src: *const u8,
+        dst: *mut u8,
+        steps: (usize, usize),
+        count: usize,
+    ) {
         for i in 0..count {
             // SAFETY: segment `i` of those the caller vouches for.
             unsafe {
-                dst.add(i * dst_step)
-                    .cast::<T>()
-                    .write_unaligned(src.add(i * src_step).cast::<T>().read_unaligned());
+                let segment = src.add(i * steps.0).cast::<[T; N]>().read_unaligned();
+                dst.add(i * steps.1).cast::<[T; N]>().write_unaligned(segment);
             }
         }
     }
-    let Segments { src_step, dst_step, .. } = *copy;
-    // SAFETY: the caller's promises; the type has as many bytes as the segment.
+    let Lane { src_step, dst_step, len, .. } = *lane;
+    let steps = (src_step, dst_step);
+    // SAFETY: the caller's promises; each arm's elements make up the segment.
     unsafe {
-        match copy.len {
-            1 => run::<u8>(src, src_step, dst, dst_step, count),
-            2 => run::<u16>(src, src_step, dst, dst_step, count),
-            4 => run::<u32>(src, src_step, dst, dst_step, count),
-            8 => run::<u64>(src, src_step, dst, dst_step, count),
-            16 => run::<u128>(src, src_step, dst, dst_step, count),
-            len => {
+        match len {
+            1 => fixed::<u8, 1>(src, dst, steps, count),
+            2 => fixed::<u16, 1>(src, dst, steps, count),
+            4 => fixed::<u32, 1>(src, dst, steps, count),
+            6 => fixed::<u16, 3>(src, dst, steps, count),
+            8 => fixed::<u64, 1>(src, dst, steps, count),
+            12 => fixed::<u32, 3>(src, dst, steps, count),
+            16 => fixed::<u64, 2>(src, dst, steps, count),
+            _ if len == 2 * V::BYTES => fixed::<V, 2>(src, dst, steps, count),
+            _ if len == 4 * V::BYTES => fixed::<V, 4>(src, dst, steps, count),
+            _ if len == 8 * V::BYTES => fixed::<V, 8>(src, dst, steps, count),
+            _ => {
                 for i in 0..count {
-                    copy_short(src.add(i * src_step), dst.add(i * dst_step), len);
+                    copy_segment::<V>(src.add(i * src_step), dst.add(i * dst_step), len);
                 }
             }
         }
     }
 }
+
+/// The most bytes that [`copy_short`] moves.
+const SHORT: usize = 16;
 
 /// Copies up to 16 bytes as two loads and stores that meet or overlap.
 ///
@@ -248,10 +288,12 @@ unsafe fn copy_segment<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
 #[inline(always)]
 unsafe fn stream_lines<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     const { assert!(LINE.is_multiple_of(V::BYTES)) };
+    let ahead = ahead(len);
     let mut at = 0;
     while at < len {
         // SAFETY: every access lies within `len` bytes, and `dst + at` is a multiple of a line, so of `V::BYTES`.
         unsafe {
+            V::prefetch(src.wrapping_add(at + ahead));
             let mut i = 0;
             while i < LINE {
                 V::load(src.add(at + i)).stream(dst.add(at + i));
@@ -262,10 +304,8 @@ unsafe fn stream_lines<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     }
 }
 
-/// Streams bytes of any length to any address: whole lines past the caches, what is left at both ends through them.
-///
 /// # Safety
-/// As [`copy_segment`].
+/// As `Copier::stream`; the machine has the instruction set.
 #[inline(always)]
 unsafe fn stream<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     let head = dst.align_offset(LINE).min(len);

@@ -1,8 +1,10 @@
 //! 16-byte registers, on 64-bit Arm. Its non-temporal stores have no stable intrinsic, so it streams through the caches.
 
-use std::{arch::aarch64 as arm, ops::Range};
+use std::arch::aarch64 as arm;
 
-use super::{Job, Vector};
+use super::{Copier, Lane, Vector};
+
+pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence: || {} };
 
 impl Vector for arm::uint8x16_t {
     const BYTES: usize = 16;
@@ -26,24 +28,29 @@ impl Vector for arm::uint8x16_t {
     }
 
     #[inline(always)]
-    fn fence() {}
+    fn prefetch(_: *const u8) {}
 }
 
 /// # Safety
-/// As [`super::copy_rows`]; the machine has NEON.
+/// As `Copier::copy_cached`; the machine has NEON.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn copy_rows(job: &Job, rows: Range<usize>, stage: &mut [u8]) {
+unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_rows_with::<arm::uint8x16_t>(job, rows, stage) }
+    unsafe { super::copy_cached::<arm::uint8x16_t>(lanes, count, rows) }
 }
 
 /// # Safety
-/// As [`super::stream()`]; the machine has NEON.
+/// As `Copier::copy_past`; the machine has NEON.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe {
-        super::stream::<arm::uint8x16_t>(src, dst, len);
-        arm::uint8x16_t::fence();
-    }
+    unsafe { super::copy_past::<arm::uint8x16_t>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::stream`; the machine has NEON.
+#[target_feature(enable = "neon")]
+unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::stream::<arm::uint8x16_t>(src, dst, len) }
 }

@@ -1,8 +1,8 @@
 //! 8-byte words, on every machine. Without streaming stores: it goes through the caches.
 
-use std::ops::Range;
+use super::{Copier, Lane, Vector};
 
-use super::{Job, Vector};
+pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence: || {} };
 
 impl Vector for u64 {
     const BYTES: usize = 8;
@@ -26,22 +26,26 @@ impl Vector for u64 {
     }
 
     #[inline(always)]
-    fn fence() {}
+    fn prefetch(_: *const u8) {}
 }
 
 /// # Safety
-/// As [`super::copy_rows`].
-pub(super) unsafe fn copy_rows(job: &Job, rows: Range<usize>, stage: &mut [u8]) {
+/// As `Copier::copy_cached`.
+unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_rows_with::<u64>(job, rows, stage) }
+    unsafe { super::copy_cached::<u64>(lanes, count, rows) }
 }
 
 /// # Safety
-/// As [`super::stream()`].
-pub(super) unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+/// As `Copier::copy_past`.
+unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe {
-        super::stream::<u64>(src, dst, len);
-        u64::fence();
-    }
+    unsafe { super::copy_past::<u64>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::stream`.
+unsafe fn stream(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::stream::<u64>(src, dst, len) }
 }

@@ -1,0 +1,295 @@
+//! `gdn bench split`: the op against a copy of the same bytes, interleaved, behind a check of every element.
+
+use std::{fmt::Write as _, path::PathBuf, time::Instant};
+
+use anyhow::{Context, bail};
+use gdn::{
+    Cpu, Heads, Layout, PackedBuf, Pages, UnpackedBuf,
+    cpu::{Stores, copy_bytes},
+    reference,
+};
+use serde_json::json;
+
+use crate::{
+    layout::{CpuArgs, LayoutArgs},
+    plot, print,
+};
+
+#[derive(clap::Args)]
+#[command(after_help = "\
+Times are medians over interleaved rounds. `copy` is the faster of memcpy and a streaming copy of one buffer of as many bytes as \
+the op reads, by as many threads. The ratio is the op's time over the copy's.")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    layout: LayoutArgs,
+    #[command(flatten)]
+    cpu: CpuArgs,
+    /// Numbers of tokens to measure
+    #[arg(long, value_delimiter = ',', value_name = "N,…", default_value = "1,8,64,512,4096,16384,65536",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: Vec<u32>,
+    /// Type of the elements of both projections
+    #[arg(long, default_value = "bf16")]
+    dtype: Dtype,
+    /// Where results go
+    #[arg(long, default_value = "given")]
+    outputs: Outputs,
+    /// How results are stored
+    #[arg(long, default_value = "auto")]
+    stores: StoresArg,
+    /// Seconds to spend on each number of tokens
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// One JSON object a line instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Draw throughput over tokens, beside that of the copy
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Dtype {
+    Bf16,
+    F16,
+    F32,
+    F64,
+    Fp8,
+    Int8,
+}
+
+impl Dtype {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+            Self::Fp8 => "fp8",
+            Self::Int8 => "int8",
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::Fp8 | Self::Int8 => 1,
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Outputs {
+    /// Into memory that was touched before
+    Given,
+    /// Into a fresh block of huge pages at each call, freed after it
+    Fresh,
+    /// Into a fresh block of ordinary pages at each call, freed after it
+    FreshOrdinary,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum StoresArg {
+    Auto,
+    Cached,
+    Streaming,
+}
+
+/// One line of the table.
+pub(crate) struct Record {
+    pub(crate) tokens: usize,
+    pub(crate) bytes: usize,
+    pub(crate) seconds: f64,
+    pub(crate) copy_seconds: f64,
+    threads: usize,
+}
+
+impl Record {
+    /// Bytes read and written in a second.
+    pub(crate) fn bytes_per_second(&self, seconds: f64) -> f64 {
+        2.0 * self.bytes as f64 / seconds
+    }
+
+    fn ratio(&self) -> f64 {
+        self.seconds / self.copy_seconds
+    }
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
+        bail!("--seconds is {}, it must be more than 0 and at most 3600", args.seconds);
+    }
+    let heads = match args.layout.heads()? {
+        Some(heads) => heads,
+        None => Heads::preset("Qwen3-Next-80B-A3B")?,
+    };
+    let layout = Layout::new(heads, args.layout.packing());
+    let cpu = args.cpu.cpu()?.stores(match args.stores {
+        StoresArg::Auto => Stores::Auto,
+        StoresArg::Cached => Stores::Cached,
+        StoresArg::Streaming => Stores::Streaming,
+    });
+    if !args.json {
+        print(&format!(
+            "split, {heads}, {}, {}, {}\n{:>9} {:>12} {:>7} {:>12} {:>12} {:>8} {:>8}\n",
+            layout.packing,
+            args.dtype.name(),
+            cpu.chosen_isa(),
+            "tokens",
+            "bytes",
+            "threads",
+            "split",
+            "copy",
+            "GB/s",
+            "ratio",
+        ))?;
+    }
+    let mut records = Vec::new();
+    for &tokens in &args.tokens {
+        let record = measure(&layout, tokens as usize, args, &cpu)?;
+        print(&line(&record, &layout, args, &cpu))?;
+        records.push(record);
+    }
+    if let Some(path) = &args.plot {
+        plot::throughput(
+            path,
+            &format!("split, {heads}, {}, {}", layout.packing, args.dtype.name()),
+            &records,
+        )?;
+    }
+    Ok(())
+}
+
+fn line(record: &Record, layout: &Layout, args: &Args, cpu: &Cpu) -> String {
+    let Record { tokens, bytes, seconds, copy_seconds, threads } = *record;
+    let mut line = String::new();
+    if args.json {
+        let heads = layout.heads;
+        let object = json!({
+            "op": "split", "device": "cpu", "isa": cpu.chosen_isa().name(), "threads": threads, "tokens": tokens,
+            "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
+            "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
+            "packing": layout.packing.name(), "dtype": args.dtype.name(),
+            "outputs": match args.outputs {
+                Outputs::Given => "given",
+                Outputs::Fresh => "fresh",
+                Outputs::FreshOrdinary => "fresh-ordinary",
+            },
+            "bytes": bytes, "seconds": seconds, "copy_seconds": copy_seconds, "ratio_to_copy": record.ratio(),
+        });
+        let _ = writeln!(line, "{object}");
+    } else {
+        let _ = writeln!(
+            line,
+            "{tokens:>9} {bytes:>12} {threads:>7} {:>12} {:>12} {:>8.1} {:>8.3}",
+            time(seconds),
+            time(copy_seconds),
+            record.bytes_per_second(seconds) / 1e9,
+            record.ratio(),
+        );
+    }
+    line
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-6 => format!("{:.0} ns", s * 1e9),
+        s if s < 1e-3 => format!("{:.2} us", s * 1e6),
+        s if s < 1.0 => format!("{:.2} ms", s * 1e3),
+        s => format!("{s:.2} s"),
+    }
+}
+
+/// Checks the op on this machine's own choices, then times it.
+fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Result<Record> {
+    let size = args.dtype.bytes();
+    let heads = layout.heads;
+    let features = heads.qkvz_features() + heads.ba_features();
+    let bytes =
+        tokens.checked_mul(features * size).context("--tokens: that many do not fit the address space")?;
+    if let Some(available) = available_memory().filter(|available| bytes.saturating_mul(4) > *available) {
+        bail!(
+            "--tokens {tokens}: measuring takes {} bytes of memory, {available} are available",
+            bytes.saturating_mul(4)
+        );
+    }
+    let mut packed = PackedBuf::new(&heads, tokens, size, size)?;
+    for (i, byte) in packed.bytes_mut().iter_mut().enumerate() {
+        *byte = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
+    }
+    let mut given = UnpackedBuf::new(&heads, tokens, size, size)?;
+    given.bytes_mut().fill(0xA5);
+    gdn::split(layout, packed.as_ref(), given.as_mut(), cpu)?;
+    if let Err(difference) = reference::check(&heads, layout.packing, &packed.as_ref(), &given.as_ref()) {
+        bail!("the split is wrong, nothing was measured: {difference}");
+    }
+
+    let threads = cpu.chosen_threads(2 * bytes);
+    let mut copied = PackedBuf::new(&heads, tokens, size, size)?;
+    copied.bytes_mut().fill(0xA5);
+    let mut split = || match args.outputs {
+        Outputs::Given => gdn::split(layout, packed.as_ref(), given.as_mut(), cpu),
+        Outputs::Fresh | Outputs::FreshOrdinary => {
+            let pages = if args.outputs == Outputs::Fresh { Pages::Huge } else { Pages::Ordinary };
+            let mut fresh = UnpackedBuf::with_pages(&heads, tokens, size, size, pages)?;
+            gdn::split(layout, packed.as_ref(), fresh.as_mut(), cpu)
+        }
+    };
+    let plain = Cpu::new().threads(threads).stores(Stores::Cached);
+    let streaming = plain.stores(Stores::Streaming);
+    let [seconds, plain, streaming] = medians(args.seconds, |contender, repeats| {
+        match contender {
+            0 => (0..repeats).try_for_each(|_| split())?,
+            1 => (0..repeats).for_each(|_| copy_bytes(packed.bytes(), copied.bytes_mut(), &plain)),
+            _ => (0..repeats).for_each(|_| copy_bytes(packed.bytes(), copied.bytes_mut(), &streaming)),
+        }
+        Ok::<(), gdn::SplitError>(())
+    })?;
+    Ok(Record { tokens, bytes, seconds, copy_seconds: plain.min(streaming), threads })
+}
+
+/// The least time a sample takes: shorter work is repeated within a sample, so that the clock's own cost is lost in it.
+const SAMPLE_SECONDS: f64 = 100e-6;
+
+/// The median seconds of one run of each of `N` contenders, measured in turns for about `budget` seconds. `run` is given a
+/// contender and how often to run it.
+fn medians<const N: usize, E>(
+    budget: f64,
+    mut run: impl FnMut(usize, usize) -> Result<(), E>,
+) -> Result<[f64; N], E> {
+    let mut sample = |contender: usize, repeats: usize| {
+        let start = Instant::now();
+        run(contender, repeats)?;
+        Ok(start.elapsed().as_secs_f64() / repeats as f64)
+    };
+    let mut repeats = [1; N];
+    for (contender, repeats) in repeats.iter_mut().enumerate() {
+        sample(contender, 1)?;
+        let once = sample(contender, 1)?.max(1e-9);
+        *repeats = (SAMPLE_SECONDS / once).ceil().clamp(1.0, 1e6) as usize;
+    }
+    let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::new());
+    let start = Instant::now();
+    let mut round = 0;
+    while round < 11 || (start.elapsed().as_secs_f64() < budget && round < 2001) {
+        // Who comes first changes from round to round: what a contender leaves in the caches falls to everybody.
+        for i in 0..N {
+            let contender = (i + round) % N;
+            samples[contender].push(sample(contender, repeats[contender])?);
+        }
+        round += 1;
+    }
+    Ok(samples.map(|mut samples| {
+        samples.sort_by(f64::total_cmp);
+        samples[samples.len() / 2]
+    }))
+}
+
+/// Bytes that can be had without swapping, where the system tells.
+fn available_memory() -> Option<usize> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
+}

@@ -1,0 +1,138 @@
+//! The arguments that say how rows are laid out and how the CPU is to work, shared by the commands.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use anyhow::{Context, bail};
+use gdn::{Cpu, Heads, Layout, Packing, cpu::Isa};
+
+/// Where the heads come from: a preset, a config, or the four numbers.
+#[derive(clap::Args)]
+pub(crate) struct LayoutArgs {
+    /// Heads of a published model, such as Qwen3-Next-80B-A3B (`gdn info` lists them)
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["config", "num_k_heads"], help_heading = "Heads")]
+    preset: Option<String>,
+    /// Heads from a Hugging Face config.json
+    #[arg(long, value_name = "FILE", conflicts_with = "num_k_heads", help_heading = "Heads")]
+    config: Option<PathBuf>,
+    /// Key heads, and as many query heads
+    #[arg(long, value_name = "HK", requires_all = ["num_v_heads", "head_k_dim", "head_v_dim"], help_heading = "Heads")]
+    num_k_heads: Option<usize>,
+    /// Value heads, a multiple of the key heads
+    #[arg(long, value_name = "HV", requires = "num_k_heads", help_heading = "Heads")]
+    num_v_heads: Option<usize>,
+    /// Features of a query or key head
+    #[arg(long, value_name = "DK", requires = "num_k_heads", help_heading = "Heads")]
+    head_k_dim: Option<usize>,
+    /// Features of a value head
+    #[arg(long, value_name = "DV", requires = "num_k_heads", help_heading = "Heads")]
+    head_v_dim: Option<usize>,
+    /// The heads of one of so many tensor-parallel ranks
+    #[arg(long, value_name = "RANKS", help_heading = "Heads")]
+    tp_size: Option<usize>,
+    /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6)
+    #[arg(long, help_heading = "Heads")]
+    packing: Option<Packing>,
+}
+
+const HEADS_KEYS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
+
+impl LayoutArgs {
+    /// The heads that the arguments name, if they name any.
+    pub(crate) fn heads(&self) -> anyhow::Result<Option<Heads>> {
+        let heads = if let Some(model) = &self.preset {
+            Some(Heads::preset(model).context("--preset")?)
+        } else if let Some(path) = &self.config {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read --config {}", path.display()))?;
+            Some(Heads::from_config(&text).with_context(|| format!("--config {}", path.display()))?)
+        } else if let (Some(hk), Some(hv), Some(dk), Some(dv)) =
+            (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
+        {
+            Some(Heads::new(hk, hv, dk, dv)?)
+        } else {
+            None
+        };
+        match (heads, self.tp_size) {
+            (Some(heads), Some(tp_size)) => Ok(Some(heads.shard(tp_size).context("--tp-size")?)),
+            (None, Some(_)) => {
+                bail!("--tp-size divides heads that --preset, --config or --num-k-heads … name")
+            }
+            (heads, None) => Ok(heads),
+        }
+    }
+
+    /// The order of features, Qwen3-Next's where nothing is said.
+    pub(crate) fn packing(&self) -> Packing {
+        self.packing.unwrap_or(Packing::Interleaved)
+    }
+
+    /// The layout of a file with this metadata: arguments go before what the file says of itself.
+    pub(crate) fn for_file(&self, metadata: &HashMap<String, String>) -> anyhow::Result<Layout> {
+        let heads = match self.heads()? {
+            Some(heads) => heads,
+            None => heads_from(metadata)?,
+        };
+        let packing = match (self.packing, metadata.get("packing")) {
+            (Some(packing), _) => packing,
+            (None, Some(name)) => name.parse().context("metadata of the file")?,
+            (None, None) => Packing::Interleaved,
+        };
+        Ok(Layout::new(heads, packing))
+    }
+}
+
+fn heads_from(metadata: &HashMap<String, String>) -> anyhow::Result<Heads> {
+    let mut numbers = [0usize; 4];
+    for (number, key) in numbers.iter_mut().zip(HEADS_KEYS) {
+        let Some(text) = metadata.get(key) else {
+            bail!(
+                "the file's metadata has no '{key}': name the heads by --preset, --config or --num-k-heads …"
+            );
+        };
+        *number = text.parse().with_context(|| format!("the file's metadata has {key} = '{text}'"))?;
+    }
+    let [hk, hv, dk, dv] = numbers;
+    Heads::new(hk, hv, dk, dv).context("metadata of the file")
+}
+
+/// What a file says of its own layout.
+pub(crate) fn metadata_of(layout: &Layout) -> [(&'static str, String); 5] {
+    let Layout { heads, packing } = layout;
+    [
+        ("num_k_heads", heads.num_k_heads().to_string()),
+        ("num_v_heads", heads.num_v_heads().to_string()),
+        ("head_k_dim", heads.head_k_dim().to_string()),
+        ("head_v_dim", heads.head_v_dim().to_string()),
+        ("packing", packing.to_string()),
+    ]
+}
+
+/// How the CPU is to work.
+#[derive(clap::Args)]
+pub(crate) struct CpuArgs {
+    /// Threads [default: one for each core, and one alone where there is little to do]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "CPU")]
+    threads: Option<u16>,
+    /// Instruction set: scalar, avx2, avx512 or neon [default: the best of this machine]
+    #[arg(long, help_heading = "CPU")]
+    isa: Option<Isa>,
+    /// Rows that a thread takes at a time [default: as many as fit its cache]
+    #[arg(long, value_name = "ROWS", help_heading = "CPU")]
+    rows_per_iter: Option<usize>,
+}
+
+impl CpuArgs {
+    /// The choices, with as many threads ready as were asked for.
+    pub(crate) fn cpu(&self) -> anyhow::Result<Cpu> {
+        let mut cpu = Cpu::new();
+        if let Some(threads) = self.threads {
+            let threads = usize::from(threads);
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+            cpu = cpu.threads(threads);
+        }
+        if let Some(isa) = self.isa {
+            cpu = cpu.isa(isa).context("--isa")?;
+        }
+        Ok(cpu.rows_per_iter(self.rows_per_iter.unwrap_or(0)))
+    }
+}

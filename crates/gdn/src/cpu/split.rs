@@ -1,0 +1,238 @@
+//! Split and merge on the CPU: a checked plan, cut into chunks of rows for threads and tiles of rows for their caches, as runs
+//! of byte copies.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{
+    Cpu,
+    copy::{Copier, LINE, Lane},
+};
+use crate::{
+    FeatureMap, Run,
+    rows::Operand,
+    split::{Direction, Plan},
+    tiling::{self, DeviceProfile},
+};
+
+/// What a tile of rows, inputs and outputs together, may take of a core's second-level cache.
+const TILE_BYTES: usize = 512 << 10;
+/// The most rows of such a tile.
+const CACHED_TILE_ROWS: usize = 64;
+/// The rows after which a copy past the caches turns from `mixed_qkvz` to `mixed_ba`: the short rows of the second are read best
+/// many at a time.
+const STREAMED_TILE_ROWS: usize = 512;
+/// The largest tile a caller can ask for.
+const MAX_TILE_BYTES: usize = 64 << 20;
+/// Bytes of the rows that are worth streaming: a row of a few lines has as many that are shared with its neighbours as that
+/// are its own, and one that no cache holds would not stay on a stage.
+const STREAMED_ROWS: std::ops::RangeInclusive<usize> = 8 * LINE..=4 << 20;
+
+/// Does what was checked.
+pub(crate) fn run(plan: &Plan<'_>, cpu: &Cpu) {
+    let (num_rows, row_bytes) = (plan.num_rows(), plan.row_bytes());
+    // No tensor fills more than the address space, but their sum might.
+    let written = num_rows.saturating_mul(row_bytes);
+    let threads = cpu.chosen_threads(written.saturating_mul(2));
+    let mut work =
+        Work { plan, copier: Copier::of(cpu.chosen_isa()), roads: [[Road::Cached; 2]; 2], rows_per_iter: 1 };
+    if cpu.chosen_streaming(written) {
+        work.choose_roads();
+    }
+    // What is only streamed leaves nothing in the cache that a tile would have to fit.
+    let staged = work.roads.iter().flatten().any(|road| *road == Road::Staged);
+    let streamed = work.roads.iter().flatten().any(|road| *road == Road::Streamed);
+    let (buffer_bytes, max_rows_per_iter) = if streamed && !staged {
+        (MAX_TILE_BYTES, STREAMED_TILE_ROWS)
+    } else {
+        (TILE_BYTES, CACHED_TILE_ROWS)
+    };
+    let device = DeviceProfile { cores: threads, buffer_bytes, max_rows_per_iter };
+    let tiling = tiling::plan(num_rows, 2 * row_bytes, &device);
+    work.rows_per_iter = match cpu.rows_per_iter {
+        Some(rows) => rows.get().min(MAX_TILE_BYTES / row_bytes).clamp(1, tiling.rows_per_core),
+        None => tiling.rows_per_iter,
+    };
+    let work = &work;
+    let chunk = |i: usize| {
+        let rows = i * tiling.rows_per_core..((i + 1) * tiling.rows_per_core).min(num_rows);
+        // SAFETY: chunks have no row in common.
+        unsafe { work.do_rows(rows) }
+    };
+    match tiling.grid {
+        1 => chunk(0),
+        grid => (0..grid).into_par_iter().with_max_len(1).for_each(chunk),
+    }
+}
+
+/// How what is written gets to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Road {
+    /// Ordinary stores.
+    Cached,
+    /// Streaming stores, straight from the source: every segment is made of whole lines.
+    Streamed,
+    /// Put together on a stage that stays in the cache, and streamed from there: a line that is streamed in parts would cost
+    /// more than one that is not streamed at all.
+    Staged,
+}
+
+/// Everything a thread needs to copy any of the rows. Small, and the rest made where it is needed: a call for one row finds
+/// its inputs and outputs in the first-level cache if little else is there.
+struct Work<'a> {
+    plan: &'a Plan<'a>,
+    copier: &'static Copier,
+    /// For each projection, the road of its first and of its second written tensor.
+    roads: [[Road; 2]; 2],
+    rows_per_iter: usize,
+}
+
+// SAFETY: addresses of a plan's tensors. Only `do_rows` follows them, whose callers answer for how.
+unsafe impl Sync for Work<'_> {}
+
+impl<'a> Work<'a> {
+    /// The tensors that a projection writes: two of a split, one of a merge.
+    fn targets(&self, projection: usize) -> &[&'a Operand] {
+        let tensors = self.plan.tensors(projection);
+        match self.plan.direction {
+            Direction::Split => &tensors[1..],
+            Direction::Merge => &tensors[..1],
+        }
+    }
+
+    /// One run of a projection's map as a lane from row 0 of its source to row 0 of its target, and which target that is.
+    #[inline(always)]
+    fn lane(&self, projection: usize, map: &FeatureMap, run: &Run) -> (Lane, usize) {
+        let tensors = self.plan.tensors(projection);
+        let size = tensors[0].geometry.element_size;
+        let second_start = map.tensors()[1].start;
+        let second = usize::from(run.unpacked >= second_start);
+        let len = run.len * size;
+        let packed = (tensors[0], run.packed * size, map.packed_step() * size);
+        let unpacked = (tensors[1 + second], (run.unpacked - second * second_start) * size, len);
+        let ((from, src_at, src_step), (to, dst_at, dst_step), target) = match self.plan.direction {
+            Direction::Split => (packed, unpacked, second),
+            Direction::Merge => (unpacked, packed, 0),
+        };
+        let lane = Lane {
+            // With no rows the pointers may be anything and are never followed.
+            src: from.ptr.wrapping_add(src_at),
+            dst: to.ptr.wrapping_add(dst_at),
+            src_stride: from.geometry.row_stride,
+            dst_stride: to.geometry.row_stride,
+            src_step,
+            dst_step,
+            len,
+            streamed: self.roads[projection][target] == Road::Streamed,
+        };
+        (lane, target)
+    }
+
+    /// Chooses a road past the caches for every tensor that is worth it.
+    fn choose_roads(&mut self) {
+        for projection in 0..2 {
+            for target in 0..self.targets(projection).len() {
+                let geometry = self.targets(projection)[target].geometry;
+                if !STREAMED_ROWS.contains(&geometry.row_bytes()) {
+                    continue;
+                }
+                let map = self.plan.map(projection);
+                let lanes = map.runs().iter().map(|run| self.lane(projection, &map, run));
+                let distances =
+                    lanes.filter(|(_, of)| *of == target).fold(geometry.row_stride, |all, (lane, _)| {
+                        all | lane.dst.addr() | lane.dst_step | lane.len
+                    });
+                let whole_lines = distances.is_multiple_of(LINE);
+                self.roads[projection][target] = if whole_lines { Road::Streamed } else { Road::Staged };
+            }
+        }
+    }
+
+    /// Bytes of the stage of a tensor, 0 where it has none.
+    fn stage_bytes(&self, projection: usize, target: usize) -> usize {
+        match self.roads[projection][target] {
+            Road::Staged => self.rows_per_iter * self.targets(projection)[target].geometry.row_bytes(),
+            Road::Cached | Road::Streamed => 0,
+        }
+    }
+
+    /// Bytes of memory for stages. Those of one projection are used at a time.
+    fn stages_bytes(&self) -> usize {
+        (0..2).map(|p| self.stage_bytes(p, 0) + self.stage_bytes(p, 1)).max().unwrap_or(0)
+    }
+
+    /// Copies some of the rows, tile by tile, projection by projection.
+    ///
+    /// # Safety
+    /// No two calls at a time have a row in common.
+    #[inline(always)]
+    unsafe fn do_rows(&self, rows: Range<usize>) {
+        let mut stage = vec![0u8; self.stages_bytes()];
+        let mut start = rows.start;
+        while start < rows.end {
+            let tile = start..(start + self.rows_per_iter).min(rows.end);
+            for projection in 0..2 {
+                // SAFETY: the caller's promise; the stage is as long as it must be.
+                unsafe {
+                    self.do_tile(projection, &tile, stage.as_mut_ptr());
+                    if !stage.is_empty() {
+                        self.stream_stages(projection, &tile, stage.as_ptr());
+                    }
+                }
+            }
+            start = tile.end;
+        }
+        (self.copier.fence)();
+    }
+
+    /// # Safety
+    /// No two calls at a time have a row in common. `stage` has room for the stages of the projection.
+    #[inline(always)]
+    unsafe fn do_tile(&self, projection: usize, tile: &Range<usize>, stage: *mut u8) {
+        let map = self.plan.map(projection);
+        let mut lanes = [Lane::NONE; 4];
+        for (slot, run) in lanes.iter_mut().zip(map.runs()) {
+            let (mut lane, target) = self.lane(projection, &map, run);
+            lane.src = lane.src.wrapping_add(tile.start * lane.src_stride);
+            if self.roads[projection][target] == Road::Staged {
+                let Operand { ptr, geometry } = self.targets(projection)[target];
+                let offset = lane.dst.addr() - ptr.addr() + target * self.stage_bytes(projection, 0);
+                (lane.dst, lane.dst_stride) = (stage.wrapping_add(offset), geometry.row_bytes());
+            } else {
+                lane.dst = lane.dst.wrapping_add(tile.start * lane.dst_stride);
+            }
+            *slot = lane;
+        }
+        let cached = self.roads[projection] == [Road::Cached; 2];
+        let copy = if cached { self.copier.copy_cached } else { self.copier.copy_past };
+        // SAFETY: the plan was checked: the tile's rows are there in every tensor, each lane lies within its rows on both
+        // sides, and what is written overlaps nothing. A stage has room for a tile of rows.
+        unsafe { copy(&lanes[..map.runs().len()], map.count(), tile.len()) }
+    }
+
+    /// # Safety
+    /// As [`Work::do_tile`], which put a tile on the stages.
+    #[inline(never)]
+    unsafe fn stream_stages(&self, projection: usize, tile: &Range<usize>, stage: *const u8) {
+        for (target, Operand { ptr, geometry }) in self.targets(projection).iter().enumerate() {
+            if self.roads[projection][target] != Road::Staged {
+                continue;
+            }
+            let row_bytes = geometry.row_bytes();
+            // Dense rows are one stretch of lines, others are streamed one by one.
+            let (rows, bytes) = match geometry.row_stride == row_bytes {
+                true => (1, tile.len() * row_bytes),
+                false => (tile.len(), row_bytes),
+            };
+            for k in 0..rows {
+                // SAFETY: rows of the tile, on the stage and in the tensor.
+                unsafe {
+                    let src = stage.add(target * self.stage_bytes(projection, 0) + k * row_bytes);
+                    let dst = ptr.add((tile.start + k) * geometry.row_stride);
+                    (self.copier.stream)(src, dst, bytes);
+                }
+            }
+        }
+    }
+}
