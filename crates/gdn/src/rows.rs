@@ -402,6 +402,16 @@ impl<'a> RowsMut<'a> {
         Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
     }
 
+    /// The bytes of row `row`, to be written; `None` past the last row.
+    pub fn row_mut(&mut self, row: usize) -> Option<&mut [u8]> {
+        let (Geometry { num_rows, row_stride, .. }, row_bytes) =
+            (self.operand.geometry, self.operand.geometry.row_bytes());
+        // SAFETY: the constructors saw to it that every row lies in memory that is this view's alone, borrowed with the view.
+        (row < num_rows).then(|| unsafe {
+            std::slice::from_raw_parts_mut(self.operand.ptr.add(row * row_stride), row_bytes)
+        })
+    }
+
     /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices of one wider
     /// buffer.
     ///

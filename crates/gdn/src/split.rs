@@ -314,7 +314,7 @@ impl<'a> Plan<'a> {
 
 /// The first bytes that both tensors own, as address and number.
 #[inline]
-fn overlap(x: &Operand, y: &Operand) -> Option<(usize, usize)> {
+pub(crate) fn overlap(x: &Operand, y: &Operand) -> Option<(usize, usize)> {
     let end = |o: &Operand| o.ptr.addr().saturating_add(o.geometry.span());
     if end(x) <= y.ptr.addr() || end(y) <= x.ptr.addr() { None } else { overlap_of_rows(x, y) }
 }
