@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use memmap2::{Mmap, MmapMut};
-use safetensors::{Dtype, SafeTensors, tensor::Metadata};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{Metadata, TensorInfo},
+};
 use serde_json::json;
 use tempfile::NamedTempFile;
 
@@ -34,6 +37,7 @@ pub(crate) fn check_interrupted() -> Result<(), Interrupted> {
 /// A safetensors file, mapped and its header checked.
 pub(crate) struct Input {
     path: PathBuf,
+    file: File,
     map: Mmap,
     header: Metadata,
     data_start: usize,
@@ -61,12 +65,49 @@ impl Input {
         // for every reader of mapped files; nothing here writes to it.
         let map = unsafe { Mmap::map(&file) }?;
         let (header, data_start) = parse(&map)?;
-        Ok(Self { path: path.to_owned(), map, header, data_start })
+        Ok(Self { path: path.to_owned(), file, map, header, data_start })
     }
 
     /// What the file says of itself.
     pub(crate) fn metadata(&self) -> HashMap<String, String> {
         self.header.metadata().clone().unwrap_or_default()
+    }
+
+    /// The same, in the order of the file.
+    pub(crate) fn ordered_metadata(&self) -> anyhow::Result<Vec<(String, String)>> {
+        Self::metadata_of_head(self.head())
+    }
+
+    /// The same, of a file up to its data.
+    pub(crate) fn metadata_of_head(head: &[u8]) -> anyhow::Result<Vec<(String, String)>> {
+        #[derive(serde::Deserialize)]
+        struct Header {
+            #[serde(default, rename = "__metadata__")]
+            metadata: Pairs,
+        }
+        let header: Header = serde_json::from_slice(head.get(8..).unwrap_or_default())?;
+        Ok(header.metadata.0)
+    }
+
+    /// The file itself, for those who copy from it.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What the header says of a tensor, and the offset of its data in the file.
+    pub(crate) fn place(&self, name: &str) -> Option<(&TensorInfo, u64)> {
+        let info = self.header.info(name)?;
+        Some((info, (self.data_start + info.data_offsets.0) as u64))
+    }
+
+    /// Where data begins.
+    pub(crate) fn data_start(&self) -> usize {
+        self.data_start
+    }
+
+    /// The file up to its data: the length of the header, and the header.
+    pub(crate) fn head(&self) -> &[u8] {
+        &self.map[..self.data_start]
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
@@ -83,6 +124,30 @@ impl Input {
         let (start, end) = info.data_offsets;
         let data = &self.map[self.data_start..][start..end];
         Ok(Tensor { name, dtype: info.dtype, shape: &info.shape, data })
+    }
+}
+
+/// An object of strings whose order is kept.
+#[derive(Default)]
+struct Pairs(Vec<(String, String)>);
+
+impl<'de> serde::Deserialize<'de> for Pairs {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Pairs;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of strings")
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
     }
 }
 
@@ -182,12 +247,7 @@ impl Output {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gdn-").suffix(".tmp");
-        #[cfg(unix)]
-        builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
-        let mut file = builder.tempfile_in(directory)?;
-        reserve(file.as_file(), directory, bytes as u64)?;
+        let mut file = temporary(directory, bytes as u64)?;
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         // SAFETY: the file is new, its name is random, and it is this process that writes to it. Its space was reserved.
@@ -241,23 +301,50 @@ fn header(tensors: &[NewTensor], metadata: &BTreeMap<String, String>) -> anyhow:
     Ok(header)
 }
 
+/// What temporary files are called.
+pub(crate) const TEMPORARY: (&str, &str) = (".gdn-", ".tmp");
+
+/// A file of that many bytes under a temporary name. Dropped, it is gone.
+pub(crate) fn temporary(directory: &Path, bytes: u64) -> anyhow::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
+    #[cfg(unix)]
+    builder.permissions(<Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o666));
+    let file = builder.tempfile_in(directory)?;
+    reserve(file.as_file(), directory, bytes)?;
+    Ok(file)
+}
+
+/// Bytes that may still be written to the file system of `directory`, where it tells.
+pub(crate) fn available(directory: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let stat = rustix::fs::statvfs(directory).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = directory;
+        None
+    }
+}
+
 /// Makes the file that long, with its blocks allocated where the system can, so that writing through a map cannot run out of
 /// space.
 fn reserve(file: &File, directory: &Path, bytes: u64) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::{fs::FallocateFlags, io::Errno};
-        let available =
-            rustix::fs::statvfs(directory).map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+        let available = available(directory);
         match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
             Ok(()) => return Ok(()),
             Err(Errno::NOSPC | Errno::FBIG) => bail!(
                 "no space: it takes {bytes} bytes, {} are available",
-                available.map_or_else(|_| "fewer".to_owned(), |bytes| bytes.to_string())
+                available.map_or_else(|| "fewer".to_owned(), |bytes| bytes.to_string())
             ),
             // A file system that cannot allocate ahead, but may tell what it has.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                if let Ok(available) = available.map(|available| available.min(i64::MAX as u64))
+                if let Some(available) = available
                     && available < bytes
                 {
                     bail!("no space: it takes {bytes} bytes, {available} are available");

@@ -7,7 +7,7 @@ use gdn::{Cpu, Heads, Layout, Packing, cpu::Isa};
 
 /// Where the heads come from: a preset, a config, or the four numbers.
 #[derive(clap::Args)]
-pub(crate) struct LayoutArgs {
+pub(crate) struct HeadsArgs {
     /// Heads of a published model, such as Qwen3-Next-80B-A3B (`gdn info` lists them)
     #[arg(long, value_name = "MODEL", conflicts_with_all = ["config", "num_k_heads"], help_heading = "Heads")]
     preset: Option<String>,
@@ -29,6 +29,13 @@ pub(crate) struct LayoutArgs {
     /// The heads of one of so many tensor-parallel ranks
     #[arg(long, value_name = "RANKS", help_heading = "Heads")]
     tp_size: Option<usize>,
+}
+
+/// The heads, and how they are packed.
+#[derive(clap::Args)]
+pub(crate) struct LayoutArgs {
+    #[command(flatten)]
+    heads: HeadsArgs,
     /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6)
     #[arg(long, help_heading = "Heads")]
     packing: Option<Packing>,
@@ -36,7 +43,7 @@ pub(crate) struct LayoutArgs {
 
 const HEADS_KEYS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
 
-impl LayoutArgs {
+impl HeadsArgs {
     /// The heads that the arguments name, if they name any.
     pub(crate) fn heads(&self) -> anyhow::Result<Option<Heads>> {
         let heads = if let Some(model) = &self.preset {
@@ -60,6 +67,13 @@ impl LayoutArgs {
             (heads, None) => Ok(heads),
         }
     }
+}
+
+impl LayoutArgs {
+    /// The heads that the arguments name, if they name any.
+    pub(crate) fn heads(&self) -> anyhow::Result<Option<Heads>> {
+        self.heads.heads()
+    }
 
     /// The order of features, Qwen3-Next's where nothing is said.
     pub(crate) fn packing(&self) -> Packing {
@@ -81,7 +95,7 @@ impl LayoutArgs {
     }
 }
 
-fn heads_from(metadata: &HashMap<String, String>) -> anyhow::Result<Heads> {
+pub(crate) fn heads_from(metadata: &HashMap<String, String>) -> anyhow::Result<Heads> {
     let mut numbers = [0usize; 4];
     for (number, key) in numbers.iter_mut().zip(HEADS_KEYS) {
         let Some(text) = metadata.get(key) else {

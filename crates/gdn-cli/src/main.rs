@@ -5,6 +5,8 @@ mod files;
 mod info;
 mod layout;
 mod plot;
+mod progress;
+mod repack;
 mod transform;
 
 use std::{
@@ -29,6 +31,10 @@ enum Command {
     Split(transform::Args),
     /// Put them together again, the exact inverse of split
     Merge(transform::Args),
+    /// Put a checkpoint's projections into contiguous order once, after which the split is a view; or undo that
+    Repack(repack::Args),
+    /// Prove by reading back that a checkpoint is another one repacked
+    Verify(repack::verify::Args),
     /// Show this machine and, for given heads, the row layouts before and after the split
     Info(info::Args),
     /// Measure an op against a copy of the same bytes
@@ -51,6 +57,8 @@ fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Split(args) => transform::split(&args),
         Command::Merge(args) => transform::merge(&args),
+        Command::Repack(args) => repack::run(&args),
+        Command::Verify(args) => repack::verify::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(BenchOp::Split(args)) => bench::run(&args),
         Command::Completions { shell } => completions(shell),

@@ -1,20 +1,14 @@
 //! `gdn split` and `gdn merge`: the op over a safetensors file.
 
-use std::{
-    collections::BTreeMap,
-    io::IsTerminal,
-    ops::Range,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 
 use anyhow::{Context, bail};
 use gdn::{Cpu, Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::{
     files::{Input, NewTensor, Output, Tensor, catch_interrupts, check_interrupted},
     layout::{CpuArgs, LayoutArgs, metadata_of},
+    progress::Progress,
 };
 
 #[derive(clap::Args)]
@@ -222,40 +216,4 @@ fn write(
     }
     progress.finish();
     output.finish()
-}
-
-/// A progress bar on a terminal, from the second second on.
-struct Progress {
-    started: Instant,
-    bytes: u64,
-    bar: Option<ProgressBar>,
-}
-
-impl Progress {
-    fn new(bytes: u64) -> Self {
-        Self { started: Instant::now(), bytes, bar: None }
-    }
-
-    fn set(&mut self, bytes: u64) {
-        if self.bar.is_none()
-            && self.started.elapsed() > Duration::from_secs(1)
-            && std::io::stderr().is_terminal()
-        {
-            let bar = ProgressBar::with_draw_target(Some(self.bytes), ProgressDrawTarget::stderr());
-            let style = "{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-            if let Ok(style) = ProgressStyle::with_template(style) {
-                bar.set_style(style);
-            }
-            self.bar = Some(bar.with_elapsed(self.started.elapsed()));
-        }
-        if let Some(bar) = &self.bar {
-            bar.set_position(bytes);
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
 }

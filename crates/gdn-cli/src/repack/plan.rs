@@ -1,0 +1,447 @@
+//! What a repacked checkpoint is made of, tensor by tensor, before a byte of it is written.
+
+use std::collections::{BTreeMap, HashSet};
+
+use anyhow::{Context, bail};
+use gdn::{Layout, Packing, WeightMap};
+use safetensors::{Dtype, tensor::TensorInfo};
+use serde_json::{Value, json};
+
+use super::{
+    Names,
+    checkpoint::{Checkpoint, ModuleName, Place, Record},
+    follow::{Follow, Grain, follow},
+};
+
+/// What a checkpoint is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The same tensors, for a comparison.
+    Same,
+    /// This packing; the names are those of its projections there.
+    Repacked(Layout, Names),
+}
+
+/// Every file with tensors, and the index.
+pub(super) struct Plan {
+    pub(super) shards: Vec<PlannedShard>,
+    /// Its text. `None` where the source has none.
+    pub(super) index: Option<(String, String)>,
+}
+
+pub(super) struct PlannedShard {
+    pub(super) name: String,
+    /// The length of the header, and the header.
+    pub(super) head: Vec<u8>,
+    pub(super) tensors: Vec<Planned>,
+    /// Of the whole file.
+    pub(super) bytes: u64,
+}
+
+/// One tensor of the result.
+pub(super) struct Planned {
+    pub(super) name: String,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) bytes: u64,
+    pub(super) content: Content,
+}
+
+/// Where a tensor's bytes come from.
+pub(super) enum Content {
+    /// All from one place.
+    Whole(Place),
+    /// Indices of a dim that move.
+    Gather { dim: usize, parts: Vec<(Place, WeightMap)> },
+    /// Nowhere: they are made here.
+    Bytes(Vec<u8>),
+}
+
+/// Bytes that stay side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Copy {
+    pub(super) shard: usize,
+    pub(super) from: u64,
+    pub(super) len: u64,
+}
+
+impl Planned {
+    /// Whether any byte of it moves.
+    pub(super) fn is_moved(&self) -> bool {
+        !matches!(self.content, Content::Whole(_))
+    }
+
+    /// All bytes of the tensor, in order. None for [`Content::Bytes`].
+    pub(super) fn copies(&self) -> anyhow::Result<Vec<Copy>> {
+        match &self.content {
+            Content::Bytes(_) => Ok(Vec::new()),
+            Content::Whole(place) => {
+                Ok(vec![Copy { shard: place.shard, from: place.start, len: place.bytes }])
+            }
+            Content::Gather { dim, parts } => {
+                let outer: usize = self.shape[..*dim].iter().product();
+                let indices = (outer * self.shape[*dim]) as u64;
+                let inner = if indices == 0 { 0 } else { self.bytes / indices };
+                let mut copies = Vec::new();
+                for n in 0..outer as u64 {
+                    for (place, map) in parts {
+                        let (from, to) = (n * map.sources() as u64, n * map.destinations() as u64);
+                        copies.extend(map.moves().iter().map(|m| {
+                            let copy = Copy {
+                                shard: place.shard,
+                                from: place.start + (from + m.from as u64) * inner,
+                                len: m.len as u64 * inner,
+                            };
+                            ((to + m.to as u64) * inner, copy)
+                        }));
+                    }
+                }
+                copies.sort_by_key(|(to, _)| *to);
+                let mut end = 0u64;
+                let mut result = Vec::with_capacity(copies.len());
+                for (to, mut copy) in copies {
+                    // What two parts both give is the same in both: the plan saw to that.
+                    let known = end.saturating_sub(to).min(copy.len);
+                    copy.from += known;
+                    copy.len -= known;
+                    if to + known != end {
+                        bail!("'{}': nothing fills its bytes from {end} on", self.name);
+                    }
+                    end += copy.len;
+                    result.extend((copy.len > 0).then_some(copy));
+                }
+                if end != self.bytes {
+                    bail!("'{}': nothing fills its bytes from {end} on", self.name);
+                }
+                Ok(result)
+            }
+        }
+    }
+}
+
+impl Plan {
+    pub(super) fn new(source: &Checkpoint, goal: Goal) -> anyhow::Result<Self> {
+        let block = block_rows(source)?;
+        let planner = Planner { source, goal, block };
+        let mut shards = Vec::new();
+        let mut weight_map = BTreeMap::new();
+        for (number, shard) in source.shards.iter().enumerate() {
+            let mut tensors = Vec::new();
+            for name in shard.input.names() {
+                planner
+                    .add(number, &name, &mut tensors)
+                    .with_context(|| format!("{}: '{name}'", shard.name))?;
+            }
+            let mut metadata = shard.metadata.clone();
+            if let Goal::Repacked(layout, names) = goal
+                && layout.packing == Packing::Contiguous
+            {
+                metadata.extend(Record { layout, names }.pairs());
+            } else if let (Goal::Same, Some(record)) = (goal, source.record) {
+                metadata.extend(record.pairs());
+            }
+            let head = head(&tensors, &metadata).with_context(|| shard.name.clone())?;
+            let bytes = head.len() as u64 + tensors.iter().map(|tensor| tensor.bytes).sum::<u64>();
+            for tensor in &tensors {
+                weight_map.insert(tensor.name.clone(), shard.name.clone());
+            }
+            shards.push(PlannedShard { name: shard.name.clone(), head, tensors, bytes });
+        }
+        let index = index(source, &shards, &weight_map)?;
+        Ok(Self { shards, index })
+    }
+}
+
+struct Planner<'s> {
+    source: &'s Checkpoint,
+    goal: Goal,
+    block: Option<usize>,
+}
+
+/// A tensor that is read.
+struct Source<'s> {
+    info: &'s TensorInfo,
+    place: Place,
+}
+
+impl Planner<'_> {
+    fn source(&self, shard: usize, name: &str) -> anyhow::Result<Source<'_>> {
+        let (info, start) = self.source.shards[shard].input.place(name).context("there is no such tensor")?;
+        let bytes = (info.data_offsets.1 - info.data_offsets.0) as u64;
+        Ok(Source { info, place: Place { shard, start, bytes } })
+    }
+
+    /// Adds what becomes of the tensor `name`.
+    fn add(&self, shard: usize, name: &str, tensors: &mut Vec<Planned>) -> anyhow::Result<()> {
+        let source = self.source(shard, name)?;
+        let (Goal::Repacked(layout, names), Some(module)) = (self.goal, ModuleName::parse(name)) else {
+            tensors.push(source.as_it_is(name.to_owned()));
+            return Ok(());
+        };
+        match (layout.packing, module.part) {
+            (packing, None) => self.whole(&source, &module, layout, packing, names, tensors),
+            (Packing::Interleaved, Some(part)) => {
+                let [first, second] = [0, 1].map(|part| module.of(Some(part)));
+                let other = if part == 0 { &second } else { &first };
+                let Some(other_shard) = self.source.shard_of(other) else { bail!("'{other}' is missing") };
+                if part == 0 {
+                    let second = self.source(other_shard, other)?;
+                    tensors.push(self.joined([&source, &second], &module, layout)?);
+                }
+                Ok(())
+            }
+            (Packing::Contiguous, Some(_)) => bail!("it is contiguous already"),
+        }
+    }
+
+    /// How a tensor of a projection follows `outputs` outputs, and that its shape allows it.
+    fn follow(&self, source: &Source<'_>, suffix: &str, outputs: usize) -> anyhow::Result<Follow> {
+        let TensorInfo { dtype, shape, .. } = source.info;
+        let follow = follow(suffix, *dtype, shape, outputs, self.block)?;
+        if let Follow::Along { dim, .. } = follow {
+            let indices: usize = shape[..=dim].iter().product();
+            if indices > 0 && !source.place.bytes.is_multiple_of(indices as u64) {
+                bail!("its shape is {shape:?}, of {dtype}: what moves is no whole number of bytes");
+            }
+        }
+        Ok(follow)
+    }
+
+    /// A tensor of a whole projection: repacked as it is, or taken apart.
+    fn whole(
+        &self,
+        source: &Source<'_>,
+        module: &ModuleName<'_>,
+        layout: Layout,
+        packing: Packing,
+        names: Names,
+        tensors: &mut Vec<Planned>,
+    ) -> anyhow::Result<()> {
+        let map = WeightMap::new(&layout.heads, module.projection, packing);
+        let follow = self.follow(source, module.suffix, map.sources())?;
+        if names == Names::Fused {
+            let mut tensor = source.as_it_is(module.of(None));
+            if let Follow::Along { dim, grain } = follow {
+                let parts = vec![(source.place, grain.of(&map)?)];
+                tensor.content = Content::Gather { dim, parts };
+            }
+            tensors.push(tensor);
+            return Ok(());
+        }
+        for (part, range) in module.projection.tensors(&layout.heads).into_iter().enumerate() {
+            let mut tensor = source.as_it_is(module.of(Some(part)));
+            let outputs = range.len();
+            match follow {
+                Follow::Keep => {}
+                Follow::Shape => {
+                    tensor.content = Content::Bytes(self.with_outputs(source, map.sources(), outputs)?);
+                }
+                Follow::Along { dim, grain } => {
+                    let map = grain.of(&map.destination_part(range))?;
+                    tensor.set_dim(dim, grain.len(outputs))?;
+                    tensor.content = Content::Gather { dim, parts: vec![(source.place, map)] };
+                }
+            }
+            tensors.push(tensor);
+        }
+        Ok(())
+    }
+
+    /// The two parts of a tensor put together.
+    fn joined(
+        &self,
+        parts: [&Source<'_>; 2],
+        module: &ModuleName<'_>,
+        layout: Layout,
+    ) -> anyhow::Result<Planned> {
+        let map = WeightMap::new(&layout.heads, module.projection, Packing::Interleaved);
+        let ranges = module.projection.tensors(&layout.heads);
+        let second = module.of(Some(1));
+        let follows = [
+            self.follow(parts[0], module.suffix, ranges[0].len())?,
+            self.follow(parts[1], module.suffix, ranges[1].len()).with_context(|| format!("'{second}'"))?,
+        ];
+        let [info, other] = [parts[0].info, parts[1].info];
+        if info.dtype != other.dtype {
+            bail!("it is {}, '{second}' is {}", info.dtype, other.dtype);
+        }
+        if follows[0] != follows[1] {
+            bail!(
+                "its shape is {:?}, that of '{second}' is {:?}: they do not go together",
+                info.shape,
+                other.shape
+            );
+        }
+        let mut tensor = parts[0].as_it_is(module.of(None));
+        match follows[0] {
+            Follow::Keep => {
+                if info.shape != other.shape || !self.same(parts[0].place, parts[1].place)? {
+                    bail!("it differs from '{second}': one tensor cannot be both");
+                }
+            }
+            Follow::Shape => {
+                self.with_outputs(parts[1], ranges[1].len(), 0)?;
+                tensor.content =
+                    Content::Bytes(self.with_outputs(parts[0], ranges[0].len(), map.destinations())?);
+            }
+            Follow::Along { dim, grain } => {
+                let without = |shape: &[usize]| [&shape[..dim], &shape[dim + 1..]].concat();
+                if without(&info.shape) != without(&other.shape) {
+                    bail!("its shape is {:?}, that of '{second}' is {:?}", info.shape, other.shape);
+                }
+                tensor.set_dim(dim, grain.len(map.destinations()))?;
+                let mut gathered = Vec::new();
+                for (source, range) in parts.into_iter().zip(ranges) {
+                    gathered.push((source.place, grain.of(&map.source_part(range))?));
+                }
+                if let Grain::Block(_) = grain {
+                    self.agree(&gathered, tensor.bytes / tensor.shape[0].max(1) as u64)
+                        .with_context(|| format!("'{second}'"))?;
+                }
+                tensor.content = Content::Gather { dim, parts: gathered };
+            }
+        }
+        Ok(tensor)
+    }
+
+    /// That rows which two parts both give, as blocks of scales reach from one into the other, are the same.
+    fn agree(&self, parts: &[(Place, WeightMap)], row_bytes: u64) -> anyhow::Result<()> {
+        let mut given: BTreeMap<usize, Place> = BTreeMap::new();
+        for (place, map) in parts {
+            for (from, to) in map.moves().iter().flat_map(|m| (0..m.len).map(|i| (m.from + i, m.to + i))) {
+                let row = Place { start: place.start + from as u64 * row_bytes, bytes: row_bytes, ..*place };
+                if let Some(known) = given.insert(to, row)
+                    && !self.same(known, row)?
+                {
+                    bail!("block {to} would be made of outputs of both parts, whose scales differ");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn same(&self, one: Place, other: Place) -> anyhow::Result<bool> {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        self.source.read(one, &mut a)?;
+        self.source.read(other, &mut b)?;
+        Ok(a == b)
+    }
+
+    /// The bytes of a `weight_shape` with other outputs.
+    fn with_outputs(&self, source: &Source<'_>, outputs: usize, new: usize) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.source.read(source.place, &mut bytes)?;
+        let size = bytes.len() / 2;
+        let mut first = [0; 8];
+        first[..size].copy_from_slice(&bytes[..size]);
+        let got = u64::from_le_bytes(first);
+        if got != outputs as u64 {
+            bail!("it says {got} outputs, there are {outputs}");
+        }
+        bytes[..size].copy_from_slice(&(new as u64).to_le_bytes()[..size]);
+        Ok(bytes)
+    }
+}
+
+impl Source<'_> {
+    fn as_it_is(&self, name: String) -> Planned {
+        Planned {
+            name,
+            dtype: self.info.dtype,
+            shape: self.info.shape.clone(),
+            bytes: self.place.bytes,
+            content: Content::Whole(self.place),
+        }
+    }
+}
+
+impl Planned {
+    fn set_dim(&mut self, dim: usize, len: usize) -> anyhow::Result<()> {
+        let unit = match self.shape[dim] {
+            0 => 0,
+            old => self.bytes / old as u64,
+        };
+        self.bytes = unit.checked_mul(len as u64).context("it would be too large")?;
+        self.shape[dim] = len;
+        Ok(())
+    }
+}
+
+/// The outputs that share a scale, where the configuration says so.
+fn block_rows(source: &Checkpoint) -> anyhow::Result<Option<usize>> {
+    let Some(text) = source.config()? else { return Ok(None) };
+    let config: Value = serde_json::from_str(&text).context("config.json is no valid JSON")?;
+    let levels = [Some(&config), config.get("text_config")];
+    let quantization = levels.into_iter().flatten().find_map(|level| level.get("quantization_config"));
+    let rows = quantization.and_then(|q| {
+        let groups = q.get("config_groups").and_then(Value::as_object);
+        let structure = groups.and_then(|g| g.values().find_map(|g| g.pointer("/weights/block_structure/0")));
+        q.pointer("/weight_block_size/0").or(structure).cloned()
+    });
+    match rows {
+        None | Some(Value::Null) => Ok(None),
+        Some(rows) => {
+            match rows.as_u64().and_then(|rows| usize::try_from(rows).ok()).filter(|rows| *rows > 0) {
+                Some(rows) => Ok(Some(rows)),
+                None => bail!("config.json: the block size is {rows}, it must be a positive integer"),
+            }
+        }
+    }
+}
+
+/// Header and length as safetensors itself writes them: the same tensors and metadata give the same bytes.
+fn head(tensors: &[Planned], metadata: &[(String, String)]) -> anyhow::Result<Vec<u8>> {
+    let mut entries = Vec::new();
+    if !metadata.is_empty() {
+        let mut seen = HashSet::new();
+        let mut pairs = Vec::new();
+        for (key, value) in metadata {
+            if !seen.insert(key) {
+                bail!("its metadata has '{key}' twice");
+            }
+            pairs.push(format!("{}:{}", json!(key), json!(value)));
+        }
+        entries.push(format!("\"__metadata__\":{{{}}}", pairs.join(",")));
+    }
+    let mut seen = HashSet::new();
+    let mut start = 0;
+    for Planned { name, dtype, shape, bytes, .. } in tensors {
+        if !seen.insert(name) {
+            bail!("two tensors would be named '{name}'");
+        }
+        let end = start + bytes;
+        let (name, dtype, shape) = (json!(name), json!(dtype), json!(shape));
+        entries
+            .push(format!("{name}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{start},{end}]}}"));
+        start = end;
+    }
+    let mut header = format!("{{{}}}", entries.join(","));
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    Ok([&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat())
+}
+
+/// The index, to the byte where nothing in it changes.
+fn index(
+    source: &Checkpoint,
+    shards: &[PlannedShard],
+    weight_map: &BTreeMap<String, String>,
+) -> anyhow::Result<Option<(String, String)>> {
+    let Some(index) = &source.index else { return Ok(None) };
+    let mut json = index.json.clone();
+    json["weight_map"] = json!(weight_map);
+    if let Some(total) = json.pointer("/metadata/total_size").and_then(Value::as_u64) {
+        let data = |file_bytes: u64, data_start: usize| file_bytes.saturating_sub(data_start as u64);
+        let new: u64 = shards.iter().map(|shard| data(shard.bytes, shard.head.len())).sum();
+        let mut old = 0;
+        for shard in &source.shards {
+            old += data(shard.input.file().metadata()?.len(), shard.input.data_start());
+        }
+        json["metadata"]["total_size"] = json!((total + new).saturating_sub(old));
+    }
+    let text = if json == index.json {
+        index.text.clone()
+    } else {
+        format!("{}\n", serde_json::to_string_pretty(&json)?)
+    };
+    Ok(Some((index.name.clone(), text)))
+}
