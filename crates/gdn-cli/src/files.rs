@@ -332,6 +332,9 @@ pub(crate) fn available(directory: &Path) -> Option<u64> {
 /// Makes the file that long, with its blocks allocated where the system can, so that writing through a map cannot run out of
 /// space.
 fn reserve(file: &File, directory: &Path, bytes: u64) -> anyhow::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
     #[cfg(target_os = "linux")]
     {
         use rustix::{fs::FallocateFlags, io::Errno};
