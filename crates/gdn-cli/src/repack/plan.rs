@@ -57,6 +57,9 @@ pub(super) enum Content {
     Bytes(Vec<u8>),
 }
 
+/// From this size on a piece is copied by itself; of smaller ones many are put together first.
+pub(super) const LARGE: u64 = 64 << 10;
+
 /// Bytes that stay side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Copy {
@@ -69,6 +72,34 @@ impl Planned {
     /// Whether any byte of it moves.
     pub(super) fn is_moved(&self) -> bool {
         !matches!(self.content, Content::Whole(_))
+    }
+
+    /// The bytes of the tensor where they come from nowhere, or in pieces too small to be copied one by one.
+    pub(super) fn in_memory(&self, source: &Checkpoint) -> anyhow::Result<Option<Vec<u8>>> {
+        let parts = match &self.content {
+            Content::Whole(_) => return Ok(None),
+            Content::Bytes(bytes) => return Ok(Some(bytes.clone())),
+            Content::Gather { parts, .. } => parts,
+        };
+        let copies = self.copies()?;
+        if self.bytes >= LARGE * copies.len() as u64 {
+            return Ok(None);
+        }
+        let mut read = Vec::with_capacity(parts.len());
+        for (place, _) in parts {
+            let mut bytes = Vec::new();
+            source.read(*place, &mut bytes)?;
+            read.push((place, bytes));
+        }
+        let mut result = Vec::with_capacity(usize::try_from(self.bytes)?);
+        for copy in copies {
+            let holds = |(place, _): &&(&Place, Vec<u8>)| {
+                place.shard == copy.shard && (place.start..place.start + place.bytes).contains(&copy.from)
+            };
+            let (place, bytes) = read.iter().find(holds).context("a piece lies outside its tensor")?;
+            result.extend_from_slice(&bytes[(copy.from - place.start) as usize..][..copy.len as usize]);
+        }
+        Ok(Some(result))
     }
 
     /// All bytes of the tensor, in order. None for [`Content::Bytes`].

@@ -12,8 +12,8 @@ use gdn::Packing;
 
 use super::{
     Names, carried,
-    checkpoint::{Checkpoint, ModuleName, Record, heads_of, read_at},
-    plan::{Content, Goal, Plan, Planned, PlannedShard},
+    checkpoint::{Checkpoint, ModuleName, Place, Record, heads_of, read_at},
+    plan::{Goal, Plan, Planned, PlannedShard},
 };
 use crate::{
     files::{Input, catch_interrupts, check_interrupted},
@@ -185,8 +185,6 @@ pub(super) fn compare(
 
 /// How much is compared at a time.
 const CHUNK: u64 = 4 << 20;
-/// Pieces smaller than this are looked up in the whole tensor.
-const SMALL: u64 = 64 << 10;
 
 /// The first byte of a tensor that is not as planned.
 fn difference(
@@ -196,45 +194,18 @@ fn difference(
     start: u64,
 ) -> anyhow::Result<Option<u64>> {
     let first = |a: &[u8], b: &[u8]| a.iter().zip(b).position(|(a, b)| a != b).map(|at| at as u64);
-    if let Content::Bytes(bytes) = &tensor.content {
-        let mut got = vec![0; bytes.len()];
-        read_at(there, start, &mut got)?;
-        return Ok(first(bytes, &got));
-    }
-    let copies = tensor.copies()?;
     let (mut wanted, mut got) = (Vec::new(), Vec::new());
-    let mut at = 0;
-    if let Content::Gather { parts, .. } = &tensor.content
-        && tensor.bytes < SMALL * copies.len() as u64
-    {
-        let mut read = Vec::new();
-        for (place, _) in parts {
-            let mut bytes = Vec::new();
-            source.read(*place, &mut bytes)?;
-            read.push((*place, bytes));
-        }
-        got.resize(usize::try_from(tensor.bytes)?, 0);
+    if let Some(bytes) = tensor.in_memory(source)? {
+        got.resize(bytes.len(), 0);
         read_at(there, start, &mut got)?;
-        for copy in copies {
-            let inside = |(place, _): &&(super::checkpoint::Place, Vec<u8>)| {
-                place.shard == copy.shard && (place.start..place.start + place.bytes).contains(&copy.from)
-            };
-            let (place, bytes) = read.iter().find(inside).context("a piece lies outside its tensor")?;
-            let wanted = &bytes[(copy.from - place.start) as usize..][..copy.len as usize];
-            if let Some(byte) = first(wanted, &got[at..][..wanted.len()]) {
-                return Ok(Some(at as u64 + byte));
-            }
-            at += wanted.len();
-        }
-        return Ok(None);
+        return Ok(first(&bytes, &got));
     }
     let mut at = 0;
-    for mut copy in copies {
+    for mut copy in tensor.copies()? {
         while copy.len > 0 {
             check_interrupted()?;
             let bytes = copy.len.min(CHUNK);
-            source
-                .read(super::checkpoint::Place { shard: copy.shard, start: copy.from, bytes }, &mut wanted)?;
+            source.read(Place { shard: copy.shard, start: copy.from, bytes }, &mut wanted)?;
             got.resize(bytes as usize, 0);
             read_at(there, start + at, &mut got)?;
             if wanted != got {

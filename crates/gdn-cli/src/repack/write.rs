@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     checkpoint::Checkpoint,
-    plan::{Content, Copy, Plan, Planned, PlannedShard},
+    plan::{Copy, LARGE, Plan, Planned, PlannedShard},
 };
 use crate::{
     files::{TEMPORARY, check_interrupted, temporary},
@@ -215,8 +215,6 @@ fn write_shard(
     sink.flush()
 }
 
-/// From this size on a piece is copied from file to file by the system; smaller ones are gathered first.
-const LARGE: u64 = 64 << 10;
 /// How much the system copies at a time: Ctrl-C is noticed in between.
 const CHUNK: u64 = 32 << 20;
 /// How much is gathered.
@@ -233,41 +231,19 @@ struct Sink<'a> {
 
 impl Sink<'_> {
     fn tensor(&mut self, tensor: &Planned) -> anyhow::Result<()> {
-        if let Content::Bytes(bytes) = &tensor.content {
-            return self.bytes(bytes);
-        }
-        let copies = tensor.copies()?;
-        match &tensor.content {
-            Content::Gather { parts, .. } if tensor.bytes < LARGE * copies.len() as u64 => {
-                // Many small pieces: the whole of what is read comes into memory first.
-                self.flush_pending()?;
-                let mut read = Vec::with_capacity(parts.len());
-                for (place, _) in parts {
-                    let mut bytes = Vec::new();
-                    self.source.read(*place, &mut bytes)?;
-                    read.push((*place, bytes));
-                }
-                for copy in copies {
-                    let inside = |(place, _): &&(super::checkpoint::Place, Vec<u8>)| {
-                        place.shard == copy.shard
-                            && (place.start..place.start + place.bytes).contains(&copy.from)
-                    };
-                    let (place, bytes) =
-                        read.iter().find(inside).context("a piece lies outside its tensor")?;
-                    let from = (copy.from - place.start) as usize;
-                    self.buffer.extend_from_slice(&bytes[from..from + copy.len as usize]);
-                    self.flush_if_full()?;
-                }
-                Ok(())
-            }
-            _ => copies.into_iter().try_for_each(|copy| self.copy(copy)),
+        match tensor.in_memory(self.source)? {
+            Some(bytes) => self.bytes(&bytes),
+            None => tensor.copies()?.into_iter().try_for_each(|copy| self.copy(copy)),
         }
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         self.flush_pending()?;
-        self.buffer.extend_from_slice(bytes);
-        self.flush_if_full()
+        for part in bytes.chunks(BUFFER) {
+            self.buffer.extend_from_slice(part);
+            self.flush_if_full()?;
+        }
+        Ok(())
     }
 
     fn copy(&mut self, copy: Copy) -> anyhow::Result<()> {

@@ -1,0 +1,6 @@
+//! `gdn repack` and `gdn verify` on checkpoints that transformers saved and on such as nobody should have saved.
+
+mod checkpoints;
+mod follows;
+mod projections;
+mod runs;
