@@ -112,7 +112,7 @@ impl Planned {
             Content::Gather { dim, parts } => {
                 let outer: usize = self.shape[..*dim].iter().product();
                 let indices = (outer * self.shape[*dim]) as u64;
-                let inner = if indices == 0 { 0 } else { self.bytes / indices };
+                let inner = self.bytes.checked_div(indices).unwrap_or(0);
                 let mut copies = Vec::new();
                 for n in 0..outer as u64 {
                     for (place, map) in parts {
