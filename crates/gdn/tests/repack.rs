@@ -223,5 +223,5 @@ fn wrong_arguments_are_named_and_write_nothing() {
     let (from, to) =
         unsafe { (Rows::from_raw(address, 1, 8, 3, 3), RowsMut::from_raw(address.add(20), 1, 8, 3, 3)) };
     let error = repack_weight(&map, 0, from.unwrap(), to.unwrap()).unwrap_err();
-    assert!(matches!(error, RepackError::Overlap { bytes: 1 | 2 | 3 | 4, .. }), "{error}");
+    assert!(matches!(error, RepackError::Overlap { bytes: 1..=4, .. }), "{error}");
 }
