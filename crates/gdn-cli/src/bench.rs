@@ -4,7 +4,7 @@ use std::{fmt::Write as _, path::PathBuf, time::Instant};
 
 use anyhow::{Context, bail};
 use gdn::{
-    Cpu, Heads, Layout, PackedBuf, Pages, UnpackedBuf,
+    Cpu, Heads, Layout, PackedBuf, Packing, Pages, UnpackedBuf,
     cpu::{Stores, copy_bytes},
     reference,
 };
@@ -121,11 +121,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
         bail!("--seconds is {}, it must be more than 0 and at most 3600", args.seconds);
     }
-    let heads = match args.layout.heads()? {
+    let (heads, packing) = args.layout.named()?;
+    let heads = match heads {
         Some(heads) => heads,
         None => Heads::preset("Qwen3-Next-80B-A3B")?,
     };
-    let layout = Layout::new(heads, args.layout.packing());
+    let layout = Layout::new(heads, packing.unwrap_or(Packing::Interleaved));
     let cpu = args.cpu.cpu()?.stores(match args.stores {
         StoresArg::Auto => Stores::Auto,
         StoresArg::Cached => Stores::Cached,
