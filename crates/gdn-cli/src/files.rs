@@ -97,7 +97,9 @@ fn parse(bytes: &[u8]) -> anyhow::Result<(Metadata, usize)> {
     let length = u64::from_le_bytes(*length);
     let Some(header) = usize::try_from(length).ok().and_then(|length| bytes[8..].get(..length)) else {
         let left = bytes.len() - 8;
-        bail!("not a safetensors file, or a truncated one: its header is said to take {length} bytes, {left} are left");
+        bail!(
+            "not a safetensors file, or a truncated one: its header is said to take {length} bytes, {left} are left"
+        );
     };
     // This checks names, shapes and offsets, and leaves the length of the file to us.
     let metadata: Metadata = serde_json::from_slice(header).context("not a valid safetensors header")?;
@@ -112,7 +114,7 @@ impl Tensor<'_> {
     /// Bytes of an element.
     pub(crate) fn element_size(&self) -> anyhow::Result<usize> {
         let bits = self.dtype.bitsize();
-        if bits % 8 != 0 {
+        if !bits.is_multiple_of(8) {
             bail!("'{}' is {}: elements of {bits} bits do not move by bytes", self.name, self.dtype);
         }
         Ok(bits / 8)
