@@ -65,15 +65,19 @@ fn unpack(toolchain: &Path) -> anyhow::Result<()> {
         command
     };
     run(&mut apt(&["update", "-qq"]))?;
-    // All that the compiler needs and the machine lacks.
-    let plan =
-        apt(&["install", "--simulate", "--no-install-recommends", "--reinstall", "rustc-web"]).output()?;
+    // All that the compiler needs on a machine with nothing installed, less what every machine with a C compiler has.
+    let nothing = format!("-oDir::State::status={}", toolchain.join("nothing").display());
+    fs::write(toolchain.join("nothing"), "")?;
+    let plan = apt(&[&nothing, "install", "--simulate", "--no-install-recommends", "rustc-web"]).output()?;
     if !plan.status.success() {
         bail!("apt-get cannot plan the compiler: {}", String::from_utf8_lossy(&plan.stderr));
     }
     let plan = String::from_utf8(plan.stdout)?;
-    let mut names: Vec<&str> =
-        plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next()).collect();
+    let mut names: Vec<&str> = plan
+        .lines()
+        .filter_map(|line| line.strip_prefix("Inst ")?.split_whitespace().next())
+        .filter(|name| ["rust", "llvm", "z3"].iter().any(|part| name.contains(part)))
+        .collect();
     names.push("libstd-rust-web-dev:arm64");
     run(&mut apt(&[&["download", "-qq"], &names[..]].concat()))?;
     for package in fs::read_dir(&packages)? {

@@ -14,6 +14,9 @@ pub(crate) struct Args {
     /// Leave out what takes minutes: licences, sanitizer, fuzzing, the emulated processor
     #[arg(long)]
     quick: bool,
+    /// Only the steps whose names have this in them
+    #[arg(long, value_name = "PART")]
+    only: Option<String>,
     /// Seconds for each fuzz target
     #[arg(long, default_value_t = 20)]
     fuzz_seconds: u32,
@@ -39,7 +42,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ("fuzzing", &|| fuzz(args.fuzz_seconds)),
         ("tests on an emulated 64-bit Arm", &neon::test),
     ];
-    for (name, step) in quick.iter().chain(slow.iter().filter(|_| !args.quick)) {
+    let chosen = |name: &str| args.only.as_ref().is_none_or(|part| name.contains(part.as_str()));
+    let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|(name, _)| chosen(name));
+    for (name, step) in steps {
         let started = Instant::now();
         println!("\n== {name}");
         step().with_context(|| format!("{name} failed"))?;
@@ -48,7 +53,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.quick {
         println!("\nskipped (--quick): {}", slow.map(|(name, _)| name).join(", "));
     }
-    println!("\nall passed");
+    if let Some(part) = &args.only {
+        println!("\nonly '{part}' was run");
+    }
+    println!("\nall of it passed");
     Ok(())
 }
 
