@@ -115,15 +115,21 @@ impl<'a> Work<'a> {
             Direction::Split => (packed, unpacked, second),
             Direction::Merge => (unpacked, packed, 0),
         };
+        // With no rows the pointers may be anything and are never followed.
+        let src = from.ptr.wrapping_add(src_at);
+        let ahead = match self.plan.direction {
+            Direction::Split => from.ptr.wrapping_add(run.unpacked * size),
+            Direction::Merge => src,
+        };
         let lane = Lane {
-            // With no rows the pointers may be anything and are never followed.
-            src: from.ptr.wrapping_add(src_at),
+            src,
             dst: to.ptr.wrapping_add(dst_at),
             src_stride: from.geometry.row_stride,
             dst_stride: to.geometry.row_stride,
             src_step,
             dst_step,
             len,
+            ahead,
             streamed: self.roads[projection][target] == Road::Streamed,
         };
         (lane, target)
@@ -195,6 +201,7 @@ impl<'a> Work<'a> {
         for (slot, run) in lanes.iter_mut().zip(map.runs()) {
             let (mut lane, target) = self.lane(projection, &map, run);
             lane.src = lane.src.wrapping_add(tile.start * lane.src_stride);
+            lane.ahead = lane.ahead.wrapping_add(tile.start * lane.src_stride);
             if self.roads[projection][target] == Road::Staged {
                 let Operand { ptr, geometry } = self.targets(projection)[target];
                 let offset = lane.dst.addr() - ptr.addr() + target * self.stage_bytes(projection, 0);
