@@ -200,9 +200,13 @@ unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: 
             8 => fixed::<u64, 1>(src, dst, steps, count),
             12 => fixed::<u32, 3>(src, dst, steps, count),
             16 => fixed::<u64, 2>(src, dst, steps, count),
+            _ if len == V::BYTES => fixed::<V, 1>(src, dst, steps, count),
             _ if len == 2 * V::BYTES => fixed::<V, 2>(src, dst, steps, count),
+            _ if len == 3 * V::BYTES => fixed::<V, 3>(src, dst, steps, count),
             _ if len == 4 * V::BYTES => fixed::<V, 4>(src, dst, steps, count),
+            _ if len == 6 * V::BYTES => fixed::<V, 6>(src, dst, steps, count),
             _ if len == 8 * V::BYTES => fixed::<V, 8>(src, dst, steps, count),
+            _ if len == 12 * V::BYTES => fixed::<V, 12>(src, dst, steps, count),
             _ => {
                 for i in 0..count {
                     copy_segment::<V>(src.add(i * src_step), dst.add(i * dst_step), len);
