@@ -42,13 +42,50 @@ pub struct Memory {
     last: Cell<usize>,
 }
 
+/// Rows of bytes, and nothing between them: the gap between two rows belongs to nobody and takes no memory.
 struct Buffer {
     address: u64,
+    row_bytes: usize,
+    row_stride: u64,
     bytes: Vec<u8>,
-    /// One a byte: how often it was stored to since the buffer was made.
+    /// One a byte: how often it was stored to.
     stored: Vec<u8>,
-    /// Whether loads are allowed: of input, and of what was stored.
+    /// Whether it is there to be read. Else what was stored can be read.
     input: bool,
+}
+
+/// How the bytes of a buffer lie.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Bytes past a multiple of 256 at which the buffer begins.
+    pub misalignment: u64,
+    /// Bytes of a row.
+    pub row_bytes: usize,
+    /// Bytes from a row to the next, at least `row_bytes`.
+    pub row_stride: u64,
+}
+
+impl Place {
+    /// All in one piece.
+    pub fn dense(bytes: usize) -> Self {
+        Self { misalignment: 0, row_bytes: bytes, row_stride: bytes as u64 }
+    }
+}
+
+impl Buffer {
+    fn end(&self) -> u64 {
+        let rows = self.bytes.len().div_ceil(self.row_bytes.max(1)) as u64;
+        self.address + rows * self.row_stride
+    }
+
+    /// Where in `bytes` the bytes at an address are, if they all are in one row.
+    fn find(&self, at: u64, bytes: usize) -> Option<usize> {
+        let offset = at.checked_sub(self.address)?;
+        let (row, within) =
+            (offset.checked_div(self.row_stride)?, offset.checked_rem(self.row_stride)? as usize);
+        let start = usize::try_from(row).ok()?.checked_mul(self.row_bytes)?.checked_add(within)?;
+        (within + bytes <= self.row_bytes && start + bytes <= self.bytes.len()).then_some(start)
+    }
 }
 
 impl Memory {
@@ -57,26 +94,27 @@ impl Memory {
         Self::default()
     }
 
-    /// A buffer that kernels read, with its first byte `misalignment` bytes past a multiple of 256. Its address.
-    pub fn input(&self, bytes: &[u8], misalignment: u64) -> u64 {
-        self.add(bytes.to_vec(), misalignment, true)
+    /// A buffer that kernels read. Its address.
+    pub fn input(&self, bytes: &[u8], place: Place) -> u64 {
+        self.add(bytes.to_vec(), place, true)
     }
 
     /// A buffer that kernels write, full of [`POISON`]. Its address.
-    pub fn output(&self, bytes: usize, misalignment: u64) -> u64 {
-        self.add(vec![POISON; bytes], misalignment, false)
+    pub fn output(&self, bytes: usize, place: Place) -> u64 {
+        self.add(vec![POISON; bytes], place, false)
     }
 
-    fn add(&self, bytes: Vec<u8>, misalignment: u64, input: bool) -> u64 {
+    fn add(&self, bytes: Vec<u8>, place: Place, input: bool) -> u64 {
         let mut buffers = self.buffers.borrow_mut();
         // Past 2^32, so that an address cut to 32 bits hits nothing.
-        let end = buffers.last().map_or(1 << 33, |last| last.address + last.bytes.len() as u64);
+        let end = buffers.last().map_or(1 << 33, Buffer::end);
+        let Place { misalignment, row_bytes, row_stride } = place;
         let address = (end + GAP).next_multiple_of(256) + misalignment;
-        buffers.push(Buffer { address, stored: vec![0; bytes.len()], bytes, input });
+        buffers.push(Buffer { address, row_bytes, row_stride, stored: vec![0; bytes.len()], bytes, input });
         address
     }
 
-    /// What is in the buffer at `address`, and how often each byte was stored to.
+    /// The rows of the buffer at `address` one after the other, and how often each byte was stored to.
     ///
     /// # Panics
     /// Where no buffer begins at `address`.
@@ -97,16 +135,14 @@ impl Memory {
             return Err(format!("not a multiple of {bytes}"));
         }
         let mut buffers = self.buffers.borrow_mut();
-        let holds = |b: &Buffer| at >= b.address && at + bytes as u64 <= b.address + b.bytes.len() as u64;
         let last = self.last.get();
-        let found =
-            if buffers.get(last).is_some_and(holds) { Some(last) } else { buffers.iter().position(holds) };
-        let Some(i) = found else {
-            return Err(String::from("outside every buffer"));
+        let found = buffers.get(last).and_then(|b| Some((last, b.find(at, bytes)?)));
+        let search = || buffers.iter().enumerate().find_map(|(i, b)| Some((i, b.find(at, bytes)?)));
+        let Some((i, offset)) = found.or_else(search) else {
+            return Err(String::from("outside every row of every buffer"));
         };
         self.last.set(i);
         let buffer = &mut buffers[i];
-        let offset = (at - buffer.address) as usize;
         act(buffer, offset)
     }
 

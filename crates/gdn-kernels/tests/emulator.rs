@@ -6,7 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use gdn_kernels::{
-    emulator::{Launch, Memory, Thread, run, run_in_step},
+    emulator::{Launch, Memory, Place, Thread, run, run_in_step},
     gpu::Gpu,
     probe,
 };
@@ -30,8 +30,10 @@ fn barriers_shuffles_and_shared_memory() {
     for (blocks, threads) in [(1, 32), (3, 64), (2, 1024)] {
         let words: Vec<u32> = (0..blocks * threads).map(|i| i * i + 7).collect();
         let memory = Memory::new();
-        let from = memory.input(&words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<_>>(), 0);
-        let to = memory.output((blocks * (threads + 1) * 4) as usize, 0);
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        let from = memory.input(&bytes, Place::dense(bytes.len()));
+        let written = (blocks * (threads + 1) * 4) as usize;
+        let to = memory.output(written, Place::dense(written));
         let launch = Launch { blocks: [blocks, 1, 1], threads, shared_bytes: threads / 32 * 4 };
         // SAFETY: the emulator checks every access.
         run_in_step(&memory, launch, |gpu| unsafe { probe::block_sums(gpu, from, to) });
@@ -43,29 +45,35 @@ fn barriers_shuffles_and_shared_memory() {
     }
 }
 
+type Kernel = fn(&Memory, &Thread<'_>);
+
 #[test]
 fn wrong_accesses_are_found() {
-    let kernels: [(&str, fn(&Memory, &Thread<'_>)); 7] = [
-        ("outside every buffer", |m, gpu| {
-            let _ = unsafe { gpu.load4(m.input(&[0; 8], 0) + 8) };
+    let kernels: [(&str, Kernel); 8] = [
+        ("outside every row", |m, gpu| {
+            let gaps = Place { misalignment: 0, row_bytes: 4, row_stride: 8 };
+            let _ = unsafe { gpu.load4(m.input(&[0; 8], gaps) + 4) };
         }),
-        ("outside every buffer", |m, gpu| {
-            let _ = unsafe { gpu.load16(m.input(&[0; 15], 0)) };
+        ("outside every row", |m, gpu| {
+            let _ = unsafe { gpu.load4(m.input(&[0; 8], Place::dense(8)) + 8) };
+        }),
+        ("outside every row", |m, gpu| {
+            let _ = unsafe { gpu.load16(m.input(&[0; 15], Place::dense(15))) };
         }),
         ("not a multiple of 4", |m, gpu| {
-            let _ = unsafe { gpu.load4(m.input(&[0; 8], 2)) };
+            let _ = unsafe { gpu.load4(m.input(&[0; 8], Place { misalignment: 2, ..Place::dense(8) })) };
         }),
         ("nobody has written", |m, gpu| {
-            let _ = unsafe { gpu.load4(m.output(8, 0)) };
+            let _ = unsafe { gpu.load4(m.output(8, Place::dense(8))) };
         }),
-        ("into an input", |m, gpu| unsafe { gpu.store1(m.input(&[0; 8], 0), 1) }),
+        ("into an input", |m, gpu| unsafe { gpu.store1(m.input(&[0; 8], Place::dense(8)), 1) }),
         ("stored already", |m, gpu| unsafe {
-            let at = m.output(8, 0);
+            let at = m.output(8, Place::dense(8));
             gpu.store4(at, 1);
             gpu.store2(at + 2, 1);
         }),
         ("8 bytes into a buffer of 8 bytes", |m, gpu| {
-            let _ = unsafe { gpu.load1(m.input(&[0; 8], 0) + 8) };
+            let _ = unsafe { gpu.load1(m.input(&[0; 8], Place::dense(8)) + 8) };
         }),
     ];
     for (part, kernel) in kernels {

@@ -1,0 +1,155 @@
+//! A checked plan as the kernel's arguments and its grid. Pure: nothing here needs a driver.
+
+use gdn_kernels::split::{Args, Divisor, Part, Projection, Shape, Tensor};
+
+use super::CudaError;
+use crate::{
+    packing::Run,
+    split::{self, Direction, Operand, Plan},
+};
+
+/// The kernel to launch, its arguments and its grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Job {
+    pub(super) merge: bool,
+    /// Whether `qkvz` moves 16 bytes at a time.
+    pub(super) wide: bool,
+    pub(super) args: Args,
+    pub(super) shape: Shape,
+}
+
+/// What of a device decides the grid.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Profile {
+    pub(super) multiprocessors: u32,
+}
+
+const WIDEST: usize = 16;
+/// Threads of a multiprocessor, of all that the kernels run on within a third.
+const RESIDENT: u64 = 2048;
+const MOST_COLUMNS: usize = 1 << 29;
+
+impl Job {
+    /// `None` for no rows: there is nothing to launch.
+    ///
+    /// # Errors
+    /// [`CudaError::TooLarge`].
+    pub(super) fn new(plan: &Plan, profile: Profile) -> Result<Option<Self>, CudaError> {
+        if plan.num_rows == 0 {
+            return Ok(None);
+        }
+        let [qkvz, ba] = &plan.projections;
+        let words = [word_of(qkvz, plan.num_rows), word_of(ba, plan.num_rows)];
+        let too_large = |i: usize| CudaError::TooLarge {
+            argument: ["mixed_qkvz", "mixed_ba"][i],
+            num_rows: plan.num_rows,
+            row_bytes: plan.projections[i].packed.geometry.row_bytes,
+            word: words[i],
+        };
+        let wide = words[0] == WIDEST;
+        let qkvz = lower(qkvz, words[0]).ok_or_else(|| too_large(0))?;
+        let ba = lower(ba, words[1]).ok_or_else(|| too_large(1))?;
+        let ba_columns = Divisor::new(ba.columns).ok_or_else(|| too_large(1))?;
+        let num_rows = plan.num_rows as u64;
+        let shape = shape(num_rows, qkvz.columns, wide, profile).ok_or_else(|| too_large(0))?;
+        let args = Args {
+            num_rows,
+            tiles: shape.blocks[0] - 1,
+            qkvz_word: words[0] as u32,
+            qkvz,
+            ba,
+            ba_columns,
+            ba_word: words[1] as u32,
+        };
+        Ok(Some(Self { merge: plan.direction == Direction::Merge, wide, args, shape }))
+    }
+}
+
+/// The most bytes, 16 at most, that divide every address, distance and length of a projection.
+fn word_of(projection: &split::Projection, num_rows: usize) -> usize {
+    let split::Projection { map, packed, unpacked } = projection;
+    let size = packed.geometry.element_size;
+    let mut all = WIDEST;
+    for operand in [packed, &unpacked[0], &unpacked[1]] {
+        all |= operand.ptr.addr();
+        if num_rows > 1 {
+            all |= operand.geometry.row_stride;
+        }
+    }
+    for run in map.runs() {
+        let unpacked = run.unpacked - map.tensors()[second(projection, run)].start;
+        for features in [run.packed, run.packed_step, unpacked, run.unpacked_step, run.len] {
+            all |= features * size;
+        }
+    }
+    1 << all.trailing_zeros()
+}
+
+/// Which of the two unpacked tensors a run belongs to.
+fn second(projection: &split::Projection, run: &Run) -> usize {
+    usize::from(run.unpacked >= projection.map.tensors()[1].start)
+}
+
+/// Everything in words. `None` where there are too many.
+fn lower<const PARTS: usize>(projection: &split::Projection, word: usize) -> Option<Projection<PARTS>> {
+    let split::Projection { map, packed, unpacked } = projection;
+    let row_bytes = packed.geometry.row_bytes;
+    let columns = row_bytes / word;
+    if columns >= MOST_COLUMNS {
+        return None;
+    }
+    // Fewer than 2^29, so that every number of words below fits.
+    let words = |features: usize| (features * packed.geometry.element_size / word) as u32;
+    let tensor = |operand: &Operand| Tensor {
+        address: operand.ptr.addr() as u64,
+        stride: operand.geometry.row_stride as u64,
+    };
+    let mut parts = [Part::NONE; PARTS];
+    let mut boundary = u32::MAX;
+    for (part, run) in parts.iter_mut().zip(map.runs()) {
+        let second = second(projection, run);
+        let first = words(run.packed);
+        if second == 1 {
+            boundary = boundary.min(first);
+        }
+        let start = words(run.unpacked - map.tensors()[second].start);
+        *part = Part { first, step: words(run.unpacked_step), shift: start.wrapping_sub(first) };
+    }
+    let count = map.runs().first().map_or(1, |run| run.count);
+    Some(Projection {
+        packed: tensor(packed),
+        unpacked: unpacked.each_ref().map(tensor),
+        columns: columns as u32,
+        unit: Divisor::new(columns as u32 / count as u32)?,
+        parts,
+        second: boundary,
+    })
+}
+
+/// The grid: how many rows a thread moves depends on how often the device is filled. Measured: docs/gpu-kernels.md.
+fn shape(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Option<Shape> {
+    let words = num_rows.saturating_mul(u64::from(columns));
+    let resident = u64::from(profile.multiprocessors) * RESIDENT;
+    let rows = match words {
+        _ if !wide => 4,
+        words if words <= resident => 1,
+        words if words <= 8 * resident => 2,
+        _ => 4,
+    };
+    // Many small blocks start sooner than few large ones; once the device is full, large ones are fewer to start.
+    let most = if words <= resident / 2 { 128 } else { 256 };
+    // The number of threads that leaves the fewest without a column, the larger of equals; rows of few words take fewer.
+    let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
+    let threads = (most / 64..=most / 32)
+        .map(|warps| warps * 32)
+        .min_by_key(|threads| (idle(*threads), most - threads))?
+        .min(columns.next_multiple_of(32));
+    let tiles = columns.div_ceil(threads);
+    let row_tiles = num_rows.div_ceil(u64::from(rows));
+    let y = row_tiles.min(65_535);
+    let z = row_tiles.div_ceil(y);
+    if z > 65_535 {
+        return None;
+    }
+    Some(Shape { blocks: [tiles + 1, y as u32, z as u32], threads, rows })
+}
