@@ -163,13 +163,12 @@ impl Memory {
             if buffer.input {
                 return Err(String::from("into an input"));
             }
-            for (i, byte) in value.into_iter().enumerate() {
-                if buffer.stored[offset + i] != 0 {
-                    return Err(String::from("of a byte that was stored already"));
-                }
-                buffer.stored[offset + i] = 1;
-                buffer.bytes[offset + i] = byte;
+            let range = offset..offset + BYTES;
+            if buffer.stored[range.clone()] != [0; BYTES] {
+                return Err(String::from("of a byte that was stored already"));
             }
+            buffer.stored[range.clone()].fill(1);
+            buffer.bytes[range].copy_from_slice(&value);
             Ok(())
         })
     }

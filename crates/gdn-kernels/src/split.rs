@@ -2,8 +2,10 @@
 //!
 //! A packed row is a sequence of words, and each word has one place in the unpacked tensors that depends on its column alone. A
 //! thread takes one column, finds that place once, and moves [`Shape::rows`] words down the rows, all loaded before the first is
-//! stored. Blocks of a grid start in the order x, y, z, so x runs along the row: what is in flight at a time is one stretch of
-//! memory on every side, which is what DRAM pages like. b and a move in the same launch, in the last block of every row tile.
+//! stored. Blocks start in order, so they are numbered along the row first: what is in flight at a time is one stretch of memory on
+//! every side, which is what DRAM pages like. b and a move in the same launch, in the blocks after those.
+//!
+//! Block numbers have 31 bits. Where that is too few the rows are cut into slices of [`Args::slice_rows`], one for each y of the grid.
 
 use core::mem::MaybeUninit;
 
@@ -46,21 +48,21 @@ pub struct Divisor {
 }
 
 impl Divisor {
-    /// `None` for a divisor below 2 or from 2^31 on.
+    /// `None` for zero and from 2^31 on.
     pub const fn new(divisor: u32) -> Option<Self> {
-        if divisor < 2 || divisor >= 1 << 31 {
+        if divisor == 0 || divisor >= 1 << 31 {
             return None;
         }
-        let log = u32::BITS - (divisor - 1).leading_zeros();
-        // 2^(log-1) < divisor <= 2^log, so this is from 2^31 to 2^32 - 1.
-        let magic = (1u64 << (31 + log)).div_ceil(divisor as u64);
-        Some(Self { divisor, magic: magic as u32, shift: log - 1 })
+        let shift = u32::BITS - (divisor - 1).leading_zeros();
+        // 2^(shift-1) < divisor <= 2^shift, so this is from 2^31 to 2^32 - 1.
+        let magic = (1u64 << (31 + shift)).div_ceil(divisor as u64);
+        Some(Self { divisor, magic: magic as u32, shift })
     }
 
     /// Quotient and remainder.
     #[inline(always)]
     pub const fn divide(&self, dividend: u32) -> (u32, u32) {
-        let quotient = ((dividend as u64 * self.magic as u64) >> 32) as u32 >> self.shift;
+        let quotient = ((dividend as u64 * self.magic as u64) >> 31) as u32 >> self.shift;
         (quotient, dividend.wrapping_sub(quotient.wrapping_mul(self.divisor)))
     }
 }
@@ -89,8 +91,12 @@ pub struct Projection<const PARTS: usize> {
 pub struct Args {
     /// N.
     pub num_rows: u64,
-    /// Blocks along x that move `qkvz`; the one after them moves `ba`.
-    pub tiles: u32,
+    /// Rows of a slice, a multiple of those of a thread. All, but where there are too many blocks.
+    pub slice_rows: u64,
+    /// Blocks of a slice that move `qkvz`, a multiple of `tiles`; those after them move `ba`.
+    pub blocks: u32,
+    /// By the blocks side by side that move one row of `qkvz`.
+    pub tiles: Divisor,
     /// Bytes of a word of `qkvz`.
     pub qkvz_word: u32,
     /// `mixed_qkvz`, in words of `qkvz_word` bytes.
@@ -106,8 +112,8 @@ pub struct Args {
 /// A grid, and the number of rows that the kernel for it moves with a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Blocks: x, y, z.
-    pub blocks: [u32; 3],
+    /// Blocks of a slice, and slices: x and y.
+    pub blocks: [u32; 2],
     /// Threads of a block.
     pub threads: u32,
     /// Rows a thread moves: 1, 2 or 4, the const parameter of [`run`].
@@ -201,21 +207,21 @@ impl Way {
 #[inline(always)]
 pub unsafe fn run<const WIDE: bool, const MERGE: bool, const ROWS: usize>(gpu: &impl Gpu, args: &Args) {
     gpu.let_next_start();
-    let [tile, y, z] = gpu.block();
-    let [_, blocks_y, _] = gpu.blocks();
-    let row = (u64::from(z) * u64::from(blocks_y) + u64::from(y)) * ROWS as u64;
-    if row >= args.num_rows {
-        return;
-    }
-    let left = args.num_rows - row;
-    let count = if left < ROWS as u64 { left as u32 } else { ROWS as u32 };
-    if tile < args.tiles {
+    let [block, slice, _] = gpu.block();
+    let start = u64::from(slice) * args.slice_rows;
+    let slice_rows = (args.num_rows - start).min(args.slice_rows);
+    if block < args.blocks {
+        let (down, tile) = args.tiles.divide(block);
+        let down = u64::from(down) * ROWS as u64;
         let column = tile * gpu.threads() + gpu.thread();
-        if column < args.qkvz.columns {
+        // The last slice may be the shorter one.
+        if down < slice_rows && column < args.qkvz.columns {
+            let left = slice_rows - down;
+            let count = if left < ROWS as u64 { left as u32 } else { ROWS as u32 };
             let word = if WIDE { 16 } else { args.qkvz_word };
-            let way = args.qkvz.way::<MERGE>(column, word, row);
+            let way = args.qkvz.way::<MERGE>(column, word, start + down);
             gpu.wait_for_previous();
-            // SAFETY: the column is one of the row's, and `count` rows are left from `row` on.
+            // SAFETY: the column is one of the row's, and `count` rows are left.
             unsafe {
                 if WIDE {
                     way.go::<Bytes16, ROWS>(gpu, count);
@@ -228,12 +234,15 @@ pub unsafe fn run<const WIDE: bool, const MERGE: bool, const ROWS: usize>(gpu: &
     }
     // b and a, word by word along the rows.
     gpu.wait_for_previous();
-    let mut i = gpu.thread();
-    while i < count * args.ba.columns {
+    let words = slice_rows as u32 * args.ba.columns;
+    let mut i = (block - args.blocks) * ROWS as u32 * gpu.threads() + gpu.thread();
+    let mut turn = 0;
+    while turn < ROWS && i < words {
         let (down, column) = args.ba_columns.divide(i);
-        let way = args.ba.way::<MERGE>(column, args.ba_word, row + u64::from(down));
-        // SAFETY: the column is one of the row's, and row `row + down` is there.
+        let way = args.ba.way::<MERGE>(column, args.ba_word, start + u64::from(down));
+        // SAFETY: the column is one of the row's, and the row one of the slice's.
         unsafe { way.go_by::<1>(gpu, 1, args.ba_word) }
         i += gpu.threads();
+        turn += 1;
     }
 }

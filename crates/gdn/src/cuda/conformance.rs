@@ -8,7 +8,7 @@ use gdn_kernels::{
 };
 
 use super::{
-    CudaError, DeviceInfo, Gpu, RawPacked, RawRows, RawUnpacked,
+    CudaError, Gpu, RawPacked, RawRows, RawUnpacked,
     lower::{Job, Profile},
 };
 use crate::{
@@ -146,25 +146,31 @@ impl Case {
         Layout::new(Heads::new(hk, hv, dk, dv).unwrap(), self.packing)
     }
 
-    /// The six tensors: packed ones full of numbers, and the unpacked ones that the CPU makes of them.
-    fn tensors(&self) -> Six<Tensor> {
-        let layout = self.layout();
-        let heads = layout.heads;
+    /// The shapes of the six tensors, without rows.
+    fn shapes(&self) -> Six<Tensor> {
+        let heads = self.layout().heads;
         let hv = heads.num_v_heads();
         let features =
             [heads.qkvz_features(), heads.ba_features(), heads.qkv_features(), heads.z_features(), hv, hv];
         let [q, b] = self.sizes;
         let sizes = [q, b, q, q, b, b];
-        let mut tensors: Six<Tensor> = std::array::from_fn(|i| {
-            let bytes = self.num_rows * features[i] * sizes[i];
-            Tensor {
-                rows: if i < 2 { numbers(bytes, i as u64) } else { vec![POISON; bytes] },
-                num_rows: self.num_rows,
-                features: features[i],
-                element_size: sizes[i],
-                shape: self.shapes[i],
-            }
-        });
+        std::array::from_fn(|i| Tensor {
+            rows: Vec::new(),
+            num_rows: self.num_rows,
+            features: features[i],
+            element_size: sizes[i],
+            shape: self.shapes[i],
+        })
+    }
+
+    /// The six tensors: packed ones full of numbers, and the unpacked ones that the CPU makes of them.
+    fn tensors(&self) -> Six<Tensor> {
+        let layout = self.layout();
+        let mut tensors = self.shapes();
+        for (i, tensor) in tensors.iter_mut().enumerate() {
+            let bytes = tensor.num_rows * tensor.row_bytes();
+            tensor.rows = if i < 2 { numbers(bytes, i as u64) } else { vec![POISON; bytes] };
+        }
         let [mixed_qkvz, mixed_ba, mixed_qkv, z, b, a] = &mut tensors;
         crate::split(
             &layout,
@@ -231,7 +237,8 @@ fn emulate(case: &Case, tensors: &Six<Tensor>, direction: Direction, profile: Pr
         assert_eq!(case.num_rows, 0, "{case:?}: nothing to launch");
         return;
     };
-    let launch = emulator::Launch { blocks: job.shape.blocks, threads: job.shape.threads, shared_bytes: 0 };
+    let [x, y] = job.shape.blocks;
+    let launch = emulator::Launch { blocks: [x, y, 1], threads: job.shape.threads, shared_bytes: 0 };
     // SAFETY: the emulator checks every access.
     emulator::run(&memory, launch, |gpu| unsafe {
         match (job.wide, job.shape.rows, job.merge) {
@@ -253,17 +260,22 @@ fn emulate(case: &Case, tensors: &Six<Tensor>, direction: Direction, profile: Pr
     }
 }
 
-/// A device that looks larger or smaller than it is takes other kernels.
-const MULTIPROCESSORS: [u32; 3] = [0, 1, 132];
+/// A device that looks larger or smaller than it is takes other kernels, and one that takes fewer blocks, slices.
+fn profiles() -> [Profile; 4] {
+    let [none, one, h200] = [0, 1, 132].map(Profile::of);
+    [none, one, h200, Profile { most_blocks: 60_000, ..one }]
+}
 
 #[test]
 fn on_the_emulator() {
     for case in table() {
         let tensors = case.tensors();
         for direction in [Direction::Split, Direction::Merge] {
-            let profiles = if case.num_rows > 1000 { &MULTIPROCESSORS[..1] } else { &MULTIPROCESSORS };
-            for multiprocessors in profiles {
-                emulate(&case, &tensors, direction, Profile { multiprocessors: *multiprocessors });
+            for profile in profiles() {
+                // One grid in one piece and one in slices is enough of many rows.
+                if case.num_rows < 1000 || profile.multiprocessors == 1 {
+                    emulate(&case, &tensors, direction, profile);
+                }
             }
         }
     }
@@ -272,19 +284,22 @@ fn on_the_emulator() {
 #[test]
 fn every_kernel_is_in_the_table() {
     let mut seen = std::collections::BTreeSet::new();
+    let mut sliced = false;
     for case in table() {
         let layout = case.layout();
-        let tensors = Case { num_rows: case.num_rows.min(2), ..case }.tensors();
+        let tensors = case.shapes();
         let addresses: Six<u64> =
             std::array::from_fn(|i| ((i as u64 + 1) << 40) + case.shapes[i].misalignment as u64);
         let [qkvz, ba, qkv, z, b, a] = std::array::from_fn(|i| tensors[i].at(addresses[i]).0);
         let plan = Plan::new(&layout, Direction::Split, [qkvz, ba], [qkv, z, b, a]).unwrap();
-        for multiprocessors in MULTIPROCESSORS {
-            if let Some(job) = Job::new(&plan, Profile { multiprocessors }).unwrap() {
+        for profile in profiles() {
+            if let Some(job) = Job::new(&plan, profile).unwrap() {
                 seen.insert((job.wide, job.shape.rows, job.args.qkvz_word, job.args.ba_word));
+                sliced |= job.shape.blocks[1] > 1;
             }
         }
     }
+    assert!(sliced);
     for rows in [1, 2, 4] {
         assert!(seen.iter().any(|s| (s.0, s.1) == (true, rows)), "16 bytes wide, {rows} rows: {seen:?}");
     }
@@ -398,24 +413,17 @@ mod on_a_gpu {
         }
     }
 
-    /// The same device with another number of multiprocessors.
-    fn pretend(gpu: &Gpu, multiprocessors: u32) -> Gpu {
-        let info = DeviceInfo { multiprocessors, ..gpu.info().clone() };
-        let mut gpu = gpu.clone();
-        gpu.info = Arc::new(info);
-        gpu
-    }
-
     #[test]
     fn on_the_gpu() {
         let Some(gpu) = gpu() else { return };
-        for (programmatic, sizes) in [(true, &MULTIPROCESSORS[..]), (false, &MULTIPROCESSORS[2..])] {
-            let gpu = gpu.clone().programmatic(programmatic);
+        for programmatic in [true, false] {
+            let mut gpu = gpu.clone().programmatic(programmatic);
             for case in table() {
                 let tensors = case.tensors();
                 for direction in [Direction::Split, Direction::Merge] {
-                    for multiprocessors in sizes {
-                        launch(&case, &tensors, direction, &pretend(&gpu, *multiprocessors));
+                    for profile in profiles() {
+                        gpu.profile = profile;
+                        launch(&case, &tensors, direction, &gpu);
                     }
                 }
             }

@@ -113,8 +113,9 @@ fn info(ordinal: usize) -> Result<DeviceInfo, CudaError> {
 #[derive(Clone, Debug)]
 pub struct Gpu {
     stream: Arc<CudaStream>,
-    pub(super) info: Arc<DeviceInfo>,
+    info: Arc<DeviceInfo>,
     pub(super) kernels: Arc<Kernels>,
+    pub(super) profile: Profile,
     pub(super) programmatic: bool,
     pub(super) check_pointers: bool,
 }
@@ -144,23 +145,23 @@ impl Gpu {
             let DeviceInfo { ordinal, name, compute_capability: (major, minor), .. } = info;
             return Err(CudaError::DeviceTooOld { ordinal, name, major, minor });
         }
-        let kernels = Kernels::of(stream.context(), info.compute_capability)?;
         Ok(Self {
+            kernels: Kernels::of(stream.context(), info.compute_capability)?,
+            profile: Profile::of(info.multiprocessors),
             stream: Arc::clone(stream),
             info: Arc::new(info),
-            kernels,
             programmatic: true,
             check_pointers: true,
         })
     }
 
-    /// Loads the kernels now rather than at the first call: some milliseconds, in which the driver compiles them. To be done before
-    /// calls are captured in a CUDA graph.
+    /// Loads all kernels now rather than each family at its first call: some milliseconds, in which the driver compiles them. To be
+    /// done before calls are captured in a CUDA graph.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn warmup(&self) -> Result<(), CudaError> {
-        self.kernels.loaded(self.stream.context()).map(|_| ())
+        self.kernels.warmup(self.stream.context())
     }
 
     /// Whether a launch may overlap the end of the kernel before it in the stream (programmatic dependent launch). On by default
@@ -192,9 +193,5 @@ impl Gpu {
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {
         self.stream.context()
-    }
-
-    pub(super) fn profile(&self) -> Profile {
-        Profile { multiprocessors: self.info.multiprocessors }
     }
 }

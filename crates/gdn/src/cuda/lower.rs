@@ -22,6 +22,16 @@ pub(super) struct Job {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Profile {
     pub(super) multiprocessors: u32,
+    /// Tests cut the rows into slices sooner than the driver makes them.
+    pub(super) most_blocks: u64,
+    /// Tests and measurements choose by themselves.
+    pub(super) choice: Option<Choice>,
+}
+
+impl Profile {
+    pub(super) fn of(multiprocessors: u32) -> Self {
+        Self { multiprocessors, most_blocks: MOST_BLOCKS - 1, choice: None }
+    }
 }
 
 const WIDEST: usize = 16;
@@ -50,11 +60,13 @@ impl Job {
         let qkvz = lower(qkvz, words[0]).ok_or_else(|| too_large(0))?;
         let ba = lower(ba, words[1]).ok_or_else(|| too_large(1))?;
         let ba_columns = Divisor::new(ba.columns).ok_or_else(|| too_large(1))?;
-        let num_rows = plan.num_rows as u64;
-        let shape = shape(num_rows, qkvz.columns, wide, profile).ok_or_else(|| too_large(0))?;
+        let grid = Grid::new(plan.num_rows as u64, qkvz.columns, ba.columns, wide, profile);
+        let Grid { shape, slice_rows, blocks, tiles } = grid.ok_or_else(|| too_large(0))?;
         let args = Args {
-            num_rows,
-            tiles: shape.blocks[0] - 1,
+            num_rows: plan.num_rows as u64,
+            slice_rows,
+            blocks,
+            tiles,
             qkvz_word: words[0] as u32,
             qkvz,
             ba,
@@ -126,8 +138,49 @@ fn lower<const PARTS: usize>(projection: &split::Projection, word: usize) -> Opt
     })
 }
 
-/// The grid: how many rows a thread moves depends on how often the device is filled. Measured: docs/gpu-kernels.md.
-fn shape(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Option<Shape> {
+/// Block numbers and the words of `ba` in a slice stay below this.
+const MOST_BLOCKS: u64 = 1 << 31;
+
+struct Grid {
+    shape: Shape,
+    slice_rows: u64,
+    blocks: u32,
+    tiles: Divisor,
+}
+
+impl Grid {
+    /// `None` where there are more rows than slices can hold.
+    fn new(num_rows: u64, columns: u32, ba_columns: u32, wide: bool, profile: Profile) -> Option<Self> {
+        let Choice { rows, threads } = choose(num_rows, columns, wide, profile);
+        let tiles = columns.div_ceil(threads);
+        let (rows_64, tiles_64) = (u64::from(rows), u64::from(tiles));
+        // A row takes `tiles / rows` blocks, and its `ba` at most one more.
+        let most_rows = profile.most_blocks / u64::from(ba_columns).max(tiles_64 + 1);
+        let slice_rows = most_rows.min(num_rows).next_multiple_of(rows_64);
+        let slices = num_rows.div_ceil(slice_rows);
+        let blocks = slice_rows / rows_64 * tiles_64;
+        let ba_blocks = (slice_rows * u64::from(ba_columns)).div_ceil(u64::from(threads) * rows_64);
+        if slices > 65_535 {
+            return None;
+        }
+        // Below 2^31 by the choice of `most_rows`.
+        let shape = Shape { blocks: [(blocks + ba_blocks) as u32, slices as u32], threads, rows };
+        Some(Self { shape, slice_rows, blocks: blocks as u32, tiles: Divisor::new(tiles)? })
+    }
+}
+
+/// How many rows a thread moves, and the threads of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Choice {
+    pub(super) rows: u32,
+    pub(super) threads: u32,
+}
+
+/// By how often the device is filled. Measured: docs/gpu-kernels.md.
+fn choose(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Choice {
+    if let Some(choice) = profile.choice.filter(|_| wide) {
+        return choice;
+    }
     let words = num_rows.saturating_mul(u64::from(columns));
     let resident = u64::from(profile.multiprocessors) * RESIDENT;
     let rows = match words {
@@ -140,16 +193,9 @@ fn shape(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Option<Sh
     let most = if words <= resident / 2 { 128 } else { 256 };
     // The number of threads that leaves the fewest without a column, the larger of equals; rows of few words take fewer.
     let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
-    let threads = (most / 64..=most / 32)
+    let best = (most / 64..=most / 32)
         .map(|warps| warps * 32)
-        .min_by_key(|threads| (idle(*threads), most - threads))?
-        .min(columns.next_multiple_of(32));
-    let tiles = columns.div_ceil(threads);
-    let row_tiles = num_rows.div_ceil(u64::from(rows));
-    let y = row_tiles.min(65_535);
-    let z = row_tiles.div_ceil(y);
-    if z > 65_535 {
-        return None;
-    }
-    Some(Shape { blocks: [tiles + 1, y as u32, z as u32], threads, rows })
+        .min_by_key(|threads| (idle(*threads), most - threads))
+        .unwrap_or(most);
+    Choice { rows, threads: best.min(columns.next_multiple_of(32)) }
 }

@@ -16,26 +16,31 @@ use super::{
 };
 
 /// The kernels of one context. Never unloaded: they go with the context.
+///
+/// They are loaded in families, so that a first call waits for the driver to compile what it needs and no more.
 #[derive(Debug)]
 pub(super) struct Kernels {
     context_id: u64,
     /// Whether the device knows programmatic dependent launch.
     pub(super) programmatic: bool,
-    functions: OnceLock<Functions>,
+    families: [OnceLock<Functions>; FAMILIES.len()],
 }
 
-/// By direction: 1, 2 and 4 rows a thread 16 bytes wide, and the narrow one.
+/// The kernels that differ in the rows of a thread alone.
 #[derive(Debug)]
-pub(super) struct Functions([[CUfunction; 4]; 2]);
+struct Functions([CUfunction; 3]);
 
 // SAFETY: handles of the driver, which any thread may use.
 unsafe impl Send for Functions {}
 // SAFETY: as above.
 unsafe impl Sync for Functions {}
 
-const NAMES: [[&str; 4]; 2] = [
-    ["gdn_split_16x1", "gdn_split_16x2", "gdn_split_16x4", "gdn_split_narrow"],
-    ["gdn_merge_16x1", "gdn_merge_16x2", "gdn_merge_16x4", "gdn_merge_narrow"],
+/// By direction and width: the names for 1, 2 and 4 rows a thread.
+const FAMILIES: [[&str; 3]; 4] = [
+    ["gdn_split_16x1", "gdn_split_16x2", "gdn_split_16x4"],
+    ["gdn_split_narrow"; 3],
+    ["gdn_merge_16x1", "gdn_merge_16x2", "gdn_merge_16x4"],
+    ["gdn_merge_narrow"; 3],
 ];
 
 impl Kernels {
@@ -52,57 +57,73 @@ impl Kernels {
             return Ok(Arc::clone(kernels));
         }
         let programmatic = compute_capability >= (9, 0);
-        let kernels = Arc::new(Self { context_id, programmatic, functions: OnceLock::new() });
+        let families = [const { OnceLock::new() }; FAMILIES.len()];
+        let kernels = Arc::new(Self { context_id, programmatic, families });
         all.push(Arc::clone(&kernels));
         Ok(kernels)
     }
 
-    /// The functions. The first call loads them; of several at a time, one does.
-    pub(super) fn loaded(&self, context: &CudaContext) -> Result<&Functions, CudaError> {
-        if let Some(functions) = self.functions.get() {
+    /// The kernel for a job. The first call for its family loads it.
+    pub(super) fn function(&self, context: &CudaContext, job: &Job) -> Result<CUfunction, CudaError> {
+        let family = 2 * usize::from(job.merge) + usize::from(!job.wide);
+        Ok(self.family(context, family)?.0[job.shape.rows.ilog2().min(2) as usize])
+    }
+
+    /// Loads all that is not loaded yet.
+    pub(super) fn warmup(&self, context: &CudaContext) -> Result<(), CudaError> {
+        (0..FAMILIES.len()).try_for_each(|family| self.family(context, family).map(|_| ()))
+    }
+
+    fn family(&self, context: &CudaContext, family: usize) -> Result<&Functions, CudaError> {
+        let cell = &self.families[family];
+        if let Some(functions) = cell.get() {
             return Ok(functions);
         }
+        // Of several threads that come here at a time, one loads.
         static LOADING: Mutex<()> = Mutex::new(());
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(functions) = self.functions.get() {
+        if let Some(functions) = cell.get() {
             return Ok(functions);
         }
-        let functions = load(context, self.programmatic)?;
-        Ok(self.functions.get_or_init(|| functions))
+        let functions = load(context, self.ptx(), FAMILIES[family])?;
+        Ok(cell.get_or_init(|| functions))
+    }
+
+    fn ptx(&self) -> &'static str {
+        if self.programmatic { gdn_kernels::PTX_SM_90 } else { gdn_kernels::PTX_SM_80 }
     }
 }
 
-impl Functions {
-    /// The kernel for a job.
-    pub(super) fn of(&self, job: &Job) -> CUfunction {
-        let kernel = match (job.wide, job.shape.rows) {
-            (true, 1) => 0,
-            (true, 2) => 1,
-            (true, _) => 2,
-            (false, _) => 3,
-        };
-        self.0[usize::from(job.merge)][kernel]
-    }
-}
-
-fn load(context: &CudaContext, programmatic: bool) -> Result<Functions, CudaError> {
+fn load(context: &CudaContext, ptx: &str, names: [&str; 3]) -> Result<Functions, CudaError> {
     let ordinal = context.ordinal();
     let _current = Current::new(context)?;
-    let text = if programmatic { gdn_kernels::PTX_SM_90 } else { gdn_kernels::PTX_SM_80 };
-    let ptx = CString::new(text).expect("PTX is a text without zeros");
+    let ptx = CString::new(only(ptx, &names)).expect("PTX is a text without zeros");
     // SAFETY: PTX that ends with a zero.
     let module: CUmodule = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
         .map_err(driver(ordinal, "cuModuleLoadData"))?;
-    let mut functions = [[std::ptr::null_mut(); 4]; 2];
-    for (functions, names) in functions.iter_mut().zip(NAMES) {
-        for (function, name) in functions.iter_mut().zip(names) {
-            let name = CString::new(name).expect("a name without zeros");
-            // SAFETY: the module was loaded above and stays.
-            *function = unsafe { result::module::get_function(module, name) }
-                .map_err(driver(ordinal, "cuModuleGetFunction"))?;
-        }
+    let mut functions = [std::ptr::null_mut(); 3];
+    for (function, name) in functions.iter_mut().zip(names) {
+        let name = CString::new(name).expect("a name without zeros");
+        // SAFETY: the module was loaded above and stays.
+        *function = unsafe { result::module::get_function(module, name) }
+            .map_err(driver(ordinal, "cuModuleGetFunction"))?;
     }
     Ok(Functions(functions))
+}
+
+/// The PTX of some of the kernels: what comes before the first, and each of them up to the brace that ends it. Kernels share nothing.
+fn only(ptx: &str, names: &[&str]) -> String {
+    const ENTRY: &str = ".visible .entry ";
+    let mut kernels = ptx.split(ENTRY);
+    let mut text = kernels.next().unwrap_or_default().to_owned();
+    for kernel in kernels {
+        let (name, rest) = kernel.split_once('(').unwrap_or((kernel, ""));
+        if names.contains(&name) {
+            let end = rest.find("\n}").map_or(rest.len(), |brace| brace + 2);
+            text += &format!("{ENTRY}{name}({}\n", &rest[..end]);
+        }
+    }
+    text
 }
 
 /// Makes a context this thread's current one until dropped, where it is not already.
@@ -131,6 +152,27 @@ impl Drop for Current {
             let mut context = std::ptr::null_mut();
             // SAFETY: takes off what `new` put there. There is nothing to be done about a failure.
             let _ = unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_found_in_the_text() {
+        for ptx in [gdn_kernels::PTX_SM_80, gdn_kernels::PTX_SM_90] {
+            let all: Vec<&str> = FAMILIES.concat();
+            assert_eq!(ptx.matches(".visible .entry gdn_").count(), 8);
+            assert!(all.iter().all(|name| ptx.contains(&format!(".visible .entry {name}("))));
+            for names in FAMILIES {
+                let text = only(ptx, &names);
+                let count = if names[0] == names[1] { 1 } else { 3 };
+                assert_eq!(text.matches(".entry").count(), count, "{names:?}");
+                assert_eq!(text.matches("\n}").count(), count, "{names:?}");
+                assert!(text.contains(".version") && text.contains(".target sm_"), "{text}");
+            }
         }
     }
 }

@@ -132,23 +132,23 @@ impl Gpu {
     /// # Safety
     /// `stream` is a stream of this context, and every row of the plan is there, as [`Gpu::split_raw`] asks.
     unsafe fn launch(&self, plan: &Plan, stream: CUstream) -> Result<(), CudaError> {
-        let Some(mut job) = Job::new(plan, self.profile())? else { return Ok(()) };
+        let Some(mut job) = Job::new(plan, self.profile)? else { return Ok(()) };
         let ordinal = self.info().ordinal;
         let _current = Current::new(self.context())?;
         if self.check_pointers {
             self.check(plan)?;
         }
-        let function = self.kernels.loaded(self.context())?.of(&job);
+        let function = self.kernels.function(self.context(), &job)?;
         let mut attribute = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let [x, y, z] = job.shape.blocks;
+        let [x, y] = job.shape.blocks;
         let config = CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
-            gridDimZ: z,
+            gridDimZ: 1,
             blockDimX: job.shape.threads,
             blockDimY: 1,
             blockDimZ: 1,
