@@ -399,10 +399,10 @@ def plot(path, rows, gpu):
     matplotlib.rcParams["svg.hashsalt"] = "gdn"
     from matplotlib import pyplot
 
-    cases = list(dict.fromkeys((r["heads"], r["dtype"]) for r in rows if r["N"]))[:2]
+    cases = list(dict.fromkeys((r["heads"], r["dtype"]) for r in rows if r.get("N")))[:2]
     figure, axes = pyplot.subplots(1, len(cases), figsize=(6.2 * len(cases), 4.4), sharey=True, squeeze=False)
     for axis, (heads, dtype) in zip(axes[0], cases):
-        here = [r for r in rows if (r["heads"], r["dtype"]) == (heads, dtype) and r["N"]]
+        here = [r for r in rows if (r["heads"], r["dtype"]) == (heads, dtype) and r.get("N")]
         for name in dict.fromkeys(r["subject"] for r in here):
             if name in COPIES[1:] or name == "gdn merge":
                 continue

@@ -310,9 +310,10 @@ fn every_kernel_is_in_the_table() {
 }
 
 mod on_a_gpu {
-    use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+    use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, sys};
 
     use super::*;
+    use crate::cuda::lower::Choice;
 
     /// Bytes of poison before and after every tensor.
     const GUARD: usize = 512;
@@ -447,6 +448,84 @@ mod on_a_gpu {
             assert!(tensors[0].rows.len() > 1 << 31);
             for direction in [Direction::Split, Direction::Merge] {
                 launch(&case, &tensors, direction, &gpu);
+            }
+        }
+    }
+
+    /// Microseconds of a split by rows of a thread and threads of a block, replayed from a graph: what `choose` was chosen by.
+    #[test]
+    #[ignore = "a measurement"]
+    fn measure_choices() {
+        let mut gpu = gpu().expect("a GPU");
+        let stream = gpu.stream().context().new_stream().unwrap();
+        gpu = Gpu::on(&stream).unwrap();
+        gpu.warmup().unwrap();
+        for heads in [[16, 32, 128, 128], [4, 8, 128, 128]] {
+            for num_rows in [1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131_072] {
+                let case = Case {
+                    heads,
+                    packing: Packing::Interleaved,
+                    sizes: [2, 2],
+                    shapes: [Shape::default(); 6],
+                    num_rows,
+                };
+                let tensors = case.shapes();
+                let memory: Six<CudaSlice<u8>> = std::array::from_fn(|i| {
+                    // SAFETY: what is in it does not matter to the time.
+                    unsafe { stream.alloc(num_rows * tensors[i].row_bytes()) }.unwrap()
+                });
+                let mut ways = Vec::new();
+                for programmatic in [true, false] {
+                    for rows in [1, 2, 4] {
+                        for threads in [64, 96, 128, 192, 256, 384, 512] {
+                            ways.push((programmatic, Some(Choice { rows, threads })));
+                        }
+                    }
+                    ways.push((programmatic, None));
+                }
+                let calls = (40_000 / num_rows / heads[0]).clamp(3, 100);
+                let graphs: Vec<_> = ways
+                    .iter()
+                    .map(|(programmatic, choice)| {
+                        let mut gpu = gpu.clone().programmatic(*programmatic);
+                        gpu.profile.choice = *choice;
+                        let [mixed_qkvz, mixed_ba, mixed_qkv, z, b, a] =
+                            std::array::from_fn(|i| tensors[i].at(memory[i].device_ptr(&stream).0));
+                        let packed = RawPacked { mixed_qkvz, mixed_ba };
+                        let unpacked = RawUnpacked { mixed_qkv, z, b, a };
+                        stream
+                            .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+                            .unwrap();
+                        for _ in 0..calls {
+                            // SAFETY: six tensors that outlive the graph.
+                            unsafe { gpu.split_raw(&case.layout(), packed, unpacked, stream.cu_stream()) }
+                                .unwrap();
+                        }
+                        stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap()
+                    })
+                    .collect();
+                let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+                let mut times = vec![Vec::new(); ways.len()];
+                for turn in 0..12 {
+                    for (graph, times) in graphs.iter().zip(&mut times) {
+                        let start = stream.record_event(flags).unwrap();
+                        graph.launch().unwrap();
+                        let end = stream.record_event(flags).unwrap();
+                        let took = start.elapsed_ms(&end).unwrap() * 1000.0 / calls as f32;
+                        if turn > 1 {
+                            times.push(took);
+                        }
+                    }
+                }
+                for ((programmatic, choice), times) in ways.iter().zip(&mut times) {
+                    times.sort_by(f32::total_cmp);
+                    let choice =
+                        choice.map_or(String::from("chosen,"), |c| format!("{},{}", c.rows, c.threads));
+                    println!(
+                        "tune,{}/{},{num_rows},{programmatic},{choice},{:.3}",
+                        heads[0], heads[1], times[5]
+                    );
+                }
             }
         }
     }

@@ -51,6 +51,8 @@ mod module;
 mod raw;
 mod slices;
 
+/// The crate of driver calls whose slices and streams are used here, for programs that need the same version.
+pub use cudarc;
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
 pub use raw::{RawPacked, RawRows, RawUnpacked};
