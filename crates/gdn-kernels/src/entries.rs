@@ -1,6 +1,6 @@
 //! The names under which the driver finds the kernels, and the panic handler that none of them reaches.
 
-/// Splits and merges, by the bytes of a word and the rows of a thread: `gdn_split_16x4`. The narrow ones, for tensors that are not
+/// Splits and merges, by the bytes of a word and the rows of a thread: `gdn_split_16x2`. The narrow ones, for tensors that are not
 /// aligned to 16 bytes, take words of any size.
 #[cfg(not(probe))]
 mod splits {
@@ -21,11 +21,9 @@ mod splits {
     entries! {
         gdn_split_16x1: true, false, 1;
         gdn_split_16x2: true, false, 2;
-        gdn_split_16x4: true, false, 4;
         gdn_split_narrow: false, false, 4;
         gdn_merge_16x1: true, true, 1;
         gdn_merge_16x2: true, true, 2;
-        gdn_merge_16x4: true, true, 4;
         gdn_merge_narrow: false, true, 4;
     }
 }

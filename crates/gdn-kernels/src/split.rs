@@ -116,7 +116,7 @@ pub struct Shape {
     pub blocks: [u32; 2],
     /// Threads of a block.
     pub threads: u32,
-    /// Rows a thread moves: 1, 2 or 4, the const parameter of [`run`].
+    /// Rows a thread moves, the const parameter of [`run`].
     pub rows: u32,
 }
 

@@ -185,17 +185,15 @@ fn choose(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Choice {
     let resident = u64::from(profile.multiprocessors) * RESIDENT;
     let rows = match words {
         _ if !wide => 4,
-        words if words <= resident => 1,
-        words if words <= 8 * resident => 2,
-        _ => 4,
+        // Past what the device holds at a time, while all of it stays in its cache.
+        words if words > resident && words <= 6 * resident => 2,
+        _ => 1,
     };
-    // Many small blocks start sooner than few large ones; once the device is full, large ones are fewer to start.
-    let most = if words <= resident / 2 { 128 } else { 256 };
-    // The number of threads that leaves the fewest without a column, the larger of equals; rows of few words take fewer.
+    // The number of threads that leaves the fewest without a column, of equals the nearest to 192; rows of few words take fewer.
     let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
-    let best = (most / 64..=most / 32)
+    let best = (4..=8)
         .map(|warps| warps * 32)
-        .min_by_key(|threads| (idle(*threads), most - threads))
-        .unwrap_or(most);
+        .min_by_key(|threads| (idle(*threads), threads.abs_diff(192)))
+        .unwrap_or(192);
     Choice { rows, threads: best.min(columns.next_multiple_of(32)) }
 }

@@ -28,19 +28,19 @@ pub(super) struct Kernels {
 
 /// The kernels that differ in the rows of a thread alone.
 #[derive(Debug)]
-struct Functions([CUfunction; 3]);
+struct Functions([CUfunction; 2]);
 
 // SAFETY: handles of the driver, which any thread may use.
 unsafe impl Send for Functions {}
 // SAFETY: as above.
 unsafe impl Sync for Functions {}
 
-/// By direction and width: the names for 1, 2 and 4 rows a thread.
-const FAMILIES: [[&str; 3]; 4] = [
-    ["gdn_split_16x1", "gdn_split_16x2", "gdn_split_16x4"],
-    ["gdn_split_narrow"; 3],
-    ["gdn_merge_16x1", "gdn_merge_16x2", "gdn_merge_16x4"],
-    ["gdn_merge_narrow"; 3],
+/// By direction and width: the names for one row a thread and for more.
+const FAMILIES: [[&str; 2]; 4] = [
+    ["gdn_split_16x1", "gdn_split_16x2"],
+    ["gdn_split_narrow"; 2],
+    ["gdn_merge_16x1", "gdn_merge_16x2"],
+    ["gdn_merge_narrow"; 2],
 ];
 
 impl Kernels {
@@ -66,7 +66,7 @@ impl Kernels {
     /// The kernel for a job. The first call for its family loads it.
     pub(super) fn function(&self, context: &CudaContext, job: &Job) -> Result<CUfunction, CudaError> {
         let family = 2 * usize::from(job.merge) + usize::from(!job.wide);
-        Ok(self.family(context, family)?.0[job.shape.rows.ilog2().min(2) as usize])
+        Ok(self.family(context, family)?.0[usize::from(job.shape.rows > 1)])
     }
 
     /// Loads all that is not loaded yet.
@@ -94,14 +94,14 @@ impl Kernels {
     }
 }
 
-fn load(context: &CudaContext, ptx: &str, names: [&str; 3]) -> Result<Functions, CudaError> {
+fn load(context: &CudaContext, ptx: &str, names: [&str; 2]) -> Result<Functions, CudaError> {
     let ordinal = context.ordinal();
     let _current = Current::new(context)?;
     let ptx = CString::new(only(ptx, &names)).expect("PTX is a text without zeros");
     // SAFETY: PTX that ends with a zero.
     let module: CUmodule = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
         .map_err(driver(ordinal, "cuModuleLoadData"))?;
-    let mut functions = [std::ptr::null_mut(); 3];
+    let mut functions = [std::ptr::null_mut(); 2];
     for (function, name) in functions.iter_mut().zip(names) {
         let name = CString::new(name).expect("a name without zeros");
         // SAFETY: the module was loaded above and stays.
@@ -164,11 +164,11 @@ mod tests {
     fn every_kernel_is_found_in_the_text() {
         for ptx in [gdn_kernels::PTX_SM_80, gdn_kernels::PTX_SM_90] {
             let all: Vec<&str> = FAMILIES.concat();
-            assert_eq!(ptx.matches(".visible .entry gdn_").count(), 8);
+            assert_eq!(ptx.matches(".visible .entry gdn_").count(), 6);
             assert!(all.iter().all(|name| ptx.contains(&format!(".visible .entry {name}("))));
             for names in FAMILIES {
                 let text = only(ptx, &names);
-                let count = if names[0] == names[1] { 1 } else { 3 };
+                let count = if names[0] == names[1] { 1 } else { 2 };
                 assert_eq!(text.matches(".entry").count(), count, "{names:?}");
                 assert_eq!(text.matches("\n}").count(), count, "{names:?}");
                 assert!(text.contains(".version") && text.contains(".target sm_"), "{text}");
