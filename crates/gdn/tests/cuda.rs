@@ -441,3 +441,20 @@ fn the_probe_on_the_gpu() {
         assert_eq!(stream.clone_dtoh(&to).unwrap(), gdn_kernels::probe::expected(&words, threads as usize));
     }
 }
+
+/// A call that reads past the end of its input, to see that compute-sanitizer would find one: run it under `--tool memcheck` alone.
+#[test]
+#[ignore = "wrong on purpose"]
+fn a_planted_fault() {
+    let gpu = gpu().expect("a GPU");
+    let stream = gpu.stream();
+    let mut tensors = OnDevice::new(stream, layout(), 1000, 0);
+    let (packed, unpacked) = tensors.raw(stream);
+    let short = stream.alloc_zeros::<u16>(64).unwrap();
+    let features = layout().heads.qkvz_features();
+    let mixed_qkvz = RawRows::new(short.device_ptr(stream).0, 2, 1000, features, features).unwrap();
+    // SAFETY: not sound.
+    let _ =
+        unsafe { gpu.split_raw(&layout(), RawPacked { mixed_qkvz, ..packed }, unpacked, stream.cu_stream()) };
+    let _ = stream.synchronize();
+}

@@ -181,19 +181,19 @@ fn choose(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Choice {
     if let Some(choice) = profile.choice.filter(|_| wide) {
         return choice;
     }
+    // The number of threads that leaves the fewest without a column; rows of few words take fewer. The device starts a block every
+    // 1.2 ns, whatever its size: below 160 threads a row, that and not the memory would be the limit.
+    let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
+    let threads = [192, 224, 256].into_iter().min_by_key(|threads| idle(*threads)).unwrap_or(192);
+    let threads = threads.min(columns.next_multiple_of(32));
     let words = num_rows.saturating_mul(u64::from(columns));
     let resident = u64::from(profile.multiprocessors) * RESIDENT;
     let rows = match words {
         _ if !wide => 4,
         // Past what the device holds at a time, while all of it stays in its cache.
         words if words > resident && words <= 6 * resident => 2,
+        words if words > resident / 4 && threads < 160 => 2,
         _ => 1,
     };
-    // The number of threads that leaves the fewest without a column, of equals the nearest to 192; rows of few words take fewer.
-    let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
-    let best = (4..=8)
-        .map(|warps| warps * 32)
-        .min_by_key(|threads| (idle(*threads), threads.abs_diff(192)))
-        .unwrap_or(192);
-    Choice { rows, threads: best.min(columns.next_multiple_of(32)) }
+    Choice { rows, threads) }
 }
