@@ -195,5 +195,5 @@ fn choose(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Choice {
         words if words > resident / 4 && threads < 160 => 2,
         _ => 1,
     };
-    Choice { rows, threads) }
+    Choice { rows, threads }
 }
