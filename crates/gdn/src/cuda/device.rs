@@ -66,8 +66,10 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
 
 /// Loads and starts the driver. The number of devices.
 fn start_driver() -> Result<usize, CudaError> {
-    // SAFETY: looks for a library. That of the driver may be loaded by anybody.
-    if !unsafe { sys::is_culib_present() } {
+    // Asked of the system first: cudarc panics where it finds none. Names that cudarc looks for too.
+    let names = if cfg!(windows) { ["nvcuda.dll"; 2] } else { ["libcuda.so", "libcuda.so.1"] };
+    // SAFETY: the driver's library, which may be loaded by anybody.
+    if !names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
         return Err(CudaError::NoDriver);
     }
     let mut version = 0;
