@@ -10,6 +10,7 @@ use gdn_kernels::{
 use super::{
     CudaError, Gpu, RawPacked, RawRows, RawUnpacked,
     lower::{Job, Profile},
+    raw::operands,
 };
 use crate::{
     Cpu, Heads, Layout, Packed, PackedMut, Packing, Rows, RowsMut, Unpacked, UnpackedMut,
@@ -208,6 +209,12 @@ fn numbers(bytes: usize, seed: u64) -> Vec<u8> {
     numbers
 }
 
+/// The tensors at these addresses.
+fn raw(tensors: &Six<Tensor>, addresses: Six<u64>) -> (RawPacked, RawUnpacked) {
+    let [mixed_qkvz, mixed_ba, mixed_qkv, z, b, a] = std::array::from_fn(|i| tensors[i].at(addresses[i]));
+    (RawPacked { mixed_qkvz, mixed_ba }, RawUnpacked { mixed_qkv, z, b, a })
+}
+
 fn written(direction: Direction) -> std::ops::Range<usize> {
     match direction {
         Direction::Split => 2..6,
@@ -231,8 +238,8 @@ fn emulate(case: &Case, tensors: &Six<Tensor>, direction: Direction, profile: Pr
             memory.input(&tensor.rows, place)
         }
     });
-    let [qkvz, ba, qkv, z, b, a] = std::array::from_fn(|i| tensors[i].at(addresses[i]).0);
-    let plan = Plan::new(&case.layout(), direction, [qkvz, ba], [qkv, z, b, a]).unwrap();
+    let (packed, unpacked) = raw(tensors, addresses);
+    let plan = Plan::new(&case.layout(), direction, operands(&packed, &unpacked)).unwrap();
     let Some(job) = Job::new(&plan, profile).unwrap() else {
         assert_eq!(case.num_rows, 0, "{case:?}: nothing to launch");
         return;
@@ -288,8 +295,8 @@ fn every_kernel_is_in_the_table() {
         let tensors = case.shapes();
         let addresses: Six<u64> =
             std::array::from_fn(|i| ((i as u64 + 1) << 40) + case.shapes[i].misalignment as u64);
-        let [qkvz, ba, qkv, z, b, a] = std::array::from_fn(|i| tensors[i].at(addresses[i]).0);
-        let plan = Plan::new(&layout, Direction::Split, [qkvz, ba], [qkv, z, b, a]).unwrap();
+        let (packed, unpacked) = raw(&tensors, addresses);
+        let plan = Plan::new(&layout, Direction::Split, operands(&packed, &unpacked)).unwrap();
         for profile in profiles() {
             if let Some(job) = Job::new(&plan, profile).unwrap() {
                 seen.insert((job.wide, job.shape.rows, job.args.qkvz_word, job.args.ba_word));
@@ -383,10 +390,7 @@ mod on_a_gpu {
         let stream = gpu.stream();
         let on_device: Six<OnDevice> =
             std::array::from_fn(|i| OnDevice::new(stream, &tensors[i], written(direction).contains(&i)));
-        let [mixed_qkvz, mixed_ba, mixed_qkv, z, b, a] =
-            std::array::from_fn(|i| tensors[i].at(on_device[i].address(stream)));
-        let packed = RawPacked { mixed_qkvz, mixed_ba };
-        let unpacked = RawUnpacked { mixed_qkv, z, b, a };
+        let (packed, unpacked) = raw(tensors, on_device.each_ref().map(|tensor| tensor.address(stream)));
         let layout = case.layout();
         // SAFETY: six tensors of the case's shape, alive until the stream is done, which `check` waits for.
         unsafe {
@@ -487,10 +491,8 @@ mod on_a_gpu {
                     .map(|(programmatic, choice)| {
                         let mut gpu = gpu.clone().programmatic(*programmatic);
                         gpu.profile.choice = *choice;
-                        let [mixed_qkvz, mixed_ba, mixed_qkv, z, b, a] =
-                            std::array::from_fn(|i| tensors[i].at(memory[i].device_ptr(&stream).0));
-                        let packed = RawPacked { mixed_qkvz, mixed_ba };
-                        let unpacked = RawUnpacked { mixed_qkv, z, b, a };
+                        let addresses = memory.each_ref().map(|memory| memory.device_ptr(&stream).0);
+                        let (packed, unpacked) = raw(&tensors, addresses);
                         stream
                             .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
                             .unwrap();

@@ -4,8 +4,9 @@ use gdn_kernels::split::{Args, Divisor, Part, Projection, Shape, Tensor};
 
 use super::CudaError;
 use crate::{
-    packing::Run,
-    split::{self, Direction, Operand, Plan},
+    FeatureMap, Run,
+    rows::Operand,
+    split::{Direction, Plan},
 };
 
 /// The kernel to launch, its arguments and its grid.
@@ -45,25 +46,26 @@ impl Job {
     /// # Errors
     /// [`CudaError::TooLarge`].
     pub(super) fn new(plan: &Plan, profile: Profile) -> Result<Option<Self>, CudaError> {
-        if plan.num_rows == 0 {
+        let num_rows = plan.num_rows();
+        if num_rows == 0 {
             return Ok(None);
         }
-        let [qkvz, ba] = &plan.projections;
-        let words = [word_of(qkvz, plan.num_rows), word_of(ba, plan.num_rows)];
+        let maps = [plan.map(0), plan.map(1)];
+        let words = [0, 1].map(|i| word_of(&maps[i], plan.tensors(i), num_rows));
         let too_large = |i: usize| CudaError::TooLarge {
             argument: ["mixed_qkvz", "mixed_ba"][i],
-            num_rows: plan.num_rows,
-            row_bytes: plan.projections[i].packed.geometry.row_bytes,
+            num_rows,
+            row_bytes: plan.tensors(i)[0].geometry.row_bytes(),
             word: words[i],
         };
         let wide = words[0] == WIDEST;
-        let qkvz = lower(qkvz, words[0]).ok_or_else(|| too_large(0))?;
-        let ba = lower(ba, words[1]).ok_or_else(|| too_large(1))?;
+        let qkvz = lower(&maps[0], plan.tensors(0), words[0]).ok_or_else(|| too_large(0))?;
+        let ba = lower(&maps[1], plan.tensors(1), words[1]).ok_or_else(|| too_large(1))?;
         let ba_columns = Divisor::new(ba.columns).ok_or_else(|| too_large(1))?;
-        let grid = Grid::new(plan.num_rows as u64, qkvz.columns, ba.columns, wide, profile);
+        let grid = Grid::new(num_rows as u64, qkvz.columns, ba.columns, wide, profile);
         let Grid { shape, slice_rows, blocks, tiles } = grid.ok_or_else(|| too_large(0))?;
         let args = Args {
-            num_rows: plan.num_rows as u64,
+            num_rows: num_rows as u64,
             slice_rows,
             blocks,
             tiles,
@@ -78,61 +80,64 @@ impl Job {
 }
 
 /// The most bytes, 16 at most, that divide every address, distance and length of a projection.
-fn word_of(projection: &split::Projection, num_rows: usize) -> usize {
-    let split::Projection { map, packed, unpacked } = projection;
-    let size = packed.geometry.element_size;
+fn word_of(map: &FeatureMap, tensors: &[&Operand], num_rows: usize) -> usize {
     let mut all = WIDEST;
-    for operand in [packed, &unpacked[0], &unpacked[1]] {
-        all |= operand.ptr.addr();
+    for tensor in tensors {
+        all |= tensor.ptr.addr();
         if num_rows > 1 {
-            all |= operand.geometry.row_stride;
+            all |= tensor.geometry.row_stride;
         }
     }
     for run in map.runs() {
-        let unpacked = run.unpacked - map.tensors()[second(projection, run)].start;
-        for features in [run.packed, run.packed_step, unpacked, run.unpacked_step, run.len] {
-            all |= features * size;
+        for features in [run.packed, map.packed_step(), in_tensor(map, run).1, run.len] {
+            all |= features * tensors[0].geometry.element_size;
         }
     }
     1 << all.trailing_zeros()
 }
 
-/// Which of the two unpacked tensors a run belongs to.
-fn second(projection: &split::Projection, run: &Run) -> usize {
-    usize::from(run.unpacked >= projection.map.tensors()[1].start)
+/// Which of the two unpacked tensors a run belongs to, and its first feature there.
+fn in_tensor(map: &FeatureMap, run: &Run) -> (usize, usize) {
+    let [first, second] = map.tensors();
+    if run.unpacked < second.start {
+        (0, run.unpacked - first.start)
+    } else {
+        (1, run.unpacked - second.start)
+    }
 }
 
 /// Everything in words. `None` where there are too many.
-fn lower<const PARTS: usize>(projection: &split::Projection, word: usize) -> Option<Projection<PARTS>> {
-    let split::Projection { map, packed, unpacked } = projection;
-    let row_bytes = packed.geometry.row_bytes;
-    let columns = row_bytes / word;
+fn lower<const PARTS: usize>(
+    map: &FeatureMap,
+    tensors: &[&Operand],
+    word: usize,
+) -> Option<Projection<PARTS>> {
+    let element_size = tensors[0].geometry.element_size;
+    let columns = tensors[0].geometry.row_bytes() / word;
     if columns >= MOST_COLUMNS {
         return None;
     }
     // Fewer than 2^29, so that every number of words below fits.
-    let words = |features: usize| (features * packed.geometry.element_size / word) as u32;
-    let tensor = |operand: &Operand| Tensor {
-        address: operand.ptr.addr() as u64,
-        stride: operand.geometry.row_stride as u64,
+    let words = |features: usize| (features * element_size / word) as u32;
+    let tensor = |i: usize| Tensor {
+        address: tensors[i].ptr.addr() as u64,
+        stride: tensors[i].geometry.row_stride as u64,
     };
     let mut parts = [Part::NONE; PARTS];
     let mut boundary = u32::MAX;
     for (part, run) in parts.iter_mut().zip(map.runs()) {
-        let second = second(projection, run);
+        let (second, start) = in_tensor(map, run);
         let first = words(run.packed);
         if second == 1 {
             boundary = boundary.min(first);
         }
-        let start = words(run.unpacked - map.tensors()[second].start);
-        *part = Part { first, step: words(run.unpacked_step), shift: start.wrapping_sub(first) };
+        *part = Part { first, step: words(run.len), shift: words(start).wrapping_sub(first) };
     }
-    let count = map.runs().first().map_or(1, |run| run.count);
     Some(Projection {
-        packed: tensor(packed),
-        unpacked: unpacked.each_ref().map(tensor),
+        packed: tensor(0),
+        unpacked: [tensor(1), tensor(2)],
         columns: columns as u32,
-        unit: Divisor::new(columns as u32 / count as u32)?,
+        unit: Divisor::new(columns as u32 / map.count() as u32)?,
         parts,
         second: boundary,
     })

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     Layout, RowsError,
-    rows::{Geometry, check_bytes},
-    split::{Direction, Operand, Plan},
+    rows::{Geometry, Operand, check_bytes},
+    split::{Direction, NAMES, Plan},
 };
 
 /// N rows in the memory of a device: numbers that nothing on the host follows.
@@ -73,16 +73,10 @@ pub struct RawUnpacked {
     pub a: RawRows,
 }
 
-impl RawPacked {
-    fn operands(&self) -> [Operand; 2] {
-        [self.mixed_qkvz.0, self.mixed_ba.0]
-    }
-}
-
-impl RawUnpacked {
-    fn operands(&self) -> [Operand; 4] {
-        [self.mixed_qkv.0, self.z.0, self.b.0, self.a.0]
-    }
+/// The order of a plan.
+pub(super) fn operands<'a>(packed: &'a RawPacked, unpacked: &'a RawUnpacked) -> [&'a Operand; 6] {
+    let (RawPacked { mixed_qkvz, mixed_ba }, RawUnpacked { mixed_qkv, z, b, a }) = (packed, unpacked);
+    [mixed_qkvz, mixed_qkv, z, mixed_ba, b, a].map(|rows| &rows.0)
 }
 
 impl Gpu {
@@ -105,7 +99,7 @@ impl Gpu {
         to: RawUnpacked,
         stream: CUstream,
     ) -> Result<(), CudaError> {
-        let plan = Plan::new(layout, Direction::Split, from.operands(), to.operands())?;
+        let plan = Plan::new(layout, Direction::Split, operands(&from, &to))?;
         // SAFETY: the caller's promise.
         unsafe { self.launch(&plan, stream) }
     }
@@ -124,14 +118,14 @@ impl Gpu {
         to: RawPacked,
         stream: CUstream,
     ) -> Result<(), CudaError> {
-        let plan = Plan::new(layout, Direction::Merge, to.operands(), from.operands())?;
+        let plan = Plan::new(layout, Direction::Merge, operands(&to, &from))?;
         // SAFETY: the caller's promise.
         unsafe { self.launch(&plan, stream) }
     }
 
     /// # Safety
     /// `stream` is a stream of this context, and every row of the plan is there, as [`Gpu::split_raw`] asks.
-    unsafe fn launch(&self, plan: &Plan, stream: CUstream) -> Result<(), CudaError> {
+    unsafe fn launch(&self, plan: &Plan<'_>, stream: CUstream) -> Result<(), CudaError> {
         let Some(mut job) = Job::new(plan, self.profile)? else { return Ok(()) };
         let ordinal = self.info().ordinal;
         let _current = Current::new(self.context())?;
@@ -168,17 +162,10 @@ impl Gpu {
     }
 
     /// That every tensor lies on this device.
-    fn check(&self, plan: &Plan) -> Result<(), CudaError> {
-        let [qkvz, ba] = &plan.projections;
+    fn check(&self, plan: &Plan<'_>) -> Result<(), CudaError> {
         let expected = self.info().ordinal;
-        for (argument, operand) in [
-            ("mixed_qkvz", qkvz.packed),
-            ("mixed_ba", ba.packed),
-            ("mixed_qkv", qkvz.unpacked[0]),
-            ("z", qkvz.unpacked[1]),
-            ("b", ba.unpacked[0]),
-            ("a", ba.unpacked[1]),
-        ] {
+        let operands = plan.tensors(0).iter().chain(plan.tensors(1));
+        for (argument, operand) in NAMES.into_iter().zip(operands) {
             let address = operand.ptr.addr() as u64;
             let mut ordinal: i32 = 0;
             // SAFETY: asks about an address and follows it not; the answer to this question is an `int`.
