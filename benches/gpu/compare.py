@@ -373,6 +373,26 @@ def host_latency(gdn, found):
     return rows
 
 
+def behind_another_kernel(gdn, rounds):
+    """Microseconds that a split, or a copy, adds behind a kernel that knows nothing of programmatic dependent launch."""
+    h, rows = Heads(16, 32, 128, 128), []
+    print("\nadded behind an elementwise kernel of torch, us (median)")
+    for n in (1, 64, 1024):
+        qkvz, ba = random_bits(n, h.qkvz, torch.bfloat16), random_bits(n, h.ba, torch.bfloat16)
+        out = [torch.empty(n, f, dtype=torch.bfloat16, device="cuda") for f in (h.qkv, h.z, h.hv, h.hv)]
+        call, x, dst = gdn.prepare(h, qkvz, ba, out), torch.zeros(1 << 14, device="cuda"), torch.empty_like(qkvz)
+        times = measure({
+            "nothing": lambda: x.add_(1),
+            "gdn": lambda: (x.add_(1), gdn(call)),
+            "gdn, ordinary launch": lambda: (x.add_(1), gdn(call, False)),
+            "torch copy": lambda: (x.add_(1), dst.copy_(qkvz)),
+        }, rounds, ())
+        for name in list(times)[1:]:
+            rows.append((f"{name}, N = {n}", times[name][0] - times["nothing"][0]))
+            print(f"  {rows[-1][0]:32} {rows[-1][1]:8.3f}")
+    return rows
+
+
 SUITES = {
     # heads, dtype of qkvz, of ba, the Ns
     "bounds": [
@@ -461,6 +481,7 @@ def main():
                 sys.stdout.flush()
     base = {"gpu": gpu, "heads": "16/32x128", "dtype": "bfloat16"}
     rows += [base | {"subject": f"host time: {n}", "us": f"{t:.3f}"} for n, t in host_latency(gdn, found)]
+    rows += [base | {"subject": f"behind another kernel: {n}", "us": f"{t:.3f}"} for n, t in behind_another_kernel(gdn, args.rounds)]
     rows += [
         base | {"subject": f"first result: {n}", "us": f"{t * 1000:.1f}"}
         for n, t in first_results(["gdn", *(n for n in found if "8 a" not in n)], args)

@@ -14,10 +14,14 @@ use gdn::{
 const TOKENS: usize = 64;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    match devices() {
-        Ok(devices) if !devices.is_empty() => println!("{}", devices[0]),
-        Ok(_) => return Ok(println!("no device on this machine")),
-        Err(error) => return Ok(println!("{error}")),
+    let found = devices().map(|devices| devices.into_iter().next());
+    match &found {
+        Ok(Some(device)) => println!("{device}"),
+        Ok(None) => println!("no device on this machine"),
+        Err(error) => println!("{error}"),
+    }
+    if !matches!(found, Ok(Some(_))) {
+        return Ok(());
     }
     // The engine's own: a stream, tensors in bf16, seen as u16.
     let stream = CudaContext::new(0)?.new_stream()?;

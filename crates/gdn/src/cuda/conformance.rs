@@ -416,12 +416,11 @@ mod on_a_gpu {
         }
     }
 
-    #[test]
-    fn on_the_gpu() {
+    fn run(cases: impl Fn(&Case) -> bool) {
         let Some(gpu) = gpu() else { return };
         for programmatic in [true, false] {
             let mut gpu = gpu.clone().programmatic(programmatic);
-            for case in table() {
+            for case in table().into_iter().filter(&cases) {
                 let tensors = case.tensors();
                 for direction in [Direction::Split, Direction::Merge] {
                     for profile in profiles() {
@@ -431,6 +430,17 @@ mod on_a_gpu {
                 }
             }
         }
+    }
+
+    // In two, as tools that look at every access take long over many rows.
+    #[test]
+    fn few_rows_on_the_gpu() {
+        run(|case| case.num_rows < 1000);
+    }
+
+    #[test]
+    fn many_rows_on_the_gpu() {
+        run(|case| case.num_rows >= 1000);
     }
 
     /// More than 2^31 elements in one dense tensor. Takes some 10 GB of host memory: `--ignored`.
