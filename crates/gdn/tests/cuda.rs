@@ -252,6 +252,25 @@ fn strided_slices() {
 }
 
 #[test]
+fn tensors_of_the_host() {
+    let Some(gpu) = gpu() else { return };
+    let layout = layout();
+    for (num_rows, padding) in [(0, 0), (1, 0), (33, 0), (33, 5)] {
+        let shapes = [Shape { padding, misalignment: 3 }; 6];
+        let mut case = Case::packed(&layout.heads, num_rows, [2, 4], shapes);
+        let (from, to) = case.for_split();
+        cuda::split_host(&layout, from, to, &gpu).unwrap();
+        case.assert_guards();
+        reference::check(&layout.heads, layout.packing, &case.read_packed(), &case.read_unpacked()).unwrap();
+        case.poison_packed(&layout.heads, num_rows, [2, 4], [shapes[0], shapes[1]]);
+        let (from, to) = case.for_merge();
+        cuda::merge_host(&layout, from, to, &gpu).unwrap();
+        case.assert_guards();
+        reference::check(&layout.heads, layout.packing, &case.read_packed(), &case.read_unpacked()).unwrap();
+    }
+}
+
+#[test]
 fn two_threads_on_streams_of_their_own() {
     let Some(gpu) = gpu() else { return };
     let context: Arc<CudaContext> = Arc::clone(gpu.stream().context());

@@ -4,13 +4,14 @@
 //! ([`Gpu::warmup`]). Nothing but the driver is needed, and that only when a device is asked for: a build with the feature `cuda` runs
 //! everywhere.
 //!
-//! Three layers, each over the one below:
+//! Layers, each over the one below:
 //!
 //! | for | call | takes |
 //! |---|---|---|
 //! | Rust programs | [`split`], [`merge`] | views of cudarc's slices, checked and ordered |
+//! | tools | [`split_host`], [`merge_host`] | the CPU's own views, copied there and back |
 //! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`] | device pointers and a `CUstream` |
-//! | both | [`Gpu`], [`devices`] | a device, its context, its kernels |
+//! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
 //!
 //! ```no_run
 //! use gdn::{Heads, Layout, Packing, cuda};
@@ -46,6 +47,7 @@
 mod conformance;
 mod device;
 mod error;
+mod host;
 mod lower;
 mod module;
 mod raw;
@@ -55,5 +57,6 @@ mod slices;
 pub use cudarc;
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
+pub use host::{merge_host, split_host};
 pub use raw::{RawPacked, RawRows, RawUnpacked};
 pub use slices::{Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut, merge, split};
