@@ -1,7 +1,6 @@
 //! The CUDA backend through its public doors. Where there is no GPU, the tests that need one say that they are skipped.
 #![cfg(feature = "cuda")]
 
-#[allow(dead_code, reason = "shared with tests that use more of it")]
 mod support;
 
 use std::{ffi::CString, sync::Arc, time::Instant};

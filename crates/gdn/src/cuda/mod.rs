@@ -43,6 +43,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod bench;
 #[cfg(test)]
 mod conformance;
 mod device;
@@ -53,6 +54,7 @@ mod module;
 mod raw;
 mod slices;
 
+pub use bench::Bench;
 /// The crate of driver calls whose slices and streams are used here, for programs that need the same version.
 pub use cudarc;
 pub use device::{DeviceInfo, Gpu, devices};
