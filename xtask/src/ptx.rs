@@ -23,11 +23,16 @@ const GPUS: [u32; 6] = [80, 86, 89, 90, 100, 120];
 const WIDE: &str = "_16x";
 const HASH_FILE: &str = "sources.hash";
 
+/// Whether the compiler and its source are there.
+pub(crate) fn can_build() -> bool {
+    Compiler::find().is_ok()
+}
+
 /// Builds the PTX; with `check`, holds it against the committed one instead of writing it.
 ///
 /// # Errors
 /// No compiler (the sentence says how to get one), PTX that is stale, or PTX that no driver would load or that is slow.
-pub fn run(check: bool) -> Result<()> {
+pub(crate) fn run(check: bool) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     let crate_dir = root.join("crates/gdn-kernels");
     let hash = hash_of_sources(&crate_dir)?;

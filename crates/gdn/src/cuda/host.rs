@@ -59,7 +59,7 @@ impl Dense {
     }
 }
 
-/// [`gdn::split`](crate::split) by a GPU, for tensors in the memory of the host. Returns when they are written.
+/// [`gdn::split`](crate::split()) by a GPU, for tensors in the memory of the host. Returns when they are written.
 ///
 /// # Errors
 /// [`CudaError::Split`], before anything is written; [`CudaError::TooLarge`], [`CudaError::Driver`].
@@ -74,7 +74,7 @@ pub fn split_host(
     run(layout, Direction::Split, packed, [mixed_qkv, z, b, a].map(|rows| rows.operand), gpu)
 }
 
-/// [`gdn::merge`](crate::merge) by a GPU, for tensors in the memory of the host. Returns when they are written.
+/// [`gdn::merge`](crate::merge()) by a GPU, for tensors in the memory of the host. Returns when they are written.
 ///
 /// # Errors
 /// Those of [`split_host`].

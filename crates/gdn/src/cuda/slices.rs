@@ -152,7 +152,7 @@ fn belongs<T>(
     Err(CudaError::WrongDevice { argument, address: 0, got, expected })
 }
 
-/// Takes packed projections apart, on the GPU's stream: the counterpart of [`gdn::split`](crate::split).
+/// Takes packed projections apart, on the GPU's stream: the counterpart of [`gdn::split`](crate::split()).
 ///
 /// One kernel launch; the call returns before the work is done. cudarc orders it after whatever was done to the slices before, and
 /// what is done to them later after it.
