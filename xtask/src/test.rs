@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::{
-    neon,
+    examples, neon, ptx,
     shell::{self, apt_install, cargo, command, has, root},
 };
 
@@ -36,7 +36,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
         ("tests", &|| shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
-    let slow: [Step<'_>; 4] = [
+    let slow: [Step<'_>; 7] = [
+        ("the library and the command without CUDA", &|| {
+            shell::run(&mut cargo(&["clippy", "-p", "gdn", "--all-targets", "--", "-Dwarnings"]))?;
+            shell::run(&mut cargo(&["clippy", "-p", "gdn-cli", "--no-default-features", "--", "-Dwarnings"]))
+        }),
+        ("the PTX of the kernels", &kernels),
+        ("examples that are packages of their own", &examples::run),
         ("licences and duplicate dependencies", &licences),
         ("tests under the address sanitizer", &sanitizer),
         ("fuzzing", &|| fuzz(args.fuzz_seconds)),
@@ -58,6 +64,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     println!("\nall of it passed");
     Ok(())
+}
+
+/// That the committed PTX is that of the sources, with the compiler that makes it.
+fn kernels() -> anyhow::Result<()> {
+    if !ptx::can_build() {
+        apt_install(&["rustc-web", "rust-web-src"])?;
+    }
+    ptx::run(true)
 }
 
 /// The version of cargo-deny that is installed where there is none.

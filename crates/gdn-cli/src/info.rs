@@ -7,7 +7,7 @@ use gdn::{
     cpu::{Isa, caches},
 };
 
-use crate::{layout::LayoutArgs, print};
+use crate::{device, layout::LayoutArgs, print};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -16,7 +16,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mut text = machine();
+    let mut text = machine() + &device::list();
     match args.layout.named()? {
         (Some(heads), Some(packing)) => text.push_str(&picture(&Layout::new(heads, packing))),
         (Some(heads), None) => {

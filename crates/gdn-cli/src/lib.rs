@@ -3,6 +3,7 @@
 //! [`run`] is all there is to call; the binary does so, and the fuzz target.
 
 mod bench;
+mod device;
 mod files;
 mod info;
 mod layout;

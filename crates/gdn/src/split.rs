@@ -229,7 +229,7 @@ pub(crate) struct Plan<'a> {
 }
 
 /// The order of a plan's operands: for each projection its packed tensor, and the two it comes apart into.
-const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_qkv", "z", "mixed_ba", "b", "a"];
+pub(crate) const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_qkv", "z", "mixed_ba", "b", "a"];
 
 impl<'a> Plan<'a> {
     /// Checks operands in the order of [`NAMES`].
