@@ -1,1 +1,42 @@
-fn main() {}
+//! The project's own chores: `cargo xtask test`, `cargo xtask record`, `cargo xtask ptx`.
+
+mod examples;
+mod neon;
+mod ptx;
+mod record;
+mod shell;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+/// The project's own chores
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Everything that must hold before a change lands; installs what it needs
+    Test(test::Args),
+    /// Measure the CPU ops on this machine and write the records under benches/record/
+    Record(record::Args),
+    /// Build the PTX of the GPU kernels, and hold it against what a driver can load
+    Ptx {
+        /// Fail where the committed PTX is stale, and write nothing
+        #[arg(long)]
+        check: bool,
+    },
+    /// Compile the examples that are packages of their own
+    Examples,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().task {
+        Task::Test(args) => test::run(&args),
+        Task::Record(args) => record::run(&args),
+        Task::Ptx { check } => ptx::run(check),
+        Task::Examples => examples::run(),
+    }
+}

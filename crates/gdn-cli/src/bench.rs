@@ -4,13 +4,14 @@ use std::{fmt::Write as _, path::PathBuf, time::Instant};
 
 use anyhow::{Context, bail};
 use gdn::{
-    Cpu, Heads, Layout, PackedBuf, Pages, UnpackedBuf,
+    Cpu, Heads, Layout, PackedBuf, Packing, Pages, UnpackedBuf,
     cpu::{Stores, copy_bytes},
     reference,
 };
 use serde_json::json;
 
 use crate::{
+    device::{Backend, Device},
     layout::{CpuArgs, LayoutArgs},
     plot, print,
 };
@@ -22,6 +23,9 @@ the op reads, by as many threads. The ratio is the op's time over the copy's.")]
 pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutArgs,
+    /// Where to measure: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
     #[command(flatten)]
     cpu: CpuArgs,
     /// Numbers of tokens to measure
@@ -103,6 +107,7 @@ pub(crate) struct Record {
     pub(crate) bytes: usize,
     pub(crate) seconds: f64,
     pub(crate) copy_seconds: f64,
+    /// Of the CPU; 0 on a GPU.
     threads: usize,
 }
 
@@ -121,22 +126,24 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
         bail!("--seconds is {}, it must be more than 0 and at most 3600", args.seconds);
     }
-    let heads = match args.layout.heads()? {
+    let (heads, packing) = args.layout.named()?;
+    let heads = match heads {
         Some(heads) => heads,
         None => Heads::preset("Qwen3-Next-80B-A3B")?,
     };
-    let layout = Layout::new(heads, args.layout.packing());
+    let layout = Layout::new(heads, packing.unwrap_or(Packing::Interleaved));
     let cpu = args.cpu.cpu()?.stores(match args.stores {
         StoresArg::Auto => Stores::Auto,
         StoresArg::Cached => Stores::Cached,
         StoresArg::Streaming => Stores::Streaming,
     });
+    let backend = Backend::new(args.device, cpu)?;
     if !args.json {
         print(&format!(
             "split, {heads}, {}, {}, {}\n{:>9} {:>12} {:>7} {:>12} {:>12} {:>8} {:>8}\n",
             layout.packing,
             args.dtype.name(),
-            cpu.chosen_isa(),
+            unit(args.device, &cpu),
             "tokens",
             "bytes",
             "threads",
@@ -148,7 +155,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut records = Vec::new();
     for &tokens in &args.tokens {
-        let record = measure(&layout, tokens as usize, args, &cpu)?;
+        let record = match &backend {
+            Backend::Cpu(cpu) => measure(&layout, tokens as usize, args, cpu)?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => measure_on(&layout, tokens as usize, args, gpu)?,
+        };
         print(&line(&record, &layout, args, &cpu))?;
         records.push(record);
     }
@@ -162,13 +173,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What does the work.
+fn unit(device: Device, cpu: &Cpu) -> &'static str {
+    match device {
+        Device::Cpu => cpu.chosen_isa().name(),
+        Device::Cuda(_) => "ptx",
+    }
+}
+
 fn line(record: &Record, layout: &Layout, args: &Args, cpu: &Cpu) -> String {
     let Record { tokens, bytes, seconds, copy_seconds, threads } = *record;
     let mut line = String::new();
     if args.json {
         let heads = layout.heads;
         let object = json!({
-            "op": "split", "device": "cpu", "isa": cpu.chosen_isa().name(), "threads": threads, "tokens": tokens,
+            "op": "split", "device": args.device.to_string(), "isa": unit(args.device, cpu), "threads": threads, "tokens": tokens,
             "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
             "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
             "packing": layout.packing.name(), "dtype": args.dtype.name(),
@@ -202,6 +221,13 @@ fn time(seconds: f64) -> String {
     }
 }
 
+/// Bytes that differ from their neighbours.
+fn fill(bytes: &mut [u8]) {
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
+    }
+}
+
 /// Checks the op on this machine's own choices, then times it.
 fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Result<Record> {
     let size = args.dtype.bytes();
@@ -216,9 +242,7 @@ fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Re
         );
     }
     let mut packed = PackedBuf::new(&heads, tokens, size, size)?;
-    for (i, byte) in packed.bytes_mut().iter_mut().enumerate() {
-        *byte = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
-    }
+    fill(packed.bytes_mut());
     let mut given = UnpackedBuf::new(&heads, tokens, size, size)?;
     given.bytes_mut().fill(0xA5);
     gdn::split(layout, packed.as_ref(), given.as_mut(), cpu)?;
@@ -248,6 +272,25 @@ fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Re
         Ok::<(), gdn::SplitError>(())
     })?;
     Ok(Record { tokens, bytes, seconds, copy_seconds: plain.min(streaming), threads })
+}
+
+/// The same on a GPU, within its memory: the copy is the driver's own.
+#[cfg(feature = "cuda")]
+fn measure_on(layout: &Layout, tokens: usize, args: &Args, gpu: &gdn::cuda::Gpu) -> anyhow::Result<Record> {
+    use gdn::cuda::Bench;
+
+    let (size, heads) = (args.dtype.bytes(), layout.heads);
+    let mut packed = PackedBuf::new(&heads, tokens, size, size)?;
+    fill(packed.bytes_mut());
+    let bench = Bench::new(layout, packed.as_ref(), gpu)?;
+    if let Err(difference) = reference::check(&heads, layout.packing, &packed.as_ref(), &bench.unpacked()?) {
+        bail!("the split is wrong, nothing was measured: {difference}");
+    }
+    let [seconds, copy_seconds] =
+        medians(args.seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
+            .map(|seconds| seconds / Bench::CALLS as f64);
+    let bytes = tokens * (heads.qkvz_features() + heads.ba_features()) * size;
+    Ok(Record { tokens, bytes, seconds, copy_seconds, threads: 0 })
 }
 
 /// The least time a sample takes: shorter work is repeated within a sample, so that the clock's own cost is lost in it.

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, bail};
 use memmap2::{Mmap, MmapMut};
 use safetensors::{
-    Dtype, SafeTensors,
+    Dtype,
     tensor::{Metadata, TensorInfo},
 };
 use serde_json::json;
@@ -26,7 +26,10 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// From here on Ctrl-C is noticed by [`check_interrupted`] instead of ending the process where it stands.
 pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
-    ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)).context("cannot watch for Ctrl-C")
+    match ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)) {
+        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(()),
+        Err(error) => Err(error).context("cannot watch for Ctrl-C"),
+    }
 }
 
 /// [`Interrupted`], if that is so.
@@ -156,23 +159,27 @@ fn parse(bytes: &[u8]) -> anyhow::Result<(Metadata, usize)> {
     let Some(length) = bytes.first_chunk::<8>() else {
         bail!("not a safetensors file: it has {} bytes, the length of the header alone takes 8", bytes.len());
     };
-    // The library adds to this length without a look at it.
     let length = u64::from_le_bytes(*length);
-    if length > bytes.len() as u64 - 8 {
+    let Some(header) = usize::try_from(length).ok().and_then(|length| bytes[8..].get(..length)) else {
+        let left = bytes.len() - 8;
         bail!(
-            "not a safetensors file, or a truncated one: its header is said to take {length} bytes, {} are left",
-            bytes.len() - 8
+            "not a safetensors file, or a truncated one: its header is said to take {length} bytes, {left} are left"
         );
+    };
+    // This checks names, shapes and offsets, and leaves the length of the file to us.
+    let metadata: Metadata = serde_json::from_slice(header).context("not a valid safetensors header")?;
+    let data = bytes.len() - 8 - header.len();
+    if metadata.data_len() != data {
+        bail!("the header speaks of {} bytes of data, the file has {data}", metadata.data_len());
     }
-    let (length, header) = SafeTensors::read_metadata(bytes).context("not a valid safetensors file")?;
-    Ok((header, 8 + length))
+    Ok((metadata, 8 + header.len()))
 }
 
 impl Tensor<'_> {
     /// Bytes of an element.
     pub(crate) fn element_size(&self) -> anyhow::Result<usize> {
         let bits = self.dtype.bitsize();
-        if bits % 8 != 0 {
+        if !bits.is_multiple_of(8) {
             bail!("'{}' is {}: elements of {bits} bits do not move by bytes", self.name, self.dtype);
         }
         Ok(bits / 8)
@@ -359,4 +366,58 @@ fn reserve(file: &File, directory: &Path, bytes: u64) -> anyhow::Result<()> {
     #[cfg(not(target_os = "linux"))]
     let _ = directory;
     Ok(file.set_len(bytes)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_noticed_before_anything_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = File::create(directory.path().join("file")).unwrap();
+        let error = reserve(&file, directory.path(), 1 << 60).unwrap_err().to_string();
+        assert!(error.contains(&(1u64 << 60).to_string()), "{error}");
+        assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn headers_are_the_same_every_time_and_data_begins_on_a_line() {
+        let tensor =
+            |name: &str, bytes| NewTensor { name: name.into(), dtype: Dtype::U8, shape: vec![bytes], bytes };
+        for extra in 0..70 {
+            let metadata: BTreeMap<_, _> =
+                [("k".to_owned(), "x".repeat(extra)), ("a".to_owned(), "\"\n".to_owned())].into();
+            let text = header(&[tensor("t", 3), tensor("u", 0)], &metadata).unwrap();
+            assert_eq!((8 + text.len()) % DATA_ALIGNMENT, 0);
+            assert!(text.starts_with(r#"{"__metadata__":{"a":"#), "{text}");
+            let mut file = (text.len() as u64).to_le_bytes().to_vec();
+            file.extend(text.as_bytes());
+            file.extend([1, 2, 3]);
+            let (parsed, data_start) = parse(&file).unwrap();
+            assert_eq!((data_start, parsed.info("t").unwrap().data_offsets), (file.len() - 3, (0, 3)));
+        }
+        assert!(header(&[tensor("t", 3), tensor("t", 3)], &BTreeMap::new()).is_err());
+    }
+
+    #[test]
+    fn every_cut_and_every_flipped_bit_is_an_error_or_still_a_file() {
+        let text = header(
+            &[NewTensor { name: "t".into(), dtype: Dtype::BF16, shape: vec![2, 2], bytes: 8 }],
+            &BTreeMap::new(),
+        )
+        .unwrap();
+        let mut file = (text.len() as u64).to_le_bytes().to_vec();
+        file.extend(text.as_bytes());
+        file.extend([0; 8]);
+        assert!(parse(&file).is_ok());
+        for cut in 0..file.len() {
+            assert!(parse(&file[..cut]).is_err(), "cut to {cut} bytes");
+        }
+        for bit in 0..file.len() * 8 {
+            let mut flipped = file.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let _ = parse(&flipped);
+        }
+    }
 }

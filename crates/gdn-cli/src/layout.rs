@@ -36,7 +36,8 @@ pub(crate) struct HeadsArgs {
 pub(crate) struct LayoutArgs {
     #[command(flatten)]
     heads: HeadsArgs,
-    /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6)
+    /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6); a preset or a config with a
+    /// known model_type says it too
     #[arg(long, help_heading = "Heads")]
     packing: Option<Packing>,
 }
@@ -44,52 +45,54 @@ pub(crate) struct LayoutArgs {
 const HEADS_KEYS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
 
 impl HeadsArgs {
-    /// The heads that the arguments name, if they name any.
-    pub(crate) fn heads(&self) -> anyhow::Result<Option<Heads>> {
-        let heads = if let Some(model) = &self.preset {
-            Some(Heads::preset(model).context("--preset")?)
+    /// The heads that the arguments name, if they name any, and the packing, if what they name says it.
+    pub(crate) fn named(&self) -> anyhow::Result<(Option<Heads>, Option<Packing>)> {
+        let (heads, packing) = if let Some(model) = &self.preset {
+            let layout = Layout::preset(model).context("--preset")?;
+            (Some(layout.heads), Some(layout.packing))
         } else if let Some(path) = &self.config {
             let text = std::fs::read_to_string(path)
                 .with_context(|| format!("cannot read --config {}", path.display()))?;
-            Some(Heads::from_config(&text).with_context(|| format!("--config {}", path.display()))?)
+            let heads = Heads::from_config(&text).with_context(|| format!("--config {}", path.display()))?;
+            (Some(heads), Layout::from_config(&text).ok().map(|layout| layout.packing))
         } else if let (Some(hk), Some(hv), Some(dk), Some(dv)) =
             (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
         {
-            Some(Heads::new(hk, hv, dk, dv)?)
+            (Some(Heads::new(hk, hv, dk, dv)?), None)
         } else {
-            None
+            (None, None)
         };
-        match (heads, self.tp_size) {
-            (Some(heads), Some(tp_size)) => Ok(Some(heads.shard(tp_size).context("--tp-size")?)),
+        let heads = match (heads, self.tp_size) {
+            (Some(heads), Some(tp_size)) => Some(heads.shard(tp_size).context("--tp-size")?),
             (None, Some(_)) => {
                 bail!("--tp-size divides heads that --preset, --config or --num-k-heads … name")
             }
-            (heads, None) => Ok(heads),
-        }
+            (heads, None) => heads,
+        };
+        Ok((heads, packing))
     }
 }
 
 impl LayoutArgs {
-    /// The heads that the arguments name, if they name any.
-    pub(crate) fn heads(&self) -> anyhow::Result<Option<Heads>> {
-        self.heads.heads()
-    }
-
-    /// The order of features, Qwen3-Next's where nothing is said.
-    pub(crate) fn packing(&self) -> Packing {
-        self.packing.unwrap_or(Packing::Interleaved)
+    /// The heads that the arguments name, if they name any, and the packing, if they or what they name say it.
+    pub(crate) fn named(&self) -> anyhow::Result<(Option<Heads>, Option<Packing>)> {
+        let (heads, packing) = self.heads.named()?;
+        Ok((heads, self.packing.or(packing)))
     }
 
     /// The layout of a file with this metadata: arguments go before what the file says of itself.
     pub(crate) fn for_file(&self, metadata: &HashMap<String, String>) -> anyhow::Result<Layout> {
-        let heads = match self.heads()? {
+        let (heads, packing) = self.named()?;
+        let heads = match heads {
             Some(heads) => heads,
             None => heads_from(metadata)?,
         };
-        let packing = match (self.packing, metadata.get("packing")) {
+        let packing = match (packing, metadata.get("packing")) {
             (Some(packing), _) => packing,
             (None, Some(name)) => name.parse().context("metadata of the file")?,
-            (None, None) => Packing::Interleaved,
+            (None, None) => {
+                bail!("the file's metadata has no 'packing': give --packing interleaved or contiguous")
+            }
         };
         Ok(Layout::new(heads, packing))
     }

@@ -3,9 +3,10 @@
 use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 
 use anyhow::{Context, bail};
-use gdn::{Cpu, Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
+use gdn::{Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
 
 use crate::{
+    device::{Backend, Device},
     files::{Input, NewTensor, Output, Tensor, catch_interrupts, check_interrupted},
     layout::{CpuArgs, LayoutArgs, metadata_of},
     progress::Progress,
@@ -25,6 +26,9 @@ pub(crate) struct Args {
     output: PathBuf,
     #[command(flatten)]
     layout: LayoutArgs,
+    /// Where to do it: cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
     #[command(flatten)]
     cpu: CpuArgs,
     #[command(flatten)]
@@ -50,7 +54,7 @@ struct Names {
 }
 
 pub(crate) fn split(args: &Args) -> anyhow::Result<()> {
-    let (input, layout, cpu) = open(args)?;
+    let (input, layout, backend) = open(args)?;
     let heads = layout.heads;
     let (hv, dv) = (heads.num_v_heads(), heads.head_v_dim());
     let mixed_qkvz = source(&input, &args.names.qkvz_name, &[heads.qkvz_features()], &layout)?;
@@ -72,12 +76,12 @@ pub(crate) fn split(args: &Args) -> anyhow::Result<()> {
             b: mixed_ba.rows_mut(b, hv, rows)?,
             a: mixed_ba.rows_mut(a, hv, rows)?,
         };
-        Ok(gdn::split(&layout, from, to, &cpu)?)
+        backend.split(&layout, from, to)
     })
 }
 
 pub(crate) fn merge(args: &Args) -> anyhow::Result<()> {
-    let (input, layout, cpu) = open(args)?;
+    let (input, layout, backend) = open(args)?;
     let heads = layout.heads;
     let (hv, dv) = (heads.num_v_heads(), heads.head_v_dim());
     let mixed_qkv = source(&input, &args.names.qkv_name, &[heads.qkv_features()], &layout)?;
@@ -110,14 +114,14 @@ pub(crate) fn merge(args: &Args) -> anyhow::Result<()> {
             mixed_qkvz: mixed_qkv.rows_mut(mixed_qkvz, heads.qkvz_features(), rows)?,
             mixed_ba: b.rows_mut(mixed_ba, heads.ba_features(), rows)?,
         };
-        Ok(gdn::merge(&layout, from, to, &cpu)?)
+        backend.merge(&layout, from, to)
     })
 }
 
-fn open(args: &Args) -> anyhow::Result<(Input, Layout, Cpu)> {
+fn open(args: &Args) -> anyhow::Result<(Input, Layout, Backend)> {
     let input = Input::open(&args.input)?;
     let layout = args.layout.for_file(&input.metadata()).with_context(|| args.input.display().to_string())?;
-    Ok((input, layout, args.cpu.cpu()?))
+    Ok((input, layout, Backend::new(args.device, args.cpu.cpu()?)?))
 }
 
 /// A tensor that is read, as rows: its last dims are one row, those before them count rows.

@@ -225,7 +225,7 @@ tensors! {
     /// The four parts of the projections in one block of memory: what [`split_fresh`](crate::split_fresh) returns.
     ///
     /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements. Keep the value and
-    /// hand its [`as_mut`](Self::as_mut) to [`split`](crate::split) again: memory that was touched before is faster.
+    /// hand its [`as_mut`](Self::as_mut) to [`split()`](crate::split()) again: memory that was touched before is faster.
     UnpackedBuf, 4, Unpacked, UnpackedMut,
     [
         /// The bytes of `mixed_qkv [N, 2*HK*DK + HV*DV]`.

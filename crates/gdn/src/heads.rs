@@ -4,6 +4,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+use crate::{Layout, Packing};
+
 /// The head counts and head dims of one Gated DeltaNet layer.
 ///
 /// A `Heads` is always valid: every number is at least 1, `num_v_heads` is a multiple of `num_k_heads`, and a
@@ -79,23 +81,23 @@ pub enum HeadsError {
     Config(String),
 }
 
-/// The models whose heads are known by name, each with its four numbers in the order of [`Heads::new`].
+/// The models whose layout is known by name, each with its four numbers in the order of [`Heads::new`], and its packing.
 ///
 /// From the `config.json` or the model card that the publisher released on Hugging Face. A name also matches with an
 /// organisation in front and a suffix behind: `Qwen/Qwen3-Next-80B-A3B-Instruct-FP8` is `Qwen3-Next-80B-A3B`.
-pub const PRESETS: &[(&str, [usize; 4])] = &[
-    ("Qwen3-Next-80B-A3B", [16, 32, 128, 128]),
-    ("Qwen3-Coder-Next", [16, 32, 128, 128]),
-    ("Qwen3.5-0.8B", [16, 16, 128, 128]),
-    ("Qwen3.5-2B", [16, 16, 128, 128]),
-    ("Qwen3.5-4B", [16, 32, 128, 128]),
-    ("Qwen3.5-9B", [16, 32, 128, 128]),
-    ("Qwen3.5-27B", [16, 48, 128, 128]),
-    ("Qwen3.5-35B-A3B", [16, 32, 128, 128]),
-    ("Qwen3.5-122B-A10B", [16, 64, 128, 128]),
-    ("Qwen3.5-397B-A17B", [16, 64, 128, 128]),
-    ("Qwen3.6-27B", [16, 48, 128, 128]),
-    ("Qwen3.6-35B-A3B", [16, 32, 128, 128]),
+pub const PRESETS: &[(&str, [usize; 4], Packing)] = &[
+    ("Qwen3-Next-80B-A3B", [16, 32, 128, 128], Packing::Interleaved),
+    ("Qwen3-Coder-Next", [16, 32, 128, 128], Packing::Interleaved),
+    ("Qwen3.5-0.8B", [16, 16, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-2B", [16, 16, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-4B", [16, 32, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-9B", [16, 32, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-27B", [16, 48, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-35B-A3B", [16, 32, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-122B-A10B", [16, 64, 128, 128], Packing::Contiguous),
+    ("Qwen3.5-397B-A17B", [16, 64, 128, 128], Packing::Contiguous),
+    ("Qwen3.6-27B", [16, 48, 128, 128], Packing::Contiguous),
+    ("Qwen3.6-35B-A3B", [16, 32, 128, 128], Packing::Contiguous),
 ];
 
 impl Heads {
@@ -144,18 +146,7 @@ impl Heads {
     /// # Errors
     /// [`HeadsError::UnknownPreset`] with the names there are.
     pub fn preset(name: &str) -> Result<Self, HeadsError> {
-        let model = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
-        let matches = |preset: &str| {
-            let rest = model.strip_prefix(&preset.to_ascii_lowercase());
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-        };
-        match PRESETS.iter().filter(|(preset, _)| matches(preset)).max_by_key(|(preset, _)| preset.len()) {
-            Some(&(_, [hk, hv, dk, dv])) => Self::new(hk, hv, dk, dv),
-            None => Err(HeadsError::UnknownPreset {
-                name: name.to_owned(),
-                known: PRESETS.iter().map(|(preset, _)| *preset).collect::<Vec<_>>().join(", "),
-            }),
-        }
+        Layout::preset(name).map(|layout| layout.heads)
     }
 
     /// Reads the heads from the text of a Hugging Face `config.json`.
@@ -166,19 +157,14 @@ impl Heads {
     /// # Errors
     /// [`HeadsError::Config`] names the missing or malformed key; the errors of [`Heads::new`] besides.
     pub fn from_config(json: &str) -> Result<Self, HeadsError> {
-        let config: serde_json::Value =
-            serde_json::from_str(json).map_err(|e| HeadsError::Config(format!("not valid JSON: {e}")))?;
+        let config = parse(json)?;
         const KEYS: [&str; 4] = [
             "linear_num_key_heads",
             "linear_num_value_heads",
             "linear_key_head_dim",
             "linear_value_head_dim",
         ];
-        let has_heads = |level: &serde_json::Value| KEYS.iter().any(|key| level.get(key).is_some());
-        let level = match config.get("text_config") {
-            Some(text) if !has_heads(&config) && has_heads(text) => text,
-            _ => &config,
-        };
+        let level = text_level(&config, &KEYS);
         let mut numbers = [0; 4];
         for (number, key) in numbers.iter_mut().zip(KEYS) {
             let value = level.get(key).ok_or_else(|| {
@@ -255,6 +241,66 @@ impl Heads {
     }
 }
 
+fn parse(json: &str) -> Result<serde_json::Value, HeadsError> {
+    serde_json::from_str(json).map_err(|e| HeadsError::Config(format!("not valid JSON: {e}")))
+}
+
+/// The level of a config that speaks of the language model: `text_config` where it has one of the keys and the top has none.
+fn text_level<'a>(config: &'a serde_json::Value, keys: &[&str]) -> &'a serde_json::Value {
+    let has = |level: &serde_json::Value| keys.iter().any(|key| level.get(key).is_some());
+    match config.get("text_config") {
+        Some(text) if !has(config) && has(text) => text,
+        _ => config,
+    }
+}
+
+impl Layout {
+    /// The layout of a published model, by the name it has on Hugging Face (see [`PRESETS`]), in any letter case.
+    ///
+    /// ```
+    /// let layout = gdn::Layout::preset("Qwen/Qwen3.6-27B")?;
+    /// assert_eq!((layout.heads.ratio(), layout.packing), (3, gdn::Packing::Contiguous));
+    /// # Ok::<(), gdn::HeadsError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`HeadsError::UnknownPreset`] with the names there are.
+    pub fn preset(name: &str) -> Result<Self, HeadsError> {
+        let model = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
+        let matches = |preset: &str| {
+            let rest = model.strip_prefix(&preset.to_ascii_lowercase());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        match PRESETS.iter().find(|(preset, ..)| matches(preset)) {
+            Some(&(_, [hk, hv, dk, dv], packing)) => Ok(Self::new(Heads::new(hk, hv, dk, dv)?, packing)),
+            None => Err(HeadsError::UnknownPreset {
+                name: name.to_owned(),
+                known: PRESETS.iter().map(|(preset, ..)| *preset).collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+
+    /// Reads the heads from the text of a Hugging Face `config.json` (see [`Heads::from_config`]), and the packing from its
+    /// `model_type`: `qwen3_next` is interleaved, `qwen3_5` and its kin are contiguous.
+    ///
+    /// # Errors
+    /// Those of [`Heads::from_config`], and [`HeadsError::Config`] for a `model_type` that is missing or not known.
+    pub fn from_config(json: &str) -> Result<Self, HeadsError> {
+        let heads = Heads::from_config(json)?;
+        let config = parse(json)?;
+        let packing = match config.get("model_type").and_then(|value| value.as_str()) {
+            Some(name) if name.starts_with("qwen3_next") => Packing::Interleaved,
+            Some(name) if name.starts_with("qwen3_5") => Packing::Contiguous,
+            other => {
+                let other = other.unwrap_or("missing");
+                let message = format!("model_type is {other}: only qwen3_next and qwen3_5 tell the packing");
+                return Err(HeadsError::Config(message));
+            }
+        };
+        Ok(Self::new(heads, packing))
+    }
+}
+
 /// As in `16+32 heads of 128`, or `16+32 heads of 96+128` where the dims differ.
 impl fmt::Display for Heads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -270,7 +316,8 @@ mod tests {
 
     #[test]
     fn every_preset_is_valid_and_found_by_its_full_name() {
-        for &(name, [hk, hv, dk, dv]) in PRESETS {
+        for &(name, [hk, hv, dk, dv], packing) in PRESETS {
+            assert_eq!(Layout::preset(name).unwrap().packing, packing);
             let heads = Heads::new(hk, hv, dk, dv).unwrap();
             assert_eq!(Heads::preset(name), Ok(heads));
             assert_eq!(Heads::preset(&format!("Qwen/{}-FP8", name.to_uppercase())), Ok(heads));
@@ -289,6 +336,26 @@ mod tests {
         assert!(matches!(Heads::new(1, usize::MAX, 1, 1), Err(HeadsError::TooLarge { .. })));
         assert!(matches!(Heads::new(1, 1, 1 << 59, 1), Err(HeadsError::TooLarge { .. })));
         assert!(Heads::new(1, 1, 1 << 57, 1).is_ok());
+    }
+
+    #[test]
+    fn packings_of_configs() {
+        let config = |model_type: &str| {
+            format!(
+                r#"{{{model_type} "linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_key_head_dim": 1,
+                    "linear_value_head_dim": 1}}"#
+            )
+        };
+        for (model_type, packing) in [
+            (r#""model_type": "qwen3_next","#, Packing::Interleaved),
+            (r#""model_type": "qwen3_5","#, Packing::Contiguous),
+            (r#""model_type": "qwen3_5_moe","#, Packing::Contiguous),
+        ] {
+            assert_eq!(Layout::from_config(&config(model_type)).unwrap().packing, packing);
+        }
+        for model_type in ["", r#""model_type": "qwen4","#, r#""model_type": 3,"#] {
+            assert!(Layout::from_config(&config(model_type)).unwrap_err().to_string().contains("model_type"));
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 mod buf;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod heads;
 mod packing;
 pub mod reference;

@@ -110,7 +110,7 @@ impl Geometry {
         self.features * self.element_size
     }
 
-    fn within(self, data_bytes: usize) -> Result<Self, RowsError> {
+    pub(crate) fn within(self, data_bytes: usize) -> Result<Self, RowsError> {
         if self.span() <= data_bytes {
             return Ok(self);
         }
@@ -158,7 +158,7 @@ fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(
     Err(RowsError::OutOfRange { axis, start: range.start, end: range.end, len })
 }
 
-fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
+pub(crate) fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
     match size_of::<T>() {
         0 => Err(RowsError::ElementSize { element_size: 0, bytes }),
         size => Ok(size),
@@ -447,7 +447,7 @@ impl<'a> RowsMut<'a> {
     }
 }
 
-fn check_bytes(bytes: usize, element_size: usize) -> Result<(), RowsError> {
+pub(crate) fn check_bytes(bytes: usize, element_size: usize) -> Result<(), RowsError> {
     if element_size == 0 || !bytes.is_multiple_of(element_size) {
         return Err(RowsError::ElementSize { element_size, bytes });
     }

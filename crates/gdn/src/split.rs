@@ -1,4 +1,4 @@
-//! The first op of the layer: [`split`] takes the packed projections apart, [`merge`] puts them together again.
+//! The first op of the layer: [`split()`] takes the packed projections apart, [`merge`] puts them together again.
 //!
 //! Everything a caller can get wrong is checked here, once, before the first byte is written; a backend gets a [`Plan`] that is
 //! known to be right.
@@ -164,7 +164,7 @@ pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) 
 
 /// Takes packed projections apart, into one fresh block of memory (see [`UnpackedBuf`]).
 ///
-/// Outputs that are kept and used again with [`split`] are faster: fresh memory costs a page fault for every page.
+/// Outputs that are kept and used again with [`split()`] are faster: fresh memory costs a page fault for every page.
 ///
 /// # Errors
 /// [`SplitError`]; [`SplitError::Buf`] where there is no memory.
@@ -180,7 +180,7 @@ pub fn split_fresh(layout: &Layout, from: Packed<'_>, cpu: &Cpu) -> Result<Unpac
     Ok(buf)
 }
 
-/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split`].
+/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split()`].
 ///
 /// # Errors
 /// [`SplitError`], before anything is written.
@@ -229,7 +229,7 @@ pub(crate) struct Plan<'a> {
 }
 
 /// The order of a plan's operands: for each projection its packed tensor, and the two it comes apart into.
-const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_qkv", "z", "mixed_ba", "b", "a"];
+pub(crate) const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_qkv", "z", "mixed_ba", "b", "a"];
 
 impl<'a> Plan<'a> {
     /// Checks operands in the order of [`NAMES`].
@@ -240,7 +240,7 @@ impl<'a> Plan<'a> {
         operands: [&'a Operand; 6],
     ) -> Result<Self, SplitError> {
         let heads = layout.heads;
-        let is_written = |i: usize| (direction == Direction::Split) == (i % 3 != 0);
+        let is_written = |i: usize| (direction == Direction::Split) != i.is_multiple_of(3);
         // The first tensor of a projection that is read: that of mixed_qkvz sets N, each the size of its elements.
         let first_read = |projection: usize| 3 * projection + usize::from(direction == Direction::Merge);
         for i in 0..6 {

@@ -132,7 +132,7 @@ fn goal(args: &Args, source: &Checkpoint) -> anyhow::Result<Goal> {
     if args.to == Packing::Interleaved && args.names == Names::Separate {
         bail!("--names separate goes with --to contiguous: interleaved projections are in one piece");
     }
-    let given = args.heads.heads()?;
+    let given = args.heads.named()?.0;
     let heads = match (given, source.record) {
         (Some(given), Some(record)) if given != record.layout.heads => {
             bail!("{what}: it was repacked with {}, the arguments say {given}", record.layout.heads)

@@ -102,7 +102,7 @@ fn goal(source: &Checkpoint, destination: &Checkpoint, heads: &HeadsArgs) -> any
         }
         (Some(one), Some(other)) if one != other => bail!("both were repacked, in different ways"),
         (None, None) if has_parts(source) && !has_parts(destination) => {
-            let heads = heads.heads()?.map_or_else(|| heads_of(source), Ok)?;
+            let heads = heads.named()?.0.map_or_else(|| heads_of(source), Ok)?;
             Ok(Goal::Repacked(gdn::Layout::new(heads, Packing::Interleaved), Names::Fused))
         }
         _ => Ok(Goal::Same),

@@ -72,7 +72,7 @@ impl Cpu {
         Ok(self)
     }
 
-    /// So many rows at a time instead of as many as [`tiling::plan`] finds to fit the cache; 0 is automatic.
+    /// So many rows at a time instead of as many as [`tiling::plan`](crate::tiling::plan) finds to fit the cache; 0 is automatic.
     #[must_use]
     pub fn rows_per_iter(mut self, rows: usize) -> Self {
         self.rows_per_iter = NonZeroUsize::new(rows);

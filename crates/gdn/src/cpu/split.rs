@@ -13,7 +13,7 @@ use crate::{
     FeatureMap, Run,
     rows::Operand,
     split::{Direction, Plan},
-    tiling::{self, DeviceProfile},
+    tiling::{self, DeviceProfile, Tiling},
 };
 
 /// What a tile of rows, inputs and outputs together, may take of a core's second-level cache.
@@ -37,19 +37,19 @@ pub(crate) fn run(plan: &Plan<'_>, cpu: &Cpu) {
     let threads = cpu.chosen_threads(written.saturating_mul(2));
     let mut work =
         Work { plan, copier: Copier::of(cpu.chosen_isa()), roads: [[Road::Cached; 2]; 2], rows_per_iter: 1 };
+    let (mut buffer_bytes, mut max_rows_per_iter) = (TILE_BYTES, CACHED_TILE_ROWS);
     if cpu.chosen_streaming(written) {
         work.choose_roads();
+        // What is only streamed leaves nothing in the cache that a tile would have to fit.
+        if work.takes(Road::Streamed) && !work.takes(Road::Staged) {
+            (buffer_bytes, max_rows_per_iter) = (MAX_TILE_BYTES, STREAMED_TILE_ROWS);
+        }
     }
-    // What is only streamed leaves nothing in the cache that a tile would have to fit.
-    let staged = work.roads.iter().flatten().any(|road| *road == Road::Staged);
-    let streamed = work.roads.iter().flatten().any(|road| *road == Road::Streamed);
-    let (buffer_bytes, max_rows_per_iter) = if streamed && !staged {
-        (MAX_TILE_BYTES, STREAMED_TILE_ROWS)
-    } else {
-        (TILE_BYTES, CACHED_TILE_ROWS)
-    };
     let device = DeviceProfile { cores: threads, buffer_bytes, max_rows_per_iter };
-    let tiling = tiling::plan(num_rows, 2 * row_bytes, &device);
+    let tiling = match num_rows {
+        1 => Tiling { grid: 1, rows_per_core: 1, rows_per_iter: 1 },
+        _ => tiling::plan(num_rows, 2 * row_bytes, &device),
+    };
     work.rows_per_iter = match cpu.rows_per_iter {
         Some(rows) => rows.get().min(MAX_TILE_BYTES / row_bytes).clamp(1, tiling.rows_per_core),
         None => tiling.rows_per_iter,
@@ -115,15 +115,21 @@ impl<'a> Work<'a> {
             Direction::Split => (packed, unpacked, second),
             Direction::Merge => (unpacked, packed, 0),
         };
+        // With no rows the pointers may be anything and are never followed.
+        let src = from.ptr.wrapping_add(src_at);
+        let ahead = match self.plan.direction {
+            Direction::Split => from.ptr.wrapping_add(run.unpacked * size),
+            Direction::Merge => src,
+        };
         let lane = Lane {
-            // With no rows the pointers may be anything and are never followed.
-            src: from.ptr.wrapping_add(src_at),
+            src,
             dst: to.ptr.wrapping_add(dst_at),
             src_stride: from.geometry.row_stride,
             dst_stride: to.geometry.row_stride,
             src_step,
             dst_step,
             len,
+            ahead,
             streamed: self.roads[projection][target] == Road::Streamed,
         };
         (lane, target)
@@ -157,6 +163,10 @@ impl<'a> Work<'a> {
         }
     }
 
+    fn takes(&self, road: Road) -> bool {
+        self.roads.iter().any(|roads| roads.contains(&road))
+    }
+
     /// Bytes of memory for stages. Those of one projection are used at a time.
     fn stages_bytes(&self) -> usize {
         (0..2).map(|p| self.stage_bytes(p, 0) + self.stage_bytes(p, 1)).max().unwrap_or(0)
@@ -168,7 +178,7 @@ impl<'a> Work<'a> {
     /// No two calls at a time have a row in common.
     #[inline(always)]
     unsafe fn do_rows(&self, rows: Range<usize>) {
-        let mut stage = vec![0u8; self.stages_bytes()];
+        let mut stage = if self.takes(Road::Staged) { vec![0u8; self.stages_bytes()] } else { Vec::new() };
         let mut start = rows.start;
         while start < rows.end {
             let tile = start..(start + self.rows_per_iter).min(rows.end);
@@ -195,6 +205,7 @@ impl<'a> Work<'a> {
         for (slot, run) in lanes.iter_mut().zip(map.runs()) {
             let (mut lane, target) = self.lane(projection, &map, run);
             lane.src = lane.src.wrapping_add(tile.start * lane.src_stride);
+            lane.ahead = lane.ahead.wrapping_add(tile.start * lane.src_stride);
             if self.roads[projection][target] == Road::Staged {
                 let Operand { ptr, geometry } = self.targets(projection)[target];
                 let offset = lane.dst.addr() - ptr.addr() + target * self.stage_bytes(projection, 0);

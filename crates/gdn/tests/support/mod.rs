@@ -1,5 +1,7 @@
 //! Tensors with guards: what every test of the op needs.
 
+#![allow(dead_code, reason = "each test file is a crate of its own and uses its part")]
+
 use gdn::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
 
 /// What fills every byte that an op must not touch, and every output before it is written.

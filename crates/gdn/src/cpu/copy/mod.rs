@@ -13,12 +13,8 @@ use super::isa::Isa;
 /// Bytes of a cache line, the unit of streaming stores.
 pub(super) const LINE: usize = 64;
 
-/// How far ahead of the loads of a copy past the caches its source is prefetched, in bytes: farther where the loads go on in one
-/// direction for long.
-#[inline(always)]
-fn ahead(len: usize) -> usize {
-    len.clamp(2 << 10, 8 << 10)
-}
+/// How far ahead of its loads one long copy prefetches, in bytes.
+const AHEAD: usize = 2048;
 
 /// The segments of one kind in some rows. Segment `i` of row `n` goes from `src + n * src_stride + i * src_step` to
 /// `dst + n * dst_stride + i * dst_step`.
@@ -32,6 +28,9 @@ pub(super) struct Lane {
     pub(super) dst_step: usize,
     /// Bytes of a segment.
     pub(super) len: usize,
+    /// From where on this lane prefetches, for row `n` from `ahead + (n + 1) * src_stride`, as many bytes as it copies. Lanes of
+    /// one source share its next row out among themselves, so that memory is read in one sweep, whatever the segments' order.
+    pub(super) ahead: *const u8,
     /// Whether it is written past the caches, where the instruction set can.
     pub(super) streamed: bool,
 }
@@ -46,6 +45,7 @@ impl Lane {
         src_step: 0,
         dst_step: 0,
         len: 0,
+        ahead: std::ptr::null(),
         streamed: false,
     };
 }
@@ -61,8 +61,7 @@ pub(super) struct Copier {
     /// Every segment of every lane and row is readable at its source and writable at its destination, and nothing written
     /// overlaps anything read.
     pub(super) copy_cached: CopyLanes,
-    /// For rows that come from memory: a row goes segment by segment, each from every lane in turn, so that a packed source is
-    /// read in one sweep, with prefetching.
+    /// For rows that come from memory: the same, and each row has the next one prefetched.
     ///
     /// # Safety
     /// As `copy_cached`; what a streamed lane says of its destination, and its segments' length, are multiples of [`LINE`].
@@ -137,19 +136,21 @@ unsafe fn copy_cached<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
 #[inline(always)]
 unsafe fn copy_past<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
     for n in 0..rows {
-        for i in 0..count {
-            for lane in lanes {
+        for lane in lanes {
+            let mut ahead = lane.ahead.wrapping_add((n + 1) * lane.src_stride);
+            for i in 0..count {
                 // SAFETY: segment `i` of row `n` of those the caller vouches for.
                 unsafe {
                     let src = lane.src.add(n * lane.src_stride + i * lane.src_step);
                     let dst = lane.dst.add(n * lane.dst_stride + i * lane.dst_step);
                     if lane.streamed {
-                        stream_lines::<V>(src, dst, lane.len);
+                        stream_lines::<V>(src, dst, lane.len, ahead);
                     } else {
-                        prefetch::<V>(src.wrapping_add(ahead(lane.len)), lane.len);
+                        prefetch::<V>(ahead, lane.len);
                         copy_segment::<V>(src, dst, lane.len);
                     }
                 }
+                ahead = ahead.wrapping_add(lane.len);
             }
         }
     }
@@ -199,9 +200,13 @@ unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: 
             8 => fixed::<u64, 1>(src, dst, steps, count),
             12 => fixed::<u32, 3>(src, dst, steps, count),
             16 => fixed::<u64, 2>(src, dst, steps, count),
+            _ if len == V::BYTES => fixed::<V, 1>(src, dst, steps, count),
             _ if len == 2 * V::BYTES => fixed::<V, 2>(src, dst, steps, count),
+            _ if len == 3 * V::BYTES => fixed::<V, 3>(src, dst, steps, count),
             _ if len == 4 * V::BYTES => fixed::<V, 4>(src, dst, steps, count),
+            _ if len == 6 * V::BYTES => fixed::<V, 6>(src, dst, steps, count),
             _ if len == 8 * V::BYTES => fixed::<V, 8>(src, dst, steps, count),
+            _ if len == 12 * V::BYTES => fixed::<V, 12>(src, dst, steps, count),
             _ => {
                 for i in 0..count {
                     copy_segment::<V>(src.add(i * src_step), dst.add(i * dst_step), len);
@@ -281,19 +286,18 @@ unsafe fn copy_segment<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     }
 }
 
-/// Streams whole lines.
+/// Streams whole lines, and prefetches as many from `ahead` on.
 ///
 /// # Safety
 /// As [`copy_segment`]; `dst` and `len` are multiples of [`LINE`].
 #[inline(always)]
-unsafe fn stream_lines<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
+unsafe fn stream_lines<V: Vector>(src: *const u8, dst: *mut u8, len: usize, ahead: *const u8) {
     const { assert!(LINE.is_multiple_of(V::BYTES)) };
-    let ahead = ahead(len);
     let mut at = 0;
     while at < len {
         // SAFETY: every access lies within `len` bytes, and `dst + at` is a multiple of a line, so of `V::BYTES`.
         unsafe {
-            V::prefetch(src.wrapping_add(at + ahead));
+            V::prefetch(ahead.wrapping_add(at));
             let mut i = 0;
             while i < LINE {
                 V::load(src.add(at + i)).stream(dst.add(at + i));
@@ -314,7 +318,7 @@ unsafe fn stream<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the three parts make up the whole, and the middle one begins on a line.
     unsafe {
         copy_segment::<V>(src, dst, head);
-        stream_lines::<V>(src.add(head), dst.add(head), lines);
+        stream_lines::<V>(src.add(head), dst.add(head), lines, src.wrapping_add(head + AHEAD));
         copy_segment::<V>(src.add(tail), dst.add(tail), len - tail);
     }
 }

@@ -1,0 +1,299 @@
+//! The command as a user meets it.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use safetensors::SafeTensors;
+use tempfile::TempDir;
+
+fn gdn(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_gdn")).args(args).output().unwrap()
+}
+
+fn testdata(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(name)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// That the command ended with one clear line and exit code 2, and left nothing in `directory` but `files`.
+#[track_caller]
+fn refused(output: &Output, part: &str, directory: &TempDir, files: usize) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.starts_with("gdn: ") && error.trim_end().lines().count() == 1, "{error}");
+    assert!(error.contains(part), "'{error}' should say '{part}'");
+    let left: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), files, "{left:?}");
+}
+
+/// A file of zeros, its data a hole on the disk.
+fn zeros(path: &Path, num_rows: usize, metadata: &str) {
+    let (qkvz, ba) = (num_rows * 12288 * 2, num_rows * 64 * 2);
+    let header = format!(
+        r#"{{{metadata}"mixed_qkvz":{{"dtype":"BF16","shape":[{num_rows},12288],"data_offsets":[0,{qkvz}]}},"mixed_ba":{{"dtype":"BF16","shape":[{num_rows},64],"data_offsets":[{qkvz},{}]}}}}"#,
+        qkvz + ba
+    );
+    let mut file = fs::File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len((8 + header.len() + qkvz + ba) as u64).unwrap();
+}
+
+#[test]
+fn split_and_merge_of_every_case_of_transformers() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cases = 0;
+    for entry in fs::read_dir(testdata("")).unwrap() {
+        let expected_path = entry.unwrap().path();
+        let Some(stem) = text(&expected_path).strip_suffix(".expected.safetensors").map(str::to_owned) else {
+            continue;
+        };
+        cases += 1;
+        let input_path = format!("{stem}.safetensors");
+        let (parts, back) =
+            (directory.path().join("parts.safetensors"), directory.path().join("back.safetensors"));
+        let output = gdn(&["split", &input_path, "-o", text(&parts)]);
+        assert!(
+            output.status.success() && output.stderr.is_empty() && output.stdout.is_empty(),
+            "{output:?}"
+        );
+        let output = gdn(&["merge", text(&parts), "-o", text(&back)]);
+        assert!(output.status.success(), "{output:?}");
+        for (got, wanted) in [(&parts, &expected_path), (&back, &PathBuf::from(&input_path))] {
+            let (got, wanted) = (fs::read(got).unwrap(), fs::read(wanted).unwrap());
+            let metadata = |bytes: &[u8]| SafeTensors::read_metadata(bytes).unwrap().1.metadata().clone();
+            assert_eq!(metadata(&got), metadata(&wanted), "metadata is kept");
+            let (got, wanted) =
+                (SafeTensors::deserialize(&got).unwrap(), SafeTensors::deserialize(&wanted).unwrap());
+            assert_eq!(got.len(), wanted.len());
+            for (name, tensor) in wanted.tensors() {
+                assert_eq!(got.tensor(&name).unwrap(), tensor, "{stem}: {name}");
+            }
+        }
+    }
+    assert!(cases >= 8, "{cases} cases");
+}
+
+#[test]
+fn heads_from_wherever_they_are_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in.safetensors"), directory.path().join("out.safetensors"));
+    zeros(&input, 3, "");
+    let config = testdata("config.json");
+    let four = ["--num-k-heads", "16", "--num-v-heads", "32", "--head-k-dim", "128", "--head-v-dim", "128"];
+    let good: [&[&str]; 3] = [
+        &["--preset", "qwen/qwen3-next-80b-a3b-instruct"],
+        &["--config", text(&config)],
+        &[&four[..], &["--packing", "interleaved"]].concat(),
+    ];
+    for heads in good {
+        let args = [&["split", text(&input), "-o", text(&output)], heads].concat();
+        let result = gdn(&args);
+        assert!(result.status.success(), "{heads:?}: {result:?}");
+        fs::remove_file(&output).unwrap();
+    }
+    let run = |heads: &[&str]| gdn(&[&["split", text(&input), "-o", text(&output)], heads].concat());
+    refused(&run(&[]), "no 'num_k_heads'", &directory, 1);
+    refused(&run(&four), "no 'packing'", &directory, 1);
+    refused(&run(&["--preset", "gpt"]), "known: Qwen3-Next-80B-A3B", &directory, 1);
+    refused(&run(&["--preset", "Qwen3.6-27B"]), "16+48 heads of 128 need rows of [16384]", &directory, 1);
+    refused(
+        &run(&["--preset", "Qwen3-Next-80B-A3B", "--tp-size", "3"]),
+        "num_k_heads = 16 does not divide",
+        &directory,
+        1,
+    );
+    refused(&run(&["--config", "/nowhere.json"]), "cannot read --config /nowhere.json", &directory, 1);
+    refused(
+        &run(&[
+            "--preset",
+            "Qwen3-Next-80B-A3B",
+            "--isa",
+            if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" },
+        ]),
+        "not available",
+        &directory,
+        1,
+    );
+    // Clap's own errors: two sources, half of the four numbers, no such packing.
+    for bad in [
+        &["--preset", "x", "--config", "y"][..],
+        &["--num-k-heads", "16"],
+        &["--packing", "x"],
+        &["--threads", "0"],
+    ] {
+        assert_eq!(run(bad).status.code(), Some(2), "{bad:?}");
+    }
+}
+
+#[test]
+fn files_that_are_not_what_they_should_be() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in.safetensors"), directory.path().join("out.safetensors"));
+    let whole = fs::read(testdata("r3-bf16.safetensors")).unwrap();
+    let run = || gdn(&["split", text(&input), "-o", text(&output)]);
+    for cut in [0, 7, 8, 9, 100, whole.len() / 2, whole.len() - 1] {
+        fs::write(&input, &whole[..cut]).unwrap();
+        refused(&run(), "cannot read", &directory, 1);
+    }
+    let mut endless = whole.clone();
+    endless[..8].fill(0xff);
+    fs::write(&input, &endless).unwrap();
+    refused(&run(), "header is said to take 18446744073709551615 bytes", &directory, 1);
+    fs::write(&input, &whole).unwrap();
+    let missing = gdn(&["split", text(&input), "-o", text(&output), "--qkvz-name", "nobody"]);
+    refused(&missing, "has no tensor 'nobody'; it has", &directory, 1);
+    refused(&gdn(&["merge", text(&input), "-o", text(&output)]), "no tensor 'mixed_qkv'", &directory, 1);
+    refused(&gdn(&["split", text(&input), "-o", text(&input)]), "it is the input", &directory, 1);
+    refused(&gdn(&["split", text(&input), "-o", text(directory.path())]), "no file", &directory, 1);
+    let nowhere = directory.path().join("no/such/folder/out.safetensors");
+    refused(&gdn(&["split", text(&input), "-o", text(&nowhere)]), "cannot write", &directory, 1);
+    refused(
+        &gdn(&["split", "/nowhere.safetensors", "-o", text(&output)]),
+        "/nowhere.safetensors",
+        &directory,
+        1,
+    );
+    refused(&gdn(&["split", text(directory.path()), "-o", text(&output)]), "not a file", &directory, 1);
+    // Wrong features: the heads of another model.
+    let four = ["--num-k-heads", "2", "--num-v-heads", "6", "--head-k-dim", "32", "--head-v-dim", "32"];
+    let wrong = gdn(&[&["split", text(&input), "-o", text(&output)], &four[..]].concat());
+    refused(&wrong, "2+6 heads of 32 need rows of", &directory, 1);
+}
+
+#[test]
+fn an_output_that_is_there_is_replaced_at_once_or_not_at_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.safetensors");
+    fs::write(&output, "precious").unwrap();
+    refused(
+        &gdn(&["split", text(&testdata("config.json")), "-o", text(&output)]),
+        "cannot read",
+        &directory,
+        1,
+    );
+    assert_eq!(fs::read(&output).unwrap(), b"precious");
+    assert!(gdn(&["split", text(&testdata("r3-bf16.safetensors")), "-o", text(&output)]).status.success());
+    assert_ne!(fs::read(&output).unwrap(), b"precious");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::write(directory.path().join("mine"), "").unwrap();
+        let mode = |name: &str| fs::metadata(directory.path().join(name)).unwrap().permissions().mode();
+        assert_eq!(mode("out.safetensors"), mode("mine"), "as readable as any new file");
+        // A link is written through.
+        std::os::unix::fs::symlink(&output, directory.path().join("link")).unwrap();
+        let link = directory.path().join("link");
+        assert!(gdn(&["split", text(&testdata("r1-f32.safetensors")), "-o", text(&link)]).status.success());
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn interrupted() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in.safetensors"), directory.path().join("out.safetensors"));
+    zeros(&input, 30_000, "");
+    let args =
+        ["split", text(&input), "-o", text(&output), "--preset", "Qwen3-Next-80B-A3B", "--threads", "1"];
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_gdn")).args(args).stderr(Stdio::piped()).spawn().unwrap();
+    // From the moment on at which there is something to clean up.
+    let started = Instant::now();
+    while fs::read_dir(&directory).unwrap().count() < 2 {
+        assert!(started.elapsed() < Duration::from_secs(60), "no temporary file appeared");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let status = child.wait().unwrap();
+    let mut error = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+    assert_eq!(status.code(), Some(130), "{error}");
+    assert!(error.contains("interrupted"), "{error}");
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "only the input is there");
+}
+
+#[test]
+fn bench_gives_a_table_json_and_a_picture() {
+    let directory = tempfile::tempdir().unwrap();
+    let svg = directory.path().join("plot.svg");
+    let args = [
+        "bench",
+        "split",
+        "--tokens",
+        "1,3",
+        "--seconds",
+        "0.01",
+        "--preset",
+        "Qwen3.6-27B",
+        "--tp-size",
+        "8",
+    ];
+    let output =
+        gdn(&[&args[..], &["--json", "--dtype", "fp8", "--threads", "2", "--plot", text(&svg)]].concat());
+    assert!(output.status.success(), "{output:?}");
+    let lines: Vec<serde_json::Value> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2);
+    for (line, tokens) in lines.iter().zip([1, 3]) {
+        assert_eq!(
+            (&line["op"], &line["device"], &line["packing"]),
+            (&"split".into(), &"cpu".into(), &"contiguous".into())
+        );
+        assert_eq!((line["tokens"].as_u64(), line["threads"].as_u64()), (Some(tokens), Some(2)));
+        assert_eq!((line["num_k_heads"].as_u64(), line["num_v_heads"].as_u64()), (Some(2), Some(6)));
+        assert_eq!((line["head_k_dim"].as_u64(), line["head_v_dim"].as_u64()), (Some(128), Some(128)));
+        assert_eq!((&line["dtype"], line["bytes"].as_u64()), (&"fp8".into(), Some(tokens * (2048 + 12))));
+        let number = |key: &str| line[key].as_f64().unwrap();
+        assert!(number("seconds") > 0.0 && number("copy_seconds") > 0.0);
+        assert!((number("ratio_to_copy") - number("seconds") / number("copy_seconds")).abs() < 1e-9);
+    }
+    assert!(fs::read_to_string(&svg).unwrap().contains("copy of the same bytes"));
+    let table = gdn(&args);
+    assert!(String::from_utf8_lossy(&table.stdout).contains("ratio"), "{table:?}");
+    let output = gdn(&["bench", "split", "--tokens", "4000000000"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+#[test]
+fn info_help_completions_and_a_reader_that_goes_away() {
+    let info = gdn(&["info", "--preset", "Qwen3-Next-80B-A3B"]);
+    let info = String::from_utf8(info.stdout).unwrap();
+    for part in [
+        "scalar",
+        "mixed_qkvz    12288  | q 128 | k 128 | v 256 | z 256 |  x 16 key heads",
+        "96 segments a row",
+    ] {
+        assert!(info.contains(part), "{info}");
+    }
+    assert!(String::from_utf8(gdn(&["info"]).stdout).unwrap().contains("Qwen3.6-27B"));
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = gdn(&["completions", shell]).stdout;
+        assert!(String::from_utf8_lossy(&script).contains("rows-per-iter"), "{shell}");
+    }
+    assert_eq!(gdn(&[]).status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&gdn(&["--help"]).stdout).contains("split"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gdn"))
+        .args(["completions", "zsh"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut error = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut error).unwrap();
+    assert!(child.wait().unwrap().success() && error.is_empty(), "{error}");
+}
