@@ -1,6 +1,5 @@
 //! Repacked weights against the oracle of the split, output by output.
 
-#[allow(dead_code)]
 mod support;
 
 use gdn::{
