@@ -122,6 +122,24 @@ fn weights_with_biases_and_scales_of_each_output() {
 }
 
 #[test]
+fn a_block_that_both_parts_lie_in() {
+    let shapes: Shapes<'_> = &[
+        ("in_proj_ba.weight", Dtype::F8_E4M3, &[8, 256]),
+        ("in_proj_ba.weight_scale_inv", Dtype::F32, &[1, 2]),
+    ];
+    assert_all_follow(shapes, &[("in_proj_ba.weight", 0, 1)], &["in_proj_ba.weight_scale_inv"]);
+    // Scales of their own, as noise is.
+    let temp = TempDir::new().unwrap();
+    let (source, out) = (temp.path().join("source"), temp.path().join("out"));
+    let scales = ["in_proj_b.weight_scale_inv", "in_proj_a.weight_scale_inv"];
+    checkpoint(&source, &small_heads(), &scales.map(|name| (name, Dtype::F32, &[1, 2][..])));
+    fails(
+        &["repack", text(&source), "-o", text(&out), "--to", "interleaved"],
+        &[scales[0], scales[1], "outputs of both parts, whose scales differ"],
+    );
+}
+
+#[test]
 fn compressed_tensors() {
     let shapes: Shapes<'_> = &[
         ("in_proj_qkvz.weight_packed", Dtype::I32, &[128, 8]),
