@@ -16,6 +16,10 @@ pub(super) const LINE: usize = 64;
 /// How far ahead of its loads one long copy prefetches, in bytes.
 const AHEAD: usize = 2048;
 
+/// Rows that a copy past the caches moves side by side: several pages of memory are read at a time, as the large `memcpy` of
+/// glibc does.
+const ROWS_TOGETHER: usize = 4;
+
 /// The segments of one kind in some rows. Segment `i` of row `n` goes from `src + n * src_stride + i * src_step` to
 /// `dst + n * dst_stride + i * dst_step`.
 #[derive(Clone, Copy, Debug)]
@@ -28,8 +32,8 @@ pub(super) struct Lane {
     pub(super) dst_step: usize,
     /// Bytes of a segment.
     pub(super) len: usize,
-    /// From where on this lane prefetches, for row `n` from `ahead + (n + 1) * src_stride`, as many bytes as it copies. Lanes of
-    /// one source share its next row out among themselves, so that memory is read in one sweep, whatever the segments' order.
+    /// From where on this lane prefetches for a row to come, at the same stride, as many bytes as it copies. Lanes of one source
+    /// share its row out among themselves, so that memory is read in one sweep, whatever the segments' order.
     pub(super) ahead: *const u8,
     /// Whether it is written past the caches, where the instruction set can.
     pub(super) streamed: bool,
@@ -61,7 +65,7 @@ pub(super) struct Copier {
     /// Every segment of every lane and row is readable at its source and writable at its destination, and nothing written
     /// overlaps anything read.
     pub(super) copy_cached: CopyLanes,
-    /// For rows that come from memory: the same, and each row has the next one prefetched.
+    /// For rows that come from memory: some rows at a time, lane by lane, with those after them prefetched.
     ///
     /// # Safety
     /// As `copy_cached`; what a streamed lane says of its destination, and its segments' length, are multiples of [`LINE`].
@@ -135,22 +139,26 @@ unsafe fn copy_cached<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
 /// As `Copier::copy_past`; the machine has the instruction set.
 #[inline(always)]
 unsafe fn copy_past<V: Vector>(lanes: &[Lane], count: usize, rows: usize) {
-    for n in 0..rows {
+    // Where rows are in one piece each, one after the other is best.
+    let at_a_time = if count == 1 { 1 } else { ROWS_TOGETHER };
+    for first in (0..rows).step_by(at_a_time) {
+        let together = first..(first + at_a_time).min(rows);
         for lane in lanes {
-            let mut ahead = lane.ahead.wrapping_add((n + 1) * lane.src_stride);
             for i in 0..count {
-                // SAFETY: segment `i` of row `n` of those the caller vouches for.
-                unsafe {
-                    let src = lane.src.add(n * lane.src_stride + i * lane.src_step);
-                    let dst = lane.dst.add(n * lane.dst_stride + i * lane.dst_step);
-                    if lane.streamed {
-                        stream_lines::<V>(src, dst, lane.len, ahead);
-                    } else {
-                        prefetch::<V>(ahead, lane.len);
-                        copy_segment::<V>(src, dst, lane.len);
+                for n in together.clone() {
+                    // SAFETY: segment `i` of row `n` of those the caller vouches for.
+                    unsafe {
+                        let src = lane.src.add(n * lane.src_stride + i * lane.src_step);
+                        let dst = lane.dst.add(n * lane.dst_stride + i * lane.dst_step);
+                        let ahead = lane.ahead.wrapping_add((n + at_a_time) * lane.src_stride + i * lane.len);
+                        if lane.streamed {
+                            stream_lines::<V>(src, dst, lane.len, ahead);
+                        } else {
+                            prefetch::<V>(ahead, lane.len);
+                            copy_segment::<V>(src, dst, lane.len);
+                        }
                     }
                 }
-                ahead = ahead.wrapping_add(lane.len);
             }
         }
     }
