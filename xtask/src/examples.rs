@@ -3,13 +3,9 @@
 //! candle's build calls nvcc and links CUDA's libraries. Where there is no nvcc, a stand-in that makes empty files and empty libraries
 //! are enough to build the example and to see that it fits candle and that both want the same cudarc; what comes out is never run.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, fs, path::PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use crate::shell::{cargo, command, has, root, run as run_to_end};
 
 const NVCC: &str = r#"#!/bin/sh
 case "$*" in *--version*) echo "Cuda compilation tools, release 12.8, V12.8.0"; exit 0;; esac
@@ -32,13 +28,12 @@ const LIBRARIES: [&str; 6] = ["cuda", "nvrtc", "curand", "cublas", "cublasLt", "
 ///
 /// # Errors
 /// What cargo says.
-pub(crate) fn run() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
-    let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["rustc", "--locked"]).current_dir(root.join("examples/candle"));
+pub(crate) fn run() -> anyhow::Result<()> {
+    let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let mut cargo = cargo(&["rustc", "--locked"]);
+    cargo.current_dir(root().join("examples/candle"));
     cargo.env("CARGO_TARGET_DIR", target_dir.join("candle"));
-    if Command::new("nvcc").arg("--version").output().is_err() {
+    if !has("nvcc") {
         let cuda = target_dir.join("tools/no-cuda");
         for folder in ["bin", "include", "lib64"] {
             fs::create_dir_all(cuda.join(folder))?;
@@ -50,9 +45,7 @@ pub(crate) fn run() -> Result<()> {
         println!("examples: no nvcc here; a stand-in for it, and empty libraries");
         for library in LIBRARIES {
             let path = cuda.join("lib64").join(format!("lib{library}.so"));
-            let mut cc = Command::new("cc");
-            let made = cc.args(["-shared", "-x", "c", "/dev/null", "-o"]).arg(&path).status()?;
-            ensure!(made.success(), "cc makes no empty {}", path.display());
+            run_to_end(command("cc", &["-shared", "-x", "c", "/dev/null", "-o"]).arg(&path))?;
         }
         cargo
             .arg("--")
@@ -61,6 +54,5 @@ pub(crate) fn run() -> Result<()> {
             .arg("-Clink-arg=-Wl,--unresolved-symbols=ignore-all");
         cargo.env("NVCC", &nvcc).env("CUDA_HOME", &cuda).env("CUDA_COMPUTE_CAP", "80");
     }
-    ensure!(cargo.status()?.success(), "examples/candle does not compile");
-    Ok(())
+    run_to_end(&mut cargo)
 }
