@@ -45,12 +45,10 @@ def _apply(any_release: bool, now: bool = True) -> Undo:
     registry = importlib.import_module(REGISTRY)
     module = importlib.import_module(MODULE)
     hooks, targets = registry.HookRegistry, {name: f"{MODULE}.{name}" for name in BY}
-    for target in targets.values():
-        others = [hook for kind, hook, _ in hooks._hooks.get(target, ()) if kind == registry.HookType.REPLACE]
-        if others or target in hooks._patched:
-            raise known.UnknownEngine(
-                f"another plugin has hooks on {target}: {others or 'applied already'}. {known.NOTHING_CHANGED}"
-            )
+    for name, target in targets.items():
+        replaced = any(kind == registry.HookType.REPLACE for kind, *_ in hooks._hooks.get(target, ()))
+        if replaced or target in hooks._patched or hasattr(getattr(module, name, None), "__wrapped__"):
+            raise known.UnknownEngine(f"another plugin has its hooks on {target} already. {known.NOTHING_CHANGED}")
     known.check_sources("sglang", module, SOURCES)
 
     originals = {name: getattr(module, name) for name in BY}
