@@ -1,9 +1,11 @@
-"""The engines' own source, for the tests of the integrations: fetched once with pip, read from a folder afterwards.
+"""The engines' own source, for the tests of the integrations: fetched once with pip, read from a folder.
 
-    python python/tests/peers.py [sglang] [vllm]      # into $GDN_PEERS, by default the folder peers/ of the repository
+    python python/tests/peers.py [sglang] [vllm]      # into $GDN_PEERS, by default the folder peers/ of the
+    repository
 
-SGLang and vLLM cannot be installed beside a torch of one's own choice, so their wheels are downloaded (40 and 340 MB, with the
-hashes pinned here), their Python files are unpacked and the wheels are deleted. Nothing of them is in this repository.
+SGLang and vLLM cannot be installed beside a torch of one's own choice, so their wheels are downloaded (40 and
+340 MB, with the hashes pinned here), their Python files are unpacked and the wheels are deleted. Nothing of
+them is in this repository.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def folder(package: str) -> Path:
 
 
 def fetch(package: str) -> None:
-    """Downloads the pinned wheel, checks its hash and unpacks its Python files and metadata. Does nothing where they are."""
+    """Downloads the pinned wheel, checks its hash, unpacks its Python files and metadata; once."""
     if folder(package).is_dir():
         return
     release, python, platform, sha256 = WHEELS[package]
@@ -47,7 +49,16 @@ def fetch(package: str) -> None:
         wanted = Path(made) / "wanted.txt"
         wanted.write_text(f"{package}=={release} --hash=sha256:{sha256}\n")
         which = ["--only-binary=:all:", "--python-version", python, "--platform", platform]
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--require-hashes"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-cache-dir",
+            "--require-hashes",
+        ]
         subprocess.run([*pip, *which, "--dest", made, "--requirement", str(wanted)], check=True)
         (wheel,) = Path(made).glob("*.whl")
         unpacked = Path(made) / "unpacked"

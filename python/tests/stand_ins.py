@@ -1,4 +1,7 @@
-"""To import some of an engine's own files, with stand-ins for all others: those need GPUs, or packages that are not there."""
+"""To import some of an engine's own files, with stand-ins for all others.
+
+The others need a GPU, or packages that are not there.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,18 @@ class _StandIn(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, folder: Path, package: str, real: Collection[str], given: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, package: str, real: Collection[str], given: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         self.folder, self.package, self.real, self.given = folder, package, real, given
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != self.package and name not in self.given:
             return None
         if name in self.real:
-            return importlib.machinery.PathFinder.find_spec(name, [str(self.folder.joinpath(*name.split(".")[:-1]))])
+            return importlib.machinery.PathFinder.find_spec(
+                name, [str(self.folder.joinpath(*name.split(".")[:-1]))]
+            )
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -46,10 +53,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def engine(
     folder: Path, package: str, real: Collection[str], given: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[None]:
-    """Inside, modules named in `real` are imported from `folder`, and every other module of `package` is a stand-in.
+    """Inside, modules in `real` are imported from `folder`; every other module of `package` is a stand-in.
 
-    `given` has what the stand-ins are to have, by module. It may name modules of other packages. `folder` is on
-    `sys.path` inside, for the engine's metadata.
+    `given` has what the stand-ins are to have, by module. It may name modules of other packages. `folder` is
+    on `sys.path` inside, for the engine's metadata.
     """
     finder = _Finder(folder, package, real, given or {})
     before = {name for name in sys.modules if name.partition(".")[0] == package or name in finder.given}

@@ -1,6 +1,7 @@
-"""SGLang's own files: its plugin loader, its HookRegistry, its Triton kernels (interpreted) and the layers that call them.
+"""SGLang's own files: plugin loader, HookRegistry, Triton kernels (interpreted), layers that call them.
 
-The files come from SGLang's wheel, see peers.py. Everything of SGLang that is not named in REAL is a stand-in.
+The files come from SGLang's wheel, see peers.py. Everything of SGLang that is not named in REAL is a
+stand-in.
 """
 
 import importlib
@@ -50,7 +51,9 @@ def no():
     return False
 
 
-PLATFORM = dict(is_cuda=yes, is_cpu=no, is_hip=no, is_npu=no, is_xpu=no, is_gfx95_supported=no, cpu_has_amx_support=no)
+PLATFORM = dict(
+    is_cuda=yes, is_cpu=no, is_hip=no, is_npu=no, is_xpu=no, is_gfx95_supported=no, cpu_has_amx_support=no
+)
 GIVEN = {"sglang.srt.utils": PLATFORM, "sglang.srt.utils.common": PLATFORM}
 
 
@@ -94,7 +97,7 @@ def packed(heads, n, dtype=torch.float32, ba_dtype=None):
 
 def same(before, after):
     assert len(before) == len(after) == 4
-    for one, other in zip(before, after):
+    for one, other in zip(before, after, strict=True):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
         assert torch.equal(one, other)
 
@@ -115,7 +118,9 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("heads", [(2, 2, 16, 16), (4, 8, 32, 32), (2, 8, 16, 32), (16, 32, 128, 128)])
-@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
+)
 def test_what_sglang_s_own_kernels_put_out(sglang, calls, name, heads, dtypes):
     ops = load(OPS)
     for n in (1, 3):
@@ -151,7 +156,7 @@ def test_every_place_that_imported_the_functions(sglang, imported):
 
 
 def layer_of(cls, heads, qkvz, ba):
-    """A layer of SGLang with its own `forward`; the projections give `qkvz` and `ba`; what attention gets is recorded."""
+    """A layer of SGLang with its own `forward`, on given projections. What attention gets is recorded."""
     layer = cls.__new__(cls)
     torch.nn.Module.__init__(layer)
     layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim = heads
@@ -179,12 +184,11 @@ def test_the_layers_own_forward(sglang, calls, monkeypatch, site, cls):
     qkvz, ba = packed(heads, 5, torch.bfloat16)
     module = load(site)
     layer = layer_of(getattr(module, cls), heads, qkvz, ba)
-    for name, value in dict(_is_xpu=False, _gdn_decode_fused_proj_conv=False, _fp8_tuple_input=lambda *_: False).items():
-        if hasattr(module, name) and site == CONTIGUOUS:
+    if site == CONTIGUOUS:
+        for name, value in dict(_is_xpu=False, _gdn_decode_fused_proj_conv=False).items():
             monkeypatch.setattr(module, name, value)
-    mode = SimpleNamespace(
-        is_target_verify=no, is_decode=yes, is_extend_without_speculative=no, is_extend=no
-    )
+        monkeypatch.setattr(module, "_fp8_tuple_input", lambda *_: False)
+    mode = SimpleNamespace(is_target_verify=no, is_decode=yes, is_extend_without_speculative=no, is_extend=no)
     batch = SimpleNamespace(forward_mode=mode, logical_forward_mode=mode)
     before = layer.forward(torch.zeros(5, 8), batch)
     assert calls == []
@@ -206,8 +210,10 @@ def loader(sglang, monkeypatch):
 
     def found(group):
         assert group in (PLUGINS, "sglang.srt.platforms")
-        both = [mine, *(SimpleNamespace(name=name, value="", dist=None, load=lambda f=f: f) for name, f in others.items())]
-        return both if group == PLUGINS else []
+        rest = [
+            SimpleNamespace(name=name, value="", dist=None, load=lambda f=f: f) for name, f in others.items()
+        ]
+        return [mine, *rest] if group == PLUGINS else []
 
     monkeypatch.setattr(plugins, "entry_points", found)
     plugins.others = others
@@ -302,9 +308,21 @@ def test_another_release_is_refused(sglang, monkeypatch):
     "name, old, new",
     [
         ("fused_qkvzba_split_reshape_cat", "a = torch.empty_like(b)", "a = torch.empty_like(b) "),
-        ("fused_qkvzba_split_reshape_cat_kernel", "k_end: tl.constexpr = q_end", "k_end: tl.constexpr = 0 + q_end"),
-        ("fused_qkvzba_split_reshape_cat_contiguous", "[batch * seq_len, num_heads_v],", "[batch, num_heads_v],"),
-        ("fused_qkvzba_split_reshape_cat_contiguous_kernel", "\n    NUM_HEADS_V: tl", "\n    NUM_HEADS_W: tl"),
+        (
+            "fused_qkvzba_split_reshape_cat_kernel",
+            "k_end: tl.constexpr = q_end",
+            "k_end: tl.constexpr = 0 + q_end",
+        ),
+        (
+            "fused_qkvzba_split_reshape_cat_contiguous",
+            "[batch * seq_len, num_heads_v],",
+            "[batch, num_heads_v],",
+        ),
+        (
+            "fused_qkvzba_split_reshape_cat_contiguous_kernel",
+            "\n    NUM_HEADS_V: tl",
+            "\n    NUM_HEADS_W: tl",
+        ),
     ],
 )
 def test_changed_source_is_refused(edited, sglang, name, old, new):
@@ -330,8 +348,8 @@ def test_another_plugin_s_replacement_is_refused(sglang):
     registry = load(REGISTRY)
     target = f"{OPS}.fused_qkvzba_split_reshape_cat"
     registry.HookRegistry.register(target, lambda *args: None, registry.HookType.REPLACE)
-    refused("another plugin has its hooks")
+    refused("another plugin has hooks")
     registry.HookRegistry.apply_hooks()
-    refused("another plugin has its hooks")
+    refused("another plugin has hooks")
     registry.HookRegistry.reset()
-    refused("another plugin has its hooks")  # the registry forgot, the function did not
+    refused("another plugin has hooks")  # the registry forgot, the function did not

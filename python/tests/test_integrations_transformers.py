@@ -5,18 +5,22 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from transformers.models.qwen3_next import modeling_qwen3_next as modeling  # noqa: E402
+
 import gdn.integrations.transformers as integration  # noqa: E402
 from gdn.integrations import UnknownEngine, known, rewrite  # noqa: E402
-from transformers.models.qwen3_next import modeling_qwen3_next as modeling  # noqa: E402
 
 Layer = modeling.Qwen3NextGatedDeltaNet
 HEADS = [(4, 8, 32, 32), (2, 6, 16, 24), (3, 12, 24, 8)]
-AS_BEFORE = [(2, 2, 16, 16), (1, 4, 16, 16)]  # where `b` and `a` are views with strides, see the integration
+AS_BEFORE = [(2, 2, 16, 16), (1, 4, 16, 16)]  # on the CPU, see `rewrite.goes_to_gdn`
 
 
 @pytest.fixture(autouse=True)
 def off_again():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors, and a machine that may be busy
     yield
+    torch.set_num_threads(threads)
     integration.uninstall()
 
 
@@ -62,13 +66,14 @@ def tokens(batch, length):
 
 def same(before, after):
     assert len(before) == len(after) > 0
-    for one, other in zip(before, after):
+    for one, other in zip(before, after, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
-        assert torch.equal(one, other)  # no NaN on either side, so equal means the same bits but for the sign of zero
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+        assert torch.equal(one.view(bits), other.view(bits))
 
 
 def both(run, calls):
-    """What `run` returns without gdn and with it. gdn has to have been used the second time, and only then."""
+    """What `run` returns without gdn and with it. gdn has to be used the second time, and only then."""
     before = run()
     assert calls == []
     with integration.installed():
@@ -168,6 +173,28 @@ def test_one_layer_gets_what_it_got_before():
         after = layer.split_with_gdn(qkvz, ba)
     same(before, after)
     assert [one.stride() for one in before] == [one.stride() for one in after]
+
+
+def test_tensors_that_gdn_does_not_take_are_split_as_before(calls):
+    net = model().to("meta")
+    with integration.installed():
+        assert net(tokens(2, 5).to("meta")).logits.shape == (2, 5, 97)
+    assert calls == []
+
+
+def test_compiled_layer(calls):
+    """In one graph, for any length, with the bits that the layer had without both."""
+    layer = model().model.layers[0].linear_attn
+    given = [torch.randn(2, n, 64) for n in (3, 17, 70)]
+    with torch.no_grad():
+        before = [layer(one) for one in given]
+        with integration.installed():
+            torch._dynamo.reset()
+            compiled = torch.compile(layer.split_with_gdn, backend="aot_eager", fullgraph=True, dynamic=True)
+            parts = [compiled(layer.in_proj_qkvz(one), layer.in_proj_ba(one)) for one in given]
+            for one, part in zip(given, parts, strict=True):
+                same(list(layer.split_with_gdn(layer.in_proj_qkvz(one), layer.in_proj_ba(one))), list(part))
+            same(before, [torch.compile(layer, backend="eager")(one) for one in given])
 
 
 def test_install_is_idempotent_and_undoable():

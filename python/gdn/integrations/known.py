@@ -21,17 +21,18 @@ class UnknownEngine(RuntimeError):
 def fingerprint(function: Callable[..., Any]) -> str:
     """The first 16 hex digits of the SHA-256 of `function`'s source, decorators included.
 
-    What wraps the function is looked through, as `inspect.getsource` does. Raises OSError where there is no source.
+    What wraps the function is looked through, as `inspect.getsource` does. Raises OSError where there is no
+    source.
     """
     source = textwrap.dedent(inspect.getsource(function))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def check_release(package: str, known: tuple[str, ...], any_release: bool) -> None:
-    """Refuses a release of `package` that is none of `known`. "5.23" stands for 5.23 and 5.23.1, not for 5.230.
+    """Refuses a release of `package` that is none of `known`.
 
-    A local version such as "+cu130" and a post-release are the same release. A pre-release or a development version is
-    another.
+    "5.23" stands for 5.23 and 5.23.1, not for 5.230. A local version such as "+cu130" and a post-release are
+    the same release. A pre-release or a development version is another.
     """
     if any_release:
         return
@@ -55,15 +56,16 @@ def check_platform(package: str) -> None:
     for name in ("hip", "xpu"):
         if getattr(version, name, None):
             raise UnknownEngine(
-                f"gdn has kernels for CPUs and NVIDIA GPUs, and {package} runs on a PyTorch built for {name.upper()}. "
-                + NOTHING_CHANGED
+                f"gdn has kernels for CPUs and NVIDIA GPUs; {package} runs on a PyTorch built for "
+                f"{name.upper()}. {NOTHING_CHANGED}"
             )
 
 
 def check_sources(package: str, where: Any, known: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuses unless each function that `known` names in `where`, a module or a class, has one of the fingerprints given.
+    """Refuses unless each function named in `known` has one of the fingerprints given there.
 
-    The live function is looked at: one that somebody else has replaced or wrapped is refused as well.
+    `where` is the module or the class that has the functions. The live function is looked at: one that
+    somebody else has replaced or wrapped is refused as well.
     """
     for name, fingerprints in known.items():
         function = inspect.getattr_static(where, name, None)
@@ -82,7 +84,9 @@ def check_sources(package: str, where: Any, known: Mapping[str, tuple[str, ...]]
         for one in _layers(function):
             home = one.__globals__.get("__name__", "")
             if home.partition(".")[0] != package:
-                raise UnknownEngine(f"{home} has wrapped {where.__name__}.{name} of {package}. {NOTHING_CHANGED}")
+                raise UnknownEngine(
+                    f"{home} has wrapped {package}'s {where.__name__}.{name}. {NOTHING_CHANGED}"
+                )
 
 
 def _layers(function: Callable[..., Any]) -> Iterator[Any]:

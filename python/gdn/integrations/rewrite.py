@@ -6,13 +6,12 @@ Qwen3-Next's layer takes its projections apart in three statements, in transform
     query, key, value = <each with its heads flattened>
     mixed_qkv = torch.cat((query, key, value), ...)
 
-The copy that is made for `torch.cat` cannot be avoided from outside, so the method is compiled anew from its own source,
-with these three statements replaced by `mixed_qkv, z, b, a = self.<fused>(<projections>)`. Every other statement stays, on
-its own line of its own file, so tracebacks and debuggers show the engine's source.
+The copy that is made for `torch.cat` cannot be avoided from outside, so the method is compiled anew from its
+own source, with these three statements replaced by `mixed_qkv, z, b, a = self.<fused>(<projections>)`. Every
+other statement stays, on its own line of its own file, so tracebacks and debuggers show the engine's source.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -23,28 +22,29 @@ from typing import Any
 
 from gdn.integrations.known import NOTHING_CHANGED, UnknownEngine
 
+FUTURE = __future__.annotations.compiler_flag
 TAKEN = ("query", "key", "value")
 KEPT = ("z", "b", "a")
 
 
 def fuse(method: Callable[..., Any], *, split: str, fused: str) -> Callable[..., Any]:
-    """`method` compiled anew, with the three statements around `self.<split>` replaced by one call of `self.<fused>`.
+    """`method` compiled anew, with one call of `self.<fused>` for the three statements around `self.<split>`.
 
     Decorators are applied anew. Raises `UnknownEngine` where the statements are not those described above.
     """
-    function = inspect.unwrap(method)
+    function, name = inspect.unwrap(method), method.__qualname__
     lines, first = inspect.getsourcelines(function)
     tree = ast.parse(textwrap.dedent("".join(lines)))
     ast.increment_lineno(tree, first - 1)
 
     found = [(block, i) for block in _blocks(tree) for i, one in enumerate(block) if _splits(one, split)]
     if len(found) != 1:
-        raise UnknownEngine(f"{method.__qualname__} calls self.{split} {len(found)} times, not once. {NOTHING_CHANGED}")
+        raise UnknownEngine(f"{name} calls self.{split} {len(found)} times, not once. {NOTHING_CHANGED}")
     block, i = found[0]
     call, concatenation = block[i], block[i + 2] if i + 2 < len(block) else None
     if not (_names(call) == TAKEN + KEPT and _concatenates(concatenation) and _names(block[i + 1]) == TAKEN):
         raise UnknownEngine(
-            f"{method.__qualname__} does not flatten and concatenate what self.{split} returns. {NOTHING_CHANGED}"
+            f"{name} does not flatten and concatenate what self.{split} returns. {NOTHING_CHANGED}"
         )
 
     call.value.func.attr = fused
@@ -54,7 +54,7 @@ def fuse(method: Callable[..., Any], *, split: str, fused: str) -> Callable[...,
     block[i : i + 3] = [ast.fix_missing_locations(call)]
 
     made: dict[str, Any] = {}
-    future = function.__code__.co_flags & __future__.annotations.compiler_flag
+    future = function.__code__.co_flags & FUTURE
     code = compile(tree, inspect.getsourcefile(function), "exec", flags=future, dont_inherit=True)
     exec(code, function.__globals__, made)  # the engine's own source, less two statements
     new = made[function.__name__]
@@ -63,7 +63,9 @@ def fuse(method: Callable[..., Any], *, split: str, fused: str) -> Callable[...,
     return new
 
 
-def replace(layer: type, methods: tuple[str, ...], *, split: str, fused: str, by: Callable[..., Any]) -> Callable[[], None]:
+def replace(
+    layer: type, methods: tuple[str, ...], *, split: str, fused: str, by: Callable[..., Any]
+) -> Callable[[], None]:
     """Gives `layer` the method `fused`, which is `by`, and `methods` that call it. Returns what undoes it."""
     before = {name: getattr(layer, name) for name in methods}
     after = {name: fuse(method, split=split, fused=fused) for name, method in before.items()}
@@ -78,8 +80,19 @@ def replace(layer: type, methods: tuple[str, ...], *, split: str, fused: str, by
     return undo
 
 
+def goes_to_gdn(packed: Any, num_k_heads: int, num_v_heads: int) -> bool:
+    """Whether `packed` is split by gdn, or as before.
+
+    As before are tensors that are neither on a CPU nor on a CUDA device; and on a CPU those with a single key
+    head, or with as many value heads as key heads. There `z`, `b` and `a` were views with strides, and what
+    PyTorch's CPU kernels do with them next (sigmoid, silu) rounds otherwise than with dense tensors.
+    """
+    device = packed.device.type
+    return device == "cuda" or (device == "cpu" and num_k_heads not in (1, num_v_heads))
+
+
 def as_before(layer: Any, split: str, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...]:
-    """What the three statements do, for tensors that gdn does not take."""
+    """What the three statements do."""
     import torch
 
     *taken, z, b, a = getattr(layer, split)(mixed_qkvz, mixed_ba)

@@ -1,11 +1,12 @@
-"""SGLang: `fused_qkvzba_split_reshape_cat` and `fused_qkvzba_split_reshape_cat_contiguous`, replaced through its HookRegistry.
+"""SGLang: `fused_qkvzba_split_reshape_cat` and `..._contiguous`, replaced through its HookRegistry.
 
 As a plugin, in every process of the engine, by SGLang's own choice of plugins:
 
     SGLANG_PLUGINS=gdn python -m sglang.launch_server --model Qwen/Qwen3-Next-80B-A3B-Instruct
 
-The name has to be there: where SGLANG_PLUGINS is not set SGLang loads every plugin, and this one stays off. Other plugins that are to be
-loaded have to be named as well. In one process, before the engine starts, `install()` does the same.
+The name has to be there: where SGLANG_PLUGINS is not set SGLang loads every plugin, and this one stays off.
+Other plugins that are to be loaded have to be named as well. In one process, before the engine starts,
+`install()` does the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SOURCES = {
 
 
 def _apply(any_release: bool, now: bool = True) -> Undo:
-    """`now=False` leaves it to SGLang to apply the hooks, as it does once all plugins have registered theirs."""
+    """`now=False` leaves it to SGLang to apply the hooks, once all plugins have registered theirs."""
     known.check_release("sglang", RELEASES, any_release)
     known.check_platform("sglang")
     registry = importlib.import_module(REGISTRY)
@@ -48,7 +49,9 @@ def _apply(any_release: bool, now: bool = True) -> Undo:
     for name, target in targets.items():
         replaced = any(kind == registry.HookType.REPLACE for kind, *_ in hooks._hooks.get(target, ()))
         if replaced or target in hooks._patched or hasattr(getattr(module, name, None), "__wrapped__"):
-            raise known.UnknownEngine(f"another plugin has its hooks on {target} already. {known.NOTHING_CHANGED}")
+            raise known.UnknownEngine(
+                f"another plugin has hooks on {target} already. {known.NOTHING_CHANGED}"
+            )
     known.check_sources("sglang", module, SOURCES)
 
     originals = {name: getattr(module, name) for name in BY}
@@ -60,11 +63,13 @@ def _apply(any_release: bool, now: bool = True) -> Undo:
     hooks.apply_hooks()
     if any(getattr(module, name) is original for name, original in originals.items()):
         undo()  # the registry only logs why
-        raise known.UnknownEngine(f"SGLang's HookRegistry did not take hooks on {MODULE}. {known.NOTHING_CHANGED}")
+        raise known.UnknownEngine(f"SGLang's HookRegistry took no hooks on {MODULE}. {known.NOTHING_CHANGED}")
     return undo
 
 
-def _undoing(hooks: Any, module: ModuleType, originals: dict[str, Callable[..., Any]], targets: dict[str, str]) -> Undo:
+def _undoing(
+    hooks: Any, module: ModuleType, originals: dict[str, Callable[..., Any]], targets: dict[str, str]
+) -> Undo:
     """The registry has no way back: its entries are taken out, and each name gets back what it had.
 
     Hooks that others have on the same targets are applied anew.

@@ -15,8 +15,8 @@ Undo = Callable[[], None]
 class Switch:
     """An integration that is off or on.
 
-    `apply(any_release)` replaces something in an engine, or raises with nothing changed. It returns what undoes it.
-    `told` is the line that is logged when it is on.
+    `apply(any_release)` replaces something in an engine, or raises with nothing changed. It returns what
+    undoes it. `told` is the line that is logged when it is on.
     """
 
     def __init__(self, logger: logging.Logger, told: str, apply: Callable[..., Undo]) -> None:
@@ -27,13 +27,10 @@ class Switch:
     def install(self, any_release: bool = False) -> None:
         """Puts gdn's split in the engine's place for it. Does nothing where it is there already.
 
-        Raises `UnknownEngine`, a RuntimeError, where the engine's release or its source is not known; nothing is
-        changed then. `any_release=True` waives the release, never the source.
+        Raises `UnknownEngine`, a RuntimeError, where the engine's release or its source is not known; nothing
+        is changed then. `any_release=True` waives the release, never the source.
         """
-        with self._lock:
-            if self._undo is None:
-                self._undo = self._apply(any_release)
-                self._logger.info("gdn is on: %s", self._told)
+        self._turn_on(any_release)
 
     def uninstall(self) -> None:
         """Puts back what was there. Does nothing where nothing is installed."""
@@ -59,16 +56,19 @@ class Switch:
                 self.uninstall()
 
     def install_if_known(self, **how: bool) -> None:
-        """`install`, for a plugin: what stands against it goes to the log, and the engine runs as it would without gdn.
+        """`install`, for a plugin: what stands against it goes to the log, and the engine runs without gdn.
 
         `how` goes to `apply`.
         """
+        try:
+            self._turn_on(False, **how)
+        except UnknownEngine as refused:
+            self._logger.warning("gdn stays off: %s", refused)
+        except Exception:
+            self._logger.exception("gdn stays off")
+
+    def _turn_on(self, any_release: bool, **how: bool) -> None:
         with self._lock:
-            try:
-                if self._undo is None:
-                    self._undo = self._apply(False, **how)
-                    self._logger.info("gdn is on: %s", self._told)
-            except UnknownEngine as refused:
-                self._logger.warning("gdn stays off: %s", refused)
-            except Exception:
-                self._logger.exception("gdn stays off")
+            if self._undo is None:
+                self._undo = self._apply(any_release, **how)
+                self._logger.info("gdn is on: %s", self._told)

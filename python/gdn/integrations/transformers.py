@@ -3,13 +3,11 @@
     import gdn.integrations.transformers
     gdn.integrations.transformers.install()
 
-The layer's `forward` is compiled anew, with one call of `gdn.split` where it took the projections apart and put `mixed_qkv`
-together (`gdn.integrations.rewrite`). Install before a model is loaded with `device_map`: accelerate keeps the `forward`
-that it finds.
+The layer's `forward` is compiled anew, with one call of `gdn.split` where it took the projections apart and
+put `mixed_qkv` together (`gdn.integrations.rewrite`). Install before a model is loaded with `device_map`:
+accelerate keeps the `forward` that it finds.
 
-Three things are split as before: tensors that are neither on a CPU nor on a CUDA device, and layers with a single key head or
-with as many value heads as key heads. There `b` and `a` were views with strides, and PyTorch's sigmoid rounds those otherwise
-than dense tensors; no released model has such heads.
+What is left to the layer's own split: see `gdn.integrations.rewrite.goes_to_gdn`.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ SOURCES = {SPLIT: ("6527d2afe06683e8",), "forward": ("a5c1b27444531b31",)}
 
 def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...]:
     """`mixed_qkv` [batch, seq, 2*HK*DK + HV*DV], `z` [batch, seq, HV, DV], `b` and `a` [batch, seq, HV]."""
-    views = self.num_k_heads in (1, self.num_v_heads)
-    if views or mixed_qkvz.device.type not in ("cpu", "cuda"):
+    if not rewrite.goes_to_gdn(mixed_qkvz, self.num_k_heads, self.num_v_heads):
         return rewrite.as_before(self, SPLIT, mixed_qkvz, mixed_ba)
     heads = (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
     parts = gdn.split(mixed_qkvz.flatten(0, 1), mixed_ba.flatten(0, 1), *heads)
