@@ -1,5 +1,8 @@
 """transformers' own Qwen3-Next, randomly initialised: the same bits with gdn's split and without."""
 
+import importlib.util
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -226,13 +229,12 @@ def test_tracebacks_show_the_engine_s_own_lines(monkeypatch):
         assert "causal_conv1d_fn(" in list(lines)[entry.lineno]
 
 
-def refused(match, **how):
-    forward = Layer.__dict__["forward"]
+def refused(match, layer=Layer, **how):
+    before = dict(vars(layer))
     with pytest.raises(RuntimeError, match=match) as refusal:
         integration.install(**how)
     assert isinstance(refusal.value, UnknownEngine) and "Nothing was changed" in str(refusal.value)
-    assert Layer.__dict__["forward"] is forward and not hasattr(Layer, integration.FUSED)
-    assert not integration.is_installed()
+    assert dict(vars(layer)) == before and not integration.is_installed()
 
 
 @pytest.mark.parametrize("version", ["5.24.0", "5.2.3", "5.230.0", "5.23.0.dev0", "5.23.0rc1", "4.57.1"])
@@ -256,14 +258,43 @@ def test_the_same_release(monkeypatch, version):
         assert integration.is_installed()
 
 
-@pytest.mark.parametrize("name", ["fix_query_key_value_ordering", "forward"])
-def test_changed_source_is_refused(monkeypatch, name):
-    def changed(self, mixed_qkvz, mixed_ba):
-        return mixed_qkvz
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        (
+            "fix_query_key_value_ordering",
+            "return query, key, value, z, b, a",
+            "return query, key, value, z, a, b",
+        ),
+        ("forward", "torch.cat((query, key, value), dim=-1)", "torch.cat((key, query, value), dim=-1)"),
+    ],
+)
+def test_changed_source_is_refused(monkeypatch, tmp_path, name, old, new):
+    with open(modeling.__file__) as file:
+        text = file.read()
+    start = text.index(f"    def {name}(", text.index("class Qwen3NextGatedDeltaNet"))
+    at = text.index(old, start)
+    (tmp_path / "changed.py").write_text(text[:at] + new + text[at + len(old) :])
 
-    monkeypatch.setattr(Layer, name, changed)
+    path = modeling.__name__ + "_changed"
+    spec = importlib.util.spec_from_file_location(path, tmp_path / "changed.py")
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path, changed)
+    spec.loader.exec_module(changed)
+    monkeypatch.setattr(integration, "MODULE", path)
     for any_release in (False, True):
-        refused(name, any_release=any_release)
+        refused(
+            f"{name} of transformers: the source is", changed.Qwen3NextGatedDeltaNet, any_release=any_release
+        )
+
+
+@pytest.mark.parametrize("name", ["fix_query_key_value_ordering", "forward"])
+def test_a_method_that_somebody_replaced_is_refused(monkeypatch, name):
+    def replaced(self, *args):
+        return None
+
+    monkeypatch.setattr(Layer, name, replaced)
+    refused(f"{name} of transformers: the source is", any_release=True)
 
 
 def test_a_method_that_somebody_wrapped_is_refused(monkeypatch):
