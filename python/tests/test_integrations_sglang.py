@@ -72,8 +72,12 @@ def edited(tmp_path):
 
 @pytest.fixture
 def sglang(monkeypatch, request):
-    """SGLang's modules, importable; Triton's interpreter in place of its compiler; no plugin chosen."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    """SGLang's modules, importable; on the CPU Triton's interpreter for its compiler; no plugin chosen."""
+    if (
+        getattr(request.node, "callspec", None) is None
+        or request.node.callspec.params.get("device") != "cuda"
+    ):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     folder = request.getfixturevalue("edited") if "edited" in request.fixturenames else FOLDER
     given = dict(GIVEN)
@@ -116,15 +120,16 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("heads", [(2, 2, 16, 16), (4, 8, 32, 32), (2, 8, 16, 32), (16, 32, 128, 128)])
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
 )
-def test_what_sglang_s_own_kernels_put_out(sglang, calls, name, heads, dtypes):
+def test_what_sglang_s_own_kernels_put_out(sglang, calls, name, heads, dtypes, device):
     ops = load(OPS)
     for n in (1, 3):
-        given = *packed(heads, n, *dtypes), *heads
+        given = *(tensor.to(device) for tensor in packed(heads, n, *dtypes)), *heads
         before = getattr(ops, name)(*given)
         assert calls == []
         with integration.installed():

@@ -15,6 +15,7 @@ from gdn.integrations import UnknownEngine, known, rewrite  # noqa: E402
 
 Layer = modeling.Qwen3NextGatedDeltaNet
 HEADS = [(4, 8, 32, 32), (2, 6, 16, 24), (3, 12, 24, 8)]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 AS_BEFORE = [(2, 2, 16, 16), (1, 4, 16, 16)]  # on the CPU, see `rewrite.goes_to_gdn`
 
 
@@ -89,10 +90,11 @@ def both(run, calls):
     return before, after
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS)
-def test_logits_of_prefill(heads, dtype, calls):
-    net, ids = model(heads, dtype), tokens(3, 70)
+def test_logits_of_prefill(heads, dtype, device, calls):
+    net, ids = model(heads, dtype).to(device), tokens(3, 70).to(device)
     with torch.no_grad():
         same(*both(lambda: [net(ids).logits], calls))
     assert calls == [3 * 70] * 3
