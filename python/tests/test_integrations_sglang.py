@@ -204,6 +204,28 @@ def test_the_layers_own_forward(sglang, calls, monkeypatch, site, cls):
     same(*layer.got)
 
 
+def test_compiled_in_one_graph_with_any_number_of_tokens(sglang):
+    """As SGLang's compiled prefill does it, through the registry's wrapper and a name imported before."""
+    site = load(INTERLEAVED)
+    heads, graphs = (4, 8, 32, 32), []
+    before = {n: load(OPS).fused_qkvzba_split_reshape_cat(*packed(heads, n), *heads) for n in (2, 5, 33)}
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with integration.installed():
+
+        @torch.compile(backend=counted, fullgraph=True, dynamic=True)
+        def split(qkvz, ba):
+            return site.fused_qkvzba_split_reshape_cat(qkvz, ba, *heads)
+
+        for n, expected in before.items():
+            same(expected, split(*packed(heads, n)))
+    assert len(graphs) == 1
+
+
 # SGLang's plugin loader
 
 
@@ -347,6 +369,11 @@ def test_a_function_that_is_gone_is_refused(edited, sglang):
         sys.modules[site] = None
     with pytest.raises(UnknownEngine, match="has no .*fused_qkvzba_split_reshape_cat_contiguous"):
         integration.install()
+
+
+def test_a_build_for_another_accelerator_is_refused(sglang, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    refused("HIP")
 
 
 def test_another_plugin_s_replacement_is_refused(sglang):

@@ -334,6 +334,11 @@ def test_changed_source_is_refused(edited, vllm, name, old, new):
         refused(f"{name} of vllm: the source is", any_release=any_release)
 
 
+def test_a_build_for_another_accelerator_is_refused(vllm, monkeypatch):
+    monkeypatch.setattr(torch.version, "xpu", "20250301")
+    refused("XPU")
+
+
 def test_a_method_that_is_gone_is_refused(edited, vllm):
     file = edited / ("/".join(MODULE.split(".")) + ".py")
     file.write_text(file.read_text().replace("fix_query_key_value_ordering", "unpack"))

@@ -51,7 +51,7 @@ def check_release(package: str, known: tuple[str, ...], any_release: bool) -> No
 
 
 def check_platform(package: str) -> None:
-    """Refuses builds of PyTorch whose accelerator gdn has no kernels for."""
+    """Refuses builds of PyTorch whose accelerator gdn has no kernels for. The engine has been imported."""
     version = getattr(sys.modules.get("torch"), "version", None)
     for name in ("hip", "xpu"):
         if getattr(version, name, None):

@@ -42,9 +42,9 @@ SOURCES = {
 def _apply(any_release: bool, now: bool = True) -> Undo:
     """`now=False` leaves it to SGLang to apply the hooks, once all plugins have registered theirs."""
     known.check_release("sglang", RELEASES, any_release)
-    known.check_platform("sglang")
     registry = importlib.import_module(REGISTRY)
     module = importlib.import_module(MODULE)
+    known.check_platform("sglang")
     hooks, targets = registry.HookRegistry, {name: f"{MODULE}.{name}" for name in BY}
     for name, target in targets.items():
         replaced = any(kind == registry.HookType.REPLACE for kind, *_ in hooks._hooks.get(target, ()))

@@ -38,8 +38,8 @@ def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...
 
 def _apply(any_release: bool) -> Undo:
     known.check_release("transformers", RELEASES, any_release)
-    known.check_platform("transformers")
     layer = getattr(importlib.import_module(MODULE), LAYER)
+    known.check_platform("transformers")
     known.check_sources("transformers", layer, SOURCES)
     return rewrite.replace(layer, ("forward",), split=SPLIT, fused=FUSED, by=_split_with_gdn)
 

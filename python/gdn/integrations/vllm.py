@@ -50,8 +50,8 @@ def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...
 
 def _apply(any_release: bool) -> Undo:
     known.check_release("vllm", RELEASES, any_release)
-    known.check_platform("vllm")
     layer = getattr(importlib.import_module(MODULE), LAYER)
+    known.check_platform("vllm")
     known.check_sources("vllm", layer, SOURCES)
     return rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn)
 
