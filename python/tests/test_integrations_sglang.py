@@ -255,10 +255,11 @@ def test_sglang_loads_the_plugin_and_nothing_happens(loader, monkeypatch, chosen
     assert not integration.is_installed() and not load(REGISTRY).HookRegistry._hooks
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])  # SGLang sets up its log after the plugins
 @pytest.mark.parametrize("chosen", ["gdn", "other, gdn"])
-def test_sglang_loads_the_plugin_when_chosen(loader, monkeypatch, caplog, calls, chosen):
+def test_sglang_loads_the_plugin_when_chosen(loader, monkeypatch, caplog, calls, chosen, level):
     monkeypatch.setenv("SGLANG_PLUGINS", chosen)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(level):
         loader.load_plugins()
     assert integration.is_installed()
     given = *packed((2, 4, 16, 16), 3), 2, 4, 16, 16

@@ -2,7 +2,7 @@
 
 As a plugin, in every process of the engine, by SGLang's own choice of plugins:
 
-    SGLANG_PLUGINS=gdn python -m sglang.launch_server --model Qwen/Qwen3-Next-80B-A3B-Instruct
+    SGLANG_PLUGINS=gdn sglang serve --model-path Qwen/Qwen3-Next-80B-A3B-Instruct
 
 The name has to be there: where SGLANG_PLUGINS is not set SGLang loads every plugin, and this one stays off.
 Other plugins that are to be loaded have to be named as well. In one process, before the engine starts,

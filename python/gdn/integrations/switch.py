@@ -58,17 +58,20 @@ class Switch:
     def install_if_known(self, **how: bool) -> None:
         """`install`, for a plugin: what stands against it goes to the log, and the engine runs without gdn.
 
-        `how` goes to `apply`.
+        Engines run plugins before they set up their logs, where INFO would be lost: there it is a warning
+        that gdn is on. `how` goes to `apply`.
         """
         try:
-            self._turn_on(False, **how)
+            self._turn_on(
+                False, logging.INFO if self._logger.isEnabledFor(logging.INFO) else logging.WARNING, **how
+            )
         except UnknownEngine as refused:
             self._logger.warning("gdn stays off: %s", refused)
         except Exception:
             self._logger.exception("gdn stays off")
 
-    def _turn_on(self, any_release: bool, **how: bool) -> None:
+    def _turn_on(self, any_release: bool, level: int = logging.INFO, **how: bool) -> None:
         with self._lock:
             if self._undo is None:
                 self._undo = self._apply(any_release, **how)
-                self._logger.info("gdn is on: %s", self._told)
+                self._logger.log(level, "gdn is on: %s", self._told)
