@@ -153,6 +153,10 @@ def fused_qkvzba_split_reshape_cat(
     mixed_qkvz: T, mixed_ba: T, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[T, T, T, T]:
     """:func:`split` of Qwen3-Next's interleaved packing, under the name and arguments that SGLang and vLLM-Ascend have for it."""
+    if not _is_compiling():
+        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
+        if parts is not None:
+            return parts
     return split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
 
 
@@ -160,6 +164,10 @@ def fused_qkvzba_split_reshape_cat_contiguous(
     mixed_qkvz: T, mixed_ba: T, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[T, T, T, T]:
     """:func:`split` of Qwen3.5's contiguous packing, under SGLang's name and arguments."""
+    if not _is_compiling():
+        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v, "contiguous")
+        if parts is not None:
+            return parts
     return split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v, "contiguous")
 
 
