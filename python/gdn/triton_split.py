@@ -1,12 +1,13 @@
-"""The split and its inverse as one Triton kernel, for Ascend NPUs and, explicitly, for CUDA tensors.
+"""The split and its inverse as one Triton kernel, for Ascend NPUs and, on request, for CUDA tensors.
 
-`gdn.split` and `gdn.merge` come here for tensors on `npu`, or with `backend="triton"`. What the op does is in docs/layouts.md, how
-this kernel is built and checked in docs/ascend.md.
+`gdn.split` and `gdn.merge` come here for tensors on `npu`, or with `backend="triton"`. What the op does is in
+docs/layouts.md, how this kernel is built and checked in docs/ascend.md.
 
-The grid is persistent: a program for each vector core, with a contiguous chunk of rows. A program moves a block at a time: some
-rows, all key heads of them where they fit the on-chip buffer, and of each kind of feature (queries, keys, values, gates, b, a) one
-tile `[rows, heads, features of a head]`. Each tile is one strided copy in and one out. Heads are an extent and rows are run-time
-numbers, so that the program is the same for any number of either, and is compiled once for each layout.
+The grid is persistent: a program for each vector core, with a contiguous chunk of rows. A program moves a block at
+a time: some rows, all key heads of them where they fit the on-chip buffer, and of each kind of feature (queries,
+keys, values, gates, b, a) one tile `[rows, heads, features of a head]`. Each tile is one strided copy in and one out.
+Heads are an extent and rows are run-time numbers, so that the program has the same size for any number of heads, and
+is compiled once for any number of rows.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ ENDLESS = 2**62  # rows, to plan a block that does not depend on how many rows t
 
 # ---- the kernel
 #
-# A kind is a run of segments, one for each key head, LEN features long. Segment i begins at feature PACKED + i * STEP of the packed
-# row and at UNPACKED + i * LEN of the unpacked row. Where STEP is LEN, the segments of a block are one.
+# A kind is a run of segments, one for each key head, LEN features long. Segment i begins at feature
+# PACKED + i * STEP of the packed row and at UNPACKED + i * LEN of the unpacked row. Where STEP is LEN, the
+# segments of a block are one.
+# fmt: off
 
 
 @triton.jit
-def _tile(base, row, row_stride, first, STEP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(base, row, row_stride, first, STEP: tl.constexpr,
+          ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers `[ROWS, HEADS, COLUMNS]`. Everything that grows with the tensor is 64 bits wide."""
     start = base + (row * row_stride + first)
     rows = tl.arange(0, ROWS).to(tl.int64)[:, None, None] * row_stride
@@ -42,13 +46,13 @@ def _tile(base, row, row_stride, first, STEP: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _inside(rows_left, part, LEN: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK_HEADS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """What of the tile is there: rows always, heads and columns only where the extents are larger than what they hold."""
-    mask = (tl.arange(0, ROWS) < rows_left)[:, None, None]
-    if BLOCK_HEADS != RUNS:
-        mask = mask & (tl.arange(0, BLOCK_HEADS) < RUNS)[None, :, None]
-    if COLUMNS * PARTS != LEN and PARTS > 1:
+def _inside(left, part, LEN: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.constexpr,
+            ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """What of a tile is there: of rows the `left` ones, of heads and columns all where extents are exact."""
+    mask = (tl.arange(0, ROWS) < left)[:, None, None]
+    if HEADS != RUNS:
+        mask = mask & (tl.arange(0, HEADS) < RUNS)[None, :, None]
+    if PARTS > 1 and COLUMNS * PARTS != LEN:
         mask = mask & (tl.arange(0, BLOCK) < tl.minimum(LEN - part * COLUMNS, COLUMNS))[None, None, :]
     elif BLOCK != COLUMNS:
         mask = mask & (tl.arange(0, BLOCK) < COLUMNS)[None, None, :]
@@ -56,61 +60,72 @@ def _inside(rows_left, part, LEN: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.
 
 
 @triton.jit
-def _read(packed, packed_stride, unpacked, unpacked_stride, row, rows_left, head, part,
-          PACKED: tl.constexpr, STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr,
-          ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
-    """Loads a kind's tile of a block: from the packed tensor, or for a merge from the unpacked one."""
-    WHOLE: tl.constexpr = STEP == LEN and PARTS == 1
-    RUNS: tl.constexpr = 1 if WHOLE else HEADS
-    COLUMNS: tl.constexpr = LEN * HEADS if WHOLE else (LEN + PARTS - 1) // PARTS
-    EXTENT: tl.constexpr = 1 if WHOLE else BLOCK_HEADS
-    mask = _inside(rows_left, part, LEN, COLUMNS, RUNS, ROWS, EXTENT, BLOCK, PARTS)
-    if MERGE:
-        first = head * LEN + (part * COLUMNS + UNPACKED)
-        tile = _tile(unpacked, row, unpacked_stride, first, LEN, ROWS, EXTENT, BLOCK)
-    else:
+def _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
+           STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+           HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, IN_PACKED: tl.constexpr):
+    """A kind's tile of a block in the packed or the unpacked tensor: pointers and mask."""
+    ONE: tl.constexpr = STEP == LEN and PARTS == 1
+    RUNS: tl.constexpr = 1 if ONE else HEADS
+    COLUMNS: tl.constexpr = LEN * HEADS if ONE else (LEN + PARTS - 1) // PARTS
+    EXTENT: tl.constexpr = 1 if ONE else BLOCK_HEADS
+    mask = _inside(left, part, LEN, COLUMNS, RUNS, ROWS, EXTENT, BLOCK, PARTS)
+    if IN_PACKED:
         first = head * STEP + (part * COLUMNS + PACKED)
         tile = _tile(packed, row, packed_stride, first, STEP, ROWS, EXTENT, BLOCK)
+    else:
+        first = head * LEN + (part * COLUMNS + UNPACKED)
+        tile = _tile(unpacked, row, unpacked_stride, first, LEN, ROWS, EXTENT, BLOCK)
+    return tile, mask
+
+
+@triton.jit
+def _read(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
+          STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+          HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
+    """Loads a kind's tile: of the packed tensor, or of the unpacked one for a merge."""
+    tile, mask = _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED, STEP,
+                        UNPACKED, LEN, BLOCK, ROWS, HEADS, BLOCK_HEADS, PARTS, not MERGE)
     return tl.load(tile, mask=mask)
 
 
 @triton.jit
-def _write(data, packed, packed_stride, unpacked, unpacked_stride, row, rows_left, head, part,
-           PACKED: tl.constexpr, STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr,
-           ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
+def _write(data, packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
+           STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+           HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
     """Stores what `_read` loaded, on the other side."""
-    WHOLE: tl.constexpr = STEP == LEN and PARTS == 1
-    RUNS: tl.constexpr = 1 if WHOLE else HEADS
-    COLUMNS: tl.constexpr = LEN * HEADS if WHOLE else (LEN + PARTS - 1) // PARTS
-    EXTENT: tl.constexpr = 1 if WHOLE else BLOCK_HEADS
-    mask = _inside(rows_left, part, LEN, COLUMNS, RUNS, ROWS, EXTENT, BLOCK, PARTS)
-    if MERGE:
-        first = head * STEP + (part * COLUMNS + PACKED)
-        tile = _tile(packed, row, packed_stride, first, STEP, ROWS, EXTENT, BLOCK)
-    else:
-        first = head * LEN + (part * COLUMNS + UNPACKED)
-        tile = _tile(unpacked, row, unpacked_stride, first, LEN, ROWS, EXTENT, BLOCK)
+    tile, mask = _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED, STEP,
+                        UNPACKED, LEN, BLOCK, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
     tl.store(tile, data, mask=mask)
 
 
-RUN_TIME = ["num_rows", "rows_per_core", "pieces"]
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=["num_rows", "rows_per_core", "pieces"])
 def split_kernel(
     mixed_qkvz, mixed_ba, mixed_qkv, z, b, a,
-    qkvz_stride: tl.int64, ba_stride: tl.int64, qkv_stride: tl.int64, z_stride: tl.int64, b_stride: tl.int64, a_stride: tl.int64,
+    qkvz_stride: tl.int64, ba_stride: tl.int64, qkv_stride: tl.int64,
+    z_stride: tl.int64, b_stride: tl.int64, a_stride: tl.int64,
     num_rows: tl.int64, rows_per_core: tl.int64, pieces: tl.int32,
-    HK: tl.constexpr, R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, CONTIGUOUS: tl.constexpr, MERGE: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    HK: tl.constexpr, R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, MERGE: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Moves the rows of one core, `ROWS` rows and `HEADS` key heads (or one of `PARTS` parts of a head) at a time.
 
-    Strides are in elements, from row to row; features of a row lie side by side. `pieces` is `HK // HEADS * PARTS`. Extents `BLOCK_*`
-    hold `HEADS` heads, or the features that a head has of each kind; where they are larger, masks cut them.
+    Strides are in elements, from row to row; features of a row lie side by side. `pieces` is
+    `HK // HEADS * PARTS`. Extents `BLOCK_*` hold `HEADS` heads, and the features of each kind that a head has (in
+    contiguous packing, those of `HEADS` heads); where they are larger, masks cut them.
     """
     V: tl.constexpr = R * DV
+    QKVZ: tl.constexpr = 2 * DK + 2 * V
+    # Interleaved: q, k, v and z of each head are kinds. Contiguous: q, k and v are one, of the same order on both sides.
+    Q: tl.constexpr = 2 * DK + V if CONTIGUOUS else DK
+    Q_STEP: tl.constexpr = Q if CONTIGUOUS else QKVZ
+    Z_AT: tl.constexpr = HK * Q if CONTIGUOUS else 2 * DK + V
+    Z_STEP: tl.constexpr = V if CONTIGUOUS else QKVZ
+    B_STEP: tl.constexpr = R if CONTIGUOUS else 2 * R
+    A_AT: tl.constexpr = HK * R if CONTIGUOUS else R
+
     first_row = tl.program_id(0).to(tl.int64) * rows_per_core
     end = tl.minimum(first_row + rows_per_core, num_rows)
     blocks = (tl.maximum(end - first_row, 0).to(tl.int32) + (ROWS - 1)) // ROWS
@@ -118,59 +133,38 @@ def split_kernel(
         row = first_row + (step // pieces) * ROWS
         left = end - row
         piece = step % pieces
-        if PARTS == 1:
-            head = piece * HEADS
-            part = 0
-        else:
-            head = piece // PARTS
-            part = piece % PARTS
-        # All of a block is read before any of it is written: the copies in are under way together.
-        if CONTIGUOUS:
-            K: tl.constexpr = 2 * DK + V
-            qkv_ = _read(mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                         0, K, 0, K, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            z_ = _read(mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
-                       HK * K, V, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            b_ = _read(mixed_ba, ba_stride, b, b_stride, row, left, head, part,
-                       0, R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            a_ = _read(mixed_ba, ba_stride, a, a_stride, row, left, head, part,
-                       HK * R, R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(qkv_, mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                   0, K, 0, K, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(z_, mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
-                   HK * K, V, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(b_, mixed_ba, ba_stride, b, b_stride, row, left, head, part,
-                   0, R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(a_, mixed_ba, ba_stride, a, a_stride, row, left, head, part,
-                   HK * R, R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-        else:
-            S: tl.constexpr = 2 * DK + 2 * V
-            q_ = _read(mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                       0, S, 0, DK, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        head = piece * HEADS if PARTS == 1 else piece // PARTS
+        part = 0 if PARTS == 1 else piece % PARTS
+        # All of a block is read before any of it is written, so that the copies in are under way together.
+        q_ = _read(mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
+                   0, Q_STEP, 0, Q, BLOCK_Q, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        if not CONTIGUOUS:
             k_ = _read(mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                       DK, S, HK * DK, DK, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+                       DK, QKVZ, HK * DK, DK, BLOCK_Q, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
             v_ = _read(mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                       2 * DK, S, 2 * HK * DK, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            z_ = _read(mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
-                       2 * DK + V, S, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            b_ = _read(mixed_ba, ba_stride, b, b_stride, row, left, head, part,
-                       0, 2 * R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            a_ = _read(mixed_ba, ba_stride, a, a_stride, row, left, head, part,
-                       R, 2 * R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(q_, mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                   0, S, 0, DK, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+                       2 * DK, QKVZ, 2 * HK * DK, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        z_ = _read(mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
+                   Z_AT, Z_STEP, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        b_ = _read(mixed_ba, ba_stride, b, b_stride, row, left, head, part,
+                   0, B_STEP, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        a_ = _read(mixed_ba, ba_stride, a, a_stride, row, left, head, part,
+                   A_AT, B_STEP, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        _write(q_, mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
+               0, Q_STEP, 0, Q, BLOCK_Q, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        if not CONTIGUOUS:
             _write(k_, mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                   DK, S, HK * DK, DK, BLOCK_K, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+                   DK, QKVZ, HK * DK, DK, BLOCK_Q, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
             _write(v_, mixed_qkvz, qkvz_stride, mixed_qkv, qkv_stride, row, left, head, part,
-                   2 * DK, S, 2 * HK * DK, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(z_, mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
-                   2 * DK + V, S, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(b_, mixed_ba, ba_stride, b, b_stride, row, left, head, part,
-                   0, 2 * R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
-            _write(a_, mixed_ba, ba_stride, a, a_stride, row, left, head, part,
-                   R, 2 * R, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+                   2 * DK, QKVZ, 2 * HK * DK, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        _write(z_, mixed_qkvz, qkvz_stride, z, z_stride, row, left, head, part,
+               Z_AT, Z_STEP, 0, V, BLOCK_V, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        _write(b_, mixed_ba, ba_stride, b, b_stride, row, left, head, part,
+               0, B_STEP, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
+        _write(a_, mixed_ba, ba_stride, a, a_stride, row, left, head, part,
+               A_AT, B_STEP, 0, R, BLOCK_B, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
 
 
+# fmt: on
 # ---- what is compiled for a layout
 
 
@@ -198,7 +192,7 @@ class Blocks(NamedTuple):
     heads: int
     parts: int
     block_heads: int
-    block_k: int
+    block_q: int
     block_v: int
     block_b: int
     pieces: int
@@ -211,7 +205,9 @@ def _divisors(number: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def blocks(heads: tuple[int, int, int, int], packing: str, sizes: tuple[int, int], profile: Profile) -> Blocks:
+def blocks(
+    heads: tuple[int, int, int, int], packing: str, sizes: tuple[int, int], profile: Profile
+) -> Blocks:
     """Cuts rows into blocks that fit the buffer: as many key heads as fit, a part of a head where one does not, then as many rows.
 
     `heads` are `num_k_heads, num_v_heads, head_k_dim, head_v_dim`; `sizes` are bytes of an element of `mixed_qkvz` and `mixed_ba`.
@@ -244,27 +240,43 @@ def blocks(heads: tuple[int, int, int, int], packing: str, sizes: tuple[int, int
     return chosen._replace(rows=plan.rows_per_iter)
 
 
-def constants(heads: tuple[int, int, int, int], packing: str, merge: bool, cut: Blocks, stages: int = 1) -> dict[str, object]:
+def constants(
+    heads: tuple[int, int, int, int], packing: str, merge: bool, cut: Blocks, stages: int = 1
+) -> dict[str, object]:
     """The compile-time arguments of `split_kernel`, by name."""
     hk, hv, dk, dv = heads
-    return dict(
-        HK=hk, R=hv // hk, DK=dk, DV=dv, CONTIGUOUS=packing == "contiguous", MERGE=merge, ROWS=cut.rows, HEADS=cut.heads,
-        PARTS=cut.parts, BLOCK_HEADS=cut.block_heads, BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_B=cut.block_b, STAGES=stages,
-    )  # fmt: skip
+    return {
+        "HK": hk,
+        "R": hv // hk,
+        "DK": dk,
+        "DV": dv,
+        "CONTIGUOUS": packing == "contiguous",
+        "MERGE": merge,
+        "ROWS": cut.rows,
+        "HEADS": cut.heads,
+        "PARTS": cut.parts,
+        "BLOCK_HEADS": cut.block_heads,
+        "BLOCK_Q": cut.block_q,
+        "BLOCK_V": cut.block_v,
+        "BLOCK_B": cut.block_b,
+        "STAGES": stages,
+    }
 
 
 # ---- checks
 
 
-def check_heads(num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, packing: str) -> tuple[int, int, int, int]:
+def check_heads(
+    num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int, packing: str
+) -> tuple[int, int, int, int]:
     """The four numbers as a tuple.
 
     Raises:
         TypeError: one of them is no integer.
         ValueError: one is below 1, `num_v_heads` is no multiple of `num_k_heads`, or the packing is unknown.
     """
-    named = dict(num_k_heads=num_k_heads, num_v_heads=num_v_heads, head_k_dim=head_k_dim, head_v_dim=head_v_dim)
-    for name, number in named.items():
+    names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+    for name, number in zip(names, (num_k_heads, num_v_heads, head_k_dim, head_v_dim)):
         if not hasattr(type(number), "__index__") or isinstance(number, bool):
             raise TypeError(f"{name} is a {type(number).__name__}, it must be an integer")
         if number < 1:
@@ -276,14 +288,23 @@ def check_heads(num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim:
     return int(num_k_heads), int(num_v_heads), int(head_k_dim), int(head_v_dim)
 
 
-def _rows(name: str, tensor: torch.Tensor, num_rows: int, tail: tuple[int, ...], heads: tuple[int, ...], written: bool) -> None:
+def _rows(
+    name: str,
+    tensor: torch.Tensor,
+    num_rows: int,
+    tail: tuple[int, ...],
+    heads: tuple[int, ...],
+    written: bool,
+) -> None:
     """Raises where `tensor` is not `[num_rows, *tail]` with features side by side and rows apart."""
     hk, hv, dk, dv = heads
     dims = f"{dk}" if dk == dv else f"{dk} and {dv}"
     if tensor.dim() != 1 + len(tail):
         raise ValueError(f"{name} has {tensor.dim()} dimensions, it must have {1 + len(tail)}")
     if tensor.shape[0] != num_rows:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows, mixed_qkvz has {num_rows}" if name != "mixed_qkvz" else name)
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows, mixed_qkvz has {num_rows}" if name != "mixed_qkvz" else name
+        )
     if tuple(tensor.shape[1:]) != tail:
         came = "x".join(str(n) for n in tensor.shape[1:])
         needed = "x".join(str(n) for n in tail)
@@ -291,10 +312,14 @@ def _rows(name: str, tensor: torch.Tensor, num_rows: int, tail: tuple[int, ...],
     dense = 1
     for size, stride in zip(reversed(tail), reversed(tensor.stride()[1:])):
         if size > 1 and stride != dense:
-            raise ValueError(f"{name} has features {stride} elements apart, they must be {dense} apart: only rows may be strided")
+            raise ValueError(
+                f"{name} has features {stride} elements apart, they must be {dense} apart: only rows may be strided"
+            )
         dense *= size
     if written and num_rows > 1 and abs(tensor.stride(0)) < dense:
-        raise ValueError(f"{name} has rows {tensor.stride(0)} elements apart, they must be at least {dense} apart to be written")
+        raise ValueError(
+            f"{name} has rows {tensor.stride(0)} elements apart, they must be at least {dense} apart to be written"
+        )
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -317,6 +342,17 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 NAMES = ("mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a")
 
 
+def check_inputs(*named: tuple[str, object]) -> None:
+    """Raises TypeError where one is no tensor, ValueError where one has no rows to count."""
+    import torch
+
+    for name, tensor in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, it must be a torch.Tensor")
+        if tensor.dim() == 0:
+            raise ValueError(f"{name} has 0 dimensions, it must have 2")
+
+
 def check_tensors(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], merge: bool) -> None:
     """Holds the six tensors, in the order of `NAMES`, against the heads, before anything is written.
 
@@ -325,15 +361,13 @@ def check_tensors(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, i
         ValueError: a number of rows or features, a stride, an element size or a device that does not fit, or outputs that overlap
             with anything.
     """
-    import torch
-
     hk, hv, dk, dv = heads
-    for name, tensor in zip(NAMES, tensors):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, it must be a torch.Tensor")
+    check_inputs(*zip(NAMES, tensors))
     qkvz, ba, qkv, z, b, a = tensors
     reads = ("mixed_qkv", "z", "b", "a") if merge else ("mixed_qkvz", "mixed_ba")
     tails = ((2 * hk * dk + 2 * hv * dv,), (2 * hv,), (2 * hk * dk + hv * dv,), (hv, dv), (hv,), (hv,))
+    if z.dim() == 2:
+        tails = (*tails[:3], (hv * dv,), *tails[4:])
     # The inputs first: what the caller gave, before what was made to fit it.
     order = [n for n in NAMES if n in reads] + [n for n in NAMES if n not in reads]
     by_name = dict(zip(NAMES, zip(tensors, tails)))
@@ -349,7 +383,9 @@ def check_tensors(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, i
             raise TypeError(f"{name} is {tensor.dtype}, {partner_name} is {partner.dtype}")
     for name, tensor in (("mixed_qkvz", qkvz), ("mixed_ba", ba)):
         if tensor.element_size() not in (1, 2, 4, 8):
-            raise TypeError(f"{name} has elements of {tensor.element_size()} bytes ({tensor.dtype}), they must have 1, 2, 4 or 8")
+            raise TypeError(
+                f"{name} has elements of {tensor.element_size()} bytes ({tensor.dtype}), they must have 1, 2, 4 or 8"
+            )
     if num_rows:
         for name in order:
             if name not in reads:
@@ -361,7 +397,7 @@ def check_tensors(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, i
 # ---- launching
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def profile_of(kind: str, index: int) -> Profile:
     """What the device `kind:index` offers.
 
@@ -376,14 +412,22 @@ def profile_of(kind: str, index: int) -> Profile:
     if kind == "cuda":
         return Profile(cores=torch.cuda.get_device_properties(index).multi_processor_count, exact=False)
     if kind == "cpu" and not isinstance(split_kernel, triton.runtime.JITFunction):
-        return Profile(cores=4, exact=False)  # Triton's interpreter, where TRITON_INTERPRET=1 was set before this module was imported
+        return Profile(
+            cores=4, exact=False
+        )  # Triton's interpreter, where TRITON_INTERPRET=1 was set before this module was imported
     raise RuntimeError(f"the Triton kernel runs on npu and cuda tensors, these are on {kind}")
 
 
 WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
-def _launch(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], packing: str, merge: bool, profile: Profile | None) -> None:
+def _launch(
+    tensors: Sequence[torch.Tensor],
+    heads: tuple[int, int, int, int],
+    packing: str,
+    merge: bool,
+    profile: Profile | None,
+) -> None:
     """Runs the kernel on tensors that were checked, on the current stream of their device."""
     import torch
 
@@ -404,9 +448,14 @@ def _launch(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], p
 
     def run() -> None:
         split_kernel[(plan.grid,)](
-            *words, *strides, num_rows, plan.rows_per_core, cut.pieces,
-            **constants(heads, packing, merge, cut, profile.num_stages), **options,
-        )  # fmt: skip
+            *words,
+            *strides,
+            num_rows,
+            plan.rows_per_core,
+            cut.pieces,
+            **constants(heads, packing, merge, cut, profile.num_stages),
+            **options,
+        )
 
     module = getattr(torch, device.type, None)
     if device.type != "cpu" and module.current_device() != device.index:
@@ -423,12 +472,12 @@ def split(
     num_v_heads: int,
     head_k_dim: int,
     head_v_dim: int,
-    packing: str,
-    out: Sequence[torch.Tensor],
+    packing: str = "interleaved",
+    out: Sequence[torch.Tensor] | None = None,
     *,
     profile: Profile | None = None,
-) -> None:
-    """Takes packed rows apart, into `out`: `mixed_qkv`, `z`, `b`, `a`.
+) -> tuple[torch.Tensor, ...]:
+    """Takes packed rows apart: `mixed_qkv`, `z`, `b`, `a`, which are `out` where it is given.
 
     Shapes, for N rows, `HK`, `HV` heads and dims `DK`, `DV`: `mixed_qkvz` `[N, 2*HK*DK + 2*HV*DV]`, `mixed_ba` `[N, 2*HV]`, `mixed_qkv`
     `[N, 2*HK*DK + HV*DV]`, `z` `[N, HV, DV]`, `b` and `a` `[N, HV]`. Rows may lie at any stride; the features of a row side by side.
@@ -439,9 +488,17 @@ def split(
         RuntimeError: the device is none that Triton runs on.
     """
     heads = check_heads(num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
+    check_inputs(("mixed_qkvz", mixed_qkvz), ("mixed_ba", mixed_ba))
+    if out is None:
+        n, (hk, hv, dk, dv) = mixed_qkvz.shape[0], heads
+        qkv, z = mixed_qkvz.new_empty(n, 2 * hk * dk + hv * dv), mixed_qkvz.new_empty(n, hv, dv)
+        out = (qkv, z, mixed_ba.new_empty(n, hv), mixed_ba.new_empty(n, hv))
+    if len(out) != 4:
+        raise ValueError(f"out has {len(out)} tensors, it must have 4: mixed_qkv, z, b, a")
     tensors = (mixed_qkvz, mixed_ba, *out)
     check_tensors(tensors, heads, merge=False)
     _launch(tensors, heads, packing, False, profile)
+    return tuple(out)
 
 
 def merge(
@@ -453,13 +510,20 @@ def merge(
     num_v_heads: int,
     head_k_dim: int,
     head_v_dim: int,
-    packing: str,
-    out: Sequence[torch.Tensor],
+    packing: str = "interleaved",
+    out: Sequence[torch.Tensor] | None = None,
     *,
     profile: Profile | None = None,
-) -> None:
-    """Puts rows together again, into `out`: `mixed_qkvz`, `mixed_ba`. Shapes and errors are those of [`split`][gdn.triton_split.split]."""
+) -> tuple[torch.Tensor, ...]:
+    """Puts rows together again: `mixed_qkvz`, `mixed_ba`, which are `out` where it is given. Shapes and errors are those of `split`."""
     heads = check_heads(num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
+    check_inputs(("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a))
+    if out is None:
+        n, (hk, hv, dk, dv) = mixed_qkv.shape[0], heads
+        out = (mixed_qkv.new_empty(n, 2 * hk * dk + 2 * hv * dv), b.new_empty(n, 2 * hv))
+    if len(out) != 2:
+        raise ValueError(f"out has {len(out)} tensors, it must have 2: mixed_qkvz, mixed_ba")
     tensors = (*out, mixed_qkv, z, b, a)
     check_tensors(tensors, heads, merge=True)
     _launch(tensors, heads, packing, True, profile)
+    return tuple(out)
