@@ -59,19 +59,27 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: an array of bytes without padding: the alignment equals the size.
 unsafe impl bytemuck::Pod for Line {}
 
-/// A zeroed block of bytes that begins on a cache line.
-enum Block {
+/// A zeroed block of bytes that begins on a cache line; from 2 MiB on it is mapped from the system, with pages as asked for.
+pub struct Block(Memory);
+
+enum Memory {
     Small(Vec<Line>),
     /// Mapped from the system; the block is this range of it, which begins on a huge page.
     Large(MmapMut, Range<usize>),
 }
 
 impl Block {
-    fn new(bytes: usize, pages: Pages) -> Result<Self, BufError> {
+    /// So many bytes.
+    ///
+    /// # Errors
+    /// [`BufError::NoMemory`].
+    pub fn new(bytes: usize, pages: Pages) -> Result<Self, BufError> {
         let no_memory = |source| BufError::NoMemory { bytes, source };
         if bytes < HUGE {
             let lines = bytemuck::allocation::try_zeroed_vec(bytes.div_ceil(LINE));
-            return lines.map(Self::Small).map_err(|()| no_memory(std::io::ErrorKind::OutOfMemory.into()));
+            return lines
+                .map(|lines| Self(Memory::Small(lines)))
+                .map_err(|()| no_memory(std::io::ErrorKind::OutOfMemory.into()));
         }
         let mapped =
             bytes.checked_add(HUGE).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
@@ -84,20 +92,22 @@ impl Block {
         }
         #[cfg(not(target_os = "linux"))]
         let _ = pages;
-        Ok(Self::Large(map, start..start + bytes))
+        Ok(Self(Memory::Large(map, start..start + bytes)))
     }
 
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Small(lines) => bytemuck::cast_slice(lines),
-            Self::Large(map, block) => &map[block.clone()],
+    /// All of it, to the end of the last cache line.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Small(lines) => bytemuck::cast_slice(lines),
+            Memory::Large(map, block) => &map[block.clone()],
         }
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::Small(lines) => bytemuck::cast_slice_mut(lines),
-            Self::Large(map, block) => &mut map[block.clone()],
+    /// The same, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Memory::Small(lines) => bytemuck::cast_slice_mut(lines),
+            Memory::Large(map, block) => &mut map[block.clone()],
         }
     }
 }

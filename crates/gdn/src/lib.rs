@@ -12,7 +12,7 @@ mod rows;
 mod split;
 pub mod tiling;
 
-pub use buf::{BufError, PackedBuf, Pages, UnpackedBuf};
+pub use buf::{Block, BufError, PackedBuf, Pages, UnpackedBuf};
 pub use cpu::Cpu;
 pub use heads::{Heads, HeadsError, PRESETS};
 pub use packing::{FeatureMap, Layout, Packing, Run, Segment, UnknownPacking};

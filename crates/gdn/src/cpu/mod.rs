@@ -27,6 +27,10 @@ pub enum Stores {
     Streaming,
 }
 
+/// Threads that are not rayon's: calls its second argument for each number below the first, on as many threads at a time as it likes,
+/// and returns when all calls have. The same number is best given to the same thread each time, whose cache may still have the rows.
+pub type Executor = fn(usize, &(dyn Fn(usize) + Sync));
+
 /// How the CPU is to do the work: a small value, made once or for each call.
 ///
 /// The default chooses everything by itself. Every choice gives the same bits.
@@ -36,9 +40,10 @@ pub enum Stores {
 /// let cpu = Cpu::new().threads(2).isa(Isa::Scalar)?;
 /// # Ok::<(), gdn::cpu::IsaError>(())
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu {
     threads: Option<NonZeroUsize>,
+    executor: Option<Executor>,
     isa: Option<Isa>,
     rows_per_iter: Option<NonZeroUsize>,
     stores: Stores,
@@ -60,6 +65,23 @@ impl Cpu {
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = NonZeroUsize::new(threads);
+        self
+    }
+
+    /// The work of more than one thread goes through `executor` instead of rayon: for engines that have threads of their own, which would
+    /// otherwise stand in the way of rayon's. To be used with [`threads`](Self::threads), which rayon's pool says nothing of.
+    ///
+    /// ```
+    /// use gdn::{Cpu, cpu::Executor};
+    /// let scoped: Executor = |chunks, work| std::thread::scope(|scope| {
+    ///     (0..chunks).for_each(|i| { scope.spawn(move || work(i)); });
+    /// });
+    /// let cpu = Cpu::new().threads(2).executor(scoped);
+    /// # let _ = cpu;
+    /// ```
+    #[must_use]
+    pub fn executor(mut self, executor: Executor) -> Self {
+        self.executor = Some(executor);
         self
     }
 

@@ -1,0 +1,247 @@
+//! The Python module `gdn`: the library's ops on anybody's tensors.
+//!
+//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to [`op`]: functions for objects of Python, here, and operators of
+//! PyTorch, in [`libtorch`].
+
+mod blocks;
+mod dlpack;
+mod fresh;
+mod libtorch;
+mod op;
+mod pool;
+mod repack;
+mod tensor;
+
+use pyo3::{prelude::*, types::PyTuple};
+
+use crate::{
+    fresh::{fresh, handed_over},
+    libtorch::type_name,
+    op::{Call, Direction, NAMES, Place},
+    tensor::{Tensor, type_error, value_error},
+};
+
+/// Work for which other threads of Python are let in.
+const WORTH_DETACHING: usize = 128 << 10;
+
+/// `gdn.split`, but for what PyTorch has to see: `None` where the operator is to be called instead.
+#[pyfunction]
+#[pyo3(signature = (mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing = "interleaved", out = None))]
+#[expect(clippy::too_many_arguments, reason = "those of the Python function")]
+fn split<'py>(
+    mixed_qkvz: Bound<'py, PyAny>,
+    mixed_ba: Bound<'py, PyAny>,
+    num_k_heads: i64,
+    num_v_heads: i64,
+    head_k_dim: i64,
+    head_v_dim: i64,
+    packing: &str,
+    out: Option<Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyTuple>>> {
+    let heads = [num_k_heads, num_v_heads, head_k_dim, head_v_dim];
+    run(Direction::Split, [mixed_qkvz, mixed_ba], heads, packing, out)
+}
+
+/// `gdn.merge`, in the same way.
+#[pyfunction]
+#[pyo3(signature = (mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing = "interleaved", out = None))]
+#[expect(clippy::too_many_arguments, reason = "those of the Python function")]
+fn merge<'py>(
+    mixed_qkv: Bound<'py, PyAny>,
+    z: Bound<'py, PyAny>,
+    b: Bound<'py, PyAny>,
+    a: Bound<'py, PyAny>,
+    num_k_heads: i64,
+    num_v_heads: i64,
+    head_k_dim: i64,
+    head_v_dim: i64,
+    packing: &str,
+    out: Option<Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyTuple>>> {
+    let heads = [num_k_heads, num_v_heads, head_k_dim, head_v_dim];
+    run(Direction::Merge, [mixed_qkv, z, b, a], heads, packing, out)
+}
+
+/// Either, on the tensors that are read, in the order of [`NAMES`].
+fn run<'py, const READ: usize>(
+    direction: Direction,
+    read: [Bound<'py, PyAny>; READ],
+    heads: [i64; 4],
+    packing: &str,
+    out: Option<Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyTuple>>> {
+    let py = read[0].py();
+    let layout = op::layout(heads, packing)?;
+    let first = direction.read().start;
+    let torch = libtorch::get().filter(|torch| torch.is_tensor(&read[0]));
+    let mut lent = Vec::new();
+    let mut tensors = [Tensor::NONE; 6];
+    let mut is_operator = false;
+    for (i, object) in direction.read().zip(&read) {
+        tensors[i] = match torch {
+            Some(torch) => match torch.is_plain(object).then(|| torch.borrow(object, NAMES[i])).flatten() {
+                Some(tensor) => tensor,
+                None if torch.is_tensor(object) => {
+                    is_operator = true;
+                    continue;
+                }
+                None => return Err(other_framework(NAMES[i], object, NAMES[first])),
+            },
+            None => lend(object, NAMES[i], &mut lent)?,
+        };
+    }
+    if let Some(torch) = torch
+        && (is_operator || torch.is_watched(&read)?)
+    {
+        // What can be checked is checked here all the same, so that errors are the same through both doors.
+        for i in direction.read().filter(|i| tensors[*i].address != 0) {
+            op::check(&tensors[i], i, &layout)?;
+        }
+        return Ok(None);
+    }
+    let mut buffers = Vec::new();
+    let results = match &out {
+        Some(out) => {
+            let given = out.extract::<Bound<'py, PyTuple>>().or_else(|_| {
+                out.try_iter().and_then(|items| PyTuple::new(py, items.collect::<PyResult<Vec<_>>>()?))
+            });
+            let given = given.map_err(|_| out_error(direction, &type_name(out)))?;
+            if given.len() != 6 - READ {
+                return Err(out_error(direction, &format!("{} of them", given.len())));
+            }
+            for (i, object) in direction.written().zip(given.iter_borrowed()) {
+                tensors[i] = match torch {
+                    Some(torch) => torch
+                        .is_plain(&object)
+                        .then(|| torch.borrow(&object, NAMES[i]))
+                        .flatten()
+                        .ok_or_else(|| other_framework(NAMES[i], &object, NAMES[first]))?,
+                    None => lend(&object, NAMES[i], &mut lent)?,
+                };
+            }
+            given
+        }
+        None => {
+            let num_rows = op::check(&tensors[first], first, &layout)?.num_rows;
+            let mut made = Vec::with_capacity(6 - READ);
+            for i in direction.written() {
+                let like = direction.like(i);
+                let (shape, dims) = op::shape(&layout.heads, i, num_rows);
+                let (known, like) = (tensors[like], &read[like - first]);
+                let (object, tensor) = fresh(torch, like, &known, &shape[..dims], NAMES[i], &mut buffers)?;
+                tensors[i] = tensor;
+                made.push(object);
+            }
+            PyTuple::new(py, made)?
+        }
+    };
+    let call = Call::new(layout, direction, tensors)?;
+    let place = if torch.is_some() { libtorch::PLACE } else { Place::OURS };
+    if call.is_cpu() && call.bytes() < WORTH_DETACHING {
+        // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on arrays.
+        unsafe { call.run(&place)? };
+    } else {
+        // SAFETY: as above.
+        py.detach(|| unsafe { call.run(&place) })?;
+    }
+    if let (Some(torch), Some(_)) = (torch, &out) {
+        torch.written(&results)?;
+    }
+    if buffers.is_empty() {
+        Ok(Some(results))
+    } else {
+        PyTuple::new(py, handed_over(&read[0], buffers)?).map(Some)
+    }
+}
+
+/// The tensor of an object that is not PyTorch's, and for `lent` what keeps it.
+fn lend<'py>(
+    object: &Bound<'py, PyAny>,
+    argument: &str,
+    lent: &mut Vec<Bound<'py, PyAny>>,
+) -> PyResult<Tensor> {
+    let (tensor, owner) = dlpack::borrow(object, argument)?;
+    lent.extend(owner);
+    Ok(tensor)
+}
+
+fn other_framework(argument: &str, object: &Bound<'_, PyAny>, other: &str) -> PyErr {
+    type_error(format!("{argument} is a {}, {other} is a PyTorch tensor", type_name(object)))
+}
+
+fn out_error(direction: Direction, got: &str) -> PyErr {
+    let expected =
+        if direction == Direction::Split { "(mixed_qkv, z, b, a)" } else { "(mixed_qkvz, mixed_ba)" };
+    value_error(format!("out is {got}, expected the tensors {expected}"))
+}
+
+/// Registers `torch.ops.gdn.split` and `merge` with PyTorch, and learns to read its tensors.
+#[pyfunction]
+fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
+    libtorch::register(torch)
+}
+
+/// Plans `rows` rows of `row_bytes` bytes each, inputs and outputs together: `(grid, rows_per_core, rows_per_iter)`.
+#[pyfunction]
+#[pyo3(signature = (rows, row_bytes, cores, buffer_bytes = 87040, max_rows_per_iter = 64))]
+fn tiling(
+    rows: i64,
+    row_bytes: i64,
+    cores: i64,
+    buffer_bytes: i64,
+    max_rows_per_iter: i64,
+) -> PyResult<(usize, usize, usize)> {
+    let number = |number: i64, name: &str| {
+        usize::try_from(number).map_err(|_| value_error(format!("{name} is {number}, it must be at least 0")))
+    };
+    let profile = gdn::tiling::DeviceProfile {
+        cores: number(cores, "cores")?,
+        buffer_bytes: number(buffer_bytes, "buffer_bytes")?,
+        max_rows_per_iter: number(max_rows_per_iter, "max_rows_per_iter")?,
+    };
+    let plan = gdn::tiling::plan(number(rows, "rows")?, number(row_bytes, "row_bytes")?, &profile);
+    Ok((plan.grid, plan.rows_per_core, plan.rows_per_iter))
+}
+
+/// The four numbers and the packing of a model known by name.
+#[pyfunction]
+fn preset(name: &str) -> PyResult<([usize; 4], &'static str)> {
+    let layout = gdn::Layout::preset(name).map_err(|e| value_error(e.to_string()))?;
+    let heads = layout.heads;
+    let numbers = [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()];
+    Ok((numbers, layout.packing.name()))
+}
+
+/// One line for each NVIDIA GPU of this machine; the reason where there are none to ask for.
+#[pyfunction]
+fn cuda_devices(py: Python<'_>) -> PyResult<Vec<String>> {
+    let devices = py.detach(gdn::cuda::devices).map_err(|e| op::cuda_error(&e))?;
+    Ok(devices.iter().map(ToString::to_string).collect())
+}
+
+/// Lets go of the memory that freed tensors have left behind for later ones, 512 MiB at most. The bytes there were.
+#[pyfunction]
+fn empty_cache() -> usize {
+    blocks::empty()
+}
+
+/// The instruction set that CPU tensors are worked on with.
+#[pyfunction]
+fn isa() -> String {
+    gdn::Cpu::new().chosen_isa().to_string()
+}
+
+#[pymodule]
+fn _gdn(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(split, module)?)?;
+    module.add_function(wrap_pyfunction!(merge, module)?)?;
+    module.add_function(wrap_pyfunction!(repack::repack_weight, module)?)?;
+    module.add_function(wrap_pyfunction!(repack::weight_moves, module)?)?;
+    module.add_function(wrap_pyfunction!(register, module)?)?;
+    module.add_function(wrap_pyfunction!(tiling, module)?)?;
+    module.add_function(wrap_pyfunction!(preset, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_devices, module)?)?;
+    module.add_function(wrap_pyfunction!(empty_cache, module)?)?;
+    module.add_function(wrap_pyfunction!(isa, module)?)
+}

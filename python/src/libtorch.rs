@@ -1,0 +1,635 @@
+//! PyTorch, without C++: its operators registered, its tensors read and made, through the C functions that libtorch exports for
+//! extensions which outlive its versions.
+//!
+//! Declarations: `torch/csrc/inductor/aoti_torch/c/shim.h` and `torch/csrc/stable/c/shim.h` in PyTorch's wheel, 2.10 and later. They
+//! are looked up in the libraries that `import torch` has loaded; nothing is linked.
+
+use std::{
+    ffi::{CStr, CString, c_char, c_void},
+    panic::AssertUnwindSafe,
+    sync::OnceLock,
+};
+
+use libloading::os::unix::{Library, RTLD_LAZY};
+use pyo3::{Borrowed, exceptions::PyImportError, ffi, intern, prelude::*, types::PyType};
+
+use gdn::Block;
+
+use crate::{
+    blocks,
+    dlpack::Exchange,
+    op::{self, Call, Direction, Place},
+    tensor::{DType, Device, Tensor, type_error, value_error},
+};
+
+/// `AtenTensorHandle` and other handles
+type Opaque = *mut c_void;
+type Kernel = unsafe extern "C-unwind" fn(*mut u64, u64, u64);
+
+type ToPython = unsafe extern "C" fn(Opaque, *mut c_void, *mut *mut ffi::PyObject) -> i32;
+type FromBlob = unsafe extern "C" fn(
+    *mut c_void,
+    i64,
+    *const i64,
+    *const i64,
+    i64,
+    i32,
+    i32,
+    i32,
+    *mut Opaque,
+    i32,
+    *const u8,
+    i64,
+    unsafe extern "C" fn(*mut c_void, *mut c_void),
+    *mut c_void,
+) -> i32;
+
+/// Declares the functions once: their names, and their types.
+macro_rules! functions {
+    ($(fn $name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
+        struct Functions { $($name: unsafe extern "C" fn($($argument),*) $(-> $result)?,)* }
+
+        impl Functions {
+            /// # Errors
+            /// The name of the first one that is not there.
+            fn load(library: &Library) -> Result<Self, &'static str> {
+                Ok(Self { $(
+                    // SAFETY: the function of that name has that type.
+                    $name: *unsafe { library.get(stringify!($name)) }.map_err(|_| stringify!($name))?,
+                )* })
+            }
+        }
+    };
+}
+
+functions! {
+    fn aoti_torch_library_init_def(*const c_char, *const c_char, u32, *mut Opaque) -> i32;
+    fn aoti_torch_library_init_impl(*const c_char, *const c_char, *const c_char, u32, *mut Opaque) -> i32;
+    fn aoti_torch_library_def(Opaque, *const c_char) -> i32;
+    fn torch_library_impl(Opaque, *const c_char, Kernel, u64) -> i32;
+    fn aoti_torch_delete_tensor_object(Opaque) -> i32;
+    fn torch_delete_string(Opaque) -> i32;
+    fn torch_string_length(Opaque, *mut usize) -> i32;
+    fn torch_string_c_str(Opaque, *mut *const c_char) -> i32;
+    fn aoti_torch_get_data_ptr(Opaque, *mut *mut c_void) -> i32;
+    fn torch_get_const_data_ptr(Opaque, *mut *const c_void) -> i32;
+    fn aoti_torch_get_dim(Opaque, *mut i64) -> i32;
+    fn aoti_torch_get_sizes(Opaque, *mut *mut i64) -> i32;
+    fn aoti_torch_get_strides(Opaque, *mut *mut i64) -> i32;
+    fn aoti_torch_get_dtype(Opaque, *mut i32) -> i32;
+    fn aoti_torch_dtype_element_size(i32) -> usize;
+    fn aoti_torch_get_device_type(Opaque, *mut i32) -> i32;
+    fn aoti_torch_get_device_index(Opaque, *mut i32) -> i32;
+    fn aoti_torch_device_type_cuda() -> i32;
+    fn aoti_torch_empty_strided(i64, *const i64, *const i64, i32, i32, i32, *mut Opaque) -> i32;
+    fn aoti_torch_grad_mode_is_enabled() -> bool;
+    fn torch_get_num_threads(*mut u32) -> i32;
+    fn torch_parallel_for(i64, i64, i64, unsafe extern "C" fn(i64, i64, *mut c_void), *mut c_void) -> i32;
+}
+
+/// The element types with a name of libtorch's; others, which are few and have one size each, go by libtorch's number.
+const DTYPES: [(&CStr, DType); 18] = {
+    const fn dtype(code: u8, bits: u8) -> DType {
+        DType { code, bits, lanes: 1 }
+    }
+    [
+        (c"aoti_torch_dtype_bfloat16", dtype(4, 16)),
+        (c"aoti_torch_dtype_float16", dtype(2, 16)),
+        (c"aoti_torch_dtype_float32", dtype(2, 32)),
+        (c"aoti_torch_dtype_float64", dtype(2, 64)),
+        (c"aoti_torch_dtype_float8_e4m3fn", dtype(10, 8)),
+        (c"aoti_torch_dtype_float8_e4m3fnuz", dtype(11, 8)),
+        (c"aoti_torch_dtype_float8_e5m2", dtype(12, 8)),
+        (c"aoti_torch_dtype_float8_e5m2fnuz", dtype(13, 8)),
+        (c"aoti_torch_dtype_int8", dtype(0, 8)),
+        (c"aoti_torch_dtype_int16", dtype(0, 16)),
+        (c"aoti_torch_dtype_int32", dtype(0, 32)),
+        (c"aoti_torch_dtype_int64", dtype(0, 64)),
+        (c"aoti_torch_dtype_uint8", dtype(1, 8)),
+        (c"aoti_torch_dtype_uint16", dtype(1, 16)),
+        (c"aoti_torch_dtype_uint32", dtype(1, 32)),
+        (c"aoti_torch_dtype_uint64", dtype(1, 64)),
+        (c"aoti_torch_dtype_bool", dtype(6, 8)),
+        (c"aoti_torch_dtype_complex64", dtype(5, 64)),
+    ]
+};
+
+/// The PyTorch of this process.
+pub(crate) struct Libtorch {
+    call: Functions,
+    /// `torch_tensor_to_pyobject`, of torch 2.14 and later
+    to_python: Option<ToPython>,
+    /// `torch_from_blob`, of torch 2.11 and later
+    from_blob: Option<FromBlob>,
+    /// `c10::detail::torchCheckFail`, which raises
+    fail: unsafe extern "C-unwind" fn(*const c_char, *const c_char, u32, *const c_char) -> !,
+    /// Its numbers for [`DTYPES`].
+    dtypes: [i32; DTYPES.len()],
+    cuda: i32,
+    exchange: &'static Exchange,
+    tensor: Py<PyType>,
+    parameter: Py<PyType>,
+    /// Python functions that say whether somebody wants to see every operator: dispatch modes, tracers.
+    watchers: [Py<PyAny>; 2],
+    increment_version: Py<PyAny>,
+    is_inference_mode_enabled: Py<PyAny>,
+}
+
+static LIBTORCH: OnceLock<Libtorch> = OnceLock::new();
+
+/// What went wrong inside libtorch, which has told its log.
+struct Failed(&'static str);
+
+impl From<Failed> for PyErr {
+    fn from(Failed(function): Failed) -> Self {
+        pyo3::exceptions::PyRuntimeError::new_err(format!("PyTorch's {function} failed"))
+    }
+}
+
+/// Calls a function that gives a status, and its last argument as the answer.
+macro_rules! ask {
+    ($torch:expr, $function:ident($($argument:expr),*)) => {{
+        let mut answer = std::mem::MaybeUninit::uninit();
+        match ($torch.call.$function)($($argument,)* answer.as_mut_ptr()) {
+            0 => Ok(answer.assume_init()),
+            _ => Err(Failed(stringify!($function))),
+        }
+    }};
+}
+
+/// Finds PyTorch, and registers the operators. Once a process; `torch` is the module.
+///
+/// # Errors
+/// `ImportError` where it lacks a function that is needed.
+pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
+    if LIBTORCH.get().is_some() {
+        return Ok(());
+    }
+    let version = torch.getattr("__version__")?;
+    let missing = |what: &str| {
+        PyImportError::new_err(format!("torch {version} lacks {what}; gdn needs torch 2.10 or later"))
+    };
+    let names = if cfg!(target_os = "macos") {
+        ["libtorch_cpu.dylib", "libc10.dylib"]
+    } else {
+        ["libtorch_cpu.so", "libc10.so"]
+    };
+    let flags = RTLD_LAZY | libc::RTLD_NOLOAD;
+    // SAFETY: libraries that are loaded already, so that nothing of theirs is run.
+    let [cpu, c10] = names.map(|name| unsafe { Library::open(Some(name), flags) }.map_err(|_| missing(name)));
+    let (cpu, c10) = (cpu?, c10?);
+    let call = Functions::load(&cpu).map_err(missing)?;
+    // SAFETY: functions of these names have these types.
+    let (fail, to_python, from_blob, dtypes) = unsafe {
+        let fail = c10
+            .get("_ZN3c106detail14torchCheckFailEPKcS2_jS2_")
+            .map_err(|_| missing("c10::detail::torchCheckFail"))?;
+        let mut dtypes = [0; DTYPES.len()];
+        for (number, (name, _)) in dtypes.iter_mut().zip(DTYPES) {
+            let name = name.to_str().map_err(|_| missing("a dtype"))?;
+            *number = cpu.get::<unsafe extern "C" fn() -> i32>(name).map_err(|_| missing(name))?();
+        }
+        let to_python = cpu.get::<ToPython>("torch_tensor_to_pyobject").ok();
+        let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
+        (*fail, to_python.map(|function| *function), from_blob.map(|function| *function), dtypes)
+    };
+    let c = torch.getattr("_C")?;
+    let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
+    let libtorch = Libtorch {
+        // SAFETY: a number.
+        cuda: unsafe { (call.aoti_torch_device_type_cuda)() },
+        call,
+        to_python,
+        from_blob,
+        fail,
+        dtypes,
+        exchange: Exchange::of(&tensor).ok_or_else(|| missing("__dlpack_c_exchange_api__"))?,
+        tensor: tensor.unbind(),
+        parameter: torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
+        watchers: [
+            c.getattr("_len_torch_dispatch_stack")?.unbind(),
+            c.getattr("_get_tracing_state")?.unbind(),
+        ],
+        increment_version: c.getattr("_increment_version")?.unbind(),
+        is_inference_mode_enabled: torch.getattr("is_inference_mode_enabled")?.unbind(),
+    };
+    let libtorch = LIBTORCH.get_or_init(|| libtorch);
+    // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations are.
+    unsafe { libtorch.define() }.map_err(PyErr::from)
+}
+
+/// The PyTorch that [`register`] found.
+pub(crate) fn get() -> Option<&'static Libtorch> {
+    LIBTORCH.get()
+}
+
+/// What both operators take after their tensors.
+const HEADS: &str =
+    "int num_k_heads, int num_v_heads, int head_k_dim, int head_v_dim, str packing=\"interleaved\"";
+
+impl Libtorch {
+    /// # Safety
+    /// To be called once.
+    unsafe fn define(&self) -> Result<(), Failed> {
+        let file = c"gdn/python/src/libtorch.rs".as_ptr();
+        let packed = "Tensor mixed_qkvz, Tensor mixed_ba";
+        let unpacked = "Tensor mixed_qkv, Tensor z, Tensor b, Tensor a";
+        let schemas = [
+            format!("split({packed}, {HEADS}) -> ({unpacked})"),
+            format!(
+                "split.out({packed}, {HEADS}, *, Tensor(a!) mixed_qkv, Tensor(b!) z, Tensor(c!) b, Tensor(d!) a) -> ()"
+            ),
+            format!("merge({unpacked}, {HEADS}) -> ({packed})"),
+            format!("merge.out({unpacked}, {HEADS}, *, Tensor(a!) mixed_qkvz, Tensor(b!) mixed_ba) -> ()"),
+        ];
+        let check = |status: i32, function| if status == 0 { Ok(()) } else { Err(Failed(function)) };
+        // SAFETY: texts that end with a zero, handles that libtorch gave, and kernels that take these operators' arguments.
+        unsafe {
+            let definitions = ask!(self, aoti_torch_library_init_def(c"gdn".as_ptr(), file, line!()))?;
+            for schema in schemas {
+                let schema = CString::new(schema).map_err(|_| Failed("aoti_torch_library_def"))?;
+                check(
+                    (self.call.aoti_torch_library_def)(definitions, schema.as_ptr()),
+                    "aoti_torch_library_def",
+                )?;
+            }
+            for key in [c"CPU", c"CUDA"] {
+                let library =
+                    ask!(self, aoti_torch_library_init_impl(c"gdn".as_ptr(), key.as_ptr(), file, line!()))?;
+                let kernels: [(&CStr, Kernel); 4] = [
+                    (c"split", split),
+                    (c"split.out", split_out),
+                    (c"merge", merge),
+                    (c"merge.out", merge_out),
+                ];
+                for (name, kernel) in kernels {
+                    // The oldest version whose conventions are meant.
+                    let version = 2 << 56 | 10 << 48;
+                    let status = (self.call.torch_library_impl)(library, name.as_ptr(), kernel, version);
+                    check(status, "torch_library_impl")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an object is a tensor that its memory is all of: no subclass, which may have a mind of its own.
+    #[inline]
+    pub(crate) fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
+        // SAFETY: reads the type of an object that lives.
+        let ty = unsafe { ffi::Py_TYPE(object.as_ptr()) };
+        ty == self.tensor.as_ptr().cast() || ty == self.parameter.as_ptr().cast()
+    }
+
+    /// Whether an object is any kind of tensor.
+    pub(crate) fn is_tensor(&self, object: &Bound<'_, PyAny>) -> bool {
+        self.is_plain(object) || object.is_instance(self.tensor.bind(object.py())).unwrap_or(false)
+    }
+
+    /// Whether a call on plain tensors must be seen by PyTorch: for gradients, or by a mode or a tracer that is active.
+    #[inline]
+    pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
+        let Some(first) = read.first() else { return Ok(false) };
+        let py = first.py();
+        // SAFETY: reads a flag of this thread.
+        if unsafe { (self.call.aoti_torch_grad_mode_is_enabled)() } {
+            for tensor in read {
+                if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
+                    return Ok(true);
+                }
+            }
+        }
+        for watcher in &self.watchers {
+            if watcher.bind(py).call0()?.is_truthy()? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The memory of a plain tensor; `None` where it does not hold the elements as they are: a transform's wrapper, a lazy conjugate.
+    #[inline]
+    pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> Option<Tensor> {
+        let tensor = self.exchange.borrow(object, argument).ok()?;
+        let is_here = tensor.device.is_cpu() || tensor.device.kind == Device::CUDA;
+        // The imaginary part of a conjugate is lazily negated.
+        let is_lazy = match tensor.dtype.code {
+            DType::COMPLEX => true,
+            DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg")).ok()?.is_truthy().ok()?,
+            _ => false,
+        };
+        (is_here && !is_lazy && !tensor.is_hollow()).then_some(tensor)
+    }
+
+    /// A fresh, dense tensor with the dtype and device of another, as an object and what it is.
+    #[inline]
+    pub(crate) fn empty_like<'py>(
+        &self,
+        object: &Bound<'py, PyAny>,
+        like: &Tensor,
+        shape: &[usize],
+        argument: &str,
+    ) -> PyResult<(Bound<'py, PyAny>, Tensor)> {
+        let py = object.py();
+        let made = match (self.to_python, self.number_of(like.dtype)) {
+            (Some(to_python), Some(dtype)) => {
+                let handle = self.empty(shape, dtype, like.device)?;
+                let mut made = std::ptr::null_mut();
+                // SAFETY: a handle that was just made, the GIL, and a place for the answer, a new reference if the status is 0.
+                let status = unsafe { to_python(handle.0, std::ptr::null_mut(), &raw mut made) };
+                if status != 0 {
+                    return Err(Failed("torch_tensor_to_pyobject").into());
+                }
+                // SAFETY: as above, and a tensor that lives.
+                let (made, address) = unsafe {
+                    (Bound::from_owned_ptr_or_err(py, made)?, ask!(self, aoti_torch_get_data_ptr(handle.0))?)
+                };
+                let tensor = Tensor::dense(address as usize, like.dtype, like.device, shape);
+                return Ok((made, tensor));
+            }
+            // Slower, and as good. (DLPack's allocator is not: its tensors are not the caching allocator's own.)
+            _ => object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?,
+        };
+        let tensor = self.exchange.borrow(&made, argument)?;
+        Ok((made, tensor))
+    }
+
+    /// Tells autograd that tensors were written to, where it would have to know.
+    pub(crate) fn written(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = out.py();
+        if !self.is_inference_mode_enabled.bind(py).call0()?.is_truthy()? {
+            self.increment_version.bind(py).call1((out,))?;
+        }
+        Ok(())
+    }
+
+    fn dtype_of(&self, number: i32) -> DType {
+        match self.dtypes.iter().position(|known| *known == number) {
+            Some(i) => DTYPES[i].1,
+            None => {
+                // SAFETY: a number of libtorch's.
+                let size = unsafe { (self.call.aoti_torch_dtype_element_size)(number) };
+                // No code of DLPack's, and different for every type.
+                DType { code: 0x80 | (number as u8 & 0x7f), bits: (8 * size) as u8, lanes: 1 }
+            }
+        }
+    }
+
+    fn number_of(&self, dtype: DType) -> Option<i32> {
+        DTYPES.iter().position(|(_, known)| *known == dtype).map(|i| self.dtypes[i])
+    }
+
+    fn empty(&self, shape: &[usize], dtype: i32, device: Device) -> Result<Handle<'_>, Failed> {
+        let dense = Tensor::dense(0, self.dtype_of(dtype), device, shape);
+        let (sizes, strides) = (dense.shape(), dense.strides());
+        let (kind, index) = if device.is_cpu() { (0, -1) } else { (self.cuda, device.ordinal) };
+        let bytes = shape.iter().fold(dense.dtype.size(), |bytes, dim| bytes.saturating_mul(*dim));
+        if let Some(from_blob) = self.from_blob
+            && device.is_cpu()
+            && bytes >= blocks::LARGE
+            && let Ok(mut block) = blocks::take(bytes)
+        {
+            let start = block.bytes_mut().as_mut_ptr().cast();
+            let block = Box::into_raw(Box::new(block)).cast();
+            let (mut handle, strided) = (std::ptr::null_mut(), 0);
+            // SAFETY: a block of enough bytes, which the tensor has until it gives it to `free`.
+            let status = unsafe {
+                from_blob(
+                    start,
+                    sizes.len() as i64,
+                    sizes.as_ptr(),
+                    strides.as_ptr(),
+                    0,
+                    dtype,
+                    kind,
+                    index,
+                    &raw mut handle,
+                    strided,
+                    std::ptr::null(),
+                    0,
+                    free,
+                    block,
+                )
+            };
+            return if status == 0 { Ok(Handle(handle, self)) } else { Err(Failed("torch_from_blob")) };
+        }
+        // SAFETY: so many sizes and strides.
+        let handle = unsafe {
+            ask!(
+                self,
+                aoti_torch_empty_strided(
+                    sizes.len() as i64,
+                    sizes.as_ptr(),
+                    strides.as_ptr(),
+                    dtype,
+                    kind,
+                    index
+                )
+            )
+        }?;
+        Ok(Handle(handle, self))
+    }
+}
+
+/// The end of a tensor that had a block.
+unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
+    // SAFETY: the box that the tensor was made with, and once.
+    blocks::give_back(*unsafe { Box::from_raw(block.cast::<Block>()) });
+}
+
+/// PyTorch's threads and streams.
+pub(crate) const PLACE: Place = Place { threads: Some((num_threads, parallel_for)), stream };
+
+/// The threads that PyTorch would use.
+fn num_threads() -> usize {
+    // SAFETY: a place for the answer.
+    let threads = get().map(|torch| unsafe { ask!(torch, torch_get_num_threads()) });
+    threads.and_then(Result::ok).map_or(1, |threads: u32| threads as usize)
+}
+
+/// The stream that PyTorch works on at present.
+fn stream(device: Device) -> PyResult<*mut c_void> {
+    let stream = get().and_then(|torch| torch.exchange.stream(device));
+    stream.ok_or_else(|| Failed("current_work_stream").into())
+}
+
+/// PyTorch's own threads, as [`gdn::cpu::Executor`]. They have the last op's rows in their caches, and wait for work without sleep.
+fn parallel_for(chunks: usize, work: &(dyn Fn(usize) + Sync)) {
+    unsafe extern "C" fn range(begin: i64, end: i64, work: *mut c_void) {
+        // SAFETY: the reference below, which lives until all is done.
+        let work = unsafe { *work.cast::<&(dyn Fn(usize) + Sync)>() };
+        (begin..end).for_each(|i| work(i as usize));
+    }
+    if let Some(torch) = get() {
+        // SAFETY: a function that takes what it is given. Where it fails, the caller finds what was not done.
+        unsafe {
+            (torch.call.torch_parallel_for)(0, chunks as i64, 1, range, (&raw const work).cast_mut().cast())
+        };
+    }
+}
+
+/// A tensor of libtorch's that is ours to delete.
+struct Handle<'a>(Opaque, &'a Libtorch);
+
+impl Drop for Handle<'_> {
+    fn drop(&mut self) {
+        // SAFETY: owned, and deleted once.
+        unsafe { (self.1.call.aoti_torch_delete_tensor_object)(self.0) };
+    }
+}
+
+impl Handle<'_> {
+    /// What the handle stands for; its memory is to be written to or not.
+    fn tensor(&self, argument: &str, write: bool) -> PyResult<(Tensor, i32)> {
+        let torch = self.1;
+        // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.
+        unsafe {
+            let dims = usize::try_from(ask!(torch, aoti_torch_get_dim(self.0))?).unwrap_or(0);
+            if dims == 0 || dims > crate::tensor::MAX_DIMS {
+                return Err(value_error(format!("{argument} has {dims} dims, expected 2")));
+            }
+            let sizes: *mut i64 = ask!(torch, aoti_torch_get_sizes(self.0))?;
+            let strides: *mut i64 = ask!(torch, aoti_torch_get_strides(self.0))?;
+            let address = if write {
+                ask!(torch, aoti_torch_get_data_ptr(self.0))? as usize
+            } else {
+                ask!(torch, torch_get_const_data_ptr(self.0))? as usize
+            };
+            let number = ask!(torch, aoti_torch_get_dtype(self.0))?;
+            let kind = ask!(torch, aoti_torch_get_device_type(self.0))?;
+            let device = if kind == torch.cuda {
+                Device { kind: Device::CUDA, ordinal: ask!(torch, aoti_torch_get_device_index(self.0))? }
+            } else {
+                Device::CPU
+            };
+            let numbers = |at: *mut i64| std::slice::from_raw_parts(at, dims);
+            Tensor::new(
+                address,
+                torch.dtype_of(number),
+                device,
+                false,
+                numbers(sizes),
+                Some(numbers(strides)),
+            )
+            .map(|tensor| (tensor, number))
+            .ok_or_else(|| type_error(format!("{argument} cannot be read")))
+        }
+    }
+}
+
+/// A text of libtorch's that is ours to delete.
+struct Text<'a>(Opaque, &'a Libtorch);
+
+impl Drop for Text<'_> {
+    fn drop(&mut self) {
+        // SAFETY: owned, and deleted once.
+        unsafe { (self.1.call.torch_delete_string)(self.0) };
+    }
+}
+
+impl Text<'_> {
+    fn as_str(&self) -> Result<&str, Failed> {
+        // SAFETY: a text that lives, of so many bytes.
+        unsafe {
+            let length = ask!(self.1, torch_string_length(self.0))?;
+            let start: *const c_char = ask!(self.1, torch_string_c_str(self.0))?;
+            std::str::from_utf8(std::slice::from_raw_parts(start.cast(), length))
+                .map_err(|_| Failed("torch_string_c_str"))
+        }
+    }
+}
+
+/// The operators. A stack has the arguments, owned by the kernel, and gets the results; what goes wrong is thrown as libtorch throws.
+macro_rules! kernels {
+    ($($name:ident($direction:ident, $out:literal);)*) => { $(
+        unsafe extern "C-unwind" fn $name(stack: *mut u64, _: u64, _: u64) {
+            // SAFETY: the stack of this operator.
+            unsafe { kernel(stack, Direction::$direction, $out) }
+        }
+    )* };
+}
+
+kernels! {
+    split(Split, false);
+    split_out(Split, true);
+    merge(Merge, false);
+    merge_out(Merge, true);
+}
+
+/// # Safety
+/// `stack` is that of the operator.
+unsafe fn kernel(stack: *mut u64, direction: Direction, out: bool) {
+    let Some(torch) = get() else { return };
+    // SAFETY: the caller's promise.
+    let done = std::panic::catch_unwind(AssertUnwindSafe(|| unsafe { call(torch, stack, direction, out) }));
+    let error = match done {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => Python::attach(|py| error.value(py).to_string()),
+        Err(_) => "a bug of gdn: the operator panicked".to_owned(),
+    };
+    let message = CString::new(error.replace('\0', " ")).unwrap_or_default();
+    let name = if direction == Direction::Split { c"gdn::split" } else { c"gdn::merge" };
+    // SAFETY: texts that end with a zero. It throws, through frames that allow it.
+    unsafe { (torch.fail)(name.as_ptr(), c"gdn".as_ptr(), 0, message.as_ptr()) }
+}
+
+/// # Safety
+/// As [`kernel`].
+unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: bool) -> PyResult<()> {
+    let (read, written) = (direction.read(), direction.written());
+    let mut next = 0;
+    let mut argument = || {
+        next += 1;
+        // SAFETY: as many as the schema has.
+        unsafe { *stack.add(next - 1) }
+    };
+    let mut handles = [const { None }; 6];
+    for i in read.clone() {
+        handles[i] = Some(Handle(argument() as Opaque, torch));
+    }
+    let heads = std::array::from_fn(|_| argument() as i64);
+    let packing = Text(argument() as Opaque, torch);
+    if out {
+        for i in written.clone() {
+            handles[i] = Some(Handle(argument() as Opaque, torch));
+        }
+    }
+    let layout = op::layout(heads, packing.as_str()?)?;
+    let mut tensors = [None; 6];
+    for i in read.clone() {
+        tensors[i] = handles[i].as_ref().map(|handle| handle.tensor(op::NAMES[i], false)).transpose()?;
+    }
+    let first = tensors[read.start];
+    for i in written.clone() {
+        if !out {
+            let (Some((first, _)), Some((_, dtype))) = (first, tensors[direction.like(i)]) else { continue };
+            let num_rows = op::check(&first, read.start, &layout)?.num_rows;
+            let (shape, dims) = op::shape(&layout.heads, i, num_rows);
+            handles[i] = Some(torch.empty(&shape[..dims], dtype, first.device)?);
+        }
+        tensors[i] = handles[i].as_ref().map(|handle| handle.tensor(op::NAMES[i], true)).transpose()?;
+    }
+    let tensors = tensors.map(|tensor| tensor.map(|(tensor, _)| tensor));
+    let [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f)] = tensors else {
+        return Err(type_error("too few tensors".to_owned()));
+    };
+    let call = Call::new(layout, direction, [a, b, c, d, e, f])?;
+    // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
+    unsafe { call.run(&PLACE)? };
+    if !out {
+        for (i, result) in written.enumerate() {
+            if let Some(handle) = handles[result].take() {
+                // SAFETY: the stack has room for the results, which are its to delete from here on.
+                unsafe { *stack.add(i) = handle.0 as u64 };
+                std::mem::forget(handle);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The name of an object's type, for errors.
+pub(crate) fn type_name(object: &Bound<'_, PyAny>) -> String {
+    let object: Borrowed<'_, '_, PyAny> = object.as_borrowed();
+    object.get_type().fully_qualified_name().map_or_else(|_| "object".to_owned(), |name| name.to_string())
+}

@@ -1,0 +1,232 @@
+//! [`Tensor`]: what the package knows of anybody's tensor, wherever it came from.
+
+use std::fmt;
+
+use pyo3::{
+    PyErr, PyResult,
+    exceptions::{PyTypeError, PyValueError},
+};
+
+/// The most dims that an argument of the package has: `z` is `[N, HV, DV]`.
+pub(crate) const MAX_DIMS: usize = 3;
+
+/// An element type, in the terms of DLPack.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DType {
+    pub(crate) code: u8,
+    pub(crate) bits: u8,
+    pub(crate) lanes: u16,
+}
+
+impl DType {
+    pub(crate) const FLOAT: u8 = 2;
+    pub(crate) const COMPLEX: u8 = 5;
+
+    /// Bytes of an element; 0 where it is no whole number of them.
+    pub(crate) fn size(self) -> usize {
+        let bits = usize::from(self.bits) * usize::from(self.lanes);
+        if bits.is_multiple_of(8) { bits / 8 } else { 0 }
+    }
+}
+
+/// As in `bfloat16`, with DLPack's names for what has no other.
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { code, bits, lanes } = *self;
+        match code {
+            0 => write!(f, "int{bits}"),
+            1 => write!(f, "uint{bits}"),
+            2 => write!(f, "float{bits}"),
+            3 => write!(f, "opaque{bits}"),
+            4 => write!(f, "bfloat{bits}"),
+            5 => write!(f, "complex{bits}"),
+            6 => f.write_str("bool"),
+            7 => f.write_str("float8_e3m4"),
+            8 => f.write_str("float8_e4m3"),
+            9 => f.write_str("float8_e4m3b11fnuz"),
+            10 => f.write_str("float8_e4m3fn"),
+            11 => f.write_str("float8_e4m3fnuz"),
+            12 => f.write_str("float8_e5m2"),
+            13 => f.write_str("float8_e5m2fnuz"),
+            14 => f.write_str("float8_e8m0fnu"),
+            _ => write!(f, "type {code} of {bits} bits"),
+        }?;
+        if lanes == 1 { Ok(()) } else { write!(f, " x {lanes}") }
+    }
+}
+
+/// Where a tensor's memory is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    /// DLPack's number for a kind of device.
+    pub(crate) kind: i32,
+    pub(crate) ordinal: i32,
+}
+
+impl Device {
+    pub(crate) const CPU: Self = Self { kind: 1, ordinal: 0 };
+    pub(crate) const CUDA: i32 = 2;
+    /// Memory of the host, pinned for a GPU.
+    const CUDA_HOST: i32 = 3;
+
+    pub(crate) fn is_cpu(self) -> bool {
+        self.kind == Self::CPU.kind || self.kind == Self::CUDA_HOST
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            1 | Self::CUDA_HOST => f.write_str("cpu"),
+            Self::CUDA => write!(f, "cuda:{}", self.ordinal),
+            kind => write!(f, "device {kind}:{} of DLPack", self.ordinal),
+        }
+    }
+}
+
+/// A tensor: an address, and what lies there. It keeps nothing alive, and nothing here follows the address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tensor {
+    pub(crate) address: usize,
+    pub(crate) dtype: DType,
+    pub(crate) device: Device,
+    pub(crate) read_only: bool,
+    dims: usize,
+    shape: [i64; MAX_DIMS],
+    /// In elements.
+    strides: [i64; MAX_DIMS],
+}
+
+/// Rows of a tensor: as many numbers as `gdn::Rows` is made of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowsOf {
+    pub(crate) num_rows: usize,
+    pub(crate) features: usize,
+    pub(crate) row_stride: usize,
+}
+
+impl Tensor {
+    /// The place of one that is not known yet.
+    pub(crate) const NONE: Self = Self {
+        address: 0,
+        dtype: DType { code: 0, bits: 0, lanes: 0 },
+        device: Device::CPU,
+        read_only: true,
+        dims: 0,
+        shape: [1; MAX_DIMS],
+        strides: [1; MAX_DIMS],
+    };
+
+    /// `strides` in elements, `None` for dense ones. `None` where there are more than [`MAX_DIMS`] dims.
+    #[inline]
+    pub(crate) fn new(
+        address: usize,
+        dtype: DType,
+        device: Device,
+        read_only: bool,
+        shape: &[i64],
+        strides: Option<&[i64]>,
+    ) -> Option<Self> {
+        let dims = shape.len();
+        if dims > MAX_DIMS {
+            return None;
+        }
+        let number = |numbers: &[i64], dim: usize| numbers.get(dim).copied().unwrap_or(1);
+        let shape = std::array::from_fn(|dim| number(shape, dim));
+        let mut tensor = Self { address, dtype, device, read_only, dims, shape, strides: [1; MAX_DIMS] };
+        match strides {
+            Some(strides) => tensor.strides = std::array::from_fn(|dim| number(strides, dim)),
+            None => tensor.lie_dense(),
+        }
+        Some(tensor)
+    }
+
+    /// A fresh, dense one, of at most [`MAX_DIMS`] dims.
+    #[inline]
+    pub(crate) fn dense(address: usize, dtype: DType, device: Device, shape: &[usize]) -> Self {
+        let dims = shape.len().min(MAX_DIMS);
+        let shape = std::array::from_fn(|dim| shape.get(dim).map_or(1, |length| *length as i64));
+        let mut tensor =
+            Self { address, dtype, device, read_only: false, dims, shape, strides: [1; MAX_DIMS] };
+        tensor.lie_dense();
+        tensor
+    }
+
+    fn lie_dense(&mut self) {
+        for dim in (1..self.dims).rev() {
+            self.strides[dim - 1] = self.strides[dim].saturating_mul(self.shape[dim].max(1));
+        }
+    }
+
+    /// Whether there are elements, and no memory for them: a tensor that only stands for one.
+    pub(crate) fn is_hollow(&self) -> bool {
+        self.address == 0 && self.shape().iter().all(|length| *length > 0)
+    }
+
+    pub(crate) fn shape(&self) -> &[i64] {
+        &self.shape[..self.dims]
+    }
+
+    /// In elements, a number for each dim.
+    pub(crate) fn strides(&self) -> &[i64] {
+        &self.strides[..self.dims]
+    }
+
+    /// N rows of features, the last dims of a row dense. `inner` are the dims that a tensor of more than two must have.
+    #[inline]
+    pub(crate) fn rows(&self, argument: &str, inner: Option<[usize; 2]>) -> PyResult<RowsOf> {
+        let bad_shape = || {
+            let expected = match inner {
+                Some([heads, dim]) => format!("[N, {heads}, {dim}] or [N, {}]", heads.saturating_mul(dim)),
+                None => "[N, features]".to_owned(),
+            };
+            value_error(format!("{argument} has shape {:?}, expected {expected}", self.shape()))
+        };
+        let features = match (self.shape(), inner) {
+            ([_, features], _) => *features,
+            ([_, heads, dim], Some([h, d]))
+                if usize::try_from(*heads) == Ok(h) && usize::try_from(*dim) == Ok(d) =>
+            {
+                if *heads > 1 && self.strides[1] != *dim && self.shape[0] > 0 {
+                    return Err(self.not_dense(argument, 1, *dim));
+                }
+                heads.saturating_mul(*dim)
+            }
+            _ => return Err(bad_shape()),
+        };
+        let (num_rows, row_stride) = (self.shape[0], self.strides[0]);
+        let last = self.dims - 1;
+        if self.strides[last] != 1 && self.shape[last] > 1 && num_rows > 0 {
+            return Err(self.not_dense(argument, last, 1));
+        }
+        let number = |number: i64, what: &str| {
+            usize::try_from(number)
+                .map_err(|_| value_error(format!("{argument} has {what} {number}, expected at least 0")))
+        };
+        Ok(RowsOf {
+            num_rows: number(num_rows, "rows")?,
+            features: number(features, "features")?,
+            row_stride: if num_rows > 1 { number(row_stride, "row stride")? } else { 0 },
+        })
+    }
+
+    #[cold]
+    fn not_dense(&self, argument: &str, dim: usize, expected: i64) -> PyErr {
+        let got = self.strides[dim];
+        value_error(format!(
+            "{argument} has stride {got} in dim {dim}, expected {expected}: rows must be dense"
+        ))
+    }
+}
+
+#[cold]
+pub(crate) fn value_error(message: String) -> PyErr {
+    PyValueError::new_err(message)
+}
+
+#[cold]
+pub(crate) fn type_error(message: String) -> PyErr {
+    PyTypeError::new_err(message)
+}
