@@ -1,10 +1,11 @@
-"""The Triton kernel on an NVIDIA GPU: bit for bit, then side by side with the seed's at the same number of programs.
+"""The Triton kernel on an NVIDIA GPU: bit for bit, then side by side with the seed's at as many programs.
 
     python3 benches/triton/compare.py --seed PATH --csv OUT.csv [--sweep]
 
-PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Needs the Python package, torch and Triton. Every
-subject is first held bit for bit to the definition; then it is captured in a CUDA graph, graphs are replayed in turns, and a figure is
-the median over the turns. `--sweep` also tries warps, stages and programs of this library's kernel, to choose its defaults by.
+PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Needs the Python package,
+torch and Triton. Every subject is first held bit for bit to the definition; then it is captured in a CUDA
+graph, graphs are replayed in turns, and a figure is the median over the turns. `--sweep` also tries warps,
+stages and programs of this library's kernel, to choose its defaults by.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import sys
 import time
 
 import torch
-from seed import load
-
 from gdn import triton_check, triton_split
 from gdn.triton_check import POISON, Case
+from seed import load
 
 TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131072)
 HEADS = ((16, 32, 128, 128), (4, 8, 128, 128))
@@ -98,7 +98,7 @@ def right(name, run, out, wanted):
         if all(torch.equal(bits(g), w) for g, w in zip(got, wanted)):
             return True
         reason = "other bits than the definition's"
-    except Exception as error:  # noqa: BLE001: whatever a compiler may raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler may raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
     if reason not in FAILING:
         print(f"failing: {name}: {reason}")
@@ -225,9 +225,8 @@ def main() -> None:
         there_and_back(HEADS[1], tokens, profile._replace(num_warps=4))
     compiled = compiled_programs() - before
     there_and_back(HEADS[0], 180_000, profile)  # 2.2e9 elements of mixed_qkvz, side by side
-    print(
-        f"{cases} cases there and back, and 180,000 tokens: bit for bit ({time.perf_counter() - started:.0f} s)"
-    )
+    took = time.perf_counter() - started
+    print(f"{cases} cases there and back, and 180,000 tokens: bit for bit ({took:.0f} s)")
     print(f"eight numbers of tokens, split and merged: {compiled} programs compiled, 2 are right")
     if compiled != 2:
         sys.exit("the number of tokens made it compile again")

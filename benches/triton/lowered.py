@@ -2,9 +2,10 @@
 
     python3 benches/triton/lowered.py --seed PATH [--csv OUT.csv]
 
-PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Needs what `cargo xtask ascend` puts into
-target/ascend: run it with the Python there. Prints, for 4096 tokens on 48 vector cores, the copies that are issued (in and out, all
-cores together), the bytes of on-chip buffers a program asks for, and its size.
+PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Needs what `cargo xtask
+ascend` puts into target/ascend: run it with the Python there. Prints, for 4096 tokens on 48 vector cores, the
+copies that are issued (in and out, all cores together), the bytes of on-chip buffers a program asks for, and
+its size.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from seed import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python" / "ascend"))
 
-from execution import build  # noqa: E402
-from lowering import blocks_of, facts, lower, lower_case  # noqa: E402
-
-from gdn import tiling, triton_split  # noqa: E402
-from gdn.triton_check import Case, packed_features  # noqa: E402
+from execution import build
+from gdn import tiling, triton_split
+from gdn.triton_check import Case, packed_features
+from lowering import blocks_of, facts, lower, lower_case
 
 CORES, TOKENS, BUFFER = 48, 4096, 85 * 1024
 HEADS = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128), (4, 12), (16, 48)]
@@ -53,7 +53,10 @@ class Seed:
             "BA_OUT_ROW_STRIDE": b,
             "ROWS_PER_ITER": self.rows_per_iter,
         }
-        signature = {name: "*i16" for name in triton_split.NAMES} | {"total_rows": "i32", "rows_per_vec": "i32"}
+        signature = {name: "*i16" for name in triton_split.NAMES} | {
+            "total_rows": "i32",
+            "rows_per_vec": "i32",
+        }
         self.mlir = lower(module.fused_qkvzba_split_reshape_cat_kernel, signature, constants)
         self.order = ("mixed_qkv", "z", "b", "a", "mixed_qkvz", "mixed_ba")
 
@@ -114,7 +117,16 @@ def main() -> None:
     parser.add_argument("--csv", help="where to write the figures")
     args = parser.parse_args()
     module = load(args.seed)
-    columns = ("heads", "kernel", "rows at a time", "copies issued", "buffer bytes", "tile bytes", "operations", "right")
+    columns = (
+        "heads",
+        "kernel",
+        "rows at a time",
+        "copies issued",
+        "buffer bytes",
+        "tile bytes",
+        "operations",
+        "right",
+    )
     rows = []
     print(f"{TOKENS} tokens of bf16, {CORES} vector cores, interleaved")
     print("{:>8} {:>6} {:>15} {:>14} {:>13} {:>11} {:>11} {:>6}".format(*columns))
@@ -127,7 +139,16 @@ def main() -> None:
             tile = subject.rows_per_iter * row_bytes // (subject.cut.pieces if name == "gdn" else 1)
             small = case._replace(rows=131)
             right = is_right(Ours(small) if name == "gdn" else Seed(module, small), small)
-            row = (f"{hk}/{hv}", name, subject.rows_per_iter, issued, seen.buffer_bytes, tile, seen.operations, right)
+            row = (
+                f"{hk}/{hv}",
+                name,
+                subject.rows_per_iter,
+                issued,
+                seen.buffer_bytes,
+                tile,
+                seen.operations,
+                right,
+            )
             rows.append(row)
             print("{:>8} {:>6} {:>15} {:>14} {:>13} {:>11} {:>11} {!s:>6}".format(*row), flush=True)
     if args.csv:

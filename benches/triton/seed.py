@@ -1,4 +1,4 @@
-"""Loads the kernel that this library's began as, from a file that the user has: vllm-ascend's fused_qkvzba_split_reshape.py."""
+"""Loads the kernel that this library began with, from vllm-ascend's fused_qkvzba_split_reshape.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A lowered program, run on the CPU.
 
-MLIR's and LLVM's own tools take the program down to machine code: copies stay copies, buffers are allocations. The grid is a loop over
-the program ids, which are arguments. Needs `mlir-opt`, `mlir-translate`, `llc` of LLVM 22 and a C compiler to link.
+MLIR's and LLVM's own tools take the program down to machine code: copies stay copies, buffers are
+allocations. The grid is a loop over the program ids, which are arguments. Needs `mlir-opt`, `mlir-translate`,
+`llc` of LLVM 22 and a C compiler to link.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def tool(name: str) -> str:
     for candidate in (f"{name}-{VERSION}", f"/usr/lib/llvm-{VERSION}/bin/{name}"):
         if found := shutil.which(candidate):
             return found
-    raise FileNotFoundError(f"{name} of LLVM {VERSION}: Debian has it in mlir-{VERSION}-tools and llvm-{VERSION}")
+    raise FileNotFoundError(
+        f"{name} of LLVM {VERSION}: Debian has it in mlir-{VERSION}-tools and llvm-{VERSION}"
+    )
 
 
 def upstream(mlir: str) -> str:
-    """The program as upstream MLIR reads it: without the attributes of Ascend's back end, with the types that it spells out."""
+    """The program as upstream MLIR reads it: without Ascend's attributes, with the types it spells out."""
     mlir = re.sub(r" \{tt\.[^}]*\}", "", mlir)
     mlir = re.sub(r"\) attributes \{[^{}]*\} \{", ") {", mlir)
     mlir = re.sub(r"\} \{hivm\.[^}]*\}", "}", mlir)
@@ -84,7 +87,7 @@ class Program:
         function.restype = None
 
     def __call__(self, grid: int, pointers: list[int], numbers: list[tuple[int, str]]) -> None:
-        """Runs the whole grid: tensors' addresses, then the other arguments with their types, `i32` or `i64`."""
+        """Runs the whole grid on tensors' addresses and the other arguments, which are `i32` or `i64`."""
 
         def memref(address: int) -> list[object]:
             # allocated and aligned pointer, offset, size, stride
@@ -92,7 +95,8 @@ class Program:
             return [pointer, pointer, ctypes.c_int64(0), ctypes.c_int64(1 << 62), ctypes.c_int64(1)]
 
         types = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
-        # Two workspaces that Ascend's runtime hands over come first, the grid and the program's place in it last.
+        # Two workspaces that Ascend's runtime hands over come first, the grid and the program's place in it
+        # last.
         arguments = [*memref(0), *memref(0), *(part for address in pointers for part in memref(address))]
         arguments += [types[kind](number) for number, kind in numbers]
         for place in range(grid):

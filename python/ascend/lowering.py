@@ -1,7 +1,8 @@
 """The Triton kernel through triton-ascend's front half: to the MLIR that Ascend's own back end takes in.
 
-Needs triton-ascend and neither an NPU nor CANN nor torch. What comes out shows every copy between memory and the on-chip buffer
-(`memref.copy`, `bufferization.materialize_in_destination`), every buffer (`memref.alloc`) and the loops.
+Needs triton-ascend and neither an NPU nor CANN nor torch. What comes out shows every copy between memory and
+the on-chip buffer (`memref.copy`, `bufferization.materialize_in_destination`), every buffer (`memref.alloc`)
+and the loops.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def facts(mlir: str) -> Facts:
     buffers = 0
     for shape, kind in re.findall(r"memref\.alloc\(\)[^:]*: memref<((?:\d+x)*)(\w+)>", mlir):
         buffers += math.prod(int(n) for n in shape.split("x") if n) * BITS[kind] // 8
-    assert mlir.count("memref.alloc") == len(re.findall(r"memref\.alloc\(\)", mlir)), "a buffer of unknown size"
+    assert mlir.count("memref.alloc") == len(re.findall(r"memref\.alloc\(\)", mlir)), (
+        "a buffer of unknown size"
+    )
     return Facts(
         copies=sum(names.count(copy) for copy in COPIES),
         buffer_bytes=buffers,

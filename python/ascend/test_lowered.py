@@ -1,4 +1,4 @@
-"""What triton-ascend makes of the kernel: few block copies, buffers that fit, a constant size, and the right bits when it is run.
+"""What triton-ascend makes of the kernel: few block copies, buffers that fit, one size, the right bits.
 
 Runs in an environment of its own, with triton-ascend for Triton and no torch: `cargo xtask ascend`.
 """
@@ -20,7 +20,13 @@ WORDS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 BUDGET = 85 * 1024
 MODELS = [
     Case(heads, packing, 4096)
-    for heads in ((16, 32, 128, 128), (8, 16, 128, 128), (4, 8, 128, 128), (2, 4, 128, 128), (16, 48, 128, 128))
+    for heads in (
+        (16, 32, 128, 128),
+        (8, 16, 128, 128),
+        (4, 8, 128, 128),
+        (2, 4, 128, 128),
+        (16, 48, 128, 128),
+    )
     for packing in triton_split.PACKINGS
 ]
 DIRECTIONS = pytest.mark.parametrize("merge", [False, True], ids=["split", "merge"])
@@ -34,7 +40,8 @@ def test_block_copies_and_buffers(case: Case, merge: bool) -> None:
     # One copy in and one out for each kind: q, k, v, z, b, a, or qkv, z, b, a.
     assert seen.copies == (12 if case.packing == "interleaved" else 8)
     assert seen.loops == 1
-    # Twice the buffers, as the back end has two of each for copies to overlap, and a row's share as the planner counts it.
+    # Twice the buffers, as the back end has two of each for copies to overlap, and a row's share as the
+    # planner counts it.
     cut = blocks_of(case)
     assert 2 * seen.buffer_bytes == cut.rows * cut.row_bytes <= case.buffer_bytes
 
@@ -42,15 +49,19 @@ def test_block_copies_and_buffers(case: Case, merge: bool) -> None:
 @DIRECTIONS
 @pytest.mark.parametrize("packing", triton_split.PACKINGS)
 def test_the_size_is_constant_from_1_to_64_heads(packing: str, merge: bool) -> None:
-    seen = {hk: facts(lower_case(Case((hk, 2 * hk, 128, 128), packing, 1), merge)) for hk in (1, 2, 4, 8, 16, 32, 64)}
+    seen = {
+        hk: facts(lower_case(Case((hk, 2 * hk, 128, 128), packing, 1), merge))
+        for hk in (1, 2, 4, 8, 16, 32, 64)
+    }
     assert len({(f.copies, f.loops) for f in seen.values()}) == 1
     sizes = [f.operations for f in seen.values()]
-    # Nothing is written twice for a second head: what differs is arithmetic on constants, such as a product with 1.
+    # Nothing is written twice for a second head: what differs is arithmetic on constants, such as a product
+    # with 1.
     assert max(sizes) - min(sizes) <= 8, sizes
 
 
 def empty(case: Case, name: str) -> np.ndarray:
-    """`[rows, features]` of a tensor of the case, its rows apart, and all of it poison where that is not too much."""
+    """`[rows, features]` of a tensor of the case, its rows apart and all of it poison."""
     dtype = WORDS[case.sizes[name in ("mixed_ba", "b", "a")]]
     features = int(np.prod(case.tails()[triton_split.NAMES.index(name)]))
     stride, size = features + case.apart, np.dtype(dtype).itemsize
@@ -77,7 +88,9 @@ def gap(rows: np.ndarray, apart: int) -> np.ndarray:
     if not 0 < apart < 1 << 20:
         return np.empty(0, np.uint8)
     size, features = rows.itemsize, rows.shape[1]
-    between = np.lib.stride_tricks.as_strided(rows[:, -1:], (rows.shape[0], apart + 1), (rows.strides[0], size))
+    between = np.lib.stride_tricks.as_strided(
+        rows[:, -1:], (rows.shape[0], apart + 1), (rows.strides[0], size)
+    )
     assert rows.strides[0] == (features + apart) * size
     return np.ascontiguousarray(between[:, 1:]).view(np.uint8)
 

@@ -5,8 +5,8 @@ On a machine with an NPU (torch_npu and triton-ascend installed), or with an NVI
     python -m gdn.triton_check            # the whole table, every element, on the device that is there
     python -m gdn.triton_check --time     # and then the times
 
-Where vllm-ascend is installed, its own kernel is timed beside it. On the CPU the table runs in Triton's interpreter:
-`TRITON_INTERPRET=1 python -m gdn.triton_check --device cpu`.
+Where vllm-ascend is installed, its own kernel is timed beside it. On the CPU the table runs in Triton's
+interpreter: `TRITON_INTERPRET=1 python -m gdn.triton_check --device cpu`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         hk, hv, dk, dv = self.heads
         size, ba_size = self.sizes
-        return (
-            f"{hk}/{hv}x{dk}+{dv} {self.packing}, {self.rows} rows {self.apart} apart of {size}- and {ba_size}-byte elements, "
-            f"{self.cores} cores, buffer {self.buffer_bytes}"
-        )
+        rows = f"{self.rows} rows {self.apart} apart of {size}- and {ba_size}-byte elements"
+        return f"{hk}/{hv}x{dk}+{dv} {self.packing}, {rows}, {self.cores} cores, buffer {self.buffer_bytes}"
 
     def tails(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of one row of the six tensors, in the order of `triton_split.NAMES`."""
@@ -59,7 +57,7 @@ class Case(NamedTuple):
 
 
 def conformance() -> list[Case]:
-    """The table: both packings of every ratio, dim, element size, stride and number of rows that is a case of its own."""
+    """The table: both packings of every ratio, dim, element size, stride and number of rows that matters."""
     two: list[tuple] = [
         # the models: Qwen3-Next-80B-A3B, a quarter of it, Qwen3.6-27B
         ((16, 32, 128, 128), 3),
@@ -98,9 +96,9 @@ def conformance() -> list[Case]:
 
 
 def packed_features(case: Case) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Of every feature of a packed row, in order, the tensor it belongs to and its place there: the definition, feature by feature.
+    """The definition: the tensor that each feature of a packed row goes to, and its place there.
 
-    Returns those of `mixed_qkvz` and of `mixed_ba`.
+    Returns those of `mixed_qkvz` and of `mixed_ba`, in the order of the packed row.
     """
     hk, hv, dk, dv = case.heads
     r = hv // hk
@@ -198,7 +196,10 @@ def run_case(case: Case, device: str, profile: Profile) -> None:
 
 
 def check(device: str, profile: Profile) -> int:
-    """The whole table on a device; on the table's own cores and buffers, and on those of `profile`. Returns how many cases there were."""
+    """The whole table on a device, with the table's own cores and buffers and with those of `profile`.
+
+    Returns how many cases there were.
+    """
     table = conformance()
     for case in table:
         own = profile._replace(
@@ -243,7 +244,7 @@ def vllm_ascend_split() -> Callable[..., object] | None:
 
 
 def time_against_copy(device: str, seconds: float) -> None:
-    """Prints microseconds of the split, of a copy of the same bytes and, where it is installed, of vllm-ascend's split."""
+    """Prints microseconds of the split, of a copy of the same bytes and, if it is there, of vllm-ascend's."""
     import torch
 
     peer = vllm_ascend_split() if device.startswith("npu") else None
@@ -296,9 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     print(f"{device}: {profile}")
     cases = check(device, profile)
-    print(
-        f"{cases} cases, there and back: every element is right ({time.perf_counter() - started:.0f} s, compiling included)"
-    )
+    took = time.perf_counter() - started
+    print(f"{cases} cases, there and back: every element is right ({took:.0f} s, compiling included)")
     if args.time and kind != "cpu":
         time_against_copy(device, args.seconds)
     return 0

@@ -1,13 +1,13 @@
-"""The split and its inverse as one Triton kernel, for Ascend NPUs and, on request, for CUDA tensors.
+"""Split and merge as one Triton kernel, for Ascend NPUs and, on request, for CUDA tensors.
 
 `gdn.split` and `gdn.merge` come here for tensors on `npu`, or with `backend="triton"`. What the op does is in
 docs/layouts.md, how this kernel is built and checked in docs/ascend.md.
 
-The grid is persistent: a program for each vector core, with a contiguous chunk of rows. A program moves a block at
-a time: some rows, all key heads of them where they fit the on-chip buffer, and of each kind of feature (queries,
-keys, values, gates, b, a) one tile `[rows, heads, features of a head]`. Each tile is one strided copy in and one out.
-Heads are an extent and rows are run-time numbers, so that the program has the same size for any number of heads, and
-is compiled once for any number of rows.
+The grid is persistent: a program for each vector core, with a contiguous chunk of rows. A program moves a
+block at a time: some rows, all key heads of them where they fit the on-chip buffer, and of each kind of
+feature (queries, keys, values, gates, b, a) one tile `[rows, heads, features of a head]`. Each tile is one
+strided copy in and one out. Heads are an extent and rows are run-time numbers, so that the program has the
+same size for any number of heads, and is compiled once for any number of rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKINGS = ("interleaved", "contiguous")
+WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}  # what elements are moved as
 ENDLESS = 2**62  # rows, to plan a block that does not depend on how many rows there are
 
 
@@ -60,9 +61,10 @@ def _inside(left, part, LEN: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.const
 
 
 @triton.jit
-def _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
-           STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-           HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, IN_PACKED: tl.constexpr):
+def _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part,
+           PACKED: tl.constexpr, STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr,
+           BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+           PARTS: tl.constexpr, IN_PACKED: tl.constexpr):
     """A kind's tile of a block in the packed or the unpacked tensor: pointers and mask."""
     ONE: tl.constexpr = STEP == LEN and PARTS == 1
     RUNS: tl.constexpr = 1 if ONE else HEADS
@@ -79,9 +81,10 @@ def _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, pa
 
 
 @triton.jit
-def _read(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
-          STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-          HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
+def _read(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part,
+          PACKED: tl.constexpr, STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr,
+          BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+          PARTS: tl.constexpr, MERGE: tl.constexpr):
     """Loads a kind's tile: of the packed tensor, or of the unpacked one for a merge."""
     tile, mask = _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED, STEP,
                         UNPACKED, LEN, BLOCK, ROWS, HEADS, BLOCK_HEADS, PARTS, not MERGE)
@@ -89,9 +92,10 @@ def _read(packed, packed_stride, unpacked, unpacked_stride, row, left, head, par
 
 
 @triton.jit
-def _write(data, packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED: tl.constexpr,
-           STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-           HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PARTS: tl.constexpr, MERGE: tl.constexpr):
+def _write(data, packed, packed_stride, unpacked, unpacked_stride, row, left, head, part,
+           PACKED: tl.constexpr, STEP: tl.constexpr, UNPACKED: tl.constexpr, LEN: tl.constexpr,
+           BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+           PARTS: tl.constexpr, MERGE: tl.constexpr):
     """Stores what `_read` loaded, on the other side."""
     tile, mask = _place(packed, packed_stride, unpacked, unpacked_stride, row, left, head, part, PACKED, STEP,
                         UNPACKED, LEN, BLOCK, ROWS, HEADS, BLOCK_HEADS, PARTS, MERGE)
@@ -110,15 +114,15 @@ def split_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Moves the rows of one core, `ROWS` rows and `HEADS` key heads (or one of `PARTS` parts of a head) at a time.
+    """Moves the rows of one core: `ROWS` rows and `HEADS` key heads, or a part of one, at a time.
 
     Strides are in elements, from row to row; features of a row lie side by side. `pieces` is
-    `HK // HEADS * PARTS`. Extents `BLOCK_*` hold `HEADS` heads, and the features of each kind that a head has (in
-    contiguous packing, those of `HEADS` heads); where they are larger, masks cut them.
+    `HK // HEADS * PARTS`. Extents `BLOCK_*` hold `HEADS` heads, and the features of each kind that a head has
+    (in contiguous packing, those of `HEADS` heads); where they are larger, masks cut them.
     """
     V: tl.constexpr = R * DV
     QKVZ: tl.constexpr = 2 * DK + 2 * V
-    # Interleaved: q, k, v and z of each head are kinds. Contiguous: q, k and v are one, of the same order on both sides.
+    # Interleaved: q, k, v and z are kinds. Contiguous: q, k and v are one, in the same order on both sides.
     Q: tl.constexpr = 2 * DK + V if CONTIGUOUS else DK
     Q_STEP: tl.constexpr = Q if CONTIGUOUS else QKVZ
     Z_AT: tl.constexpr = HK * Q if CONTIGUOUS else 2 * DK + V
@@ -186,7 +190,7 @@ class Profile(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How a layout's rows are cut: the compile-time numbers of `split_kernel`, and how many pieces make up a row."""
+    """How a layout's rows are cut: compile-time numbers of `split_kernel`, and the pieces of a row."""
 
     rows: int
     heads: int
@@ -208,10 +212,10 @@ def _divisors(number: int) -> list[int]:
 def blocks(
     heads: tuple[int, int, int, int], packing: str, sizes: tuple[int, int], profile: Profile
 ) -> Blocks:
-    """Cuts rows into blocks that fit the buffer: as many key heads as fit, a part of a head where one does not, then as many rows.
+    """Cuts rows into blocks that fit the buffer: as many heads as fit, or a part of one, then as many rows.
 
-    `heads` are `num_k_heads, num_v_heads, head_k_dim, head_v_dim`; `sizes` are bytes of an element of `mixed_qkvz` and `mixed_ba`.
-    A block exceeds the buffer only where a single feature of each kind does.
+    `heads` are `num_k_heads, num_v_heads, head_k_dim, head_v_dim`; `sizes` are bytes of an element of
+    `mixed_qkvz` and `mixed_ba`. A block exceeds the buffer only where a single feature of each kind does.
     """
     from gdn import tiling
 
@@ -282,64 +286,10 @@ def check_heads(
         if number < 1:
             raise ValueError(f"{name} is {number}, it must be at least 1")
     if num_v_heads % num_k_heads:
-        raise ValueError(f"num_v_heads is {num_v_heads}, it must be a multiple of num_k_heads, {num_k_heads}")
+        raise ValueError(f"num_v_heads = {num_v_heads} is not a multiple of num_k_heads = {num_k_heads}")
     if packing not in PACKINGS:
         raise ValueError(f"packing is {packing!r}, it must be 'interleaved' or 'contiguous'")
     return int(num_k_heads), int(num_v_heads), int(head_k_dim), int(head_v_dim)
-
-
-def _rows(
-    name: str,
-    tensor: torch.Tensor,
-    num_rows: int,
-    tail: tuple[int, ...],
-    heads: tuple[int, ...],
-    written: bool,
-) -> None:
-    """Raises where `tensor` is not `[num_rows, *tail]` with features side by side and rows apart."""
-    hk, hv, dk, dv = heads
-    dims = f"{dk}" if dk == dv else f"{dk} and {dv}"
-    if tensor.dim() != 1 + len(tail):
-        raise ValueError(f"{name} has {tensor.dim()} dimensions, it must have {1 + len(tail)}")
-    if tensor.shape[0] != num_rows:
-        raise ValueError(
-            f"{name} has {tensor.shape[0]} rows, mixed_qkvz has {num_rows}" if name != "mixed_qkvz" else name
-        )
-    if tuple(tensor.shape[1:]) != tail:
-        came = "x".join(str(n) for n in tensor.shape[1:])
-        needed = "x".join(str(n) for n in tail)
-        raise ValueError(f"{name} has {came} features, {hk}+{hv} heads of {dims} need {needed}")
-    dense = 1
-    for size, stride in zip(reversed(tail), reversed(tensor.stride()[1:])):
-        if size > 1 and stride != dense:
-            raise ValueError(
-                f"{name} has features {stride} elements apart, they must be {dense} apart: only rows may be strided"
-            )
-        dense *= size
-    if written and num_rows > 1 and abs(tensor.stride(0)) < dense:
-        raise ValueError(
-            f"{name} has rows {tensor.stride(0)} elements apart, they must be at least {dense} apart to be written"
-        )
-
-
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether rows of two tensors may share bytes; exact where their rows are equally far apart."""
-
-    def span(t: torch.Tensor) -> tuple[int, int, int]:
-        row = t[0].numel() * t.element_size()
-        return t.data_ptr(), (t.shape[0] - 1) * t.stride(0) * t.element_size() + row, row
-
-    (at, length, row), (at2, length2, row2) = span(one), span(other)
-    if at + length <= at2 or at2 + length2 <= at:
-        return False
-    step = one.stride(0) * one.element_size()
-    if one.shape[0] > 1 and step == other.stride(0) * other.element_size() and step >= row:
-        apart = (at2 - at) % step
-        return apart < row or apart + row2 > step
-    return True
-
-
-NAMES = ("mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a")
 
 
 def check_inputs(*named: tuple[str, object]) -> None:
@@ -353,45 +303,95 @@ def check_inputs(*named: tuple[str, object]) -> None:
             raise ValueError(f"{name} has 0 dimensions, it must have 2")
 
 
-def check_tensors(tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], merge: bool) -> None:
+def _check_rows(
+    name: str, tensor: torch.Tensor, tail: tuple[int, ...], heads: tuple[int, ...], written: bool
+) -> None:
+    """Raises where `tensor` is not `[N, *tail]`, features side by side and, where written, rows apart."""
+    if tensor.dim() != 1 + len(tail):
+        raise ValueError(f"{name} has {tensor.dim()} dimensions, it must have {1 + len(tail)}")
+    shape, strides = tensor.shape, tensor.stride()
+    if tuple(shape[1:]) != tail:
+        came, needed = ("x".join(map(str, sizes)) for sizes in (shape[1:], tail))
+        hk, hv, dk, dv = heads
+        dims = f"{dk}" if dk == dv else f"{dk} and {dv}"
+        raise ValueError(f"{name} has {came} features, {hk}+{hv} heads of {dims} need {needed}")
+    dense = 1
+    for size, stride in zip(reversed(tail), reversed(strides)):
+        if size > 1 and stride != dense:
+            raise ValueError(
+                f"{name} has features {stride} elements apart, only rows may be: expected {dense}"
+            )
+        dense *= size
+    if written and shape[0] > 1 and strides[0] < dense:
+        raise ValueError(f"{name} has rows {strides[0]} elements apart, a row that is written has {dense}")
+
+
+class _Span(NamedTuple):
+    """The bytes of a tensor: rows of `row` bytes, `step` apart."""
+
+    start: int
+    end: int
+    step: int
+    row: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Span:
+        size, count = tensor.element_size(), tensor.shape[0]
+        row, step = tensor.numel() // count * size, tensor.stride(0) * size
+        start = tensor.data_ptr()
+        return cls(start, start + (count - 1) * step + row, step, row)
+
+    def overlaps(self, other: _Span) -> bool:
+        """Whether both may have bytes in common; exact where their rows are equally far apart."""
+        if self.end <= other.start or other.end <= self.start:
+            return False
+        if self.step != other.step or self.step < self.row:
+            return True
+        apart = (other.start - self.start) % self.step
+        return apart < self.row or apart + other.row > self.step
+
+
+NAMES = ("mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a")
+
+
+def check_tensors(
+    tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], merge: bool, fresh: bool = False
+) -> None:
     """Holds the six tensors, in the order of `NAMES`, against the heads, before anything is written.
+
+    `fresh` says that the outputs were just made for the inputs.
 
     Raises:
         TypeError: no tensor, or another element type than its partner's.
-        ValueError: a number of rows or features, a stride, an element size or a device that does not fit, or outputs that overlap
-            with anything.
+        ValueError: a number of rows or features, a stride, an element size or a device that does not fit, or
+            outputs that overlap anything.
     """
     hk, hv, dk, dv = heads
-    check_inputs(*zip(NAMES, tensors))
-    qkvz, ba, qkv, z, b, a = tensors
-    reads = ("mixed_qkv", "z", "b", "a") if merge else ("mixed_qkvz", "mixed_ba")
-    tails = ((2 * hk * dk + 2 * hv * dv,), (2 * hv,), (2 * hk * dk + hv * dv,), (hv, dv), (hv,), (hv,))
-    if z.dim() == 2:
-        tails = (*tails[:3], (hv * dv,), *tails[4:])
-    # The inputs first: what the caller gave, before what was made to fit it.
-    order = [n for n in NAMES if n in reads] + [n for n in NAMES if n not in reads]
-    by_name = dict(zip(NAMES, zip(tensors, tails)))
-    num_rows = by_name[order[0]][0].shape[0] if by_name[order[0]][0].dim() else 0
-    for name in order:
-        tensor, tail = by_name[name]
-        if tensor.device != by_name[order[0]][0].device:
-            raise ValueError(f"{name} is on {tensor.device}, {order[0]} is on {by_name[order[0]][0].device}")
-        _rows(name, tensor, num_rows, tail, heads, written=name not in reads)
-    for name, tensor, partner in (("mixed_qkv", qkv, qkvz), ("z", z, qkvz), ("b", b, ba), ("a", a, ba)):
-        if tensor.dtype != partner.dtype:
-            partner_name = "mixed_qkvz" if partner is qkvz else "mixed_ba"
-            raise TypeError(f"{name} is {tensor.dtype}, {partner_name} is {partner.dtype}")
-    for name, tensor in (("mixed_qkvz", qkvz), ("mixed_ba", ba)):
-        if tensor.element_size() not in (1, 2, 4, 8):
-            raise TypeError(
-                f"{name} has elements of {tensor.element_size()} bytes ({tensor.dtype}), they must have 1, 2, 4 or 8"
-            )
-    if num_rows:
-        for name in order:
-            if name not in reads:
-                for other in NAMES:
-                    if other != name and _overlap(by_name[name][0], by_name[other][0]):
-                        raise ValueError(f"{name} overlaps with {other}")
+    qkv, v = 2 * hk * dk + hv * dv, hv * dv
+    z_tail = (v,) if tensors[3].dim() == 2 else (hv, dv)
+    tails = ((qkv + v,), (2 * hv,), (qkv,), z_tail, (hv,), (hv,))
+    named = list(zip(NAMES, tensors, tails))
+    reads, writes = (named[2:], named[:2]) if merge else (named[:2], named[2:])
+    written = [name for name, *_ in writes]
+    first_name, first, _ = reads[0]
+    for name, tensor, tail in reads if fresh else reads + writes:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first_name} is on {first.device}")
+        _check_rows(name, tensor, tail, heads, written=name in written)
+        if tensor.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, {first_name} has {first.shape[0]}")
+        if tensor.element_size() not in WORDS:
+            sizes = f"elements of {tensor.element_size()} bytes, they must have 1, 2, 4 or 8"
+            raise TypeError(f"{name} has dtype {tensor.dtype}: {sizes}")
+    for name, tensor, partner in zip(NAMES[2:], tensors[2:], (0, 0, 1, 1)):
+        if tensor.dtype != tensors[partner].dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, {NAMES[partner]} has {tensors[partner].dtype}")
+    if first.shape[0] and not fresh:
+        spans = {name: _Span.of(tensor) for name, tensor in zip(NAMES, tensors)}
+        for name in written:
+            for other, span in spans.items():
+                if other != name and spans[name].overlaps(span):
+                    raise ValueError(f"{name} overlaps {other}")
 
 
 # ---- launching
@@ -414,11 +414,8 @@ def profile_of(kind: str, index: int) -> Profile:
     if kind == "cpu" and not isinstance(split_kernel, triton.runtime.JITFunction):
         return Profile(
             cores=4, exact=False
-        )  # Triton's interpreter, where TRITON_INTERPRET=1 was set before this module was imported
+        )  # Triton's interpreter: TRITON_INTERPRET=1 when this was imported
     raise RuntimeError(f"the Triton kernel runs on npu and cuda tensors, these are on {kind}")
-
-
-WORDS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 def _launch(
@@ -479,9 +476,10 @@ def split(
 ) -> tuple[torch.Tensor, ...]:
     """Takes packed rows apart: `mixed_qkv`, `z`, `b`, `a`, which are `out` where it is given.
 
-    Shapes, for N rows, `HK`, `HV` heads and dims `DK`, `DV`: `mixed_qkvz` `[N, 2*HK*DK + 2*HV*DV]`, `mixed_ba` `[N, 2*HV]`, `mixed_qkv`
-    `[N, 2*HK*DK + HV*DV]`, `z` `[N, HV, DV]`, `b` and `a` `[N, HV]`. Rows may lie at any stride; the features of a row side by side.
-    Elements of 1, 2, 4 or 8 bytes. `profile` is asked of the device where it is not given.
+    Shapes, for N rows, `HK`, `HV` heads and dims `DK`, `DV`: `mixed_qkvz` `[N, 2*HK*DK + 2*HV*DV]`,
+    `mixed_ba` `[N, 2*HV]`, `mixed_qkv` `[N, 2*HK*DK + HV*DV]`, `z` `[N, HV, DV]`, `b` and `a` `[N, HV]`. Rows
+    may lie any distance apart, the features of a row lie side by side. Elements have 1, 2, 4 or 8 bytes.
+    `profile` is asked of the device where it is not given.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing was written.
@@ -489,14 +487,16 @@ def split(
     """
     heads = check_heads(num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
     check_inputs(("mixed_qkvz", mixed_qkvz), ("mixed_ba", mixed_ba))
+    fresh = out is None
     if out is None:
         n, (hk, hv, dk, dv) = mixed_qkvz.shape[0], heads
         qkv, z = mixed_qkvz.new_empty(n, 2 * hk * dk + hv * dv), mixed_qkvz.new_empty(n, hv, dv)
         out = (qkv, z, mixed_ba.new_empty(n, hv), mixed_ba.new_empty(n, hv))
     if len(out) != 4:
-        raise ValueError(f"out has {len(out)} tensors, it must have 4: mixed_qkv, z, b, a")
+        raise ValueError(f"out is {len(out)} of them, expected the tensors (mixed_qkv, z, b, a)")
+    check_inputs(*zip(NAMES[2:], out))
     tensors = (mixed_qkvz, mixed_ba, *out)
-    check_tensors(tensors, heads, merge=False)
+    check_tensors(tensors, heads, merge=False, fresh=fresh)
     _launch(tensors, heads, packing, False, profile)
     return tuple(out)
 
@@ -515,15 +515,20 @@ def merge(
     *,
     profile: Profile | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Puts rows together again: `mixed_qkvz`, `mixed_ba`, which are `out` where it is given. Shapes and errors are those of `split`."""
+    """Puts rows together again: `mixed_qkvz` and `mixed_ba`, which are `out` where it is given.
+
+    Shapes and errors are those of `split`; `z` may be `[N, HV*DV]` too.
+    """
     heads = check_heads(num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
     check_inputs(("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a))
+    fresh = out is None
     if out is None:
         n, (hk, hv, dk, dv) = mixed_qkv.shape[0], heads
         out = (mixed_qkv.new_empty(n, 2 * hk * dk + 2 * hv * dv), b.new_empty(n, 2 * hv))
     if len(out) != 2:
-        raise ValueError(f"out has {len(out)} tensors, it must have 2: mixed_qkvz, mixed_ba")
+        raise ValueError(f"out is {len(out)} of them, expected the tensors (mixed_qkvz, mixed_ba)")
+    check_inputs(*zip(NAMES[:2], out))
     tensors = (*out, mixed_qkv, z, b, a)
-    check_tensors(tensors, heads, merge=True)
+    check_tensors(tensors, heads, merge=True, fresh=fresh)
     _launch(tensors, heads, packing, True, profile)
     return tuple(out)
