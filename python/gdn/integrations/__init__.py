@@ -1,0 +1,19 @@
+"""Integrations with engines: `gdn.integrations.sglang`, `.vllm` and `.transformers`.
+
+Each is off until asked for. Each has the same four names:
+
+    install(any_release=False)   puts gdn's split in the engine's place for it; a second call does nothing
+    uninstall()                  puts back what was there; does nothing where nothing is installed
+    is_installed()               whether it is
+    installed()                  a context manager: installed inside, as before outside
+
+An engine whose release or source is not known is refused with an `UnknownEngine`, a RuntimeError that says
+what was found and what is known; nothing is changed then. `any_release=True` waives the release, never the
+source.
+
+docs/integrations.md says what is replaced in each engine, and what was verified.
+"""
+
+from gdn.integrations.known import UnknownEngine
+
+__all__ = ["UnknownEngine"]

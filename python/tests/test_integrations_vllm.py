@@ -1,0 +1,345 @@
+"""vLLM's own files: its plugin loader and the layer's own `forward_cuda` and `forward_cpu`, run on the CPU.
+
+The files come from vLLM's wheel, see peers.py. Everything of vLLM that is not named in REAL is a stand-in;
+the projections, the norm and the custom operators of the attention core record what they get.
+"""
+
+import importlib
+import logging
+import shutil
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from types import SimpleNamespace
+
+import peers
+import pytest
+import stand_ins
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason="vLLM's layer imports it")
+pytest.importorskip("einops", reason="vLLM's layer imports it")
+
+import gdn.integrations.vllm as integration  # noqa: E402
+from gdn.integrations import UnknownEngine, known  # noqa: E402
+from gdn.integrations.on_import import OnImport  # noqa: E402
+
+FOLDER = peers.folder("vllm")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason=f"vLLM's files are not in {FOLDER}: run python tests/peers.py vllm"
+)
+
+MODULE, PLUGINS = integration.MODULE, "vllm.plugins"
+GROUP = "vllm.general_plugins"
+REAL = {MODULE, PLUGINS, MODULE.rpartition(".")[0] + ".base"}
+HEADS = [(4, 8, 32, 32), (16, 32, 128, 128), (2, 6, 16, 24)]
+AS_BEFORE = [(2, 2, 16, 16), (1, 4, 16, 16)]  # on the CPU, see `rewrite.goes_to_gdn`
+
+
+class PluggableLayer(torch.nn.Module):
+    @classmethod
+    def register(cls, name):
+        return lambda layer: layer
+
+
+class MambaBase:
+    pass
+
+
+def no():
+    return False
+
+
+AITER = SimpleNamespace(are_gdn_triton_kernels_available=no, is_rdna_gdn_triton_kernels_available=no)
+GIVEN = {
+    "vllm.model_executor.custom_op": {"CustomOp": PluggableLayer, "PluggableLayer": PluggableLayer},
+    "vllm.model_executor.layers.mamba.abstract": {"MambaBase": MambaBase},
+    "vllm._aiter_ops": {"rocm_aiter_ops": AITER},
+    "vllm.utils.torch_utils": {"_encode_layer_name": lambda name: name},
+}
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A copy of vLLM's real files in which a test may change some before they are imported."""
+    for name in REAL - {PLUGINS}:
+        file = "/".join(name.split(".")) + ".py"
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(FOLDER / file, tmp_path / file)
+    shutil.copytree(FOLDER / "vllm-0.33.0.dist-info", tmp_path / "vllm-0.33.0.dist-info")
+    return tmp_path
+
+
+@pytest.fixture
+def vllm(monkeypatch, request):
+    """vLLM's modules, importable; no plugin chosen."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    folder = request.getfixturevalue("edited") if "edited" in request.fixturenames else FOLDER
+    envs = SimpleNamespace(VLLM_PLUGINS=None)
+    with stand_ins.engine(folder, "vllm", REAL, GIVEN):
+        stand_in = importlib.import_module("vllm")
+        sys.modules["vllm.envs"] = stand_in.envs = envs
+        yield envs
+        integration.uninstall()
+        for one in [one for one in sys.meta_path if isinstance(one, OnImport)]:
+            one.cancel()
+
+
+def layer_class():
+    return importlib.import_module(MODULE).QwenGatedDeltaNetAttention
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows each call of `gdn.split` was given."""
+    rows, split = [], integration.gdn.split
+
+    def counted(mixed_qkvz, *rest, **kwargs):
+        rows.append(mixed_qkvz.shape[0])
+        return split(mixed_qkvz, *rest, **kwargs)
+
+    monkeypatch.setattr(integration.gdn, "split", counted)
+    return rows
+
+
+GOT = []  # what the custom operators of the attention core got
+
+
+@pytest.fixture(scope="module")
+def core():
+    """vLLM's custom operators of the attention core, as operators of PyTorch: they record what they get."""
+    library = torch.library.Library("vllm", "FRAGMENT")
+    schema = "(Tensor mixed_qkv, Tensor b, Tensor a, Tensor(a!) core_attn_out, {} layer_name) -> ()"
+
+    def record(mixed_qkv, b, a, core_attn_out, layer_name):
+        GOT.append((mixed_qkv, b, a))
+        v = mixed_qkv[:, mixed_qkv.shape[1] - core_attn_out[0].numel() :]
+        core_attn_out.copy_(v.reshape(core_attn_out.shape) * torch.sigmoid(b + a).unsqueeze(-1))
+
+    for name in ("qwen_gdn_attention_core", "cpu_gdn_attention_core"):
+        library.define(name + schema.format("str"))
+        library.impl(name, record, "CPU")
+        library._register_fake(name, lambda *args: None)
+    yield
+    library._destroy()
+
+
+def layer_of(heads, interleaved=True, tp_size=1, dtype=torch.bfloat16):
+    """A layer of vLLM, for one rank of `tp_size`; `heads` are the whole model's."""
+    cls = layer_class()
+    layer = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    num_k, num_v, dim_k, dim_v = heads
+    layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim = heads
+    layer.key_dim, layer.value_dim = num_k * dim_k, num_v * dim_v
+    layer.tp_size, layer.tp_rank, layer.prefix = tp_size, 0, "layers.0"
+    layer.gqa_interleaved_layout, layer.disable_tp_for_ba_proj = interleaved, False
+    layer.enable_fused_gdn_spec_decode = False
+    made = torch.Generator().manual_seed(0)
+    qkvz = torch.randn(64, (2 * num_k * dim_k + 2 * num_v * dim_v) // tp_size, generator=made).to(dtype)
+    ba = torch.randn(64, 2 * num_v // tp_size, generator=made).to(dtype)
+    layer.in_proj_qkvz = lambda hidden: (qkvz[: hidden.shape[0]] + hidden[:, :1], None)
+    layer.in_proj_ba = lambda hidden: (ba[: hidden.shape[0]] + hidden[:, :1], None)
+    layer._output_projection = lambda core_attn_out, z: core_attn_out * z
+    return layer
+
+
+def hidden(n, dtype=torch.bfloat16):
+    return torch.linspace(-1, 1, n * 4).reshape(n, 4).to(dtype)
+
+
+@pytest.mark.parametrize("method", integration.METHODS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_layer_s_own_forward(vllm, core, calls, method, heads, n):
+    layer = layer_of(heads)
+    GOT.clear()
+    before = getattr(layer, method)(hidden(n))
+    assert calls == []
+    with integration.installed():
+        after = getattr(layer, method)(hidden(n))
+    assert calls == [n]
+    assert torch.equal(before, after) and before.shape == (n, heads[1], heads[3])
+    for one, other in zip(*GOT, strict=True):
+        assert torch.equal(one, other) and one.shape == other.shape and other.is_contiguous()
+    getattr(layer, method)(hidden(n))
+    assert calls == [n]  # vLLM's own again
+
+
+@pytest.mark.parametrize("heads", AS_BEFORE)
+def test_heads_that_are_split_as_before(vllm, core, calls, heads):
+    layer = layer_of(heads)
+    GOT.clear()
+    before = layer.forward_cpu(hidden(5))
+    with integration.installed():
+        assert torch.equal(before, layer.forward_cpu(hidden(5)))
+    assert calls == []
+    for one, other in zip(*GOT, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_a_rank_of_tensor_parallelism(vllm, core, calls, tp_size):
+    layer = layer_of((16, 32, 128, 128), tp_size=tp_size)
+    GOT.clear()
+    before = layer.forward_cuda(hidden(3))
+    with integration.installed():
+        assert torch.equal(before, layer.forward_cuda(hidden(3)))
+    assert calls == [3] and all(map(torch.equal, *GOT))
+
+
+@pytest.mark.parametrize("method", integration.METHODS)
+def test_contiguous_packing_stays_a_view(vllm, core, calls, method):
+    layer = layer_of((16, 48, 128, 128), interleaved=False)
+    before = getattr(layer, method)(hidden(3))
+    with integration.installed():
+        assert torch.equal(before, getattr(layer, method)(hidden(3)))
+    assert calls == []
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph_with_any_number_of_tokens(vllm, core, backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("Inductor needs a C++ compiler for the CPU")
+    f32 = torch.float32  # where Inductor rounds as eager does
+    layer = layer_of((4, 8, 32, 32), dtype=f32)
+    eager = {n: layer.forward_cuda(hidden(n, f32)) for n in (2, 5, 33)}
+    inner = torch._dynamo.lookup_backend(backend)
+
+    def compiled_into():
+        """What the graphs call, a list for each compilation."""
+        graphs = []
+
+        def counted(graph, inputs):
+            graphs.append([getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes])
+            return inner(graph, inputs)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x: layer.forward_cuda(x), backend=counted, fullgraph=True, dynamic=True
+        )
+        for n, expected in eager.items():
+            assert torch.equal(compiled(hidden(n, f32)), expected)
+        return graphs
+
+    (before,) = compiled_into()
+    assert "cat" in before and not any("gdn.split" in name for name in before)
+    with integration.installed():
+        (after,) = compiled_into()
+    assert "cat" not in after and sum("split" in name for name in after) == 1, after
+
+
+# vLLM's plugin loader
+
+
+@pytest.fixture
+def loader(vllm, monkeypatch):
+    """vLLM's plugin loader, which finds gdn's entry point, and `choose`, which sets VLLM_PLUGINS."""
+    mine = EntryPoint("gdn", "gdn.integrations.vllm:plugin", GROUP)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [mine] if group == GROUP else [])
+    loader = importlib.import_module(PLUGINS)
+
+    def choose(chosen):
+        if chosen is not None:
+            monkeypatch.setenv("VLLM_PLUGINS", chosen)
+            vllm.VLLM_PLUGINS = chosen.split(",")
+        loader.load_general_plugins()
+
+    return choose
+
+
+@pytest.mark.parametrize("chosen", [None, "", "other"])
+def test_vllm_loads_the_plugin_and_nothing_happens(loader, chosen):
+    loader(chosen)
+    layer_class()
+    assert not integration.is_installed()
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+@pytest.mark.parametrize("chosen", ["gdn", "other,gdn"])
+def test_vllm_loads_the_plugin_when_chosen(loader, core, calls, caplog, chosen, imported):
+    with caplog.at_level(logging.INFO):
+        if imported == "before":
+            layer_class()
+        loader(chosen)
+        assert (MODULE in sys.modules) == (imported == "before")  # the plugin imports nothing of vLLM's
+        integration.plugin()  # vLLM may run it more than once in a process
+        layer = layer_of((4, 8, 32, 32))
+    assert integration.is_installed()
+    layer.forward_cuda(hidden(3))
+    assert calls == [3]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "vllm.gdn.integrations.vllm"]
+    assert "forward_cuda" in line and "gdn is on" in line
+
+
+def test_a_refusal_leaves_the_engine_as_it_is(loader, monkeypatch, caplog):
+    monkeypatch.setattr(known.importlib.metadata, "version", lambda name: "0.34.0")
+    loader("gdn")
+    forward = layer_class().forward_cuda  # imports, whatever gdn says
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "vllm 0.34.0" in line and "0.33" in line and "Nothing was changed" in line
+    assert not integration.is_installed() and forward is layer_class().forward_cuda
+
+
+def test_gdn_declares_the_entry_point():
+    found = [one.load() for one in entry_points(group=GROUP) if one.name == integration.PLUGIN]
+    assert found == [integration.plugin]
+
+
+def test_vllm_keeps_compiled_graphs_of_other_plugins_apart():
+    """VLLM_PLUGINS is not among what vLLM leaves out of its key for compiled graphs."""
+    text = (FOLDER / "vllm/envs.py").read_text()
+    assert '"VLLM_PLUGINS": lambda' in text
+    start = text.index("ignored_factors: set[str] = {")
+    assert "VLLM_PLUGINS" not in text[start : text.index("}\n", start)]
+
+
+# What is refused
+
+
+def refused(match, **how):
+    layer = layer_class()
+    before = dict(vars(layer))
+    with pytest.raises(RuntimeError, match=match) as refusal:
+        integration.install(**how)
+    assert isinstance(refusal.value, UnknownEngine) and "Nothing was changed" in str(refusal.value)
+    assert dict(vars(layer)) == before and not integration.is_installed()
+
+
+def test_another_release_is_refused(vllm, monkeypatch):
+    monkeypatch.setattr(known.importlib.metadata, "version", lambda name: "0.34.0")
+    refused(r"vllm 0\.34\.0; it knows 0\.33")
+    with integration.installed(any_release=True):  # its source is the known one
+        assert integration.is_installed()
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        (
+            "fix_query_key_value_ordering",
+            "return query, key, value, z, b, a",
+            "return query, key, value, z, a, b",
+        ),
+        ("forward_cuda", "torch.cat((query, key, value), dim=-1)", "torch.cat((key, query, value), dim=-1)"),
+        ("forward_cpu", "mixed_qkvz, ba\n", "mixed_qkvz, ba.float()\n"),
+    ],
+)
+def test_changed_source_is_refused(edited, vllm, name, old, new):
+    file = edited / ("/".join(MODULE.split(".")) + ".py")
+    text = file.read_text()
+    start = text.index("class QwenGatedDeltaNetAttention")
+    at = text.index(old, text.index(f"    def {name}(", start))
+    file.write_text(text[:at] + new + text[at + len(old) :])
+    for any_release in (False, True):
+        refused(f"{name} of vllm: the source is", any_release=any_release)
+
+
+def test_a_build_for_another_accelerator_is_refused(vllm, monkeypatch):
+    monkeypatch.setattr(torch.version, "xpu", "20250301")
+    refused("XPU")
+
+
+def test_a_method_that_is_gone_is_refused(edited, vllm):
+    file = edited / ("/".join(MODULE.split(".")) + ".py")
+    file.write_text(file.read_text().replace("fix_query_key_value_ordering", "unpack"))
+    refused("has no QwenGatedDeltaNetAttention.fix_query_key_value_ordering")
