@@ -1,7 +1,7 @@
 """The operators `gdn::split` and `gdn::merge` for tensors on `npu`, the device that torch_npu brings.
 
-PyTorch keeps one place for a device from outside, PrivateUse1, and torch_npu is in it. Triton, with triton-ascend behind
-it, is imported at the first call.
+PyTorch keeps one place for a device from outside, PrivateUse1, and torch_npu is in it. Triton, with
+triton-ascend behind it, is imported at the first call.
 """
 
 from __future__ import annotations
