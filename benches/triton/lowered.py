@@ -1,11 +1,11 @@
 """This library's Triton kernel and the seed's, both lowered by triton-ascend and run on the CPU.
 
-    python3 benches/triton/lowered.py --seed PATH [--csv OUT.csv]
+    python3.11 benches/triton/lowered.py --seed PATH [--csv OUT.csv]
 
-PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Needs what `cargo xtask
-ascend` puts into target/ascend: run it with the Python there. Prints, for 4096 tokens on 48 vector cores, the
-copies that are issued (in and out, all cores together), the bytes of on-chip buffers a program asks for, and
-its size.
+PATH is vllm-ascend's vllm_ascend/ops/triton/fla/fused_qkvzba_split_reshape.py. Run it with
+the Python and the PYTHONPATH of `cargo xtask ascend` (docs/ascend.md). Prints, for 4096 tokens on 48 vector
+cores, the copies that are issued (in and out, all cores together), the bytes of on-chip buffers a program
+asks for, and its size.
 """
 
 from __future__ import annotations
