@@ -21,10 +21,10 @@ from seed import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python" / "ascend"))
 
-from execution import build
-from gdn import tiling, triton_split
-from gdn.triton_check import Case, packed_features
-from lowering import blocks_of, facts, lower, lower_case
+from execution import build  # noqa: E402
+from gdn import tiling, triton_split  # noqa: E402
+from gdn.triton_check import Case, packed_features  # noqa: E402
+from lowering import blocks_of, facts, lower, lower_case  # noqa: E402
 
 CORES, TOKENS, BUFFER = 48, 4096, 85 * 1024
 HEADS = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128), (4, 12), (16, 48)]
