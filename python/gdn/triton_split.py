@@ -183,7 +183,7 @@ class Profile(NamedTuple):
     """The most rows in a block, whatever fits."""
     exact: bool = True
     """Whether extents may be any number (Ascend's compiler), or must be powers of two (upstream Triton)."""
-    num_warps: int = 8
+    num_warps: int = 4
     """Warps of a program, on a GPU."""
     num_stages: int = 1
     """Blocks under way at a time, on a GPU."""
@@ -410,7 +410,8 @@ def profile_of(kind: str, index: int) -> Profile:
         properties = triton.runtime.driver.active.utils.get_device_properties(index)
         return Profile(cores=properties["num_vectorcore"])
     if kind == "cuda":
-        return Profile(cores=torch.cuda.get_device_properties(index).multi_processor_count, exact=False)
+        # Four programs of four warps a multiprocessor: the fastest of a sweep on an H200, or within 6 % of it.
+        return Profile(cores=4 * torch.cuda.get_device_properties(index).multi_processor_count, exact=False)
     if kind == "cpu" and not isinstance(split_kernel, triton.runtime.JITFunction):
         return Profile(
             cores=4, exact=False
