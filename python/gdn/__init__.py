@@ -32,6 +32,7 @@ __version__: str = _gdn.__version__
 __all__ = [
     "Heads",
     "Tiling",
+    "empty_cache",
     "fused_qkvzba_split_reshape_cat",
     "fused_qkvzba_split_reshape_cat_contiguous",
     "merge",
@@ -220,3 +221,12 @@ def preset(name: str) -> tuple[Heads, str]:
     """The heads and the packing of a model known by name, as ``"Qwen/Qwen3-Next-80B-A3B-Instruct"``."""
     heads, packing = _gdn.preset(name)
     return Heads(*heads), packing
+
+
+def empty_cache() -> int:
+    """Lets go of the memory of freed tensors that is kept for later ones, and returns its bytes.
+
+    Outputs of 32 MiB and more on the CPU get blocks of huge pages that are kept when they are freed, 512 MiB at most: fresh pages would
+    cost several times what the op does.
+    """
+    return _gdn.empty_cache()
