@@ -77,7 +77,9 @@ def version(package: str) -> str:
 
 
 def main() -> int:
-    print(f"gdn {gdn.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print(
+        f"gdn {gdn.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
     for package in ("torch", "numpy", "jax", "triton", "sglang", "vllm", "transformers"):
         print(f"{package:>14}: {version(package)}")
     print(f"{'CPU':>14}: {_gdn.isa()}")
@@ -92,7 +94,7 @@ def main() -> int:
         try:
             check(rows)
             print(f"{'self-check':>14}: passed ({name})")
-        except Exception as error:  # noqa: BLE001: whatever it is, it is to be reported
+        except Exception as error:  # whatever it is, it is to be reported
             failed = True
             print(f"{'self-check':>14}: FAILED ({name}): {error}")
     if not checks():

@@ -1,7 +1,7 @@
 //! The Python module `gdn`: the library's ops on anybody's tensors.
 //!
-//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to [`op`]: functions for objects of Python, here, and operators of
-//! PyTorch, in [`libtorch`].
+//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to `op`: functions for objects of Python, here, and operators of
+//! PyTorch, in `libtorch`.
 
 mod blocks;
 mod dlpack;

@@ -18,10 +18,10 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton", reason="vllm-ascend's kernel is Triton's")
 pytest.importorskip("einops", reason="vllm-ascend's layer imports it")
 
-import gdn  # noqa: E402
-import gdn.integrations.vllm_ascend as integration  # noqa: E402
-from gdn.integrations import UnknownEngine  # noqa: E402
-from gdn.integrations.on_import import OnImport  # noqa: E402
+import gdn
+import gdn.integrations.vllm_ascend as integration
+from gdn.integrations import UnknownEngine
+from gdn.integrations.on_import import OnImport
 
 FOLDER = peers.folder("vllm_ascend")
 pytestmark = pytest.mark.skipif(

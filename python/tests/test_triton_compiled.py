@@ -7,10 +7,10 @@ import pytest
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from gdn import triton_check, triton_split  # noqa: E402
+from gdn import triton_check, triton_split
 
 NAMES = triton_split.NAMES
 
