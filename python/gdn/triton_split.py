@@ -183,10 +183,18 @@ class Profile(NamedTuple):
     """The most rows in a block, whatever fits."""
     exact: bool = True
     """Whether extents may be any number (Ascend's compiler), or must be powers of two (upstream Triton)."""
-    num_warps: int = 4
-    """Warps of a program, on a GPU."""
+    num_warps: int | None = None
+    """Warps of a program, on a GPU; None for what suits the heads."""
     num_stages: int = 1
     """Blocks under way at a time, on a GPU."""
+
+
+def warps(heads: tuple[int, int, int, int], element_size: int) -> int:
+    """Warps of a program on a GPU: few where each thread moves 16 bytes at a time.
+
+    Where it moves less, its share of a block is a long program, and Triton's compiler takes minutes over one of four warps.
+    """
+    return 4 if all(dim * element_size % 16 == 0 for dim in heads[2:]) else 8
 
 
 class Blocks(NamedTuple):
@@ -410,7 +418,7 @@ def profile_of(kind: str, index: int) -> Profile:
         properties = triton.runtime.driver.active.utils.get_device_properties(index)
         return Profile(cores=properties["num_vectorcore"])
     if kind == "cuda":
-        # Four programs of four warps a multiprocessor: the fastest of a sweep on an H200, or within 6 % of it.
+        # The fastest of a sweep on an H200, or within 6 % of it, at one to 65,536 tokens.
         return Profile(cores=4 * torch.cuda.get_device_properties(index).multi_processor_count, exact=False)
     if kind == "cpu" and not isinstance(split_kernel, triton.runtime.JITFunction):
         return Profile(
@@ -442,7 +450,8 @@ def _launch(
     # Elements are opaque: one program for each size of them, and no bits that a float register could change.
     words = [t.view(getattr(torch, WORDS[t.element_size()])) for t in tensors]
     strides = [t.stride(0) if num_rows > 1 else t[0].numel() for t in tensors]
-    options = {} if device.type == "npu" else {"num_warps": profile.num_warps}
+    num_warps = profile.num_warps or warps(heads, qkvz.element_size())
+    options = {} if device.type == "npu" else {"num_warps": num_warps}
 
     def run() -> None:
         split_kernel[(plan.grid,)](
