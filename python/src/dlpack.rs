@@ -89,6 +89,7 @@ impl Exchange {
     }
 
     /// The tensor behind an object of the type that the table was found at.
+    #[inline]
     pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
         let Some(borrow) = self.borrow else {
             return Err(type_error(format!("{argument}: its type lends no tensors through DLPack")));
@@ -116,6 +117,7 @@ impl Exchange {
 
 /// # Safety
 /// `tensor` has `ndim` numbers at `shape`, and at `strides` where that is not null.
+#[inline]
 unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str) -> PyResult<Tensor> {
     let dims = usize::try_from(tensor.ndim).unwrap_or(0);
     let numbers = |at: *mut i64| match dims {

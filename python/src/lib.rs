@@ -135,7 +135,7 @@ fn run<'py, const READ: usize>(
             PyTuple::new(py, made)?
         }
     };
-    let call = Call::new(layout, direction, tensors)?;
+    let call = Call::new(layout, direction, &tensors)?;
     let place = if torch.is_some() { libtorch::PLACE } else { Place::OURS };
     if call.is_cpu() && call.bytes() < WORTH_DETACHING {
         // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on arrays.

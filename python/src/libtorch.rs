@@ -613,7 +613,8 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
     let [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f)] = tensors else {
         return Err(type_error("too few tensors".to_owned()));
     };
-    let call = Call::new(layout, direction, [a, b, c, d, e, f])?;
+    let tensors = [a, b, c, d, e, f];
+    let call = Call::new(layout, direction, &tensors)?;
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     unsafe { call.run(&PLACE)? };
     if !out {

@@ -85,10 +85,10 @@ impl Place {
 }
 
 /// A call whose tensors agree about devices and dtypes, and are rows. Shapes and overlaps are for [`gdn::split()`] to check.
-pub(crate) struct Call {
+pub(crate) struct Call<'a> {
     layout: Layout,
     direction: Direction,
-    tensors: [Tensor; 6],
+    tensors: &'a [Tensor; 6],
     rows: [RowsOf; 6],
 }
 
@@ -107,10 +107,10 @@ pub(crate) fn check(tensor: &Tensor, argument: usize, layout: &Layout) -> PyResu
     Ok(rows)
 }
 
-impl Call {
+impl<'a> Call<'a> {
     /// `tensors` in the order of [`NAMES`].
     #[inline]
-    pub(crate) fn new(layout: Layout, direction: Direction, tensors: [Tensor; 6]) -> PyResult<Self> {
+    pub(crate) fn new(layout: Layout, direction: Direction, tensors: &'a [Tensor; 6]) -> PyResult<Self> {
         let first = direction.read().start;
         let mut rows = [RowsOf { num_rows: 0, features: 0, row_stride: 0 }; 6];
         for (i, tensor) in tensors.iter().enumerate() {

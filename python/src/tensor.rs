@@ -177,13 +177,6 @@ impl Tensor {
     /// N rows of features, the last dims of a row dense. `inner` are the dims that a tensor of more than two must have.
     #[inline]
     pub(crate) fn rows(&self, argument: &str, inner: Option<[usize; 2]>) -> PyResult<RowsOf> {
-        let bad_shape = || {
-            let expected = match inner {
-                Some([heads, dim]) => format!("[N, {heads}, {dim}] or [N, {}]", heads.saturating_mul(dim)),
-                None => "[N, features]".to_owned(),
-            };
-            value_error(format!("{argument} has shape {:?}, expected {expected}", self.shape()))
-        };
         let features = match (self.shape(), inner) {
             ([_, features], _) => *features,
             ([_, heads, dim], Some([h, d]))
@@ -194,22 +187,34 @@ impl Tensor {
                 }
                 heads.saturating_mul(*dim)
             }
-            _ => return Err(bad_shape()),
+            _ => return Err(self.bad_shape(argument, inner)),
         };
         let (num_rows, row_stride) = (self.shape[0], self.strides[0]);
         let last = self.dims - 1;
         if self.strides[last] != 1 && self.shape[last] > 1 && num_rows > 0 {
             return Err(self.not_dense(argument, last, 1));
         }
-        let number = |number: i64, what: &str| {
-            usize::try_from(number)
-                .map_err(|_| value_error(format!("{argument} has {what} {number}, expected at least 0")))
+        let negative = || {
+            value_error(format!(
+                "{argument} has shape {:?} and row stride {row_stride}, expected none below 0",
+                self.shape()
+            ))
         };
+        let number = |number: i64| usize::try_from(number).map_err(|_| negative());
         Ok(RowsOf {
-            num_rows: number(num_rows, "rows")?,
-            features: number(features, "features")?,
-            row_stride: if num_rows > 1 { number(row_stride, "row stride")? } else { 0 },
+            num_rows: number(num_rows)?,
+            features: number(features)?,
+            row_stride: if num_rows > 1 { number(row_stride)? } else { 0 },
         })
+    }
+
+    #[cold]
+    fn bad_shape(&self, argument: &str, inner: Option<[usize; 2]>) -> PyErr {
+        let expected = match inner {
+            Some([heads, dim]) => format!("[N, {heads}, {dim}] or [N, {}]", heads.saturating_mul(dim)),
+            None => "[N, features]".to_owned(),
+        };
+        value_error(format!("{argument} has shape {:?}, expected {expected}", self.shape()))
     }
 
     #[cold]
