@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ try:
 except ImportError:
     torch = None  # type: ignore[assignment]
 
+HERE = Path(__file__).parent
 HAS_CUDA = torch is not None and torch.cuda.is_available()
 GPUS = torch.cuda.device_count() if HAS_CUDA else 0
 
@@ -43,7 +45,7 @@ def python() -> Callable[..., str]:
 
     def run(text: str, *args: str, timeout: float = 300) -> str:
         command = [sys.executable, "-c", text, *args]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=HERE)
         assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -228,7 +228,7 @@ def test_one_row_many_times_is_refused(device):
     expected = oracle.split_bits(qkvz, ba, heads, "interleaved")
     for door in (gdn.split, torch.ops.gdn.split):
         oracle.same(door(qkvz.as_strided(qkvz.shape, (0, 1)), ba, *heads), expected)
-        with pytest.raises((ValueError, RuntimeError), match="mixed_qkvz: row_stride = 0 is shorter than a row of 192"):
+        with pytest.raises((ValueError, RuntimeError), match="mixed_qkvz: row_stride = 0 is shorter than a row of 160"):
             door(qkvz.expand(7, -1), ba.repeat(7, 1), *heads)
 
 
@@ -359,3 +359,16 @@ def test_tiling_is_the_planner_s():
     assert plan.rows_per_iter & (plan.rows_per_iter - 1) == 0
     with pytest.raises(ValueError, match="rows is -1, it must be at least 0"):
         gdn.tiling(-1, 49280, 40)
+
+
+def test_elements_of_sixteen_bytes(device):
+    """Wider elements than are promised go through as they are, or not at all."""
+    heads = (2, 4, 8, 16)
+    qkvz = torch.randn(3, 160, dtype=torch.complex128, device=device)
+    ba = torch.randn(3, 8, dtype=torch.complex128, device=device)
+    try:
+        got = gdn.split(qkvz, ba, *heads)
+    except (ValueError, RuntimeError) as error:
+        assert "16" in str(error)
+    else:
+        assert all(map(torch.equal, got, oracle.split(qkvz, ba, *heads, "interleaved")))

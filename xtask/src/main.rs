@@ -3,6 +3,7 @@
 mod examples;
 mod neon;
 mod ptx;
+mod python;
 mod record;
 mod shell;
 mod test;
