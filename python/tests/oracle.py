@@ -12,7 +12,9 @@ Tensor = torch.Tensor
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def split(mixed_qkvz: Tensor, mixed_ba: Tensor, hk: int, hv: int, dk: int, dv: int, packing: str) -> list[Tensor]:
+def split(
+    mixed_qkvz: Tensor, mixed_ba: Tensor, hk: int, hv: int, dk: int, dv: int, packing: str
+) -> list[Tensor]:
     """Five lines of views, and a copy of each."""
     groups = hk if packing == "interleaved" else 1
     n, k, v, h = mixed_qkvz.shape[0], hk // groups * dk, hv // groups * dv, hv // groups
@@ -50,7 +52,11 @@ def anything(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", se
 
 
 def packed(
-    n: int, heads: tuple[int, ...], dtype: torch.dtype, ba_dtype: torch.dtype | None = None, device: str = "cpu"
+    n: int,
+    heads: tuple[int, ...],
+    dtype: torch.dtype,
+    ba_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Both inputs of a split."""
     wide = features(heads)
@@ -69,7 +75,9 @@ class Guarded(NamedTuple):
     inside: Tensor
 
     @classmethod
-    def make(cls, shape: tuple[int, ...], dtype: torch.dtype, device: str, gap: int = 0, offset: int = 0) -> Guarded:
+    def make(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: str, gap: int = 0, offset: int = 0
+    ) -> Guarded:
         """`offset` and `gap` in elements. Every byte is poison: of floats, a NaN."""
         n, wide = shape[0], 1
         for dim in shape[1:]:

@@ -32,7 +32,9 @@ def order(hk: int, hv: int, dk: int, dv: int, packing: str) -> dict[str, np.ndar
     return {name: np.array(part) for name, part in dict(mixed_qkv=q + k + v, z=z, b=b, a=a).items()}
 
 
-def split(mixed_qkvz: np.ndarray, mixed_ba: np.ndarray, heads: tuple[int, ...], packing: str) -> list[np.ndarray]:
+def split(
+    mixed_qkvz: np.ndarray, mixed_ba: np.ndarray, heads: tuple[int, ...], packing: str
+) -> list[np.ndarray]:
     """The four parts, dense."""
     at = order(*heads, packing)
     z = mixed_qkvz[:, at["z"]].reshape(-1, heads[1], heads[3])
@@ -49,7 +51,9 @@ def anything(shape: tuple[int, ...], dtype: object, seed: int = 0) -> np.ndarray
     return made.view(dtype).reshape(shape)
 
 
-def packed(n: int, heads: tuple[int, ...], dtype: object, ba_dtype: object = None) -> tuple[np.ndarray, np.ndarray]:
+def packed(
+    n: int, heads: tuple[int, ...], dtype: object, ba_dtype: object = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Both inputs of a split."""
     hk, hv, dk, dv = heads
     wide = 2 * (hk * dk + hv * dv)

@@ -167,7 +167,9 @@ def test_export(door, strict, device):
 
     rows = torch.export.Dim("rows", min=1, max=4096)
     tensors = inputs(device, n=4)
-    exported = torch.export.export(Layer(), tuple(tensors), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    exported = torch.export.export(
+        Layer(), tuple(tensors), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
+    )
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert "gdn.split.default" in targets
     for n in (1, 4, 70):

@@ -56,7 +56,9 @@ capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 class Producer:
     """An array of NumPy's under DLPack's protocol alone."""
 
-    def __init__(self, array, old=False, read_only=False, dense=False, offset=0, device=(1, 0), version=(1, 0), **dtype):
+    def __init__(
+        self, array, old=False, read_only=False, dense=False, offset=0, device=(1, 0), version=(1, 0), **dtype
+    ):
         self.array, self.old, self.device, self.asked = array, old, device, []
         dims = array.ndim
         self.shape = (ctypes.c_int64 * dims)(*array.shape)
@@ -170,7 +172,9 @@ def test_no_capsule():
 
 def test_no_framework_to_make_outputs():
     qkvz, ba = arrays()
-    with pytest.raises(TypeError, match="no mixed_qkv can be made like a .*Producer on cpu, give tensors to write to"):
+    with pytest.raises(
+        TypeError, match="no mixed_qkv can be made like a .*Producer on cpu, give tensors to write to"
+    ):
         gdn.split(Producer(qkvz), Producer(ba), *HEADS)
 
 

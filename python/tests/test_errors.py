@@ -120,7 +120,11 @@ def test_shapes_that_are_merged(name, device):
     fails("merge", with_(one[:2]), "has [23] rows, .* has [23]")
     fails("merge", with_(flat[0]), f"{name} has (shape \\[{wide}\\]|1 dims), expected")
     if name == "z":
-        fails("merge", with_(one.transpose(1, 2).contiguous()), "z has shape \\[3, 16, 4\\], expected \\[N, 4, 16\\]")
+        fails(
+            "merge",
+            with_(one.transpose(1, 2).contiguous()),
+            "z has shape \\[3, 16, 4\\], expected \\[N, 4, 16\\]",
+        )
         heads_apart = torch.empty(3, 4, 17, device=device)[:, :, :16]
         fails("merge", with_(heads_apart), "z has stride 17 in dim 1, expected 16")
     else:
@@ -149,7 +153,9 @@ def test_dtypes(name, device):
     sentence = f"{name} has dtype float16, {like} has float32"
     fails("split", good(device), sentence, TypeError, out={name: half})
     same_size = half.view(torch.int16)
-    fails("split", good(device), f"{name} has dtype int16, {like} has float32", TypeError, out={name: same_size})
+    fails(
+        "split", good(device), f"{name} has dtype int16, {like} has float32", TypeError, out={name: same_size}
+    )
     if name in ("z", "a"):
         parts = good_parts(device)
         other = {"z": "mixed_qkv", "a": "b"}[name]
@@ -170,7 +176,11 @@ def test_no_tensors(kind, name):
         "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3, WIDE[name]), 1.0, 0, torch.qint8),
         "type": lambda: torch.Tensor,
     }[kind]()
-    error = (TypeError, ValueError) if kind not in ("sparse", "quantized") else (TypeError, ValueError, RuntimeError)
+    error = (
+        (TypeError, ValueError)
+        if kind not in ("sparse", "quantized")
+        else (TypeError, ValueError, RuntimeError)
+    )
     with pytest.raises(error) as caught:
         gdn.split(**arguments, **named(HEADS))
     if kind not in ("sparse", "quantized"):
@@ -206,7 +216,11 @@ def test_arguments_missing_or_unknown():
 
 @pytest.mark.parametrize("out", [(), 3, "four", "tensors", [None] * 4, range(4)], ids=str)
 def test_out_that_is_no_tuple_of_tensors(out):
-    out = tuple(empty_parts(*good().values(), HEADS)[name].view for name in ("z", "b", "a")) if out == "tensors" else out
+    out = (
+        tuple(empty_parts(*good().values(), HEADS)[name].view for name in ("z", "b", "a"))
+        if out == "tensors"
+        else out
+    )
     with pytest.raises((ValueError, TypeError), match="out|mixed_qkv"):
         gdn.split(**good(), **named(HEADS), out=out)
     with pytest.raises((ValueError, TypeError), match="out|mixed_qkvz"):
@@ -234,7 +248,12 @@ def test_overlaps(device):
     fails("split", arguments, sentence, out=dict(b=b, a=a))
     fails("merge", parts, sentence, out=dict(mixed_ba=parts["mixed_qkv"][:, :8]))
     rows_overlap = torch.empty(200, device=device).as_strided((3, 64), (10, 1))
-    fails("split", arguments, "z: row_stride = 10 is shorter than a row of 64 features", out=dict(z=rows_overlap))
+    fails(
+        "split",
+        arguments,
+        "z: row_stride = 10 is shorter than a row of 64 features",
+        out=dict(z=rows_overlap),
+    )
 
 
 def test_neighbours_do_not_overlap(device):

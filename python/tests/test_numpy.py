@@ -34,7 +34,9 @@ def outs(n, heads, dtype, ba_dtype=None, gap=0, offset=0):
 def whole(view, buffer):
     """Whether what is not the view's is poison still."""
     copy = buffer.copy()
-    np.ndarray(view.shape, view.dtype, copy, view.ctypes.data - buffer.ctypes.data, view.strides).view()[...] = 0
+    np.ndarray(view.shape, view.dtype, copy, view.ctypes.data - buffer.ctypes.data, view.strides).view()[
+        ...
+    ] = 0
     touched = np.zeros_like(buffer)
     row = int(np.prod(view.shape[1:])) * view.itemsize
     start = view.ctypes.data - buffer.ctypes.data
@@ -50,7 +52,9 @@ def test_both_ways(n, heads, packing):
     qkvz, ba = oracle.packed(n, heads, "f4", "u2")
     parts = gdn.split(qkvz, ba, *heads, packing)
     oracle.same(parts, oracle.split(qkvz, ba, heads, packing))
-    assert all(type(part) is np.ndarray and part.flags.c_contiguous and part.flags.writeable for part in parts)
+    assert all(
+        type(part) is np.ndarray and part.flags.c_contiguous and part.flags.writeable for part in parts
+    )
     oracle.same(gdn.merge(*parts, *heads, packing), [qkvz, ba])
 
 
@@ -64,7 +68,9 @@ def test_every_dtype(name, packing):
     oracle.same(gdn.merge(*parts, *heads, packing), [qkvz, ba])
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e3m4"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e3m4"]
+)
 def test_dtypes_of_ml_dtypes(name):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     heads = (2, 4, 8, 16)
@@ -135,7 +141,9 @@ def test_byte_order_is_kept(dtype):
     assert all((buffer == POISON).all() for _, buffer in written)
 
 
-@pytest.mark.parametrize("dtype", [np.dtype("i2,u1,f4"), np.dtype("V3"), np.dtype("S5"), np.dtype("U2"), np.dtype("M8[s]")])
+@pytest.mark.parametrize(
+    "dtype", [np.dtype("i2,u1,f4"), np.dtype("V3"), np.dtype("S5"), np.dtype("U2"), np.dtype("M8[s]")]
+)
 def test_structures_and_texts_are_bytes(dtype):
     heads = (1, 2, 3, 5)
     qkvz, ba = oracle.packed(4, heads, "u1")
@@ -149,12 +157,16 @@ def test_structures_and_texts_are_bytes(dtype):
     oracle.same(got, oracle.split(wide, narrow, heads, "interleaved"))
 
 
-@pytest.mark.parametrize("dtype", [object, np.dtype([("a", "i4"), ("b", "O")]), np.dtype("V32"), np.dtype("V0")])
+@pytest.mark.parametrize(
+    "dtype", [object, np.dtype([("a", "i4"), ("b", "O")]), np.dtype("V32"), np.dtype("V0")]
+)
 def test_dtypes_that_are_refused(dtype):
     heads = (1, 2, 3, 5)
     qkvz = np.empty((4, 26), dtype)
     ba = np.empty((4, 4), "f4")
-    with pytest.raises(TypeError, match="mixed_qkvz has dtype .*, expected plain numbers of at most 31 bytes"):
+    with pytest.raises(
+        TypeError, match="mixed_qkvz has dtype .*, expected plain numbers of at most 31 bytes"
+    ):
         gdn.split(qkvz, ba, *heads)
 
 

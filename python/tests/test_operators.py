@@ -212,7 +212,9 @@ def test_functional_gradients_are_right_or_refused(device):
     weights = [torch.randn_like(part) for part in parts_of([qkvz, ba])]
 
     def loss(qkvz, ba):
-        return sum((part * weight).sum() for part, weight in zip(gdn.split(qkvz, ba, *HEADS), weights, strict=True))
+        return sum(
+            (part * weight).sum() for part, weight in zip(gdn.split(qkvz, ba, *HEADS), weights, strict=True)
+        )
 
     def expected(qkvz, ba):
         return sum((part * weight).sum() for part, weight in zip(parts_of([qkvz, ba]), weights, strict=True))
@@ -264,7 +266,10 @@ def test_fake_tensors(device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        qkvz, ba = torch.empty(7, WIDE["mixed_qkvz"], device=device), torch.empty(7, 8, device=device, dtype=torch.half)
+        qkvz, ba = (
+            torch.empty(7, WIDE["mixed_qkvz"], device=device),
+            torch.empty(7, 8, device=device, dtype=torch.half),
+        )
         parts = gdn.split(qkvz, ba, *HEADS)
         packed = gdn.merge(*parts, *HEADS)
     assert [tuple(part.shape) for part in parts] == [(7, 32), (7, 4, 5), (7, 4), (7, 4)]
@@ -305,7 +310,11 @@ def test_dispatch_modes_see_the_call(device):
         gdn.split(*tensors, *HEADS)
         gdn.split(*tensors, *HEADS, out=out)
         gdn.merge(*out, *HEADS)
-    assert [name for name in seen if name.startswith("gdn")] == ["gdn.split.default", "gdn.split.out", "gdn.merge.default"]
+    assert [name for name in seen if name.startswith("gdn")] == [
+        "gdn.split.default",
+        "gdn.split.out",
+        "gdn.merge.default",
+    ]
     assert all(map(torch.equal, out, parts_of(tensors)))
 
 
@@ -339,7 +348,10 @@ def test_deepcopy_and_checkpoint(device):
     from torch.utils.checkpoint import checkpoint
 
     ours, theirs = inputs(device, grad=True), inputs(device, grad=True)
-    sum(part.square().sum() for part in checkpoint(lambda *t: gdn.split(*t, *HEADS), *ours, use_reentrant=False)).backward()
+    sum(
+        part.square().sum()
+        for part in checkpoint(lambda *t: gdn.split(*t, *HEADS), *ours, use_reentrant=False)
+    ).backward()
     sum(part.square().sum() for part in parts_of(theirs)).backward()
     assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, theirs, strict=True))
 

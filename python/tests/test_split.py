@@ -56,7 +56,10 @@ def empty_parts(qkvz, ba, heads, how=None):
     shapes = dict(mixed_qkv=(wide["mixed_qkv"],), z=(heads[1], heads[3]), b=(wide["b"],), a=(wide["a"],))
     return {
         name: Guarded.make(
-            (qkvz.shape[0], *shape), qkvz.dtype if name in ("mixed_qkv", "z") else ba.dtype, str(qkvz.device), *how or ()
+            (qkvz.shape[0], *shape),
+            qkvz.dtype if name in ("mixed_qkv", "z") else ba.dtype,
+            str(qkvz.device),
+            *how or (),
         )
         for name, shape in shapes.items()
     }
@@ -228,7 +231,9 @@ def test_one_row_many_times_is_refused(device):
     expected = oracle.split_bits(qkvz, ba, heads, "interleaved")
     for door in (gdn.split, torch.ops.gdn.split):
         oracle.same(door(qkvz.as_strided(qkvz.shape, (0, 1)), ba, *heads), expected)
-        with pytest.raises((ValueError, RuntimeError), match="mixed_qkvz: row_stride = 0 is shorter than a row of 160"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match="mixed_qkvz: row_stride = 0 is shorter than a row of 160"
+        ):
             door(qkvz.expand(7, -1), ba.repeat(7, 1), *heads)
 
 

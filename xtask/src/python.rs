@@ -125,6 +125,6 @@ fn interpreter() -> anyhow::Result<String> {
     if !names.iter().any(fits) && has("apt-get") {
         apt_install(&["python3.11", "python3.11-venv"])?;
     }
-    let found = names.into_iter().find(|name| fits(&name));
+    let found = names.into_iter().find(|name| fits(name));
     found.map(str::to_owned).with_context(|| format!("Python {PYTHON} must be installed first"))
 }
