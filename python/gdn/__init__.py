@@ -104,7 +104,9 @@ def split(
             )
             if parts is not None:
                 return parts
-        return _torch.split(mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out)
+        return _torch.split(
+            mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out
+        )
     return _backend(backend).split(
         mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out=out
     )
@@ -135,7 +137,9 @@ def merge(
             )
             if packed is not None:
                 return packed
-        return _torch.merge(mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out)
+        return _torch.merge(
+            mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out
+        )
     return _backend(backend).merge(
         mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out=out
     )
@@ -193,7 +197,9 @@ def repack_weight(
         TypeError: ``weight`` is no tensor.
     """
     if _torch is not None and not _torch.is_plain_cpu(weight):
-        moves = _gdn.weight_moves(_torch.out_features(weight, dim), tuple(heads), projection, to, block, group)
+        moves = _gdn.weight_moves(
+            _torch.out_features(weight, dim), tuple(heads), projection, to, block, group
+        )
         return _torch.moved(weight, dim, moves)
     return _gdn.repack_weight(weight, tuple(heads), dim, projection, to, block, group)
 
