@@ -33,7 +33,7 @@ def test_use(tmp_path):
         "use.py",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "Found 1 error" in done.stdout and 'use.py:11: error: Argument 6 to "split"' in done.stdout, (
+    assert "Found 1 error" in done.stdout and 'use.py:10: error: Argument 6 to "split"' in done.stdout, (
         done.stdout
     )
 
