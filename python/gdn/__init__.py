@@ -32,6 +32,7 @@ __version__: str = _gdn.__version__
 __all__ = [
     "Heads",
     "Tiling",
+    "empty_cache",
     "fused_qkvzba_split_reshape_cat",
     "fused_qkvzba_split_reshape_cat_contiguous",
     "merge",
@@ -157,6 +158,10 @@ def fused_qkvzba_split_reshape_cat(
     mixed_qkvz: T, mixed_ba: T, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[T, T, T, T]:
     """:func:`split` of Qwen3-Next's interleaved packing, under the name and arguments that SGLang and vLLM-Ascend have for it."""
+    if not _is_compiling():
+        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
+        if parts is not None:
+            return parts
     return split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
 
 
@@ -164,6 +169,10 @@ def fused_qkvzba_split_reshape_cat_contiguous(
     mixed_qkvz: T, mixed_ba: T, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
 ) -> tuple[T, T, T, T]:
     """:func:`split` of Qwen3.5's contiguous packing, under SGLang's name and arguments."""
+    if not _is_compiling():
+        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v, "contiguous")
+        if parts is not None:
+            return parts
     return split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v, "contiguous")
 
 
@@ -218,3 +227,12 @@ def preset(name: str) -> tuple[Heads, str]:
     """The heads and the packing of a model known by name, as ``"Qwen/Qwen3-Next-80B-A3B-Instruct"``."""
     heads, packing = _gdn.preset(name)
     return Heads(*heads), packing
+
+
+def empty_cache() -> int:
+    """Lets go of the memory of freed tensors that is kept for later ones, and returns its bytes.
+
+    Outputs of 32 MiB and more on the CPU get blocks of huge pages that are kept when they are freed, 512 MiB at most: fresh pages would
+    cost several times what the op does.
+    """
+    return _gdn.empty_cache()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from . import _gdn
+from . import _gdn, npu
 
 __all__ = ["is_compiling", "is_plain_cpu", "merge", "moved", "out_features", "split"]
 
@@ -114,6 +114,7 @@ torch.library.register_fake("gdn::split.out", _nothing)
 torch.library.register_fake("gdn::merge.out", _nothing)
 torch.library.register_autograd("gdn::split", _split_backward, setup_context=_keep_heads)
 torch.library.register_autograd("gdn::merge", _merge_backward, setup_context=_keep_heads)
+_npu = npu.register()
 
 
 def split(

@@ -1,7 +1,7 @@
 //! The Python module `gdn`: the library's ops on anybody's tensors.
 //!
-//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to [`op`]: functions for objects of Python, here, and operators of
-//! PyTorch, in [`libtorch`].
+//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to `op`: functions for objects of Python, here, and operators of
+//! PyTorch, in `libtorch`.
 
 mod blocks;
 mod dlpack;
@@ -123,11 +123,26 @@ fn run<'py, const READ: usize>(
         }
         None => {
             let num_rows = op::check(&tensors[first], first, &layout)?.num_rows;
+            let shape = |i: usize| op::shape(&layout.heads, i, num_rows);
             let mut made = Vec::with_capacity(6 - READ);
-            for i in direction.written() {
-                let like = direction.like(i);
-                let (shape, dims) = op::shape(&layout.heads, i, num_rows);
-                let (known, like) = (tensors[like], &read[like - first]);
+            let mut left = direction.written();
+            while let Some(i) = left.next() {
+                let (known, like) = (tensors[direction.like(i)], &read[direction.like(i) - first]);
+                if let Some(torch) = torch.filter(|_| !known.device.is_cpu()) {
+                    let shapes: Vec<_> = (i..left.end).map(shape).collect();
+                    let shapes: Vec<&[usize]> = shapes.iter().map(|(shape, dims)| &shape[..*dims]).collect();
+                    let same =
+                        (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
+                    if let Some(together) = torch.empty_together(py, &known, &shapes[..same])? {
+                        for (i, (object, tensor)) in (i..).zip(together) {
+                            tensors[i] = tensor;
+                            made.push(object);
+                        }
+                        left.start = i + same;
+                        continue;
+                    }
+                }
+                let (shape, dims) = shape(i);
                 let (object, tensor) = fresh(torch, like, &known, &shape[..dims], NAMES[i], &mut buffers)?;
                 tensors[i] = tensor;
                 made.push(object);

@@ -26,7 +26,7 @@ use crate::{
 type Opaque = *mut c_void;
 type Kernel = unsafe extern "C-unwind" fn(*mut u64, u64, u64);
 
-type ToPython = unsafe extern "C" fn(Opaque, *mut c_void, *mut *mut ffi::PyObject) -> i32;
+type Wrap = unsafe extern "C" fn(Opaque) -> *mut ffi::PyObject;
 type FromBlob = unsafe extern "C" fn(
     *mut c_void,
     i64,
@@ -47,6 +47,7 @@ type FromBlob = unsafe extern "C" fn(
 /// Declares the functions once: their names, and their types.
 macro_rules! functions {
     ($(fn $name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
+        #[expect(non_snake_case, reason = "one of libtorch's names")]
         struct Functions { $($name: unsafe extern "C" fn($($argument),*) $(-> $result)?,)* }
 
         impl Functions {
@@ -81,6 +82,7 @@ functions! {
     fn aoti_torch_get_device_type(Opaque, *mut i32) -> i32;
     fn aoti_torch_get_device_index(Opaque, *mut i32) -> i32;
     fn aoti_torch_device_type_cuda() -> i32;
+    fn aoti_torch__reinterpret_tensor(Opaque, i64, *const i64, *const i64, i64, *mut Opaque) -> i32;
     fn aoti_torch_empty_strided(i64, *const i64, *const i64, i32, i32, i32, *mut Opaque) -> i32;
     fn aoti_torch_grad_mode_is_enabled() -> bool;
     fn torch_get_num_threads(*mut u32) -> i32;
@@ -117,8 +119,9 @@ const DTYPES: [(&CStr, DType); 18] = {
 /// The PyTorch of this process.
 pub(crate) struct Libtorch {
     call: Functions,
-    /// `torch_tensor_to_pyobject`, of torch 2.14 and later
-    to_python: Option<ToPython>,
+    /// `THPVariable_Wrap`, which makes a Python object of a tensor. It is C++, and takes the address of an `at::Tensor`, which is what
+    /// a handle is. (torch 2.14 has `torch_tensor_to_pyobject` in C, which calls it.)
+    wrap: Wrap,
     /// `torch_from_blob`, of torch 2.11 and later
     from_blob: Option<FromBlob>,
     /// `c10::detail::torchCheckFail`, which raises
@@ -170,17 +173,18 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
         PyImportError::new_err(format!("torch {version} lacks {what}; gdn needs torch 2.10 or later"))
     };
     let names = if cfg!(target_os = "macos") {
-        ["libtorch_cpu.dylib", "libc10.dylib"]
+        ["libtorch_cpu.dylib", "libc10.dylib", "libtorch_python.dylib"]
     } else {
-        ["libtorch_cpu.so", "libc10.so"]
+        ["libtorch_cpu.so", "libc10.so", "libtorch_python.so"]
     };
     let flags = RTLD_LAZY | libc::RTLD_NOLOAD;
     // SAFETY: libraries that are loaded already, so that nothing of theirs is run.
-    let [cpu, c10] = names.map(|name| unsafe { Library::open(Some(name), flags) }.map_err(|_| missing(name)));
-    let (cpu, c10) = (cpu?, c10?);
+    let [cpu, c10, python] =
+        names.map(|name| unsafe { Library::open(Some(name), flags) }.map_err(|_| missing(name)));
+    let (cpu, c10, python) = (cpu?, c10?, python?);
     let call = Functions::load(&cpu).map_err(missing)?;
     // SAFETY: functions of these names have these types.
-    let (fail, to_python, from_blob, dtypes) = unsafe {
+    let (fail, wrap, from_blob, dtypes) = unsafe {
         let fail = c10
             .get("_ZN3c106detail14torchCheckFailEPKcS2_jS2_")
             .map_err(|_| missing("c10::detail::torchCheckFail"))?;
@@ -189,9 +193,10 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
             let name = name.to_str().map_err(|_| missing("a dtype"))?;
             *number = cpu.get::<unsafe extern "C" fn() -> i32>(name).map_err(|_| missing(name))?();
         }
-        let to_python = cpu.get::<ToPython>("torch_tensor_to_pyobject").ok();
+        let wrap = python.get::<Wrap>("_Z16THPVariable_WrapRKN2at10TensorBaseE");
+        let wrap = wrap.map_err(|_| missing("THPVariable_Wrap"))?;
         let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
-        (*fail, to_python.map(|function| *function), from_blob.map(|function| *function), dtypes)
+        (*fail, *wrap, from_blob.map(|function| *function), dtypes)
     };
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
@@ -199,7 +204,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
         // SAFETY: a number.
         cuda: unsafe { (call.aoti_torch_device_type_cuda)() },
         call,
-        to_python,
+        wrap,
         from_blob,
         fail,
         dtypes,
@@ -222,6 +227,14 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
 pub(crate) fn get() -> Option<&'static Libtorch> {
     LIBTORCH.get()
 }
+
+/// A tensor as an object of Python's, and what it is.
+pub(crate) type Fresh<'py> = (Bound<'py, PyAny>, Tensor);
+
+/// Elements between tensors of one storage are a multiple of this, so that each begins as it would in an allocation of its own.
+const STEP: usize = 512;
+/// Elements of tensors that are small: as much memory as one of them may hold on to for the others.
+const MOST_TOGETHER: usize = 1 << 20;
 
 /// What both operators take after their tensors.
 const HEADS: &str =
@@ -329,29 +342,50 @@ impl Libtorch {
         like: &Tensor,
         shape: &[usize],
         argument: &str,
-    ) -> PyResult<(Bound<'py, PyAny>, Tensor)> {
+    ) -> PyResult<Fresh<'py>> {
         let py = object.py();
-        let made = match (self.to_python, self.number_of(like.dtype)) {
-            (Some(to_python), Some(dtype)) => {
-                let handle = self.empty(shape, dtype, like.device)?;
-                let mut made = std::ptr::null_mut();
-                // SAFETY: a handle that was just made, the GIL, and a place for the answer, a new reference if the status is 0.
-                let status = unsafe { to_python(handle.0, std::ptr::null_mut(), &raw mut made) };
-                if status != 0 {
-                    return Err(Failed("torch_tensor_to_pyobject").into());
-                }
-                // SAFETY: as above, and a tensor that lives.
-                let (made, address) = unsafe {
-                    (Bound::from_owned_ptr_or_err(py, made)?, ask!(self, aoti_torch_get_data_ptr(handle.0))?)
-                };
-                let tensor = Tensor::dense(address as usize, like.dtype, like.device, shape);
-                return Ok((made, tensor));
-            }
-            // Slower, and as good. (DLPack's allocator is not: its tensors are not the caching allocator's own.)
-            _ => object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?,
+        let Some(dtype) = self.number_of(like.dtype) else {
+            // A dtype without a number here: slower, and as good.
+            let made = object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?;
+            let tensor = self.exchange.borrow(&made, argument)?;
+            return Ok((made, tensor));
         };
-        let tensor = self.exchange.borrow(&made, argument)?;
-        Ok((made, tensor))
+        let handle = self.empty(shape, dtype, like.device)?;
+        Ok((handle.object(py)?, handle.dense(like, shape)?))
+    }
+
+    /// Fresh, dense tensors of a GPU that are small, in one storage: an allocation costs more than all that is done here besides. `None`
+    /// where they are not small, or of a dtype without a number here.
+    #[inline]
+    pub(crate) fn empty_together<'py>(
+        &self,
+        py: Python<'py>,
+        like: &Tensor,
+        shapes: &[&[usize]],
+    ) -> PyResult<Option<Vec<Fresh<'py>>>> {
+        let elements =
+            |shape: &[usize]| shape.iter().fold(1usize, |elements, dim| elements.saturating_mul(*dim));
+        let place = |shape: &[usize]| elements(shape).saturating_add(STEP - 1) / STEP * STEP;
+        let all = shapes.iter().fold(0usize, |all, shape| all.saturating_add(place(shape)));
+        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= MOST_TOGETHER) else {
+            return Ok(None);
+        };
+        let storage = self.empty(&[all], dtype, like.device)?;
+        let mut offset = 0;
+        let mut made = Vec::with_capacity(4);
+        for shape in shapes {
+            let dense = Tensor::dense(0, like.dtype, like.device, shape);
+            let (dims, sizes, strides) =
+                (shape.len() as i64, dense.shape().as_ptr(), dense.strides().as_ptr());
+            // SAFETY: so many sizes and strides, of elements that are there.
+            let part = unsafe {
+                ask!(self, aoti_torch__reinterpret_tensor(storage.0, dims, sizes, strides, offset as i64))?
+            };
+            let part = Handle(part, self);
+            made.push((part.object(py)?, part.dense(like, shape)?));
+            offset += place(shape);
+        }
+        Ok(Some(made))
     }
 
     /// Tells autograd that tensors were written to, where it would have to know.
@@ -479,6 +513,19 @@ impl Drop for Handle<'_> {
 }
 
 impl Handle<'_> {
+    /// As an object of Python's.
+    fn object<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set.
+        unsafe { Bound::from_owned_ptr_or_err(py, (self.1.wrap)(self.0)) }
+    }
+
+    /// What it is, known to be dense and like another.
+    fn dense(&self, like: &Tensor, shape: &[usize]) -> PyResult<Tensor> {
+        // SAFETY: a tensor that lives.
+        let address = unsafe { ask!(self.1, aoti_torch_get_data_ptr(self.0))? };
+        Ok(Tensor::dense(address as usize, like.dtype, like.device, shape))
+    }
+
     /// What the handle stands for; its memory is to be written to or not.
     fn tensor(&self, argument: &str, write: bool) -> PyResult<(Tensor, i32)> {
         let torch = self.1;

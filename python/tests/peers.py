@@ -1,11 +1,12 @@
 """The engines' own source, for the tests of the integrations: fetched once with pip, read from a folder.
 
-    python python/tests/peers.py [sglang] [vllm]      # into $GDN_PEERS, by default the folder peers/ of the
-    repository
+    python python/tests/peers.py [sglang] [vllm] [vllm_ascend]
 
-SGLang and vLLM cannot be installed beside a torch of one's own choice, so their wheels are downloaded (40 and
-340 MB, with the hashes pinned here), their Python files are unpacked and the wheels are deleted. Nothing of
-them is in this repository.
+Into $GDN_PEERS, by default the folder peers/ of the repository.
+
+SGLang and vLLM cannot be installed beside a torch of one's own choice, so their wheels are downloaded (40,
+340 and 26 MB, with the hashes pinned here), their Python files are unpacked and the wheels are deleted.
+Nothing of them is in this repository.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ WHEELS = {  # package: (release, Python, platform, SHA-256 of the wheel)
         "3.11",
         "manylinux_2_28_x86_64",
         "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa",
+    ),
+    "vllm_ascend": (
+        "0.23.0",
+        "3.11",
+        "manylinux_2_34_x86_64",
+        "4f0d25d3b6d8ae85753b53d4bd8d910418865baf413fa779b87012ad1a4a3f87",
     ),
 }
 

@@ -18,8 +18,8 @@ import stand_ins
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="SGLang's kernels are Triton's")
 
-import gdn.integrations.sglang as integration  # noqa: E402
-from gdn.integrations import UnknownEngine, known  # noqa: E402
+import gdn.integrations.sglang as integration
+from gdn.integrations import UnknownEngine, known
 
 FOLDER = peers.folder("sglang")
 pytestmark = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers.models.qwen3_next import modeling_qwen3_next as modeling  # noqa: E402
+from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
-import gdn.integrations.transformers as integration  # noqa: E402
-from gdn.integrations import UnknownEngine, known, rewrite  # noqa: E402
+import gdn.integrations.transformers as integration
+from gdn.integrations import UnknownEngine, known, rewrite
 
 Layer = modeling.Qwen3NextGatedDeltaNet
 HEADS = [(4, 8, 32, 32), (2, 6, 16, 24), (3, 12, 24, 8)]

@@ -19,9 +19,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="vLLM's layer imports it")
 pytest.importorskip("einops", reason="vLLM's layer imports it")
 
-import gdn.integrations.vllm as integration  # noqa: E402
-from gdn.integrations import UnknownEngine, known  # noqa: E402
-from gdn.integrations.on_import import OnImport  # noqa: E402
+import gdn.integrations.vllm as integration
+from gdn.integrations import UnknownEngine, known
+from gdn.integrations.on_import import OnImport
 
 FOLDER = peers.folder("vllm")
 pytestmark = pytest.mark.skipif(

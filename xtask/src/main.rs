@@ -1,5 +1,6 @@
 //! The project's own chores: `cargo xtask test`, `cargo xtask record`, `cargo xtask ptx`.
 
+mod ascend;
 mod examples;
 mod neon;
 mod ptx;
@@ -31,6 +32,12 @@ enum Task {
     },
     /// Compile the examples that are packages of their own
     Examples,
+    /// Lower the Triton kernel with triton-ascend, and run what comes out on the CPU
+    Ascend {
+        /// Arguments for pytest
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        pytest: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -39,5 +46,6 @@ fn main() -> anyhow::Result<()> {
         Task::Record(args) => record::run(&args),
         Task::Ptx { check } => ptx::run(check),
         Task::Examples => examples::run(),
+        Task::Ascend { pytest } => ascend::run(&pytest),
     }
 }

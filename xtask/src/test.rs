@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::{
-    examples, neon, ptx, python,
+    ascend, examples, neon, ptx, python,
     shell::{self, apt_install, cargo, command, has, root},
 };
 
@@ -41,13 +41,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
         ("tests", &|| shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
-    let slow: [Step<'_>; 8] = [
+    let slow: [Step<'_>; 9] = [
         ("the library and the command without CUDA", &|| {
             shell::run(&mut cargo(&["clippy", "-p", "gdn", "--all-targets", "--", "-Dwarnings"]))?;
             shell::run(&mut cargo(&["clippy", "-p", "gdn-cli", "--no-default-features", "--", "-Dwarnings"]))
         }),
         ("the PTX of the kernels", &kernels),
         ("examples that are packages of their own", &examples::run),
+        ("the Triton kernel, lowered for Ascend and run on the CPU", &|| ascend::run(&[])),
         ("licences and duplicate dependencies", &licences),
         ("tests under the address sanitizer", &sanitizer),
         ("fuzzing", &|| fuzz(args.fuzz_seconds)),

@@ -3,9 +3,11 @@
 
 mod support;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use gdn::{
     Cpu, Heads, Layout, Packing,
-    cpu::{Isa, Stores},
+    cpu::{Executor, Isa, Stores},
     reference,
 };
 use proptest::prelude::*;
@@ -102,6 +104,44 @@ fn automatic_choices() {
     for num_rows in [0, 1, 64, 3000] {
         there_and_back(&layout, num_rows, [2, 4], [Shape::default(); 6], &Cpu::new());
     }
+}
+
+#[test]
+fn threads_that_are_not_ours() {
+    let each: Executor = |chunks, work| (0..chunks).for_each(work);
+    let backwards: Executor = |chunks, work| (0..chunks).rev().for_each(work);
+    let scoped: Executor = |chunks, work| {
+        std::thread::scope(|scope| (0..chunks).for_each(|i| drop(scope.spawn(move || work(i)))));
+    };
+    // What an executor should not do, and what must not matter: nothing, everything at the same time as somebody else, too much.
+    let idle: Executor = |_, _| {};
+    let crowded: Executor = |chunks, work| {
+        std::thread::scope(|scope| {
+            (0..3).for_each(|_| drop(scope.spawn(move || (0..chunks + 2).for_each(work))))
+        });
+    };
+    let layout = Layout::new(Heads::new(2, 6, 32, 32).unwrap(), Packing::Interleaved);
+    for executor in [each, backwards, scoped, idle, crowded] {
+        for threads in [1, 2, 3, 7] {
+            for num_rows in [0, 1, 2, 3, 8, 17] {
+                let cpu = Cpu::new().threads(threads).executor(executor);
+                there_and_back(&layout, num_rows, [2, 2], [Shape::default(); 6], &cpu);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_executor_is_asked_once_for_each_chunk() {
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let counted: Executor = |chunks, work| {
+        CALLS.fetch_add(chunks, Ordering::Relaxed);
+        (0..chunks).for_each(work);
+    };
+    let layout = Layout::new(Heads::new(2, 2, 8, 8).unwrap(), Packing::Contiguous);
+    let cpu = Cpu::new().threads(3).executor(counted);
+    there_and_back(&layout, 9, [2, 2], [Shape::default(); 6], &cpu);
+    assert_eq!(CALLS.load(Ordering::Relaxed), 2 * 3, "a split and a merge of three chunks");
 }
 
 fn shape() -> impl Strategy<Value = Shape> {

@@ -1,4 +1,4 @@
-"""Integrations with engines: `gdn.integrations.sglang`, `.vllm` and `.transformers`.
+"""Integrations with engines: `gdn.integrations.sglang`, `.vllm`, `.vllm_ascend` and `.transformers`.
 
 Each is off until asked for. Each has the same four names:
 
