@@ -603,21 +603,49 @@ kernels! {
     merge_out(Merge, true);
 }
 
+/// The most of an error's sentence that PyTorch is told, with a zero at its end.
+const SENTENCE: usize = 1024;
+
+/// Nothing here is dropped while what `fail` throws goes through: cleaning up would call this library's own unwinder, which is not
+/// libtorch's where it was linked in.
+///
 /// # Safety
 /// `stack` is that of the operator.
 unsafe fn kernel(stack: *mut u64, direction: Direction, out: bool) {
     let Some(torch) = get() else { return };
+    let mut sentence = [0; SENTENCE];
+    // SAFETY: the caller's promise.
+    if unsafe { succeeds(torch, stack, direction, out, &mut sentence) } {
+        return;
+    }
+    let name = if direction == Direction::Split { c"gdn::split" } else { c"gdn::merge" };
+    // SAFETY: texts that end with a zero. It throws, through frames that allow it.
+    unsafe { (torch.fail)(name.as_ptr(), c"gdn".as_ptr(), 0, sentence.as_ptr().cast()) }
+}
+
+/// Calls the operator. Where that fails, `sentence` says why, and ends with a zero.
+///
+/// # Safety
+/// As [`kernel`].
+#[inline(never)]
+unsafe fn succeeds(
+    torch: &Libtorch,
+    stack: *mut u64,
+    direction: Direction,
+    out: bool,
+    sentence: &mut [u8; SENTENCE],
+) -> bool {
     // SAFETY: the caller's promise.
     let done = std::panic::catch_unwind(AssertUnwindSafe(|| unsafe { call(torch, stack, direction, out) }));
     let error = match done {
-        Ok(Ok(())) => return,
+        Ok(Ok(())) => return true,
         Ok(Err(error)) => Python::attach(|py| error.value(py).to_string()),
         Err(_) => "a bug of gdn: the operator panicked".to_owned(),
     };
-    let message = CString::new(error.replace('\0', " ")).unwrap_or_default();
-    let name = if direction == Direction::Split { c"gdn::split" } else { c"gdn::merge" };
-    // SAFETY: texts that end with a zero. It throws, through frames that allow it.
-    unsafe { (torch.fail)(name.as_ptr(), c"gdn".as_ptr(), 0, message.as_ptr()) }
+    let text = error.replace('\0', " ");
+    let length = (0..SENTENCE).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    sentence[..length].copy_from_slice(&text.as_bytes()[..length]);
+    false
 }
 
 /// # Safety

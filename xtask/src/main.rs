@@ -4,6 +4,7 @@ mod ascend;
 mod examples;
 mod neon;
 mod ptx;
+mod python;
 mod record;
 mod shell;
 mod test;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::{
-    ascend, examples, neon, ptx,
+    ascend, examples, neon, ptx, python,
     shell::{self, apt_install, cargo, command, has, root},
 };
 
@@ -14,6 +14,9 @@ pub(crate) struct Args {
     /// Leave out what takes minutes: licences, sanitizer, fuzzing, the emulated processor
     #[arg(long)]
     quick: bool,
+    /// Leave out the Python package, whose environment is 5 GB
+    #[arg(long)]
+    no_python: bool,
     /// Only the steps whose names have this in them
     #[arg(long, value_name = "PART")]
     only: Option<String>,
@@ -21,6 +24,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 20)]
     fuzz_seconds: u32,
 }
+
+const PYTHON: &str = "the Python package";
 
 type Step<'a> = (&'a str, &'a dyn Fn() -> anyhow::Result<()>);
 
@@ -36,7 +41,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
         ("tests", &|| shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
-    let slow: [Step<'_>; 8] = [
+    let slow: [Step<'_>; 9] = [
         ("the library and the command without CUDA", &|| {
             shell::run(&mut cargo(&["clippy", "-p", "gdn", "--all-targets", "--", "-Dwarnings"]))?;
             shell::run(&mut cargo(&["clippy", "-p", "gdn-cli", "--no-default-features", "--", "-Dwarnings"]))
@@ -48,8 +53,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ("tests under the address sanitizer", &sanitizer),
         ("fuzzing", &|| fuzz(args.fuzz_seconds)),
         ("tests on an emulated 64-bit Arm", &neon::test),
+        (PYTHON, &python::test),
     ];
-    let chosen = |name: &str| args.only.as_ref().is_none_or(|part| name.contains(part.as_str()));
+    let chosen = |name: &str| {
+        let skipped = args.no_python && name == PYTHON;
+        !skipped && args.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
+    };
     let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|(name, _)| chosen(name));
     for (name, step) in steps {
         let started = Instant::now();
@@ -59,6 +68,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     if args.quick {
         println!("\nskipped (--quick): {}", slow.map(|(name, _)| name).join(", "));
+    }
+    if args.no_python && !args.quick {
+        println!("\nskipped (--no-python): {PYTHON}");
     }
     if let Some(part) = &args.only {
         println!("\nonly '{part}' was run");

@@ -1,0 +1,235 @@
+"""Objects that have `__dlpack__` and nothing else, written here; and JAX's arrays."""
+
+import ctypes
+import gc
+
+import numpy as np
+import oracle_numpy as oracle
+import pytest
+
+import gdn
+
+HEADS = (2, 4, 8, 16)
+PARTS = [(5, 96), (5, 4, 16), (5, 4), (5, 4)]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_int32), ("ordinal", ctypes.c_int32)]
+
+
+class DType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", DType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class Managed(ctypes.Structure):
+    _fields_ = [("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class Versioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", Tensor),
+    ]
+
+
+capsule_of = ctypes.pythonapi.PyCapsule_New
+capsule_of.restype = ctypes.py_object
+capsule_of.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+class Producer:
+    """An array of NumPy's under DLPack's protocol alone."""
+
+    def __init__(
+        self, array, old=False, read_only=False, dense=False, offset=0, device=(1, 0), version=(1, 0), **dtype
+    ):
+        self.array, self.old, self.device, self.asked = array, old, device, []
+        dims = array.ndim
+        self.shape = (ctypes.c_int64 * dims)(*array.shape)
+        self.strides = (ctypes.c_int64 * dims)(*[stride // array.itemsize for stride in array.strides])
+        code = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}[array.dtype.kind]
+        tensor = Tensor(
+            array.ctypes.data - offset,
+            Device(*device),
+            dims,
+            DType(**(dict(code=code, bits=8 * array.itemsize, lanes=1) | dtype)),
+            self.shape,
+            None if dense else self.strides,
+            offset,
+        )
+        self.managed = Managed(tensor) if old else Versioned(*version, None, None, int(read_only), tensor)
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **how):
+        if self.old and "max_version" in how:
+            raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
+        self.asked.append(how)
+        name = b"dltensor" if self.old else b"dltensor_versioned"
+        return capsule_of(ctypes.addressof(self.managed), name, None)
+
+
+def arrays(dtype="f4"):
+    return oracle.packed(5, HEADS, dtype)
+
+
+def outs(dtype="f4", **how):
+    made = [np.full(shape, 7, dtype) for shape in PARTS]
+    return made, tuple(Producer(one, **how) for one in made)
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("dense, offset", [(False, 0), (True, 0), (False, 16), (True, 24)])
+def test_a_producer(old, dense, offset):
+    qkvz, ba = arrays()
+    expected = oracle.split(qkvz, ba, HEADS, "interleaved")
+    how = dict(old=old, dense=dense, offset=offset)
+    made, out = outs(**how)
+    one = Producer(qkvz, **how)
+    got = gdn.split(one, Producer(ba, **how), *HEADS, out=out)
+    assert all(part is other for part, other in zip(got, out, strict=True))
+    oracle.same(tuple(made), expected)
+    assert all("stream" not in how or how["stream"] is None for how in one.asked)
+    back = [np.zeros_like(qkvz), np.zeros_like(ba)]
+    gdn.merge(*out, *HEADS, out=tuple(Producer(one, **how) for one in back))
+    oracle.same(tuple(back), [qkvz, ba])
+
+
+def test_strided_rows():
+    qkvz, ba = arrays()
+    wide = np.zeros((5, 200), "f4")
+    wide[:, 3:163] = qkvz
+    made, out = outs()
+    gdn.split(Producer(wide[:, 3:163]), Producer(ba), *HEADS, out=out)
+    oracle.same(tuple(made), oracle.split(qkvz, ba, HEADS, "interleaved"))
+
+
+def test_a_producer_that_is_read_only():
+    qkvz, ba = arrays()
+    made, out = outs()
+    gdn.split(Producer(qkvz, read_only=True), Producer(ba, read_only=True), *HEADS, out=out)
+    oracle.same(tuple(made), oracle.split(qkvz, ba, HEADS, "interleaved"))
+    made, out = outs(read_only=True)
+    with pytest.raises(ValueError, match="mixed_qkv is read-only, it is to be written"):
+        gdn.split(Producer(qkvz), Producer(ba), *HEADS, out=out)
+    assert all((one == 7).all() for one in made)
+
+
+def test_producers_that_are_refused():
+    qkvz, ba = arrays()
+    made, out = outs()
+    for wrong, error, message in [
+        (Producer(qkvz, bits=4), TypeError, "mixed_qkvz has dtype float4, expected whole bytes"),
+        (Producer(qkvz, lanes=2), TypeError, "mixed_qkv has dtype float32, mixed_qkvz has float32 x 2"),
+        (Producer(qkvz, code=4), TypeError, "mixed_qkv has dtype float32, mixed_qkvz has bfloat32"),
+        (Producer(qkvz, version=(2, 0)), TypeError, "mixed_qkvz speaks DLPack 2.0, known is 1"),
+        (Producer(qkvz, device=(10, 0)), ValueError, "is on .*10:0"),
+        (Producer(qkvz[:, :-1]), ValueError, "mixed_qkvz has 159 features, .* need 160"),
+        (Producer(qkvz[None, None]), ValueError, "mixed_qkvz has 4 dims, expected at most 3"),
+    ]:
+        with pytest.raises(error, match=message):
+            gdn.split(wrong, Producer(ba), *HEADS, out=out)
+        assert all((one == 7).all() for one in made)
+
+
+def test_no_capsule():
+    class Liar:
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **how):
+            return "a capsule"
+
+    class Failing(Liar):
+        def __dlpack__(self, **how):
+            raise BufferError("not today")
+
+    _, ba = arrays()
+    made, out = outs()
+    with pytest.raises(TypeError):
+        gdn.split(Liar(), Producer(ba), *HEADS, out=out)
+    with pytest.raises(BufferError, match="not today"):
+        gdn.split(Failing(), Producer(ba), *HEADS, out=out)
+    assert all((one == 7).all() for one in made)
+
+
+def test_no_framework_to_make_outputs():
+    qkvz, ba = arrays()
+    with pytest.raises(
+        TypeError, match="no mixed_qkv can be made like a .*Producer on cpu, give tensors to write to"
+    ):
+        gdn.split(Producer(qkvz), Producer(ba), *HEADS)
+
+
+def test_capsules_are_not_consumed():
+    """A producer may be asked again and again, and everything it lent is given back."""
+    qkvz, ba = arrays()
+    made, out = outs()
+    before = len(gc.get_objects())
+    for _ in range(100):
+        one = Producer(qkvz)
+        gdn.split(one, Producer(ba), *HEADS, out=out)
+        assert len(one.asked) == 1
+        for kept in out:
+            kept.asked.clear()
+    del one
+    gc.collect()
+    assert len(gc.get_objects()) < before + 100
+
+
+@pytest.mark.parametrize("packing", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "bool", "float16"])
+@pytest.mark.parametrize("n", [0, 1, 5, 70])
+def test_jax(n, name, packing):
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "cpu":
+        pytest.skip("JAX's default is not the CPU")
+    jnp = jax.numpy
+    heads = (3, 9, 7, 5)
+    qkvz, ba = (jnp.asarray(array) for array in oracle.packed(n, heads, jnp.dtype(name)))
+    parts = gdn.split(qkvz, ba, *heads, packing)
+    assert all(isinstance(part, jax.Array) and part.dtype == jnp.dtype(name) for part in parts)
+    oracle.same(parts, oracle.split(np.asarray(qkvz), np.asarray(ba), heads, packing))
+    oracle.same(gdn.merge(*parts, *heads, packing), [np.asarray(qkvz), np.asarray(ba)])
+
+
+def test_jax_arrays_outlive_what_made_them():
+    jax = pytest.importorskip("jax")
+    qkvz, ba = (jax.numpy.asarray(array) for array in arrays("i4"))
+    expected = oracle.split(np.asarray(qkvz), np.asarray(ba), HEADS, "interleaved")
+    kept = [gdn.split(qkvz, ba, *HEADS) for _ in range(50)]
+    gc.collect()
+    for parts in kept:
+        oracle.same(parts, expected)
+    doubled = jax.jit(lambda part: part + part)(kept[0][0])
+    assert np.array_equal(np.asarray(doubled), expected[0] + expected[0])
+
+
+def test_jax_arrays_are_not_written():
+    jax = pytest.importorskip("jax")
+    qkvz, ba = (jax.numpy.asarray(array) for array in arrays())
+    out = tuple(jax.numpy.zeros(shape, "float32") for shape in PARTS)
+    try:
+        gdn.split(qkvz, ba, *HEADS, out=out)
+    except (ValueError, TypeError):
+        pass
+    else:
+        pytest.xfail("arrays that JAX takes for unchangeable are written to: its capsules do not say so")
+    assert all((np.asarray(one) == 0).all() for one in out)

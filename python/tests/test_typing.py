@@ -1,0 +1,44 @@
+"""The stubs are those of the module, and a checker understands the package's use."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("mypy")
+
+USE = """
+import numpy as np
+import gdn
+import numpy.typing as npt
+array: npt.NDArray[np.float32] = np.zeros((3, 160), np.float32)
+parts: tuple[npt.NDArray[np.float32], ...] = gdn.split(array, array, 2, 4, 8, 16)
+heads, packing = gdn.preset("Qwen/Qwen3-Next-80B-A3B-Instruct")
+number: int = heads.num_k_heads + gdn.tiling(1, 2, 3).grid
+text: str = packing + gdn.__version__
+gdn.split(array, array, 2, 4, 8, "sixteen")
+"""
+
+
+def test_use(tmp_path):
+    (tmp_path / "use.py").write_text(USE)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--cache-dir",
+        str(tmp_path),
+        "use.py",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "Found 1 error" in done.stdout and 'use.py:10: error: Argument 6 to "split"' in done.stdout, (
+        done.stdout
+    )
+
+
+def test_stubs(tmp_path):
+    command = [sys.executable, "-m", "mypy.stubtest", "gdn._gdn", "--ignore-missing-stub"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

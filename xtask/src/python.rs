@@ -1,0 +1,130 @@
+//! The Python package, as its users get it: the release wheel, installed in a virtual environment of its own, and its tests.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, bail, ensure};
+
+use crate::shell::{apt_install, command, has, root, run};
+
+/// The Python of the tests: the engines' wheels, which the integrations are held to, are for this one.
+const PYTHON: &str = "3.11";
+/// What the wheel asks of a system: the glibc of Debian 10, RHEL 8 and Ubuntu 20.04.
+const PLATFORM: &str = "manylinux_2_28";
+const REQUIREMENTS: &str = "python/tests/requirements.txt";
+
+/// Builds the wheel, installs it, and runs the package's tests.
+///
+/// # Errors
+/// What pip, maturin or the tests say.
+pub(crate) fn test() -> anyhow::Result<()> {
+    if !cfg!(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))) {
+        println!("skipped: the wheel is built for Linux");
+        return Ok(());
+    }
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let environment = Environment::ready(&target.join("python/environment"))?;
+    let wheel = environment.build(&target.join("python/wheels"))?;
+    println!("python: {}", wheel.display());
+    run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
+    run(&mut environment.python(&["-m", "ruff", "check", "--select=E9,F,I", "python"]))?;
+    run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
+    run(&mut environment.python(&["python/tests/peers.py"]))?;
+    // From its own folder, so that `import gdn` finds what is installed and not the sources.
+    let mut pytest = environment.program("pytest");
+    pytest.args(["-q", "-rs", "--durations=5"]).current_dir(root().join("python"));
+    run(pytest.env("OMP_NUM_THREADS", "2"))?;
+    let mut doctest = environment.python(&[
+        "-c",
+        "import doctest, gdn, sys; sys.exit(doctest.testmod(gdn, optionflags=doctest.ELLIPSIS).failed)",
+    ]);
+    run(doctest.current_dir(&target))
+}
+
+/// A virtual environment.
+struct Environment {
+    folder: PathBuf,
+}
+
+impl Environment {
+    /// The environment with what the tests require. Made and filled once; filled again where the requirements are others.
+    fn ready(folder: &Path) -> anyhow::Result<Self> {
+        let environment = Self { folder: folder.to_owned() };
+        let wanted = fs::read_to_string(root().join(REQUIREMENTS)).context(REQUIREMENTS)?;
+        let installed = folder.join("requirements.txt");
+        if fs::read_to_string(&installed).is_ok_and(|installed| installed == wanted) {
+            return Ok(environment);
+        }
+        if !folder.join("bin/pip").exists() {
+            let python = interpreter()?;
+            let make = || command(&python, &["-m", "venv", "--clear"]).arg(folder).status();
+            if !make()?.success() {
+                apt_install(&["python3-venv"])?;
+                ensure!(make()?.success(), "{python} makes no virtual environment");
+            }
+        }
+        run(&mut environment.pip(&["--upgrade", "--requirement", REQUIREMENTS]))?;
+        fs::write(&installed, wanted)?;
+        Ok(environment)
+    }
+
+    /// A program of the environment, which finds the others.
+    fn program(&self, name: &str) -> Command {
+        let bin = self.folder.join("bin");
+        let mut program = command(&bin.join(name).display().to_string(), &[]);
+        let path = env::var_os("PATH").unwrap_or_default();
+        let paths = std::iter::once(bin).chain(env::split_paths(&path));
+        if let Ok(paths) = env::join_paths(paths) {
+            program.env("PATH", paths);
+        }
+        program.env("VIRTUAL_ENV", &self.folder).env_remove("PYTHONPATH").env_remove("PYTHONHOME");
+        program
+    }
+
+    fn python(&self, args: &[&str]) -> Command {
+        let mut python = self.program("python");
+        python.args(args);
+        python
+    }
+
+    fn pip(&self, args: &[&str]) -> Command {
+        let mut pip = self.python(&["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
+        pip.args(args);
+        pip
+    }
+
+    /// The wheel that is released: linked by zig against the glibc of [`PLATFORM`], whatever this machine has.
+    fn build(&self, wheels: &Path) -> anyhow::Result<PathBuf> {
+        if wheels.exists() {
+            fs::remove_dir_all(wheels)?;
+        }
+        let mut maturin = self.program("maturin");
+        maturin.args(["build", "--release", "--locked", "--zig", "--compatibility", PLATFORM, "--out"]);
+        run(maturin.arg(wheels).current_dir(root().join("python")))?;
+        let made =
+            fs::read_dir(wheels)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
+        let [wheel] = &made[..] else { bail!("maturin made {made:?}, expected one wheel") };
+        let name = wheel.file_name().unwrap_or_default().to_string_lossy();
+        let tag = format!("-cp310-abi3-{PLATFORM}_{}.whl", env::consts::ARCH);
+        ensure!(name.ends_with(&tag), "{name} is not a wheel for {tag}");
+        Ok(wheel.clone())
+    }
+}
+
+/// An interpreter of the version that is wanted.
+fn interpreter() -> anyhow::Result<String> {
+    let fits = |name: &&str| {
+        let version =
+            Command::new(name).args(["-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).output();
+        version.is_ok_and(|version| version.stdout.trim_ascii() == PYTHON.as_bytes())
+    };
+    let names = ["python3.11", "python3", "python"];
+    if !names.iter().any(fits) && has("apt-get") {
+        apt_install(&["python3.11", "python3.11-venv"])?;
+    }
+    let found = names.into_iter().find(|name| fits(name));
+    found.map(str::to_owned).with_context(|| format!("Python {PYTHON} must be installed first"))
+}
