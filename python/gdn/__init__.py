@@ -81,7 +81,7 @@ def split(
     With ``HK, HV = num_k_heads, num_v_heads``, ``DK, DV = head_k_dim, head_v_dim`` and ``R = HV / HK``:
 
     Args:
-        mixed_qkvz: ``[N, 2*HK*DK + 2*HV*DV]``, elements of 1, 2, 4 or 8 bytes. Rows are dense and may lie any distance apart.
+        mixed_qkvz: ``[N, 2*HK*DK + 2*HV*DV]``, elements of 1, 2, 4 or 8 bytes. Rows are dense and may lie apart.
         mixed_ba: ``[N, 2*HV]``, on the same device; its dtype may be another.
         packing: ``"interleaved"`` (Qwen3-Next: for each k head ``q | k | v of R heads | z of R heads``, and ``b | a``) or
             ``"contiguous"`` (Qwen3.5, Qwen3.6: ``Q | K | V | Z``, and ``B | A``).
@@ -159,7 +159,7 @@ def fused_qkvzba_split_reshape_cat(
 ) -> tuple[T, T, T, T]:
     """:func:`split` of Qwen3-Next's interleaved packing, under the name and arguments that SGLang and vLLM-Ascend have for it."""
     if not _is_compiling():
-        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
+        parts = _gdn.split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v, "interleaved")
         if parts is not None:
             return parts
     return split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)

@@ -12,7 +12,7 @@ def split(
     num_v_heads: int,
     head_k_dim: int,
     head_v_dim: int,
-    packing: str = "interleaved",
+    packing: str,
     out: Any | None = None,
 ) -> tuple[Any, Any, Any, Any] | None: ...
 def merge(
@@ -24,7 +24,7 @@ def merge(
     num_v_heads: int,
     head_k_dim: int,
     head_v_dim: int,
-    packing: str = "interleaved",
+    packing: str,
     out: Any | None = None,
 ) -> tuple[Any, Any] | None: ...
 def repack_weight(

@@ -40,6 +40,13 @@ def _check(name: str, tensor: Tensor, features: int, rows: Any) -> None:
     torch._check(tensor.shape[0] == rows, lambda: f"{name} has {tensor.shape[0]} rows, expected {rows}")
 
 
+def _check_devices(**tensors: Tensor) -> None:
+    first, *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first[1].device:
+            raise ValueError(f"{name} is on {tensor.device}, {first[0]} is on {first[1].device}")
+
+
 def _check_packing(packing: str) -> None:
     if packing not in ("interleaved", "contiguous"):
         raise ValueError(f"packing is {packing!r}, expected 'interleaved' or 'contiguous'")
@@ -59,6 +66,7 @@ def _fake_split(
     rows = mixed_qkvz.shape[0]
     _check("mixed_qkvz", mixed_qkvz, qkvz, rows)
     _check("mixed_ba", mixed_ba, ba, rows)
+    _check_devices(mixed_qkvz=mixed_qkvz, mixed_ba=mixed_ba)
     return (
         mixed_qkvz.new_empty((rows, qkv)),
         mixed_qkvz.new_empty((rows, num_v_heads, head_v_dim)),
@@ -87,6 +95,7 @@ def _fake_merge(
     _check("z", z.flatten(1) if z.dim() == 3 else z, v, rows)
     _check("b", b, num_v_heads, rows)
     _check("a", a, num_v_heads, rows)
+    _check_devices(mixed_qkv=mixed_qkv, z=z, b=b, a=a)
     return mixed_qkv.new_empty((rows, qkvz)), b.new_empty((rows, ba))
 
 

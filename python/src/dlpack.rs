@@ -141,10 +141,11 @@ pub(crate) fn borrow<'py>(
     argument: &str,
 ) -> PyResult<(Tensor, Option<Bound<'py, PyAny>>)> {
     let py = object.py();
-    if let Ok(capsule) = object.getattr(intern!(py, "__array_struct__")) {
+    let array = object.getattr(intern!(py, "__array_struct__"));
+    if let Some(capsule) = array.ok().and_then(|array| array.cast_into::<PyCapsule>().ok()) {
         // SAFETY: what the attribute of that name is.
         let tensor = unsafe { read_array(object, &capsule, argument)? };
-        return Ok((tensor, Some(capsule)));
+        return Ok((tensor, Some(capsule.into_any())));
     }
     if let Some(exchange) = Exchange::of(&object.get_type()) {
         return Ok((exchange.borrow(object, argument)?, None));
@@ -171,7 +172,7 @@ pub(crate) fn borrow<'py>(
         capsule => capsule?,
     };
     // SAFETY: what `__dlpack__` is there to give; the names say which.
-    let tensor = unsafe {
+    let mut tensor = unsafe {
         let capsule = capsule.cast::<PyCapsule>()?;
         if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
             let managed: &ManagedVersioned = pointer.cast().as_ref();
@@ -188,7 +189,18 @@ pub(crate) fn borrow<'py>(
             read(&managed.tensor, false, argument)?
         }
     };
+    // JAX does not say through DLPack that nobody may write to its arrays.
+    let is_jax = module(py, "jax").is_some_and(|jax| {
+        jax.getattr(intern!(py, "Array")).is_ok_and(|array| object.is_instance(&array).unwrap_or(false))
+    });
+    tensor.read_only |= is_jax;
     Ok((tensor, Some(capsule)))
+}
+
+/// A module, if the program has imported it.
+pub(crate) fn module<'py>(py: Python<'py>, name: &str) -> Option<Bound<'py, PyAny>> {
+    let modules = py.import(intern!(py, "sys")).ok()?.getattr(intern!(py, "modules")).ok()?;
+    modules.get_item(name).ok().filter(|module| !module.is_none())
 }
 
 /// `PyArrayInterface`
@@ -212,10 +224,9 @@ const WRITEABLE: c_int = 0x400;
 /// `capsule` is the `__array_struct__` of `object`.
 unsafe fn read_array(
     object: &Bound<'_, PyAny>,
-    capsule: &Bound<'_, PyAny>,
+    capsule: &Bound<'_, PyCapsule>,
     argument: &str,
 ) -> PyResult<Tensor> {
-    let capsule = capsule.cast::<PyCapsule>()?;
     // SAFETY: the caller's promise.
     let array: &ArrayStruct = unsafe { capsule.pointer_checked(None)?.cast().as_ref() };
     if array.two != 2 {
@@ -261,7 +272,14 @@ unsafe fn read_array(
         (shape[dim], strides[dim]) = (length as i64, (bytes / itemsize) as i64);
     }
     let dtype = DType { code: code | swapped, bits, lanes: 1 };
-    let read_only = array.flags & WRITEABLE == 0;
+    // Of an array with fields the interface has no flags.
+    let read_only = match (array.flags & WRITEABLE, kind) {
+        (0, b'V') => {
+            let flags = object.getattr(intern!(object.py(), "flags"))?;
+            !flags.getattr(intern!(object.py(), "writeable"))?.is_truthy()?
+        }
+        (flag, _) => flag == 0,
+    };
     Tensor::new(array.data as usize, dtype, Device::CPU, read_only, &shape[..dims], Some(&strides[..dims]))
         .ok_or_else(|| too_many_dims(argument, dims))
 }

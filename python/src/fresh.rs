@@ -25,7 +25,7 @@ pub(crate) fn fresh<'py>(
     if let Some(torch) = torch {
         return torch.empty_like(like, known, shape, argument);
     }
-    if let Some(numpy) = module(py, "numpy")
+    if let Some(numpy) = dlpack::module(py, "numpy")
         && like.is_instance(&numpy.getattr(intern!(py, "ndarray"))?)?
     {
         let kwargs = PyDict::new(py);
@@ -56,10 +56,4 @@ pub(crate) fn handed_over<'py>(
     let namespace = like.call_method0(intern!(py, "__array_namespace__"))?;
     let import = namespace.getattr(intern!(py, "from_dlpack"))?;
     buffers.into_iter().map(|buffer| import.call1((Bound::new(py, buffer)?,))).collect()
-}
-
-/// A module, if the program has imported it.
-fn module<'py>(py: Python<'py>, name: &str) -> Option<Bound<'py, PyAny>> {
-    let modules = py.import(intern!(py, "sys")).ok()?.getattr(intern!(py, "modules")).ok()?;
-    modules.get_item(name).ok().filter(|module| !module.is_none())
 }

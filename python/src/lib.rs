@@ -12,7 +12,11 @@ mod pool;
 mod repack;
 mod tensor;
 
-use pyo3::{prelude::*, types::PyTuple};
+use pyo3::{
+    exceptions::PyOverflowError,
+    prelude::*,
+    types::{PyString, PyTuple},
+};
 
 use crate::{
     fresh::{fresh, handed_over},
@@ -26,40 +30,64 @@ const WORTH_DETACHING: usize = 128 << 10;
 
 /// `gdn.split`, but for what PyTorch has to see: `None` where the operator is to be called instead.
 #[pyfunction]
-#[pyo3(signature = (mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing = "interleaved", out = None))]
+#[pyo3(signature = (mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out = None))]
 #[expect(clippy::too_many_arguments, reason = "those of the Python function")]
 fn split<'py>(
     mixed_qkvz: Bound<'py, PyAny>,
     mixed_ba: Bound<'py, PyAny>,
-    num_k_heads: i64,
-    num_v_heads: i64,
-    head_k_dim: i64,
-    head_v_dim: i64,
-    packing: &str,
+    num_k_heads: Bound<'py, PyAny>,
+    num_v_heads: Bound<'py, PyAny>,
+    head_k_dim: Bound<'py, PyAny>,
+    head_v_dim: Bound<'py, PyAny>,
+    packing: Bound<'py, PyAny>,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-    let heads = [num_k_heads, num_v_heads, head_k_dim, head_v_dim];
-    run(Direction::Split, [mixed_qkvz, mixed_ba], heads, packing, out)
+    let heads = numbers([num_k_heads, num_v_heads, head_k_dim, head_v_dim])?;
+    run(Direction::Split, [mixed_qkvz, mixed_ba], heads, &packing, out)
 }
 
 /// `gdn.merge`, in the same way.
 #[pyfunction]
-#[pyo3(signature = (mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing = "interleaved", out = None))]
+#[pyo3(signature = (mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out = None))]
 #[expect(clippy::too_many_arguments, reason = "those of the Python function")]
 fn merge<'py>(
     mixed_qkv: Bound<'py, PyAny>,
     z: Bound<'py, PyAny>,
     b: Bound<'py, PyAny>,
     a: Bound<'py, PyAny>,
-    num_k_heads: i64,
-    num_v_heads: i64,
-    head_k_dim: i64,
-    head_v_dim: i64,
-    packing: &str,
+    num_k_heads: Bound<'py, PyAny>,
+    num_v_heads: Bound<'py, PyAny>,
+    head_k_dim: Bound<'py, PyAny>,
+    head_v_dim: Bound<'py, PyAny>,
+    packing: Bound<'py, PyAny>,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-    let heads = [num_k_heads, num_v_heads, head_k_dim, head_v_dim];
-    run(Direction::Merge, [mixed_qkv, z, b, a], heads, packing, out)
+    let heads = numbers([num_k_heads, num_v_heads, head_k_dim, head_v_dim])?;
+    run(Direction::Merge, [mixed_qkv, z, b, a], heads, &packing, out)
+}
+
+/// The heads as numbers. What fits none is as wrong as the largest that does.
+fn numbers(heads: [Bound<'_, PyAny>; 4]) -> PyResult<[i64; 4]> {
+    let mut numbers = [0; 4];
+    for ((number, object), name) in numbers.iter_mut().zip(&heads).zip(op::HEADS) {
+        *number = match object.extract::<i64>() {
+            Ok(number) => number,
+            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
+                if object.lt(0)? {
+                    i64::MIN
+                } else {
+                    i64::MAX
+                }
+            }
+            Err(_) => return Err(not_a(name, object, "int")),
+        };
+    }
+    Ok(numbers)
+}
+
+#[cold]
+fn not_a(argument: &str, object: &Bound<'_, PyAny>, expected: &str) -> PyErr {
+    type_error(format!("{argument} is a {}, expected {expected}", type_name(object)))
 }
 
 /// Either, on the tensors that are read, in the order of [`NAMES`].
@@ -67,11 +95,12 @@ fn run<'py, const READ: usize>(
     direction: Direction,
     read: [Bound<'py, PyAny>; READ],
     heads: [i64; 4],
-    packing: &str,
+    packing: &Bound<'py, PyAny>,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyTuple>>> {
     let py = read[0].py();
-    let layout = op::layout(heads, packing)?;
+    let packing = packing.cast::<PyString>().map_err(|_| not_a("packing", packing, "str"))?;
+    let layout = op::layout(heads, packing.to_str()?)?;
     let first = direction.read().start;
     let torch = libtorch::get().filter(|torch| torch.is_tensor(&read[0]));
     let mut lent = Vec::new();
@@ -79,7 +108,7 @@ fn run<'py, const READ: usize>(
     let mut is_operator = false;
     for (i, object) in direction.read().zip(&read) {
         tensors[i] = match torch {
-            Some(torch) => match torch.is_plain(object).then(|| torch.borrow(object, NAMES[i])).flatten() {
+            Some(torch) => match torch.borrow(object, NAMES[i])? {
                 Some(tensor) => tensor,
                 None if torch.is_tensor(object) => {
                     is_operator = true;
@@ -111,10 +140,14 @@ fn run<'py, const READ: usize>(
             }
             for (i, object) in direction.written().zip(given.iter_borrowed()) {
                 tensors[i] = match torch {
+                    Some(torch) if torch.is_plain(&object) && torch.is_differentiated(&object)? => {
+                        let argument = NAMES[i];
+                        return Err(value_error(format!(
+                            "{argument} requires grad: what is written to has no gradient"
+                        )));
+                    }
                     Some(torch) => torch
-                        .is_plain(&object)
-                        .then(|| torch.borrow(&object, NAMES[i]))
-                        .flatten()
+                        .borrow(&object, NAMES[i])?
                         .ok_or_else(|| other_framework(NAMES[i], &object, NAMES[first]))?,
                     None => lend(&object, NAMES[i], &mut lent)?,
                 };

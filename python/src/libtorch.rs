@@ -11,7 +11,13 @@ use std::{
 };
 
 use libloading::os::unix::{Library, RTLD_LAZY};
-use pyo3::{Borrowed, exceptions::PyImportError, ffi, intern, prelude::*, types::PyType};
+use pyo3::{
+    Borrowed,
+    exceptions::{PyImportError, PyValueError},
+    ffi, intern,
+    prelude::*,
+    types::PyType,
+};
 
 use gdn::Block;
 
@@ -299,17 +305,22 @@ impl Libtorch {
         self.is_plain(object) || object.is_instance(self.tensor.bind(object.py())).unwrap_or(false)
     }
 
+    /// Whether autograd wants to know what becomes of a tensor.
+    #[inline]
+    pub(crate) fn is_differentiated(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        // SAFETY: reads a flag of this thread.
+        let is_enabled = unsafe { (self.call.aoti_torch_grad_mode_is_enabled)() };
+        Ok(is_enabled && tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()?)
+    }
+
     /// Whether a call on plain tensors must be seen by PyTorch: for gradients, or by a mode or a tracer that is active.
     #[inline]
     pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
         let Some(first) = read.first() else { return Ok(false) };
         let py = first.py();
-        // SAFETY: reads a flag of this thread.
-        if unsafe { (self.call.aoti_torch_grad_mode_is_enabled)() } {
-            for tensor in read {
-                if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()? {
-                    return Ok(true);
-                }
+        for tensor in read {
+            if self.is_differentiated(tensor)? {
+                return Ok(true);
             }
         }
         for watcher in &self.watchers {
@@ -320,18 +331,27 @@ impl Libtorch {
         Ok(false)
     }
 
-    /// The memory of a plain tensor; `None` where it does not hold the elements as they are: a transform's wrapper, a lazy conjugate.
+    /// The memory of a plain tensor; `None` where an object is none, or does not hold the elements as they are: a transform's wrapper, a lazy
+    /// conjugate.
     #[inline]
-    pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> Option<Tensor> {
-        let tensor = self.exchange.borrow(object, argument).ok()?;
+    pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> PyResult<Option<Tensor>> {
+        if !self.is_plain(object) {
+            return Ok(None);
+        }
+        let tensor = match self.exchange.borrow(object, argument) {
+            Ok(tensor) => tensor,
+            // Ours, about the dims.
+            Err(error) if error.is_instance_of::<PyValueError>(object.py()) => return Err(error),
+            Err(_) => return Ok(None),
+        };
         let is_here = tensor.device.is_cpu() || tensor.device.kind == Device::CUDA;
         // The imaginary part of a conjugate is lazily negated.
         let is_lazy = match tensor.dtype.code {
             DType::COMPLEX => true,
-            DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg")).ok()?.is_truthy().ok()?,
+            DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()?,
             _ => false,
         };
-        (is_here && !is_lazy && !tensor.is_hollow()).then_some(tensor)
+        Ok((is_here && !is_lazy && !tensor.is_hollow()).then_some(tensor))
     }
 
     /// A fresh, dense tensor with the dtype and device of another, as an object and what it is.

@@ -44,12 +44,13 @@ impl Direction {
 /// The arguments in the order of the Python functions: packed, then unpacked.
 pub(crate) const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a"];
 
+/// The numbers that say what the heads are, in the order of the Python functions.
+pub(crate) const HEADS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
+
 /// The layout that Python's numbers and packing mean.
 pub(crate) fn layout(heads: [i64; 4], packing: &str) -> PyResult<Layout> {
     let mut numbers = [0; 4];
-    for ((number, got), name) in
-        numbers.iter_mut().zip(heads).zip(["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"])
-    {
+    for ((number, got), name) in numbers.iter_mut().zip(heads).zip(HEADS) {
         *number = usize::try_from(got)
             .map_err(|_| value_error(format!("{name} is {got}, it must be at least 1")))?;
     }

@@ -196,11 +196,8 @@ TOO_BIG = [2**63, -(2**63) - 1, 10**30]
 @pytest.mark.parametrize("name", ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"])
 def test_no_numbers(name, value):
     for function, arguments in [(gdn.split, good()), (gdn.merge, good_parts())]:
-        with pytest.raises((TypeError, ValueError, OverflowError)) as caught:
+        with pytest.raises(ValueError if value in TOO_BIG else TypeError, match=name):
             function(**arguments, **(named(HEADS) | {name: value}))
-        assert name in " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-        if value in TOO_BIG and isinstance(caught.value, OverflowError):
-            pytest.xfail("an OverflowError, where ValueError is promised")
 
 
 def test_arguments_missing_or_unknown():

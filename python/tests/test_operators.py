@@ -199,12 +199,16 @@ def test_out_and_gradients_do_not_mix(device):
 def test_out_that_requires_grad_is_refused(device):
     qkvz, ba = inputs(device)
     out = tuple(torch.zeros_like(part).requires_grad_() for part in parts_of([qkvz, ba]))
-    try:
+    with pytest.raises(ValueError, match="mixed_qkv requires grad"):
         gdn.split(qkvz, ba, *HEADS, out=out)
-    except (ValueError, RuntimeError):
-        assert not any(one.any() for one in out)
-    else:
-        pytest.xfail("a leaf that requires grad is written to in place, which PyTorch refuses elsewhere")
+    assert not any(one.any() for one in out)
+
+
+def test_tensors_of_two_devices_are_refused():
+    qkvz, ba = inputs("cpu")
+    for tensors in ((qkvz.to("meta"), ba), (qkvz, ba.to("meta"))):
+        with pytest.raises((ValueError, RuntimeError), match="mixed_ba is on"):
+            gdn.split(*tensors, *HEADS)
 
 
 def test_functional_gradients_are_right_or_refused(device):
