@@ -54,6 +54,17 @@ class Heads(NamedTuple):
     head_k_dim: int
     head_v_dim: int
 
+    def shard(self, tp_size: int) -> Heads:
+        """The heads of one tensor-parallel rank of ``tp_size``. Raises ``ValueError`` where they do not divide."""
+        if tp_size < 1:
+            raise ValueError(f"tp_size is {tp_size}, it must be at least 1")
+        for name, heads in (("num_k_heads", self.num_k_heads), ("num_v_heads", self.num_v_heads)):
+            if heads % tp_size:
+                raise ValueError(f"{name} = {heads} does not divide among tp_size = {tp_size} ranks")
+        return Heads(
+            self.num_k_heads // tp_size, self.num_v_heads // tp_size, self.head_k_dim, self.head_v_dim
+        )
+
 
 class Tiling(NamedTuple):
     """How rows are shared out: worker ``i`` has ``rows_per_core`` rows from ``i * rows_per_core`` on, the last may have fewer."""

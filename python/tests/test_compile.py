@@ -4,11 +4,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
-from test_operators import HEADS, PARTS, WIDE, inputs, parts_of  # noqa: E402
-from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+import oracle
+from test_operators import HEADS, PARTS, WIDE, inputs, parts_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
-import gdn  # noqa: E402
+import gdn
 
 BACKENDS = ["aot_eager", "inductor"]
 DOORS = {

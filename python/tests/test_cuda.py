@@ -4,9 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
+import oracle
 
-import gdn  # noqa: E402
+import gdn
 
 pytestmark = pytest.mark.gpus(1)
 HEADS = (16, 32, 128, 128)

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
-from test_split import empty_packed, empty_parts  # noqa: E402
+import oracle
+from test_split import empty_packed, empty_parts
 
-import gdn  # noqa: E402
+import gdn
 
 HEADS = (2, 4, 8, 16)
 WIDE = oracle.features(HEADS)

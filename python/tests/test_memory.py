@@ -9,10 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
+import oracle
 
-import gdn  # noqa: E402
-from gdn import _gdn  # noqa: E402
+import gdn
+from gdn import _gdn
 
 HEADS = (2, 4, 8, 16)
 CALLS = 100_000  # of each door

@@ -4,9 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
+import oracle
 
-import gdn  # noqa: E402
+import gdn
 
 HEADS = (2, 4, 3, 5)
 WIDE = oracle.features(HEADS)
@@ -89,7 +89,7 @@ def test_gradients_of_some_outputs(used, device):
     sum((expected[i] * weights[i]).sum() for i in used).backward()
     for one, other in zip(ours, theirs, strict=True):
         other = torch.zeros_like(other) if other.grad is None else other.grad
-        assert one.grad is None and not other.any() or torch.equal(one.grad, other)
+        assert (one.grad is None and not other.any()) or torch.equal(one.grad, other)
 
 
 def test_gradients_that_are_expanded_or_strided(device):

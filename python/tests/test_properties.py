@@ -5,11 +5,11 @@ import pytest
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")
 
-import oracle  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from oracle import Guarded  # noqa: E402
-from test_split import DTYPES, MERGES, SPLITS, merge_op_out, merge_out, split_op_out, split_out  # noqa: E402
+import oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Guarded
+from test_split import DTYPES, MERGES, SPLITS, merge_op_out, merge_out, split_op_out, split_out
 
 HEADS = st.tuples(
     st.integers(1, 5), st.sampled_from([1, 2, 3, 5, 8]), st.integers(1, 70), st.integers(1, 70)

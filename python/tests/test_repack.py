@@ -5,10 +5,10 @@ import pytest
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 
-import oracle  # noqa: E402
-import oracle_numpy  # noqa: E402
+import oracle
+import oracle_numpy
 
-import gdn  # noqa: E402
+import gdn
 
 HEADS = [(1, 1, 4, 4), (2, 4, 8, 16), (3, 9, 7, 5), (2, 10, 16, 8), (4, 4, 32, 64)]
 DTYPES = [

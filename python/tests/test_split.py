@@ -4,10 +4,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
-from oracle import Guarded  # noqa: E402
+import oracle
+from oracle import Guarded
 
-import gdn  # noqa: E402
+import gdn
 
 HEADS = [
     (16, 32, 128, 128),

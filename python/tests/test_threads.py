@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import oracle  # noqa: E402
+import oracle
 
-import gdn  # noqa: E402
+import gdn
 
 HEADS = (4, 8, 64, 64)
 

@@ -30,7 +30,7 @@ pub(crate) fn test() -> anyhow::Result<()> {
     let wheel = environment.build(&target.join("python/wheels"))?;
     println!("python: {}", wheel.display());
     run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
-    run(&mut environment.python(&["-m", "ruff", "check", "--select=E9,F,I", "python"]))?;
+    run(&mut environment.python(&["-m", "ruff", "check", "python"]))?;
     run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
     run(&mut environment.python(&["python/tests/peers.py"]))?;
     // From its own folder, so that `import gdn` finds what is installed and not the sources.
