@@ -136,6 +136,8 @@ pub(crate) struct Libtorch {
     dtypes: [i32; DTYPES.len()],
     cuda: i32,
     exchange: &'static Exchange,
+    /// Where PyTorch's threads are.
+    process: u32,
     tensor: Py<PyType>,
     parameter: Py<PyType>,
     /// Python functions that say whether somebody wants to see every operator: dispatch modes, tracers.
@@ -215,6 +217,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
         fail,
         dtypes,
         exchange: Exchange::of(&tensor).ok_or_else(|| missing("__dlpack_c_exchange_api__"))?,
+        process: std::process::id(),
         tensor: tensor.unbind(),
         parameter: torch.getattr("nn")?.getattr("Parameter")?.cast_into::<PyType>()?.unbind(),
         watchers: [
@@ -494,11 +497,11 @@ unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
 /// PyTorch's threads and streams.
 pub(crate) const PLACE: Place = Place { threads: Some((num_threads, parallel_for)), stream };
 
-/// The threads that PyTorch would use.
+/// The threads that PyTorch would use. After a fork one: its threads stayed with the parent, and would be waited for.
 fn num_threads() -> usize {
+    let Some(torch) = get().filter(|torch| torch.process == std::process::id()) else { return 1 };
     // SAFETY: a place for the answer.
-    let threads = get().map(|torch| unsafe { ask!(torch, torch_get_num_threads()) });
-    threads.and_then(Result::ok).map_or(1, |threads: u32| threads as usize)
+    unsafe { ask!(torch, torch_get_num_threads()) }.map_or(1, |threads: u32| threads as usize)
 }
 
 /// The stream that PyTorch works on at present.

@@ -8,6 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+if not transformers.__version__.startswith("5.23."):
+    pytest.skip(f"transformers 5.23 is needed, here is {transformers.__version__}", allow_module_level=True)
+
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 import gdn.integrations.transformers as integration

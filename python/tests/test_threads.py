@@ -80,7 +80,7 @@ torch.set_num_threads({threads})
 qkvz = torch.arange({n} * 12288, dtype=torch.int16).view({n}, 12288)
 ba = torch.arange({n} * 64, dtype=torch.int16).view({n}, 64)
 first = gdn.split(qkvz, ba, 16, 32, 128, 128)
-same = lambda parts: all(map(torch.equal, parts, first))
+same = lambda parts: all((one.numpy() == other.numpy()).all() for one, other in zip(parts, first))
 """
 NUMPY = """
 import sys
@@ -101,27 +101,12 @@ def test_fork_after_arrays_of_numpy(n, python):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("n", [8, 3000])
-def test_fork_after_tensors_of_pytorch(n, python):
-    """On one thread: PyTorch's own threads do not outlive a fork, whoever uses them."""
-    assert python(FORKS.format(setup=TORCH.format(n=n, threads=1)), timeout=120) == "well\n"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_after_pytorch_s_threads_as_pytorch(python):
-    """Where PyTorch's own parallel loops survive a fork, so does the op."""
-    import subprocess
-
-    own = "torch.ones(4_000_000).add_(1)"
-    theirs = FORKS.replace(
-        "parts = gdn.split(qkvz, ba, 16, 32, 128, 128)\n    return same(parts)", f"{own}; return True"
-    )
-    setup = TORCH.format(n=3000, threads=2)
-    try:
-        python(theirs.format(setup=setup + "\n" + own), timeout=60)
-    except (subprocess.TimeoutExpired, AssertionError):
-        pytest.skip("PyTorch's own threads do not survive a fork here")
-    assert python(FORKS.format(setup=setup), timeout=120) == "well\n"
+def test_fork_after_tensors_of_pytorch(n, threads, python):
+    """PyTorch's own parallel loops may hang in a forked process, whose threads stayed behind. The op does not."""
+    pytest.importorskip("numpy")
+    assert python(FORKS.format(setup=TORCH.format(n=n, threads=threads)), timeout=120) == "well\n"
 
 
 def test_split_in_a_data_loader():

@@ -133,8 +133,14 @@ impl Gpu {
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
-        let context = CudaContext::new(ordinal).map_err(driver(ordinal, "cuDevicePrimaryCtxRetain"))?;
-        Self::on(&context.default_stream())
+        // cudarc makes a new context the thread's current one, which is for the caller to choose: PyTorch's current device is that.
+        let current = result::ctx::get_current().map_err(driver(ordinal, "cuCtxGetCurrent"))?;
+        let context = CudaContext::new(ordinal).map_err(driver(ordinal, "cuDevicePrimaryCtxRetain"));
+        // SAFETY: the context that was current a moment ago, or none.
+        unsafe { sys::cuCtxSetCurrent(current.unwrap_or(std::ptr::null_mut())) }
+            .result()
+            .map_err(driver(ordinal, "cuCtxSetCurrent"))?;
+        Self::on(&context?.default_stream())
     }
 
     /// The device and context of a stream.
