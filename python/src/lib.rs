@@ -166,7 +166,13 @@ fn run<'py, const READ: usize>(
                     let shapes: Vec<&[usize]> = shapes.iter().map(|(shape, dims)| &shape[..*dims]).collect();
                     let same =
                         (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
-                    if let Some(together) = torch.empty_together(py, &known, &shapes[..same])? {
+                    // The first output is consumed by the convolution that comes next, long before the others: all of them together
+                    // where they are small, and the others always.
+                    let is_first = i == direction.written().start;
+                    let most = if is_first { libtorch::MOST_TOGETHER } else { usize::MAX };
+                    if same > 1
+                        && let Some(together) = torch.empty_together(py, &known, &shapes[..same], most)?
+                    {
                         for (i, (object, tensor)) in (i..).zip(together) {
                             tensors[i] = tensor;
                             made.push(object);

@@ -242,8 +242,8 @@ pub(crate) type Fresh<'py> = (Bound<'py, PyAny>, Tensor);
 
 /// Elements between tensors of one storage are a multiple of this, so that each begins as it would in an allocation of its own.
 const STEP: usize = 512;
-/// Elements of tensors that are small: as much memory as one of them may hold on to for the others.
-const MOST_TOGETHER: usize = 1 << 20;
+/// Elements of tensors that are small: as much memory as one of them may hold on to for one that is done with sooner.
+pub(crate) const MOST_TOGETHER: usize = 1 << 20;
 
 /// What both operators take after their tensors.
 const HEADS: &str =
@@ -377,20 +377,21 @@ impl Libtorch {
         Ok((handle.object(py)?, handle.dense(like, shape)?))
     }
 
-    /// Fresh, dense tensors of a GPU that are small, in one storage: an allocation costs more than all that is done here besides. `None`
-    /// where they are not small, or of a dtype without a number here.
+    /// Fresh, dense tensors of a GPU in one storage: an allocation costs more than all that is done here besides. `None` where they are of a
+    /// dtype without a number here, or of more than `most` elements.
     #[inline]
     pub(crate) fn empty_together<'py>(
         &self,
         py: Python<'py>,
         like: &Tensor,
         shapes: &[&[usize]],
+        most: usize,
     ) -> PyResult<Option<Vec<Fresh<'py>>>> {
         let elements =
             |shape: &[usize]| shape.iter().fold(1usize, |elements, dim| elements.saturating_mul(*dim));
         let place = |shape: &[usize]| elements(shape).saturating_add(STEP - 1) / STEP * STEP;
         let all = shapes.iter().fold(0usize, |all, shape| all.saturating_add(place(shape)));
-        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= MOST_TOGETHER) else {
+        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= most) else {
             return Ok(None);
         };
         let storage = self.empty(&[all], dtype, like.device)?;
