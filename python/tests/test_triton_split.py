@@ -200,6 +200,7 @@ def test_out_of_another_length(table):
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.skipif(TOO_OLD, reason="the interpreter of this Triton needs NumPy below 2.4")
 def test_outputs_may_be_columns_of_one_tensor(table):
     """`z` and `mixed_qkv` side by side in one buffer: their rows interleave and share nothing."""
     tensors, rest, whole = given()
