@@ -12,6 +12,7 @@ mod pool;
 mod repack;
 mod tensor;
 
+use gdn::Layout;
 use pyo3::{
     exceptions::PyOverflowError,
     prelude::*,
@@ -20,7 +21,7 @@ use pyo3::{
 
 use crate::{
     fresh::{fresh, handed_over},
-    libtorch::type_name,
+    libtorch::{Libtorch, type_name},
     op::{Call, Direction, NAMES, Place},
     tensor::{Tensor, type_error, value_error},
 };
@@ -130,64 +131,8 @@ fn run<'py, const READ: usize>(
     }
     let mut buffers = Vec::new();
     let results = match &out {
-        Some(out) => {
-            let given = out.extract::<Bound<'py, PyTuple>>().or_else(|_| {
-                out.try_iter().and_then(|items| PyTuple::new(py, items.collect::<PyResult<Vec<_>>>()?))
-            });
-            let given = given.map_err(|_| out_error(direction, &type_name(out)))?;
-            if given.len() != 6 - READ {
-                return Err(out_error(direction, &format!("{} of them", given.len())));
-            }
-            for (i, object) in direction.written().zip(given.iter_borrowed()) {
-                tensors[i] = match torch {
-                    Some(torch) if torch.is_plain(&object) && torch.is_differentiated(&object)? => {
-                        let argument = NAMES[i];
-                        return Err(value_error(format!(
-                            "{argument} requires grad: what is written to has no gradient"
-                        )));
-                    }
-                    Some(torch) => torch
-                        .borrow(&object, NAMES[i])?
-                        .ok_or_else(|| other_framework(NAMES[i], &object, NAMES[first]))?,
-                    None => lend(&object, NAMES[i], &mut lent)?,
-                };
-            }
-            given
-        }
-        None => {
-            let num_rows = op::check(&tensors[first], first, &layout)?.num_rows;
-            let shape = |i: usize| op::shape(&layout.heads, i, num_rows);
-            let mut made = Vec::with_capacity(6 - READ);
-            let mut left = direction.written();
-            while let Some(i) = left.next() {
-                let (known, like) = (tensors[direction.like(i)], &read[direction.like(i) - first]);
-                if let Some(torch) = torch.filter(|_| !known.device.is_cpu()) {
-                    let shapes: Vec<_> = (i..left.end).map(shape).collect();
-                    let shapes: Vec<&[usize]> = shapes.iter().map(|(shape, dims)| &shape[..*dims]).collect();
-                    let same =
-                        (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
-                    // The first output is consumed by the convolution that comes next, long before the others: all of them together
-                    // where they are small, and the others always.
-                    let is_first = i == direction.written().start;
-                    let most = if is_first { libtorch::MOST_TOGETHER } else { usize::MAX };
-                    if same > 1
-                        && let Some(together) = torch.empty_together(py, &known, &shapes[..same], most)?
-                    {
-                        for (i, (object, tensor)) in (i..).zip(together) {
-                            tensors[i] = tensor;
-                            made.push(object);
-                        }
-                        left.start = i + same;
-                        continue;
-                    }
-                }
-                let (shape, dims) = shape(i);
-                let (object, tensor) = fresh(torch, like, &known, &shape[..dims], NAMES[i], &mut buffers)?;
-                tensors[i] = tensor;
-                made.push(object);
-            }
-            PyTuple::new(py, made)?
-        }
+        Some(out) => given(out, direction, torch, &mut tensors, &mut lent)?,
+        None => made(&layout, direction, torch, &read, &mut tensors, &mut buffers)?,
     };
     let call = Call::new(layout, direction, &tensors)?;
     let place = if torch.is_some() { libtorch::PLACE } else { Place::OURS };
@@ -206,6 +151,83 @@ fn run<'py, const READ: usize>(
     } else {
         PyTuple::new(py, handed_over(&read[0], buffers)?).map(Some)
     }
+}
+
+/// The outputs that were given, and what they are.
+fn given<'py>(
+    out: &Bound<'py, PyAny>,
+    direction: Direction,
+    torch: Option<&Libtorch>,
+    tensors: &mut [Tensor; 6],
+    lent: &mut Vec<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let py = out.py();
+    let given = out
+        .extract::<Bound<'py, PyTuple>>()
+        .or_else(|_| out.try_iter().and_then(|items| PyTuple::new(py, items.collect::<PyResult<Vec<_>>>()?)));
+    let given = given.map_err(|_| out_error(direction, &type_name(out)))?;
+    if given.len() != direction.written().len() {
+        return Err(out_error(direction, &format!("{} of them", given.len())));
+    }
+    for (i, object) in direction.written().zip(given.iter_borrowed()) {
+        tensors[i] = match torch {
+            Some(torch) if torch.is_plain(&object) && torch.is_differentiated(&object)? => {
+                let argument = NAMES[i];
+                return Err(value_error(format!(
+                    "{argument} requires grad: what is written to has no gradient"
+                )));
+            }
+            Some(torch) => torch
+                .borrow(&object, NAMES[i])?
+                .ok_or_else(|| other_framework(NAMES[i], &object, NAMES[direction.read().start]))?,
+            None => lend(&object, NAMES[i], lent)?,
+        };
+    }
+    Ok(given)
+}
+
+/// Fresh outputs, and what they are.
+fn made<'py>(
+    layout: &Layout,
+    direction: Direction,
+    torch: Option<&Libtorch>,
+    read: &[Bound<'py, PyAny>],
+    tensors: &mut [Tensor; 6],
+    buffers: &mut Vec<dlpack::Buffer>,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let py = read[0].py();
+    let first = direction.read().start;
+    let num_rows = op::check(&tensors[first], first, layout)?.num_rows;
+    let shape = |i: usize| op::shape(&layout.heads, i, num_rows);
+    let mut made = Vec::with_capacity(direction.written().len());
+    let mut left = direction.written();
+    while let Some(i) = left.next() {
+        let (known, like) = (tensors[direction.like(i)], &read[direction.like(i) - first]);
+        if let Some(torch) = torch.filter(|_| !known.device.is_cpu()) {
+            let shapes: Vec<_> = (i..left.end).map(shape).collect();
+            let shapes: Vec<&[usize]> = shapes.iter().map(|(shape, dims)| &shape[..*dims]).collect();
+            let same = (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
+            // The first output is consumed by the convolution that comes next, long before the others: all of them together
+            // where they are small, and the others always.
+            let is_first = i == direction.written().start;
+            let most = if is_first { libtorch::MOST_TOGETHER } else { usize::MAX };
+            if same > 1
+                && let Some(together) = torch.empty_together(py, &known, &shapes[..same], most)?
+            {
+                for (i, (object, tensor)) in (i..).zip(together) {
+                    tensors[i] = tensor;
+                    made.push(object);
+                }
+                left.start = i + same;
+                continue;
+            }
+        }
+        let (shape, dims) = shape(i);
+        let (object, tensor) = fresh(torch, like, &known, &shape[..dims], NAMES[i], buffers)?;
+        tensors[i] = tensor;
+        made.push(object);
+    }
+    PyTuple::new(py, made)
 }
 
 /// The tensor of an object that is not PyTorch's, and for `lent` what keeps it.
