@@ -203,21 +203,14 @@ fn made<'py>(
     let mut left = direction.written();
     while let Some(i) = left.next() {
         let (known, like) = (tensors[direction.like(i)], &read[direction.like(i) - first]);
-        if let Some(torch) = torch.filter(|_| !known.device.is_cpu()) {
-            let shapes: Vec<_> = (i..left.end).map(shape).collect();
-            let shapes: Vec<&[usize]> = shapes.iter().map(|(shape, dims)| &shape[..*dims]).collect();
+        if let Some(torch) = torch {
             let same = (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
-            // The first output is consumed by the convolution that comes next, long before the others: all of them together
-            // where they are small, and the others always.
-            let is_first = i == direction.written().start;
-            let most = if is_first { libtorch::MOST_TOGETHER } else { usize::MAX };
-            if same > 1
-                && let Some(together) = torch.empty_together(py, &known, &shapes[..same], most)?
-            {
-                for (i, (object, tensor)) in (i..).zip(together) {
-                    tensors[i] = tensor;
-                    made.push(object);
-                }
+            // The first output is consumed by the convolution that comes next, long before the others: all of them together where they
+            // are small. The others always on a GPU, whose allocations cost most.
+            let is_small = i == direction.written().start || known.device.is_cpu();
+            let most = if is_small { libtorch::MOST_TOGETHER } else { usize::MAX };
+            let shapes = (i..i + same).map(shape);
+            if same > 1 && torch.empty_together(py, &known, shapes, most, &mut made, &mut tensors[i..])? {
                 left.start = i + same;
                 continue;
             }

@@ -329,39 +329,42 @@ impl Libtorch {
         Ok((handle.object(py)?, handle.dense(like, shape)?))
     }
 
-    /// Fresh, dense tensors of a GPU in one storage: an allocation costs more than all that is done here besides. `None` where they are of a
-    /// dtype without a number here, or of more than `most` elements.
+    /// Fresh, dense tensors in one storage, as objects at the end of `made` and as what they are in `tensors`: an allocation costs more than
+    /// all that is done here besides. `false` where they are of a dtype without a number here, or of more than `most` elements.
     #[inline]
     pub(crate) fn empty_together<'py>(
         &self,
         py: Python<'py>,
         like: &Tensor,
-        shapes: &[&[usize]],
+        shapes: impl Iterator<Item = ([usize; 3], usize)> + Clone,
         most: usize,
-    ) -> PyResult<Option<Vec<Fresh<'py>>>> {
-        let elements =
-            |shape: &[usize]| shape.iter().fold(1usize, |elements, dim| elements.saturating_mul(*dim));
-        let place = |shape: &[usize]| elements(shape).saturating_add(STEP - 1) / STEP * STEP;
-        let all = shapes.iter().fold(0usize, |all, shape| all.saturating_add(place(shape)));
-        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= most) else {
-            return Ok(None);
+        made: &mut Vec<Bound<'py, PyAny>>,
+        tensors: &mut [Tensor],
+    ) -> PyResult<bool> {
+        let place = |shape: &[usize]| {
+            let elements = shape.iter().fold(1usize, |elements, dim| elements.saturating_mul(*dim));
+            elements.saturating_add(STEP - 1) / STEP * STEP
         };
+        let all = shapes.clone().fold(0usize, |all, (shape, dims)| all.saturating_add(place(&shape[..dims])));
+        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= most) else { return Ok(false) };
         let storage = self.empty(&[all], dtype, like.device)?;
         let mut offset = 0;
-        let mut made = Vec::with_capacity(4);
-        for shape in shapes {
-            let dense = Tensor::dense(0, like.dtype, like.device, shape);
-            let (dims, sizes, strides) =
-                (shape.len() as i64, dense.shape().as_ptr(), dense.strides().as_ptr());
+        for ((shape, dims), tensor) in shapes.zip(tensors) {
+            let dense = Tensor::dense(0, like.dtype, like.device, &shape[..dims]);
+            let (sizes, strides) = (dense.shape().as_ptr(), dense.strides().as_ptr());
             // SAFETY: so many sizes and strides, of elements that are there.
             let part = unsafe {
-                ask!(self, aoti_torch__reinterpret_tensor(storage.0, dims, sizes, strides, offset as i64))?
+                ask!(
+                    self,
+                    aoti_torch__reinterpret_tensor(storage.0, dims as i64, sizes, strides, offset as i64)
+                )?
             };
             let part = Handle(part, self);
-            made.push((part.object(py)?, part.dense(like, shape)?));
-            offset += place(shape);
+            made.push(part.object(py)?);
+            *tensor = part.dense(like, &shape[..dims])?;
+            offset += place(&shape[..dims]);
         }
-        Ok(Some(made))
+        Ok(true)
     }
 
     /// Tells autograd that tensors were written to, where it would have to know.
