@@ -56,14 +56,7 @@ class Heads(NamedTuple):
 
     def shard(self, tp_size: int) -> Heads:
         """The heads of one tensor-parallel rank of ``tp_size``. Raises ``ValueError`` where they do not divide."""
-        if tp_size < 1:
-            raise ValueError(f"tp_size is {tp_size}, it must be at least 1")
-        for name, heads in (("num_k_heads", self.num_k_heads), ("num_v_heads", self.num_v_heads)):
-            if heads % tp_size:
-                raise ValueError(f"{name} = {heads} does not divide among tp_size = {tp_size} ranks")
-        return Heads(
-            self.num_k_heads // tp_size, self.num_v_heads // tp_size, self.head_k_dim, self.head_v_dim
-        )
+        return Heads(*_gdn.shard(tuple(self), tp_size))
 
 
 class Tiling(NamedTuple):

@@ -21,17 +21,6 @@ _gdn.register(torch)
 Tensor = torch.Tensor
 
 
-def _features(heads: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    num_k_heads, num_v_heads, head_k_dim, head_v_dim = heads
-    for name, value in zip(("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"), heads):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, it must be at least 1")
-    if num_v_heads % num_k_heads:
-        raise ValueError(f"num_v_heads = {num_v_heads} is not a multiple of num_k_heads = {num_k_heads}")
-    qk, v = num_k_heads * head_k_dim, num_v_heads * head_v_dim
-    return 2 * qk + 2 * v, 2 * num_v_heads, 2 * qk + v, v
-
-
 def _check(name: str, tensor: Tensor, features: int, rows: Any) -> None:
     if tensor.dim() != 2:
         raise ValueError(f"{name} has {tensor.dim()} dims, expected 2")
@@ -47,11 +36,6 @@ def _check_devices(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}, {first[0]} is on {first[1].device}")
 
 
-def _check_packing(packing: str) -> None:
-    if packing not in ("interleaved", "contiguous"):
-        raise ValueError(f"packing is {packing!r}, expected 'interleaved' or 'contiguous'")
-
-
 def _fake_split(
     mixed_qkvz: Tensor,
     mixed_ba: Tensor,
@@ -61,8 +45,7 @@ def _fake_split(
     head_v_dim: int,
     packing: str = "interleaved",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_packing(packing)
-    qkvz, ba, qkv, _ = _features((num_k_heads, num_v_heads, head_k_dim, head_v_dim))
+    qkvz, ba, qkv, _ = _gdn.features((num_k_heads, num_v_heads, head_k_dim, head_v_dim), packing)
     rows = mixed_qkvz.shape[0]
     _check("mixed_qkvz", mixed_qkvz, qkvz, rows)
     _check("mixed_ba", mixed_ba, ba, rows)
@@ -86,8 +69,7 @@ def _fake_merge(
     head_v_dim: int,
     packing: str = "interleaved",
 ) -> tuple[Tensor, Tensor]:
-    _check_packing(packing)
-    qkvz, ba, qkv, v = _features((num_k_heads, num_v_heads, head_k_dim, head_v_dim))
+    qkvz, ba, qkv, v = _gdn.features((num_k_heads, num_v_heads, head_k_dim, head_v_dim), packing)
     rows = mixed_qkv.shape[0]
     _check("mixed_qkv", mixed_qkv, qkv, rows)
     if z.dim() == 3 and tuple(z.shape[1:]) != (num_v_heads, head_v_dim):

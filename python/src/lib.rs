@@ -12,7 +12,7 @@ mod pool;
 mod repack;
 mod tensor;
 
-use gdn::Layout;
+use gdn::{Heads, Layout};
 use pyo3::{
     exceptions::PyOverflowError,
     prelude::*,
@@ -276,13 +276,31 @@ fn tiling(
     Ok((plan.grid, plan.rows_per_core, plan.rows_per_iter))
 }
 
+/// The features of a row of `mixed_qkvz`, `mixed_ba`, `mixed_qkv` and `z`, of heads and a packing that are right.
+#[pyfunction]
+fn features(heads: [Bound<'_, PyAny>; 4], packing: &str) -> PyResult<[usize; 4]> {
+    let heads = op::layout(numbers(heads)?, packing)?.heads;
+    Ok([heads.qkvz_features(), heads.ba_features(), heads.qkv_features(), heads.z_features()])
+}
+
+/// The heads of one tensor-parallel rank.
+#[pyfunction]
+fn shard(heads: [Bound<'_, PyAny>; 4], tp_size: i64) -> PyResult<[usize; 4]> {
+    let heads = op::layout(numbers(heads)?, "interleaved")?.heads;
+    let tp_size = usize::try_from(tp_size)
+        .map_err(|_| value_error(format!("tp_size is {tp_size}, it must be at least 1")))?;
+    Ok(four(&heads.shard(tp_size).map_err(|e| value_error(e.to_string()))?))
+}
+
 /// The four numbers and the packing of a model known by name.
 #[pyfunction]
 fn preset(name: &str) -> PyResult<([usize; 4], &'static str)> {
     let layout = gdn::Layout::preset(name).map_err(|e| value_error(e.to_string()))?;
-    let heads = layout.heads;
-    let numbers = [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()];
-    Ok((numbers, layout.packing.name()))
+    Ok((four(&layout.heads), layout.packing.name()))
+}
+
+fn four(heads: &Heads) -> [usize; 4] {
+    [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()]
 }
 
 /// One line for each NVIDIA GPU of this machine; the reason where there are none to ask for.
@@ -313,6 +331,8 @@ fn _gdn(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(repack::weight_moves, module)?)?;
     module.add_function(wrap_pyfunction!(register, module)?)?;
     module.add_function(wrap_pyfunction!(tiling, module)?)?;
+    module.add_function(wrap_pyfunction!(features, module)?)?;
+    module.add_function(wrap_pyfunction!(shard, module)?)?;
     module.add_function(wrap_pyfunction!(preset, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(empty_cache, module)?)?;

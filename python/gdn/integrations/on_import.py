@@ -37,3 +37,11 @@ class OnImport(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = exec_module  # of this one loader, made for this one module
         return spec
+
+
+def when_imported(name: str, then: Callable[[], Any]) -> None:
+    """Calls `then` now where the module is there, or once it will be; asked again, still once."""
+    if name in sys.modules:
+        then()
+    elif not any(isinstance(one, OnImport) and one.name == name for one in sys.meta_path):
+        OnImport(name, lambda module: then())

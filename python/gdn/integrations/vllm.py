@@ -19,12 +19,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 from typing import Any
 
 import gdn
 from gdn.integrations import known, rewrite
-from gdn.integrations.on_import import OnImport
+from gdn.integrations.on_import import when_imported
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in VLLM_PLUGINS
@@ -72,9 +71,5 @@ def plugin() -> None:
     be replaced is replaced when vLLM imports it. A vLLM that is not known is told so in its log and left as
     it is.
     """
-    if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
-        return
-    if MODULE in sys.modules:
-        _switch.install_if_known()
-    elif not any(isinstance(one, OnImport) and one.name == MODULE for one in sys.meta_path):
-        OnImport(MODULE, lambda module: _switch.install_if_known())
+    if PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(","):
+        when_imported(MODULE, _switch.install_if_known)
