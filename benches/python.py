@@ -69,7 +69,8 @@ def sglang_split(path: Path) -> Callable:
     from compare import load_peer
 
     split = load_peer("sglang", path).fused_qkvzba_split_reshape_cat
-    return lambda qkvz, ba: split(qkvz, ba, *HEADS)
+    hk, hv, dk, dv = HEADS
+    return lambda qkvz, ba: split(qkvz, ba, hk, hv, dk, dv)
 
 
 def check(name: str, call: Callable, qkvz, ba) -> None:
@@ -111,9 +112,12 @@ def tensors(n: int, device: str):
 
 def measure(device: str, sizes: list[int], sglang: Path | None) -> list[dict]:
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    calls = {"eager PyTorch": eager, "gdn.split": lambda qkvz, ba: gdn.split(qkvz, ba, *HEADS)}
-    calls["torch.ops.gdn.split"] = lambda qkvz, ba: torch.ops.gdn.split(qkvz, ba, *HEADS)
-    calls["fused_qkvzba_split_reshape_cat"] = lambda qkvz, ba: gdn.fused_qkvzba_split_reshape_cat(qkvz, ba, *HEADS)
+    # Arguments are passed as a model passes them: unpacking a tuple at each call would cost 0.2 us.
+    split, operator, drop_in = gdn.split, torch.ops.gdn.split, gdn.fused_qkvzba_split_reshape_cat
+    hk, hv, dk, dv = HEADS
+    calls = {"eager PyTorch": eager, "gdn.split": lambda qkvz, ba: split(qkvz, ba, hk, hv, dk, dv)}
+    calls["torch.ops.gdn.split"] = lambda qkvz, ba: operator(qkvz, ba, hk, hv, dk, dv)
+    calls["fused_qkvzba_split_reshape_cat"] = lambda qkvz, ba: drop_in(qkvz, ba, hk, hv, dk, dv)
     if (theirs := transformers_split()) is not None:
         calls["transformers' own"] = theirs
     if device == "cuda" and sglang is not None:
@@ -131,11 +135,12 @@ def measure(device: str, sizes: list[int], sglang: Path | None) -> list[dict]:
                     for name, call in calls.items()
                     if n > 0 or name.startswith(("gdn", "torch"))
                 }
-                out = gdn.split(qkvz, ba, *HEADS)
-                named = dict(zip(("mixed_qkv", "z", "b", "a"), out))
-                split, operator = gdn.split, torch.ops.gdn.split.out
-                subjects["gdn.split, out="] = lambda: split(qkvz, ba, *HEADS, out=out)
-                subjects["torch.ops.gdn.split.out"] = lambda: operator(qkvz, ba, *HEADS, **named)
+                mixed_qkv, z, b, a = out = split(qkvz, ba, *HEADS)
+                operator_out = operator.out
+                subjects["gdn.split, out="] = lambda: split(qkvz, ba, hk, hv, dk, dv, out=out)
+                subjects["torch.ops.gdn.split.out"] = lambda: operator_out(
+                    qkvz, ba, hk, hv, dk, dv, mixed_qkv=mixed_qkv, z=z, b=b, a=a
+                )
                 copies = (torch.empty_like(qkvz), torch.empty_like(ba))
                 subjects["copy of the same bytes, outputs given"] = lambda: (
                     copies[0].copy_(qkvz),

@@ -236,7 +236,7 @@ def preset(name: str) -> tuple[Heads, str]:
 def empty_cache() -> int:
     """Lets go of the memory of freed tensors that is kept for later ones, and returns its bytes.
 
-    Outputs of 32 MiB and more on the CPU get blocks of huge pages that are kept when they are freed, 512 MiB at most: fresh pages would
-    cost several times what the op does.
+    Outputs of 64 KiB and more on the CPU get blocks of memory that are kept when they are freed, 64 of them and 512 MiB at most: memory
+    that no cache knows, or fresh pages, would cost as much as the op and more.
     """
     return _gdn.empty_cache()

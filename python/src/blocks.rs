@@ -1,17 +1,20 @@
-//! Memory for large fresh tensors of the CPU, kept when they are freed.
+//! Memory for fresh tensors of the CPU, kept when they are freed.
 //!
-//! What is as large as this, `malloc` maps anew for every tensor (32 MiB is the most that glibc's threshold rises to), and a fresh page costs
-//! a fault and a clearing at its first touch: at 100 MB of outputs several times what the op itself takes. So such tensors get
-//! blocks of huge pages that go back to a small store, as CUDA tensors' memory goes back to PyTorch's allocator.
+//! `malloc` gives the next tensor another address more often than not, whose lines are in the wrong core's cache or in none: at 400 KB of
+//! outputs that took half the time of the call. From 32 MiB on, where glibc's threshold ends, it maps anew for every tensor, and a fresh page
+//! costs a fault and a clearing at its first touch: at 100 MB several times what the op itself takes. So tensors get blocks (of huge pages,
+//! where large) that go back to a small store, the last one first, as CUDA tensors' memory goes back to PyTorch's allocator.
 
 use std::sync::{Mutex, TryLockError};
 
 use gdn::{Block, BufError, Pages};
 
 /// Tensors of fewer bytes are `malloc`'s.
-pub(crate) const LARGE: usize = 32 << 20;
-/// The most that is kept for later.
-pub(crate) const MOST_KEPT: usize = 512 << 20;
+pub(crate) const LEAST: usize = 64 << 10;
+/// The most bytes that are kept for later.
+const MOST_KEPT: usize = 512 << 20;
+/// The most blocks that are kept: each is looked at where a new one is wanted.
+const MOST_BLOCKS: usize = 64;
 
 /// Blocks of no tensor, the longest unused first.
 static KEPT: Mutex<Vec<Block>> = Mutex::new(Vec::new());
@@ -32,7 +35,7 @@ pub(crate) fn give_back(block: Block) {
     let dropped = with_kept(|kept| {
         kept.push(block);
         let mut room = MOST_KEPT;
-        let fitting = kept.iter().rev().take_while(|block| {
+        let fitting = kept.iter().rev().take(MOST_BLOCKS).take_while(|block| {
             let fits = block.bytes().len() <= room;
             room = room.saturating_sub(block.bytes().len());
             fits

@@ -90,7 +90,12 @@ impl Exchange {
 
     /// The tensor behind an object of the type that the table was found at.
     #[inline]
-    pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> PyResult<Tensor> {
+    pub(crate) fn borrow(
+        &self,
+        object: &Bound<'_, PyAny>,
+        argument: &str,
+        into: &mut Tensor,
+    ) -> PyResult<()> {
         let Some(borrow) = self.borrow else {
             return Err(type_error(format!("{argument}: its type lends no tensors through DLPack")));
         };
@@ -103,7 +108,7 @@ impl Exchange {
             tensor.assume_init_ref()
         };
         // SAFETY: just filled in by its owner, which keeps the shape while the object lives.
-        unsafe { read(tensor, false, argument) }
+        unsafe { read(tensor, false, argument, into) }
     }
 
     /// The stream that the framework works on at present.
@@ -118,7 +123,7 @@ impl Exchange {
 /// # Safety
 /// `tensor` has `ndim` numbers at `shape`, and at `strides` where that is not null.
 #[inline]
-unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str) -> PyResult<Tensor> {
+unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str, into: &mut Tensor) -> PyResult<()> {
     let dims = usize::try_from(tensor.ndim).unwrap_or(0);
     let numbers = |at: *mut i64| match dims {
         0 => &[][..],
@@ -127,28 +132,33 @@ unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str) -> PyResult<T
     };
     let strides = (!tensor.strides.is_null()).then(|| numbers(tensor.strides));
     let address = (tensor.data as usize).wrapping_add(tensor.byte_offset as usize);
-    Tensor::new(address, tensor.dtype, tensor.device, read_only, numbers(tensor.shape), strides)
-        .ok_or_else(|| too_many_dims(argument, dims))
+    if into.fill(address, tensor.dtype, tensor.device, read_only, numbers(tensor.shape), strides) {
+        return Ok(());
+    }
+    Err(too_many_dims(argument, dims))
 }
 
+#[cold]
 fn too_many_dims(argument: &str, dims: usize) -> PyErr {
     value_error(format!("{argument} has {dims} dims, expected at most {}", crate::tensor::MAX_DIMS))
 }
 
-/// The tensor behind any object that speaks NumPy's array interface or DLPack, and what keeps its memory where it is besides the object.
+/// Reads the tensor behind any object that speaks NumPy's array interface or DLPack. What keeps its memory where it is besides the object.
 pub(crate) fn borrow<'py>(
     object: &Bound<'py, PyAny>,
     argument: &str,
-) -> PyResult<(Tensor, Option<Bound<'py, PyAny>>)> {
+    into: &mut Tensor,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = object.py();
     let array = object.getattr(intern!(py, "__array_struct__"));
     if let Some(capsule) = array.ok().and_then(|array| array.cast_into::<PyCapsule>().ok()) {
         // SAFETY: what the attribute of that name is.
-        let tensor = unsafe { read_array(object, &capsule, argument)? };
-        return Ok((tensor, Some(capsule.into_any())));
+        unsafe { read_array(object, &capsule, argument, into)? };
+        return Ok(Some(capsule.into_any()));
     }
     if let Some(exchange) = Exchange::of(&object.get_type()) {
-        return Ok((exchange.borrow(object, argument)?, None));
+        exchange.borrow(object, argument, into)?;
+        return Ok(None);
     }
     let Ok(device) = object.call_method0(intern!(py, "__dlpack_device__")) else {
         let name = object.get_type();
@@ -172,7 +182,7 @@ pub(crate) fn borrow<'py>(
         capsule => capsule?,
     };
     // SAFETY: what `__dlpack__` is there to give; the names say which.
-    let mut tensor = unsafe {
+    unsafe {
         let capsule = capsule.cast::<PyCapsule>()?;
         if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
             let managed: &ManagedVersioned = pointer.cast().as_ref();
@@ -182,19 +192,19 @@ pub(crate) fn borrow<'py>(
                     "{argument} speaks DLPack {major}.{minor}, known is {MAJOR}"
                 )));
             }
-            read(&managed.tensor, managed.flags & READ_ONLY != 0, argument)?
+            read(&managed.tensor, managed.flags & READ_ONLY != 0, argument, into)?;
         } else {
             let pointer = capsule.pointer_checked(Some(UNVERSIONED))?;
             let managed: &Managed = pointer.cast().as_ref();
-            read(&managed.tensor, false, argument)?
+            read(&managed.tensor, false, argument, into)?;
         }
-    };
+    }
     // JAX does not say through DLPack that nobody may write to its arrays.
     let is_jax = module(py, "jax").is_some_and(|jax| {
         jax.getattr(intern!(py, "Array")).is_ok_and(|array| object.is_instance(&array).unwrap_or(false))
     });
-    tensor.read_only |= is_jax;
-    Ok((tensor, Some(capsule)))
+    into.read_only |= is_jax;
+    Ok(Some(capsule))
 }
 
 /// A module, if the program has imported it.
@@ -226,7 +236,8 @@ unsafe fn read_array(
     object: &Bound<'_, PyAny>,
     capsule: &Bound<'_, PyCapsule>,
     argument: &str,
-) -> PyResult<Tensor> {
+    into: &mut Tensor,
+) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let array: &ArrayStruct = unsafe { capsule.pointer_checked(None)?.cast().as_ref() };
     if array.two != 2 {
@@ -280,8 +291,11 @@ unsafe fn read_array(
         }
         (flag, _) => flag == 0,
     };
-    Tensor::new(array.data as usize, dtype, Device::CPU, read_only, &shape[..dims], Some(&strides[..dims]))
-        .ok_or_else(|| too_many_dims(argument, dims))
+    let (shape, strides) = (&shape[..dims], &strides[..dims]);
+    if into.fill(array.data as usize, dtype, Device::CPU, read_only, shape, Some(strides)) {
+        return Ok(());
+    }
+    Err(too_many_dims(argument, dims))
 }
 
 /// Memory of our own, for frameworks whose arrays cannot be written to: it is filled, then handed over through DLPack.

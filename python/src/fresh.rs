@@ -31,7 +31,8 @@ pub(crate) fn fresh<'py>(
         let kwargs = PyDict::new(py);
         kwargs.set_item(intern!(py, "dtype"), like.getattr(intern!(py, "dtype"))?)?;
         let made = numpy.call_method(intern!(py, "empty"), (PyTuple::new(py, shape)?,), Some(&kwargs))?;
-        let (tensor, _) = dlpack::borrow(&made, argument)?;
+        let mut tensor = Tensor::NONE;
+        dlpack::borrow(&made, argument, &mut tensor)?;
         return Ok((made, tensor));
     }
     if !known.device.is_cpu() || !like.hasattr(intern!(py, "__array_namespace__"))? {

@@ -108,17 +108,15 @@ fn run<'py, const READ: usize>(
     let mut tensors = [Tensor::NONE; 6];
     let mut is_operator = false;
     for (i, object) in direction.read().zip(&read) {
-        tensors[i] = match torch {
-            Some(torch) => match torch.borrow(object, NAMES[i])? {
-                Some(tensor) => tensor,
-                None if torch.is_tensor(object) => {
-                    is_operator = true;
-                    continue;
-                }
-                None => return Err(other_framework(NAMES[i], object, NAMES[first])),
-            },
-            None => lend(object, NAMES[i], &mut lent)?,
-        };
+        match torch {
+            Some(torch) if torch.borrow(object, NAMES[i], &mut tensors[i])? => {}
+            Some(torch) if torch.is_tensor(object) => {
+                tensors[i] = Tensor::NONE;
+                is_operator = true;
+            }
+            Some(_) => return Err(other_framework(NAMES[i], object, NAMES[first])),
+            None => lent.extend(dlpack::borrow(object, NAMES[i], &mut tensors[i])?),
+        }
     }
     if let Some(torch) = torch
         && (is_operator || torch.is_watched(&read)?)
@@ -169,19 +167,19 @@ fn given<'py>(
     if given.len() != direction.written().len() {
         return Err(out_error(direction, &format!("{} of them", given.len())));
     }
+    let is_grad_enabled = torch.is_some_and(Libtorch::is_grad_enabled);
     for (i, object) in direction.written().zip(given.iter_borrowed()) {
-        tensors[i] = match torch {
-            Some(torch) if torch.is_plain(&object) && torch.is_differentiated(&object)? => {
+        match torch {
+            Some(torch) if is_grad_enabled && torch.is_plain(&object) && torch.requires_grad(&object)? => {
                 let argument = NAMES[i];
                 return Err(value_error(format!(
                     "{argument} requires grad: what is written to has no gradient"
                 )));
             }
-            Some(torch) => torch
-                .borrow(&object, NAMES[i])?
-                .ok_or_else(|| other_framework(NAMES[i], &object, NAMES[direction.read().start]))?,
-            None => lend(&object, NAMES[i], lent)?,
-        };
+            Some(torch) if torch.borrow(&object, NAMES[i], &mut tensors[i])? => {}
+            Some(_) => return Err(other_framework(NAMES[i], &object, NAMES[direction.read().start])),
+            None => lent.extend(dlpack::borrow(&object, NAMES[i], &mut tensors[i])?),
+        }
     }
     Ok(given)
 }
@@ -225,17 +223,6 @@ fn made<'py>(
         made.push(object);
     }
     PyTuple::new(py, made)
-}
-
-/// The tensor of an object that is not PyTorch's, and for `lent` what keeps it.
-fn lend<'py>(
-    object: &Bound<'py, PyAny>,
-    argument: &str,
-    lent: &mut Vec<Bound<'py, PyAny>>,
-) -> PyResult<Tensor> {
-    let (tensor, owner) = dlpack::borrow(object, argument)?;
-    lent.extend(owner);
-    Ok(tensor)
 }
 
 fn other_framework(argument: &str, object: &Bound<'_, PyAny>, other: &str) -> PyErr {

@@ -262,12 +262,17 @@ impl Libtorch {
         self.is_plain(object) || object.is_instance(self.tensor.bind(object.py())).unwrap_or(false)
     }
 
-    /// Whether autograd wants to know what becomes of a tensor.
+    /// Whether autograd is at work on this thread.
     #[inline]
-    pub(crate) fn is_differentiated(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    pub(crate) fn is_grad_enabled(&self) -> bool {
         // SAFETY: reads a flag of this thread.
-        let is_enabled = unsafe { (self.call.aoti_torch_grad_mode_is_enabled)() };
-        Ok(is_enabled && tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()?)
+        unsafe { (self.call.aoti_torch_grad_mode_is_enabled)() }
+    }
+
+    /// Whether a tensor wants a gradient.
+    #[inline]
+    pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
     }
 
     /// Whether a call on plain tensors must be seen by PyTorch: for gradients, or by a mode or a tracer that is active.
@@ -275,9 +280,11 @@ impl Libtorch {
     pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
         let Some(first) = read.first() else { return Ok(false) };
         let py = first.py();
-        for tensor in read {
-            if self.is_differentiated(tensor)? {
-                return Ok(true);
+        if self.is_grad_enabled() {
+            for tensor in read {
+                if self.requires_grad(tensor)? {
+                    return Ok(true);
+                }
             }
         }
         for watcher in &self.watchers {
@@ -288,19 +295,24 @@ impl Libtorch {
         Ok(false)
     }
 
-    /// The memory of a plain tensor; `None` where an object is none, or does not hold the elements as they are: a transform's wrapper, a lazy
+    /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a transform's wrapper, a lazy
     /// conjugate.
     #[inline]
-    pub(crate) fn borrow(&self, object: &Bound<'_, PyAny>, argument: &str) -> PyResult<Option<Tensor>> {
+    pub(crate) fn borrow(
+        &self,
+        object: &Bound<'_, PyAny>,
+        argument: &str,
+        tensor: &mut Tensor,
+    ) -> PyResult<bool> {
         if !self.is_plain(object) {
-            return Ok(None);
+            return Ok(false);
         }
-        let tensor = match self.exchange.borrow(object, argument) {
-            Ok(tensor) => tensor,
+        match self.exchange.borrow(object, argument, tensor) {
+            Ok(()) => {}
             // Ours, about the dims.
             Err(error) if error.is_instance_of::<PyValueError>(object.py()) => return Err(error),
-            Err(_) => return Ok(None),
-        };
+            Err(_) => return Ok(false),
+        }
         let is_here = tensor.device.is_cpu() || tensor.device.kind == Device::CUDA;
         // The imaginary part of a conjugate is lazily negated.
         let is_lazy = match tensor.dtype.code {
@@ -308,7 +320,7 @@ impl Libtorch {
             DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()?,
             _ => false,
         };
-        Ok((is_here && !is_lazy && !tensor.is_hollow()).then_some(tensor))
+        Ok(is_here && !is_lazy && !tensor.is_hollow())
     }
 
     /// A fresh, dense tensor with the dtype and device of another, as an object and what it is.
@@ -324,7 +336,8 @@ impl Libtorch {
         let Some(dtype) = self.number_of(like.dtype) else {
             // A dtype without a number here: slower, and as good.
             let made = object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?;
-            let tensor = self.exchange.borrow(&made, argument)?;
+            let mut tensor = Tensor::NONE;
+            self.exchange.borrow(&made, argument, &mut tensor)?;
             return Ok((made, tensor));
         };
         let handle = self.empty(shape, dtype, like.device)?;
@@ -372,7 +385,8 @@ impl Libtorch {
     /// Tells autograd that tensors were written to, where it would have to know.
     pub(crate) fn written(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = out.py();
-        if !self.is_inference_mode_enabled.bind(py).call0()?.is_truthy()? {
+        // Not in inference mode, which is also known by what it does not leave enabled.
+        if self.is_grad_enabled() || !self.is_inference_mode_enabled.bind(py).call0()?.is_truthy()? {
             self.increment_version.bind(py).call1((out,))?;
         }
         Ok(())
@@ -401,7 +415,7 @@ impl Libtorch {
         let bytes = shape.iter().fold(dense.dtype.size(), |bytes, dim| bytes.saturating_mul(*dim));
         if let Some(from_blob) = self.from_blob
             && device.is_cpu()
-            && bytes >= blocks::LARGE
+            && bytes >= blocks::LEAST
             && let Ok(mut block) = blocks::take(bytes)
         {
             let start = block.bytes_mut().as_mut_ptr().cast();
@@ -507,8 +521,8 @@ impl Handle<'_> {
         Ok(Tensor::dense(address as usize, like.dtype, like.device, shape))
     }
 
-    /// What the handle stands for; its memory is to be written to or not.
-    fn tensor(&self, argument: &str, write: bool) -> PyResult<(Tensor, i32)> {
+    /// Reads what the handle stands for, whose memory is to be written to or not. Its dtype, as libtorch's number.
+    fn read(&self, argument: &str, write: bool, tensor: &mut Tensor) -> PyResult<i32> {
         let torch = self.1;
         // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.
         unsafe {
@@ -531,16 +545,11 @@ impl Handle<'_> {
                 Device::CPU
             };
             let numbers = |at: *mut i64| std::slice::from_raw_parts(at, dims);
-            Tensor::new(
-                address,
-                torch.dtype_of(number),
-                device,
-                false,
-                numbers(sizes),
-                Some(numbers(strides)),
-            )
-            .map(|tensor| (tensor, number))
-            .ok_or_else(|| type_error(format!("{argument} cannot be read")))
+            let (dtype, sizes, strides) = (torch.dtype_of(number), numbers(sizes), numbers(strides));
+            if !tensor.fill(address, dtype, device, false, sizes, Some(strides)) {
+                return Err(type_error(format!("{argument} cannot be read")));
+            }
+            Ok(number)
         }
     }
 }

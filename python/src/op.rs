@@ -72,6 +72,9 @@ pub(crate) fn shape(heads: &Heads, tensor: usize, num_rows: usize) -> ([usize; 3
     }
 }
 
+/// The least bytes to be read for which one more of the framework's threads is woken. They are awake: sharing costs a microsecond.
+const WORTH_A_THREAD: usize = 128 << 10;
+
 /// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or others.
 pub(crate) struct Place {
     /// For tensors of the CPU: the most threads, and who has them. `None` for [`pool`].
@@ -165,8 +168,11 @@ impl<'a> Call<'a> {
                 let work = |cpu: &Cpu| unsafe { self.on_cpu(cpu) };
                 match place.threads {
                     None => pool::with(bytes, work),
-                    Some(_) if bytes < pool::WORTH_SHARING => work(&Cpu::new().threads(1)),
-                    Some((threads, executor)) => work(&Cpu::new().threads(threads()).executor(executor)),
+                    Some(_) if bytes < 2 * WORTH_A_THREAD => work(&Cpu::new().threads(1)),
+                    Some((threads, executor)) => {
+                        let threads = threads().min(bytes / WORTH_A_THREAD);
+                        work(&Cpu::new().threads(threads).executor(executor))
+                    }
                 }
             }
             // SAFETY: the caller's promise.

@@ -7,7 +7,7 @@ use pyo3::{PyResult, exceptions::PyRuntimeError};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// The least bytes (read, and as many written) for which more than one thread is thought of.
-pub(crate) const WORTH_SHARING: usize = 1 << 20;
+const WORTH_SHARING: usize = 1 << 20;
 
 struct Pool {
     threads: Arc<ThreadPool>,

@@ -82,7 +82,8 @@ pub(crate) fn repack_weight<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = weight.py();
     let torch = libtorch::get().filter(|torch| torch.is_plain(&weight));
-    let (from, _owner) = dlpack::borrow(&weight, "weight")?;
+    let mut from = Tensor::NONE;
+    let _owner = dlpack::borrow(&weight, "weight", &mut from)?;
     let shape: Vec<usize> = from.shape().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
     let (num_rows, features) = match *shape {
         [outputs] => (outputs, 1),

@@ -119,28 +119,33 @@ impl Tensor {
         strides: [1; MAX_DIMS],
     };
 
-    /// `strides` in elements, `None` for dense ones. `None` where there are more than [`MAX_DIMS`] dims.
+    /// Fills in what is known, in place: handed on from call to call by value, it would cost more than all that is asked about it.
+    /// `strides` in elements, `None` for dense ones. `false` where there are more than [`MAX_DIMS`] dims.
     #[inline]
-    pub(crate) fn new(
+    #[must_use]
+    pub(crate) fn fill(
+        &mut self,
         address: usize,
         dtype: DType,
         device: Device,
         read_only: bool,
         shape: &[i64],
         strides: Option<&[i64]>,
-    ) -> Option<Self> {
-        let dims = shape.len();
-        if dims > MAX_DIMS {
-            return None;
+    ) -> bool {
+        (self.address, self.dtype, self.device, self.read_only) = (address, dtype, device, read_only);
+        self.dims = shape.len();
+        if self.dims > MAX_DIMS {
+            return false;
         }
         let number = |numbers: &[i64], dim: usize| numbers.get(dim).copied().unwrap_or(1);
-        let shape = std::array::from_fn(|dim| number(shape, dim));
-        let mut tensor = Self { address, dtype, device, read_only, dims, shape, strides: [1; MAX_DIMS] };
-        match strides {
-            Some(strides) => tensor.strides = std::array::from_fn(|dim| number(strides, dim)),
-            None => tensor.lie_dense(),
+        for dim in 0..MAX_DIMS {
+            self.shape[dim] = number(shape, dim);
         }
-        Some(tensor)
+        match strides {
+            Some(strides) => (0..MAX_DIMS).for_each(|dim| self.strides[dim] = number(strides, dim)),
+            None => self.lie_dense(),
+        }
+        true
     }
 
     /// A fresh, dense one, of at most [`MAX_DIMS`] dims.
@@ -155,6 +160,7 @@ impl Tensor {
     }
 
     fn lie_dense(&mut self) {
+        self.strides = [1; MAX_DIMS];
         for dim in (1..self.dims).rev() {
             self.strides[dim - 1] = self.strides[dim].saturating_mul(self.shape[dim].max(1));
         }

@@ -137,6 +137,24 @@ def test_blocks_are_used_again(no_blocks):
     assert _gdn.empty_cache() == 0
 
 
+@pytest.mark.parametrize("n", [4, 16, 64])
+def test_every_call_gets_the_memory_of_the_last(n, no_blocks):
+    if not has_blocks():
+        pytest.skip("tensors are PyTorch's own here")
+    tensors = large(n)
+    addresses = {split_large(tensors)[0].data_ptr() for _ in range(20)}
+    assert len(addresses) == 1
+
+
+def test_few_blocks_are_kept(no_blocks):
+    tensors = large(4)
+    held = [split_large(tensors) for _ in range(200)]
+    del held
+    gc.collect()
+    one = 4 * (8192 + 4096 + 64) * 2
+    assert _gdn.empty_cache() <= 64 * (one + 4096)
+
+
 @pytest.mark.parametrize("door", [gdn.split, torch.ops.gdn.split], ids=["function", "operator"])
 def test_blocks_in_use_are_left_alone(door, no_blocks):
     """Every tensor that is alive has its own memory, also where only a view of it is."""

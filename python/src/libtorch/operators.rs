@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use super::{Failed, Handle, Kernel, Libtorch, Opaque, PLACE, get};
 use crate::{
     op::{self, Call, Direction},
-    tensor::type_error,
+    tensor::Tensor,
 };
 
 /// What both operators take after their tensors.
@@ -166,25 +166,19 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
         }
     }
     let layout = op::layout(heads, packing.as_str()?)?;
-    let mut tensors = [None; 6];
-    for i in read.clone() {
-        tensors[i] = handles[i].as_ref().map(|handle| handle.tensor(op::NAMES[i], false)).transpose()?;
-    }
-    let first = tensors[read.start];
-    for i in written.clone() {
-        if !out {
-            let (Some((first, _)), Some((_, dtype))) = (first, tensors[direction.like(i)]) else { continue };
-            let num_rows = op::check(&first, read.start, &layout)?.num_rows;
+    let (mut tensors, mut dtypes) = ([Tensor::NONE; 6], [0; 6]);
+    for i in read.clone().chain(written.clone()) {
+        let is_written = written.contains(&i);
+        if is_written && !out {
+            let num_rows = op::check(&tensors[read.start], read.start, &layout)?.num_rows;
             let (shape, dims) = op::shape(&layout.heads, i, num_rows);
-            handles[i] = Some(torch.empty(&shape[..dims], dtype, first.device)?);
+            let dtype = dtypes[direction.like(i)];
+            handles[i] = Some(torch.empty(&shape[..dims], dtype, tensors[read.start].device)?);
         }
-        tensors[i] = handles[i].as_ref().map(|handle| handle.tensor(op::NAMES[i], true)).transpose()?;
+        if let Some(handle) = &handles[i] {
+            dtypes[i] = handle.read(op::NAMES[i], is_written, &mut tensors[i])?;
+        }
     }
-    let tensors = tensors.map(|tensor| tensor.map(|(tensor, _)| tensor));
-    let [Some(a), Some(b), Some(c), Some(d), Some(e), Some(f)] = tensors else {
-        return Err(type_error("too few tensors".to_owned()));
-    };
-    let tensors = [a, b, c, d, e, f];
     let call = Call::new(layout, direction, &tensors)?;
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     unsafe { call.run(&PLACE)? };

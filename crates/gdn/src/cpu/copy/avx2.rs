@@ -32,6 +32,11 @@ impl Vector for x86::__m256i {
         // SAFETY: a prefetch of any address is harmless, and every x86-64 machine has SSE, whose instruction it is.
         unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T0 }>(src.cast()) }
     }
+
+    #[inline(always)]
+    fn prefetch_to_write(dst: *mut u8) {
+        super::prefetchw(dst);
+    }
 }
 
 /// # Safety

@@ -16,6 +16,11 @@ pub(super) const LINE: usize = 64;
 /// How far ahead of its loads one long copy prefetches, in bytes.
 const AHEAD: usize = 2048;
 
+/// How far ahead of its stores a copy within the caches asks for the lines to write, in bytes: a store that misses the first-level
+/// cache waits for its line, and few such waits fit the store buffer. Measured on 1.5 MB, of a split: 15.5 us, and 17.4 with a half or
+/// double of it, 20.9 without.
+const AHEAD_OF_STORES: usize = 1024;
+
 /// Rows that a copy past the caches moves side by side: several pages of memory are read at a time, as the large `memcpy` of
 /// glibc does.
 const ROWS_TOGETHER: usize = 4;
@@ -114,6 +119,18 @@ trait Vector: Copy {
 
     /// Has the line of `src` brought near. Any address will do.
     fn prefetch(src: *const u8);
+
+    /// Has the line of `dst` brought near for this core alone, to be written. Any address will do.
+    fn prefetch_to_write(dst: *mut u8);
+}
+
+/// `prefetchw`, for which Rust has no stable intrinsic. Every x86-64 processor takes it; those before Broadwell do nothing.
+#[cfg(target_arch = "x86_64")]
+#[expect(clippy::pointers_in_nomem_asm_block, reason = "a hint reads and writes nothing")]
+#[inline(always)]
+fn prefetchw(dst: *mut u8) {
+    // SAFETY: a hint, harmless for any address. It changes no register, no flag and no memory.
+    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) dst, options(nomem, nostack, preserves_flags)) }
 }
 
 /// # Safety
@@ -172,6 +189,14 @@ fn prefetch<V: Vector>(src: *const u8, len: usize) {
     }
 }
 
+/// Prefetches the lines of `len` bytes from `dst` on for writing; they need not be anybody's.
+#[inline(always)]
+fn prefetch_to_write<V: Vector>(dst: *mut u8, len: usize) {
+    for at in (0..len).step_by(LINE) {
+        V::prefetch_to_write(dst.wrapping_add(at));
+    }
+}
+
 /// Copies the segments of one row. The lengths that models have get loops of their own, unrolled.
 ///
 /// # Safety
@@ -196,6 +221,28 @@ unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: 
             }
         }
     }
+    /// # Safety
+    /// As [`copy_run`], for segments of `N` registers.
+    #[inline(always)]
+    unsafe fn wide<V: Vector, const N: usize>(
+        src: *const u8,
+        dst: *mut u8,
+        steps: (usize, usize),
+        count: usize,
+    ) {
+        let ahead = (AHEAD_OF_STORES / (N * V::BYTES)).max(1) * steps.1;
+        for i in 0..count {
+            let (src, dst) = (src.wrapping_add(i * steps.0), dst.wrapping_add(i * steps.1));
+            prefetch_to_write::<V>(dst.wrapping_add(ahead), N * V::BYTES);
+            // SAFETY: segment `i` of those the caller vouches for.
+            unsafe {
+                let segment: [V; N] = std::array::from_fn(|k| V::load(src.add(k * V::BYTES)));
+                for (k, v) in segment.into_iter().enumerate() {
+                    v.store(dst.add(k * V::BYTES));
+                }
+            }
+        }
+    }
     let Lane { src_step, dst_step, len, .. } = *lane;
     let steps = (src_step, dst_step);
     // SAFETY: the caller's promises; each arm's elements make up the segment.
@@ -208,13 +255,13 @@ unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: 
             8 => fixed::<u64, 1>(src, dst, steps, count),
             12 => fixed::<u32, 3>(src, dst, steps, count),
             16 => fixed::<u64, 2>(src, dst, steps, count),
-            _ if len == V::BYTES => fixed::<V, 1>(src, dst, steps, count),
-            _ if len == 2 * V::BYTES => fixed::<V, 2>(src, dst, steps, count),
-            _ if len == 3 * V::BYTES => fixed::<V, 3>(src, dst, steps, count),
-            _ if len == 4 * V::BYTES => fixed::<V, 4>(src, dst, steps, count),
-            _ if len == 6 * V::BYTES => fixed::<V, 6>(src, dst, steps, count),
-            _ if len == 8 * V::BYTES => fixed::<V, 8>(src, dst, steps, count),
-            _ if len == 12 * V::BYTES => fixed::<V, 12>(src, dst, steps, count),
+            _ if len == V::BYTES => wide::<V, 1>(src, dst, steps, count),
+            _ if len == 2 * V::BYTES => wide::<V, 2>(src, dst, steps, count),
+            _ if len == 3 * V::BYTES => wide::<V, 3>(src, dst, steps, count),
+            _ if len == 4 * V::BYTES => wide::<V, 4>(src, dst, steps, count),
+            _ if len == 6 * V::BYTES => wide::<V, 6>(src, dst, steps, count),
+            _ if len == 8 * V::BYTES => wide::<V, 8>(src, dst, steps, count),
+            _ if len == 12 * V::BYTES => wide::<V, 12>(src, dst, steps, count),
             _ => {
                 for i in 0..count {
                     copy_segment::<V>(src.add(i * src_step), dst.add(i * dst_step), len);
@@ -276,6 +323,7 @@ unsafe fn copy_segment<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
         }
         let mut at = 0;
         while at + 4 * V::BYTES <= len {
+            prefetch_to_write::<V>(dst.wrapping_add(at + AHEAD_OF_STORES), 4 * V::BYTES);
             let four: [V; 4] = std::array::from_fn(|i| V::load(src.add(at + i * V::BYTES)));
             for (i, v) in four.into_iter().enumerate() {
                 v.store(dst.add(at + i * V::BYTES));

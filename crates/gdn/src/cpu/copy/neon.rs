@@ -29,6 +29,9 @@ impl Vector for arm::uint8x16_t {
 
     #[inline(always)]
     fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    fn prefetch_to_write(_: *mut u8) {}
 }
 
 /// # Safety

@@ -27,6 +27,9 @@ impl Vector for u64 {
 
     #[inline(always)]
     fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    fn prefetch_to_write(_: *mut u8) {}
 }
 
 /// # Safety
