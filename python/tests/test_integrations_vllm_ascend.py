@@ -98,6 +98,7 @@ def same(before, after):
         assert torch.equal(one.view(bits), other.view(bits))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_what_vllm_ascend_s_own_kernel_puts_out(ascend, heads, dtype):
@@ -125,6 +126,7 @@ def test_the_layer_that_has_it_by_name(ascend, imported):
     assert getattr(layer, NAME) is original is not gdn.fused_qkvzba_split_reshape_cat
 
 
+@pytest.mark.interpreter
 def test_the_layers_own_forward(ascend, monkeypatch):
     """`AscendGatedDeltaNetAttention.forward`: what its attention core gets, and its output."""
     layer = importlib.import_module(LAYER)

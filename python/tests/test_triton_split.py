@@ -8,18 +8,14 @@ import sys
 import textwrap
 
 import pytest
+from conftest import TOO_OLD, interpreter_runs
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
-numpy = pytest.importorskip("numpy")
 
 import gdn
 
-# Which numbers NumPy turns to Python's changed under the interpreter of old releases.
-TOO_OLD = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
-CPU = pytest.param(
-    "cpu", marks=pytest.mark.skipif(TOO_OLD, reason="the interpreter of this Triton needs NumPy below 2.4")
-)
+CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
 GPU = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
@@ -60,7 +56,7 @@ def test_bit_for_bit(table, case, device):
     check.run_case(case, device, own)
 
 
-@pytest.mark.skipif(TOO_OLD, reason="the interpreter of this Triton needs NumPy below 2.4")
+@pytest.mark.interpreter
 def test_a_wrong_result_is_noticed(table, monkeypatch):
     split, check = table["cpu"]
     case = check.Case((2, 4, 4, 4), "interleaved", 3)
@@ -81,8 +77,8 @@ def test_the_door_of_the_package(table, dtype, packing):
     heads, n = (2, 6, 8, 4), 7
     # The module that the package finds is the one that was loaded last.
     device = list(table)[-1]
-    if device == "cpu" and TOO_OLD:
-        pytest.skip("the interpreter of this Triton needs NumPy below 2.4")
+    if device == "cpu" and not interpreter_runs():
+        pytest.skip(TOO_OLD)
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (n, 80 * dtype.itemsize), dtype=torch.uint8)
     qkvz, ba = bits.view(dtype).to(device), torch.randn(n, 12, device=device)
     triton = gdn.split(qkvz, ba, *heads, packing, backend="triton")
@@ -200,7 +196,7 @@ def test_out_of_another_length(table):
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.skipif(TOO_OLD, reason="the interpreter of this Triton needs NumPy below 2.4")
+@pytest.mark.interpreter
 def test_outputs_may_be_columns_of_one_tensor(table):
     """`z` and `mixed_qkv` side by side in one buffer: their rows interleave and share nothing."""
     tensors, rest, whole = given()
