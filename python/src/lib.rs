@@ -133,6 +133,9 @@ fn run<'py, const READ: usize>(
         None => made(&layout, direction, torch, &read, &mut tensors, &mut buffers)?,
     };
     let call = Call::new(layout, direction, &tensors)?;
+    if let (Some(torch), Some(_)) = (torch, &out) {
+        torch.advance_versions(&results)?;
+    }
     let place = if torch.is_some() { libtorch::PLACE } else { Place::OURS };
     if call.is_cpu() && call.bytes() < WORTH_DETACHING {
         // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on arrays.
@@ -140,9 +143,6 @@ fn run<'py, const READ: usize>(
     } else {
         // SAFETY: as above.
         py.detach(|| unsafe { call.run(&place) })?;
-    }
-    if let (Some(torch), Some(_)) = (torch, &out) {
-        torch.written(&results)?;
     }
     if buffers.is_empty() {
         Ok(Some(results))

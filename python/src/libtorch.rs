@@ -94,6 +94,14 @@ functions! {
     fn torch_parallel_for(i64, i64, i64, unsafe extern "C" fn(i64, i64, *mut c_void), *mut c_void) -> i32;
 }
 
+/// How autograd learns that a tensor was written to, for operators, which C gives no way to. C++, and takes what [`Wrap`] takes.
+struct Versions {
+    /// `at::native::is_inference`
+    is_inference: unsafe extern "C" fn(Opaque) -> bool,
+    /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no version
+    bump: unsafe extern "C" fn(Opaque),
+}
+
 /// The element types with a name of libtorch's; others, which are few and have one size each, go by libtorch's number.
 const DTYPES: [(&CStr, DType); 18] = {
     const fn dtype(code: u8, bits: u8) -> DType {
@@ -131,6 +139,7 @@ pub(crate) struct Libtorch {
     from_blob: Option<FromBlob>,
     /// `c10::detail::torchCheckFail`, which raises
     fail: unsafe extern "C-unwind" fn(*const c_char, *const c_char, u32, *const c_char) -> !,
+    versions: Versions,
     /// Its numbers for [`DTYPES`].
     dtypes: [i32; DTYPES.len()],
     cuda: i32,
@@ -142,7 +151,6 @@ pub(crate) struct Libtorch {
     /// Python functions that say whether somebody wants to see every operator: dispatch modes, tracers.
     watchers: [Py<PyAny>; 2],
     increment_version: Py<PyAny>,
-    is_inference_mode_enabled: Py<PyAny>,
 }
 
 static LIBTORCH: OnceLock<Libtorch> = OnceLock::new();
@@ -193,7 +201,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
     let (cpu, c10, python) = (cpu?, c10?, python?);
     let call = Functions::load(&cpu).map_err(missing)?;
     // SAFETY: functions of these names have these types.
-    let (fail, wrap, from_blob, dtypes) = unsafe {
+    let (fail, wrap, from_blob, versions, dtypes) = unsafe {
         let fail = c10
             .get("_ZN3c106detail14torchCheckFailEPKcS2_jS2_")
             .map_err(|_| missing("c10::detail::torchCheckFail"))?;
@@ -205,7 +213,15 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
         let wrap = python.get::<Wrap>("_Z16THPVariable_WrapRKN2at10TensorBaseE");
         let wrap = wrap.map_err(|_| missing("THPVariable_Wrap"))?;
         let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
-        (*fail, *wrap, from_blob.map(|function| *function), dtypes)
+        let versions = Versions {
+            is_inference: *cpu
+                .get("_ZN2at6native12is_inferenceERKNS_6TensorE")
+                .map_err(|_| missing("at::native::is_inference"))?,
+            bump: *cpu
+                .get("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE")
+                .map_err(|_| missing("torch::autograd::impl::bump_version"))?,
+        };
+        (*fail, *wrap, from_blob.map(|function| *function), versions, dtypes)
     };
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
@@ -216,6 +232,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
         wrap,
         from_blob,
         fail,
+        versions,
         dtypes,
         exchange: Exchange::of(&tensor).ok_or_else(|| missing("__dlpack_c_exchange_api__"))?,
         process: std::process::id(),
@@ -226,7 +243,6 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
             c.getattr("_get_tracing_state")?.unbind(),
         ],
         increment_version: c.getattr("_increment_version")?.unbind(),
-        is_inference_mode_enabled: torch.getattr("is_inference_mode_enabled")?.unbind(),
     };
     let libtorch = LIBTORCH.get_or_init(|| libtorch);
     // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations are.
@@ -382,14 +398,9 @@ impl Libtorch {
         Ok(true)
     }
 
-    /// Tells autograd that tensors were written to, where it would have to know.
-    pub(crate) fn written(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = out.py();
-        // Not in inference mode, which is also known by what it does not leave enabled.
-        if self.is_grad_enabled() || !self.is_inference_mode_enabled.bind(py).call0()?.is_truthy()? {
-            self.increment_version.bind(py).call1((out,))?;
-        }
-        Ok(())
+    /// Tells autograd that tensors are to be written to.
+    pub(crate) fn advance_versions(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.increment_version.bind(out.py()).call1((out,)).map(drop)
     }
 
     fn dtype_of(&self, number: i32) -> DType {
@@ -512,6 +523,17 @@ impl Handle<'_> {
     fn object<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set.
         unsafe { Bound::from_owned_ptr_or_err(py, (self.1.wrap)(self.0)) }
+    }
+
+    /// Tells autograd that the tensor is to be written to.
+    fn advance_version(&self) {
+        let Versions { is_inference, bump } = &self.1.versions;
+        // SAFETY: a tensor that lives, and that has a version.
+        unsafe {
+            if !is_inference(self.0) {
+                bump(self.0);
+            }
+        }
     }
 
     /// What it is, known to be dense and like another.

@@ -180,6 +180,9 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
         }
     }
     let call = Call::new(layout, direction, &tensors)?;
+    if out {
+        handles[written.clone()].iter().flatten().for_each(Handle::advance_version);
+    }
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     unsafe { call.run(&PLACE)? };
     if !out {
