@@ -261,7 +261,7 @@ pub(crate) type Fresh<'py> = (Bound<'py, PyAny>, Tensor);
 const STEP: usize = 512;
 /// Elements of tensors that are small: as much memory as one of them may hold on to for one that is done with sooner.
 pub(crate) const MOST_TOGETHER: usize = 1 << 20;
-/// The same for the CPU. Measured: at a million elements one block of `malloc`'s was slower than four.
+/// The same for the CPU. Measured with more together: 0.6 us less at 400,000 elements, nothing less at 800,000.
 pub(crate) const MOST_TOGETHER_ON_CPU: usize = 1 << 17;
 
 impl Libtorch {
