@@ -331,6 +331,7 @@ unsafe fn copy_segment<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
             at += 4 * V::BYTES;
         }
         while at + V::BYTES <= len {
+            V::prefetch_to_write(dst.wrapping_add(at + AHEAD_OF_STORES));
             V::load(src.add(at)).store(dst.add(at));
             at += V::BYTES;
         }
