@@ -204,13 +204,9 @@ fn made<'py>(
         if let Some(torch) = torch {
             let same = (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
             // The first output is consumed by the convolution that comes next, long before the others: all of them together where they
-            // are small. The others always on a GPU, whose allocations cost most.
+            // are small, the others always.
             let is_first = i == direction.written().start;
-            let most = match known.device.is_cpu() {
-                true => libtorch::MOST_TOGETHER_ON_CPU,
-                false if is_first => libtorch::MOST_TOGETHER,
-                false => usize::MAX,
-            };
+            let most = if is_first { libtorch::MOST_TOGETHER } else { usize::MAX };
             let shapes = (i..i + same).map(shape);
             if same > 1 && torch.empty_together(py, &known, shapes, most, &mut made, &mut tensors[i..])? {
                 left.start = i + same;
