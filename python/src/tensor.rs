@@ -120,7 +120,7 @@ impl Tensor {
     };
 
     /// Fills in what is known, in place: handed on from call to call by value, it would cost more than all that is asked about it.
-    /// `strides` in elements, `None` for dense ones. `false` where there are more than [`MAX_DIMS`] dims.
+    /// `strides` in elements, `None` for dense ones. `false`, and nothing filled in, where there are more than [`MAX_DIMS`] dims.
     #[inline]
     #[must_use]
     pub(crate) fn fill(
@@ -132,11 +132,11 @@ impl Tensor {
         shape: &[i64],
         strides: Option<&[i64]>,
     ) -> bool {
-        (self.address, self.dtype, self.device, self.read_only) = (address, dtype, device, read_only);
-        self.dims = shape.len();
-        if self.dims > MAX_DIMS {
+        if shape.len() > MAX_DIMS {
             return false;
         }
+        (self.address, self.dtype, self.device, self.read_only) = (address, dtype, device, read_only);
+        self.dims = shape.len();
         let number = |numbers: &[i64], dim: usize| numbers.get(dim).copied().unwrap_or(1);
         for dim in 0..MAX_DIMS {
             self.shape[dim] = number(shape, dim);
