@@ -72,8 +72,11 @@ pub(crate) fn shape(heads: &Heads, tensor: usize, num_rows: usize) -> ([usize; 3
     }
 }
 
-/// The least bytes to be read for which one more of the framework's threads is woken. They are awake: sharing costs a microsecond.
-const WORTH_A_THREAD: usize = 128 << 10;
+/// The least bytes to be read for which one more of the framework's threads is called. They are awake: sharing costs a microsecond between
+/// two, five among sixteen.
+const WORTH_A_THREAD: usize = 64 << 10;
+/// The least bytes to be read for which they are called at all.
+const WORTH_CALLING: usize = 256 << 10;
 
 /// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or others.
 pub(crate) struct Place {
@@ -168,7 +171,7 @@ impl<'a> Call<'a> {
                 let work = |cpu: &Cpu| unsafe { self.on_cpu(cpu) };
                 match place.threads {
                     None => pool::with(bytes, work),
-                    Some(_) if bytes < 2 * WORTH_A_THREAD => work(&Cpu::new().threads(1)),
+                    Some(_) if bytes < WORTH_CALLING => work(&Cpu::new().threads(1)),
                     Some((threads, executor)) => {
                         let threads = threads().min(bytes / WORTH_A_THREAD);
                         work(&Cpu::new().threads(threads).executor(executor))
