@@ -205,42 +205,23 @@ fn prefetch_to_write<V: Vector>(dst: *mut u8, len: usize) {
 #[inline(always)]
 unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: usize) {
     /// # Safety
-    /// As [`copy_run`], for segments of `N * size_of::<T>()` bytes.
+    /// As [`copy_run`], for segments of `N * size_of::<T>()` bytes. Of whole registers, lines are asked for ahead.
     #[inline(always)]
-    unsafe fn fixed<T: Copy, const N: usize>(
+    unsafe fn fixed<V: Vector, T: Copy, const N: usize>(
         src: *const u8,
         dst: *mut u8,
         steps: (usize, usize),
         count: usize,
     ) {
-        for i in 0..count {
-            // SAFETY: segment `i` of those the caller vouches for.
-            unsafe {
-                let segment = src.add(i * steps.0).cast::<[T; N]>().read_unaligned();
-                dst.add(i * steps.1).cast::<[T; N]>().write_unaligned(segment);
-            }
-        }
-    }
-    /// # Safety
-    /// As [`copy_run`], for segments of `N` registers.
-    #[inline(always)]
-    unsafe fn wide<V: Vector, const N: usize>(
-        src: *const u8,
-        dst: *mut u8,
-        steps: (usize, usize),
-        count: usize,
-    ) {
-        let ahead = (AHEAD_OF_STORES / (N * V::BYTES)).max(1) * steps.1;
+        let len = size_of::<[T; N]>();
+        let ahead = (AHEAD_OF_STORES / len).max(1) * steps.1;
         for i in 0..count {
             let (src, dst) = (src.wrapping_add(i * steps.0), dst.wrapping_add(i * steps.1));
-            prefetch_to_write::<V>(dst.wrapping_add(ahead), N * V::BYTES);
-            // SAFETY: segment `i` of those the caller vouches for.
-            unsafe {
-                let segment: [V; N] = std::array::from_fn(|k| V::load(src.add(k * V::BYTES)));
-                for (k, v) in segment.into_iter().enumerate() {
-                    v.store(dst.add(k * V::BYTES));
-                }
+            if len >= V::BYTES {
+                prefetch_to_write::<V>(dst.wrapping_add(ahead), len);
             }
+            // SAFETY: segment `i` of those the caller vouches for.
+            unsafe { dst.cast::<[T; N]>().write_unaligned(src.cast::<[T; N]>().read_unaligned()) }
         }
     }
     let Lane { src_step, dst_step, len, .. } = *lane;
@@ -248,20 +229,20 @@ unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: 
     // SAFETY: the caller's promises; each arm's elements make up the segment.
     unsafe {
         match len {
-            1 => fixed::<u8, 1>(src, dst, steps, count),
-            2 => fixed::<u16, 1>(src, dst, steps, count),
-            4 => fixed::<u32, 1>(src, dst, steps, count),
-            6 => fixed::<u16, 3>(src, dst, steps, count),
-            8 => fixed::<u64, 1>(src, dst, steps, count),
-            12 => fixed::<u32, 3>(src, dst, steps, count),
-            16 => fixed::<u64, 2>(src, dst, steps, count),
-            _ if len == V::BYTES => wide::<V, 1>(src, dst, steps, count),
-            _ if len == 2 * V::BYTES => wide::<V, 2>(src, dst, steps, count),
-            _ if len == 3 * V::BYTES => wide::<V, 3>(src, dst, steps, count),
-            _ if len == 4 * V::BYTES => wide::<V, 4>(src, dst, steps, count),
-            _ if len == 6 * V::BYTES => wide::<V, 6>(src, dst, steps, count),
-            _ if len == 8 * V::BYTES => wide::<V, 8>(src, dst, steps, count),
-            _ if len == 12 * V::BYTES => wide::<V, 12>(src, dst, steps, count),
+            1 => fixed::<V, u8, 1>(src, dst, steps, count),
+            2 => fixed::<V, u16, 1>(src, dst, steps, count),
+            4 => fixed::<V, u32, 1>(src, dst, steps, count),
+            6 => fixed::<V, u16, 3>(src, dst, steps, count),
+            8 => fixed::<V, u64, 1>(src, dst, steps, count),
+            12 => fixed::<V, u32, 3>(src, dst, steps, count),
+            16 => fixed::<V, u64, 2>(src, dst, steps, count),
+            _ if len == V::BYTES => fixed::<V, V, 1>(src, dst, steps, count),
+            _ if len == 2 * V::BYTES => fixed::<V, V, 2>(src, dst, steps, count),
+            _ if len == 3 * V::BYTES => fixed::<V, V, 3>(src, dst, steps, count),
+            _ if len == 4 * V::BYTES => fixed::<V, V, 4>(src, dst, steps, count),
+            _ if len == 6 * V::BYTES => fixed::<V, V, 6>(src, dst, steps, count),
+            _ if len == 8 * V::BYTES => fixed::<V, V, 8>(src, dst, steps, count),
+            _ if len == 12 * V::BYTES => fixed::<V, V, 12>(src, dst, steps, count),
             _ => {
                 for i in 0..count {
                     copy_segment::<V>(src.add(i * src_step), dst.add(i * dst_step), len);
