@@ -167,16 +167,22 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
     }
     let layout = op::layout(heads, packing.as_str()?)?;
     let (mut tensors, mut dtypes) = ([Tensor::NONE; 6], [0; 6]);
-    for i in read.clone().chain(written.clone()) {
-        let is_written = written.contains(&i);
-        if is_written && !out {
-            let num_rows = op::check(&tensors[read.start], read.start, &layout)?.num_rows;
-            let (shape, dims) = op::shape(&layout.heads, i, num_rows);
-            let dtype = dtypes[direction.like(i)];
-            handles[i] = Some(torch.empty(&shape[..dims], dtype, tensors[read.start].device)?);
-        }
+    for i in read.clone() {
         if let Some(handle) = &handles[i] {
-            dtypes[i] = handle.read(op::NAMES[i], is_written, &mut tensors[i])?;
+            dtypes[i] = handle.read(op::NAMES[i], false, &mut tensors[i])?;
+        }
+    }
+    if !out {
+        let first = tensors[read.start];
+        let num_rows = op::check(&first, read.start, &layout)?.num_rows;
+        for i in written.clone() {
+            let (shape, dims) = op::shape(&layout.heads, i, num_rows);
+            handles[i] = Some(torch.empty(&shape[..dims], dtypes[direction.like(i)], first.device)?);
+        }
+    }
+    for i in written.clone() {
+        if let Some(handle) = &handles[i] {
+            handle.read(op::NAMES[i], true, &mut tensors[i])?;
         }
     }
     let call = Call::new(layout, direction, &tensors)?;
