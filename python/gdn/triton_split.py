@@ -472,6 +472,26 @@ def _launch(
         run()
 
 
+def _run(
+    inputs: tuple[torch.Tensor, ...],
+    out: Sequence[torch.Tensor],
+    fresh: bool,
+    heads: tuple[int, int, int, int],
+    packing: str,
+    merge: bool,
+    profile: Profile | None,
+) -> tuple[torch.Tensor, ...]:
+    """Checks the outputs and all six tensors, and runs the kernel. What the outputs are."""
+    names = NAMES[:2] if merge else NAMES[2:]
+    if len(out) != len(names):
+        raise ValueError(f"out is {len(out)} of them, expected the tensors ({', '.join(names)})")
+    check_inputs(*zip(names, out))
+    tensors = (*out, *inputs) if merge else (*inputs, *out)
+    check_tensors(tensors, heads, merge=merge, fresh=fresh)
+    _launch(tensors, heads, packing, merge, profile)
+    return tuple(out)
+
+
 def split(
     mixed_qkvz: torch.Tensor,
     mixed_ba: torch.Tensor,
@@ -502,13 +522,7 @@ def split(
         n, (hk, hv, dk, dv) = mixed_qkvz.shape[0], heads
         qkv, z = mixed_qkvz.new_empty(n, 2 * hk * dk + hv * dv), mixed_qkvz.new_empty(n, hv, dv)
         out = (qkv, z, mixed_ba.new_empty(n, hv), mixed_ba.new_empty(n, hv))
-    if len(out) != 4:
-        raise ValueError(f"out is {len(out)} of them, expected the tensors (mixed_qkv, z, b, a)")
-    check_inputs(*zip(NAMES[2:], out))
-    tensors = (mixed_qkvz, mixed_ba, *out)
-    check_tensors(tensors, heads, merge=False, fresh=fresh)
-    _launch(tensors, heads, packing, False, profile)
-    return tuple(out)
+    return _run((mixed_qkvz, mixed_ba), out, fresh, heads, packing, False, profile)
 
 
 def merge(
@@ -535,10 +549,4 @@ def merge(
     if out is None:
         n, (hk, hv, dk, dv) = mixed_qkv.shape[0], heads
         out = (mixed_qkv.new_empty(n, 2 * hk * dk + 2 * hv * dv), b.new_empty(n, 2 * hv))
-    if len(out) != 2:
-        raise ValueError(f"out is {len(out)} of them, expected the tensors (mixed_qkvz, mixed_ba)")
-    check_inputs(*zip(NAMES[:2], out))
-    tensors = (*out, mixed_qkv, z, b, a)
-    check_tensors(tensors, heads, merge=True, fresh=fresh)
-    _launch(tensors, heads, packing, True, profile)
-    return tuple(out)
+    return _run((mixed_qkv, z, b, a), out, fresh, heads, packing, True, profile)
