@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(self.given.get(module.__name__, {}))
+
+
+def copied(folder: Path, real: Collection[str], to: Path) -> Path:
+    """Copies the modules in `real` and the engine's metadata to the folder `to`, for a test that changes some."""
+    for name in real:
+        file = Path(*name.split("."))
+        file = (
+            file.with_suffix(".py") if (folder / file.with_suffix(".py")).is_file() else file / "__init__.py"
+        )
+        (to / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / file, to / file)
+    metadata = f"{folder.name}.dist-info"
+    shutil.copytree(folder / metadata, to / metadata)
+    return to
 
 
 @contextmanager

@@ -6,7 +6,6 @@ stand-in.
 
 import importlib
 import logging
-import shutil
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
@@ -60,14 +59,7 @@ GIVEN = {"sglang.srt.utils": PLATFORM, "sglang.srt.utils.common": PLATFORM}
 @pytest.fixture
 def edited(tmp_path):
     """A copy of SGLang's real files in which a test may change some before they are imported."""
-    for name in REAL:
-        file = "/".join(name.split(".")) + ".py"
-        if not (FOLDER / file).is_file():
-            file = file.removesuffix(".py") + "/__init__.py"
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(FOLDER / file, tmp_path / file)
-    shutil.copytree(FOLDER / "sglang-0.5.23.dist-info", tmp_path / "sglang-0.5.23.dist-info")
-    return tmp_path
+    return stand_ins.copied(FOLDER, REAL, tmp_path)
 
 
 @pytest.fixture

@@ -61,12 +61,7 @@ GIVEN = {
 @pytest.fixture
 def edited(tmp_path):
     """A copy of vLLM's real files in which a test may change some before they are imported."""
-    for name in REAL - {PLUGINS}:
-        file = "/".join(name.split(".")) + ".py"
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(FOLDER / file, tmp_path / file)
-    shutil.copytree(FOLDER / "vllm-0.33.0.dist-info", tmp_path / "vllm-0.33.0.dist-info")
-    return tmp_path
+    return stand_ins.copied(FOLDER, REAL - {PLUGINS}, tmp_path)
 
 
 @pytest.fixture

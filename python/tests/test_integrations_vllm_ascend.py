@@ -5,7 +5,6 @@ REAL is a stand-in.
 """
 
 import importlib
-import shutil
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
@@ -63,12 +62,7 @@ GIVEN = {name: {} for name in OF_VLLM} | {
 @pytest.fixture
 def edited(tmp_path):
     """A copy of vllm-ascend's real files in which a test may change some before they are imported."""
-    for name in REAL:
-        file = "/".join(name.split(".")) + ".py"
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(FOLDER / file, tmp_path / file)
-    shutil.copytree(FOLDER / "vllm_ascend-0.23.0.dist-info", tmp_path / "vllm_ascend-0.23.0.dist-info")
-    return tmp_path
+    return stand_ins.copied(FOLDER, REAL, tmp_path)
 
 
 @pytest.fixture

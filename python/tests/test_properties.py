@@ -19,18 +19,11 @@ LYING = st.tuples(st.integers(0, 70), st.integers(0, 33))
 PACKING = st.sampled_from(["interleaved", "contiguous"])
 DTYPE = st.sampled_from(DTYPES)
 EACH = settings(max_examples=120, deadline=None, derandomize=True)
+INPUTS = {"n": ROWS, "heads": HEADS, "packing": PACKING, "dtype": DTYPE, "ba_dtype": DTYPE, "lying": LYING}
 
 
 @EACH
-@given(
-    n=ROWS,
-    heads=HEADS,
-    packing=PACKING,
-    dtype=DTYPE,
-    ba_dtype=DTYPE,
-    lying=LYING,
-    door=st.sampled_from([*SPLITS]),
-)
+@given(**INPUTS, door=st.sampled_from([*SPLITS]))
 def test_split(n, heads, packing, dtype, ba_dtype, lying, door):
     qkvz, ba = oracle.packed(n, heads, dtype, ba_dtype)
     views = [Guarded.holding(one, *lying).view for one in (qkvz, ba)]
@@ -38,16 +31,7 @@ def test_split(n, heads, packing, dtype, ba_dtype, lying, door):
 
 
 @EACH
-@given(
-    n=ROWS,
-    heads=HEADS,
-    packing=PACKING,
-    dtype=DTYPE,
-    ba_dtype=DTYPE,
-    lying=LYING,
-    out=LYING,
-    operator=st.booleans(),
-)
+@given(**INPUTS, out=LYING, operator=st.booleans())
 def test_strided_outputs_and_back(n, heads, packing, dtype, ba_dtype, lying, out, operator):
     qkvz, ba = oracle.packed(n, heads, dtype, ba_dtype)
     views = [Guarded.holding(one, *lying).view for one in (qkvz, ba)]
