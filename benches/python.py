@@ -15,7 +15,6 @@ import argparse
 import csv
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +64,9 @@ def transformers_split() -> Callable | None:
 
 def sglang_split(path: Path) -> Callable:
     """SGLang's wrapper, from its file; what the file imports of the engine and does not need is stood in for."""
-    sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-    from compare import load_peer
+    from peers import load
 
-    split = load_peer("sglang", path).fused_qkvzba_split_reshape_cat
+    split = load(path).fused_qkvzba_split_reshape_cat
     hk, hv, dk, dv = HEADS
     return lambda qkvz, ba: split(qkvz, ba, hk, hv, dk, dv)
 

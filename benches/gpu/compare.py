@@ -13,14 +13,13 @@ import argparse
 import csv
 import ctypes
 import datetime
-import importlib.util
+import importlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -28,6 +27,11 @@ import triton
 import triton.language as tl
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benches"))
+
+from graphs import bits, graph_of
+from peers import load
+
 SHIM = ROOT / "target/release/examples/libgdn_shim.so"
 POISON = 0xA5
 
@@ -113,39 +117,6 @@ def copy_in_pieces(src, dst, piece=512 << 20):
 # ---- peers
 
 
-class Nothing:
-    """Stands in for what a peer's file imports and its split does not use."""
-
-    def __getattr__(self, _):
-        return self
-
-    def __call__(self, *_, **__):
-        return self
-
-    def __bool__(self):
-        return False
-
-
-class StandIns:
-    """Makes the missing imports of a peer's file succeed."""
-
-    def __init__(self, packages):
-        self.packages = packages
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.packages:
-            return importlib.util.spec_from_loader(name, self, is_package=True)
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        module.__getattr__ = lambda name: {"tl": tl, "triton": triton}.get(name) or Nothing()
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
 INSTALLED = {"sglang": "sglang.kernels.ops.attention.triton_gdn_fused_proj"}
 
 
@@ -155,17 +126,7 @@ def load_peer(name, path):
         if module is None:
             raise ImportError("not given")
         return importlib.import_module(module)
-    absent = {p for p in ("vllm", "vllm_ascend", "sglang") if importlib.util.find_spec(p) is None}
-    finder = StandIns(absent)
-    sys.meta_path.append(finder)
-    try:
-        spec = importlib.util.spec_from_file_location(f"peer_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.meta_path.remove(finder)
+    return load(path)
 
 
 def peers(given):
@@ -191,21 +152,6 @@ def peers(given):
 
 
 # ---- measuring
-
-
-def bits(t):
-    return t.reshape(-1).view(torch.uint8)
-
-
-def graph_of(run, calls):
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                run()
-    return graph
 
 
 def quick_estimate(run):

@@ -17,18 +17,19 @@ import itertools
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 from gdn import triton_check, triton_split
 from gdn.triton_check import POISON, Case
-from seed import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from graphs import bits, graph_of
+from peers import load
 
 TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131072)
 HEADS = ((16, 32, 128, 128), (4, 8, 128, 128))
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.reshape(-1).view(torch.uint8)
 
 
 def tensors_of(heads, tokens):
@@ -47,17 +48,6 @@ def tensors_of(heads, tokens):
     b, a = ba.split([r, r], dim=2)
     wanted = [torch.cat([x.reshape(tokens, -1) for x in (q, k, v)], 1), z, b, a]
     return six[:2], six[2:], [bits(w) for w in wanted]
-
-
-def graph_of(run, calls):
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                run()
-    return graph
 
 
 def replay(graph, start, end):

@@ -17,14 +17,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from seed import load
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python" / "ascend"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("python/ascend", "benches")]
 
 from execution import build  # noqa: E402
 from gdn import tiling, triton_split  # noqa: E402
 from gdn.triton_check import Case, packed_features  # noqa: E402
 from lowering import blocks_of, facts, lower, lower_case  # noqa: E402
+from peers import load  # noqa: E402
 
 CORES, TOKENS, BUFFER = 48, 4096, 85 * 1024
 HEADS = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128), (4, 12), (16, 48)]

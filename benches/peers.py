@@ -1,4 +1,4 @@
-"""Loads the kernel that this library began with, from vllm-ascend's fused_qkvzba_split_reshape.py."""
+"""Loads a file of a peer that has `fused_qkvzba_split_reshape_cat`: SGLang's, or the one of vllm-ascend that this library began with."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Nothing:
 
     def __call__(self, *_: object, **__: object) -> Nothing:
         return self
+
+    def __bool__(self) -> bool:
+        return False
 
 
 class StandIns:
@@ -43,17 +46,18 @@ class StandIns:
 
 
 def load(path: str | Path) -> types.ModuleType:
-    """The file at `path` as a module, whatever of torch, vllm and vllm_ascend is missing here.
+    """The file at `path` as a module, whatever of torch and the engines is missing here.
 
     Raises:
         FileNotFoundError: there is no such file.
         AttributeError: it has no `fused_qkvzba_split_reshape_cat`.
     """
-    absent = {p for p in ("torch", "vllm", "vllm_ascend") if importlib.util.find_spec(p) is None}
+    packages = ("torch", "vllm", "vllm_ascend", "sglang")
+    absent = {package for package in packages if importlib.util.find_spec(package) is None}
     finder = StandIns(absent)
     sys.meta_path.append(finder)
     try:
-        spec = importlib.util.spec_from_file_location("seed_kernel", path)
+        spec = importlib.util.spec_from_file_location(f"peer_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
