@@ -1,7 +1,6 @@
 //! safetensors files: reading through a memory map, writing beside the final name.
 
 use std::{
-    collections::{BTreeMap, HashMap},
     fs::{self, File, Permissions},
     io::Write,
     path::{Path, PathBuf},
@@ -10,12 +9,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use memmap2::{Mmap, MmapMut};
-use safetensors::{
-    Dtype,
-    tensor::{Metadata, TensorInfo},
-};
-use serde_json::json;
+use safetensors::{Dtype, tensor::TensorInfo};
 use tempfile::NamedTempFile;
+
+use crate::header::{Entry, FileMetadata, Header, head};
 
 /// Somebody pressed Ctrl-C. The output's temporary file is removed on the way out.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +39,7 @@ pub(crate) struct Input {
     path: PathBuf,
     file: File,
     map: Mmap,
-    header: Metadata,
+    header: Header,
     data_start: usize,
 }
 
@@ -67,29 +64,13 @@ impl Input {
         // SAFETY: a map of a file that another process cuts short while it is read ends this process with SIGBUS, as it does
         // for every reader of mapped files; nothing here writes to it.
         let map = unsafe { Mmap::map(&file) }?;
-        let (header, data_start) = parse(&map)?;
+        let (header, data_start) = Header::parse(&map)?;
         Ok(Self { path: path.to_owned(), file, map, header, data_start })
     }
 
     /// What the file says of itself.
-    pub(crate) fn metadata(&self) -> HashMap<String, String> {
-        self.header.metadata().clone().unwrap_or_default()
-    }
-
-    /// The same, in the order of the file.
-    pub(crate) fn ordered_metadata(&self) -> anyhow::Result<Vec<(String, String)>> {
-        Self::metadata_of_head(self.head())
-    }
-
-    /// The same, of a file up to its data.
-    pub(crate) fn metadata_of_head(head: &[u8]) -> anyhow::Result<Vec<(String, String)>> {
-        #[derive(serde::Deserialize)]
-        struct Header {
-            #[serde(default, rename = "__metadata__")]
-            metadata: Pairs,
-        }
-        let header: Header = serde_json::from_slice(head.get(8..).unwrap_or_default())?;
-        Ok(header.metadata.0)
+    pub(crate) fn metadata(&self) -> &FileMetadata {
+        &self.header.metadata
     }
 
     /// The file itself, for those who copy from it.
@@ -114,7 +95,7 @@ impl Input {
     }
 
     pub(crate) fn names(&self) -> Vec<String> {
-        self.header.offset_keys()
+        self.header.names()
     }
 
     pub(crate) fn tensor<'a>(&'a self, name: &'a str) -> anyhow::Result<Tensor<'a>> {
@@ -128,51 +109,6 @@ impl Input {
         let data = &self.map[self.data_start..][start..end];
         Ok(Tensor { name, dtype: info.dtype, shape: &info.shape, data })
     }
-}
-
-/// An object of strings whose order is kept.
-#[derive(Default)]
-struct Pairs(Vec<(String, String)>);
-
-impl<'de> serde::Deserialize<'de> for Pairs {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = Pairs;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object of strings")
-            }
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = map.next_entry()? {
-                    pairs.push(pair);
-                }
-                Ok(Pairs(pairs))
-            }
-        }
-        deserializer.deserialize_map(Visitor)
-    }
-}
-
-/// The header of a safetensors file, and where its data begins.
-fn parse(bytes: &[u8]) -> anyhow::Result<(Metadata, usize)> {
-    let Some(length) = bytes.first_chunk::<8>() else {
-        bail!("not a safetensors file: it has {} bytes, the length of the header alone takes 8", bytes.len());
-    };
-    let length = u64::from_le_bytes(*length);
-    let Some(header) = usize::try_from(length).ok().and_then(|length| bytes[8..].get(..length)) else {
-        let left = bytes.len() - 8;
-        bail!(
-            "not a safetensors file, or a truncated one: its header is said to take {length} bytes, {left} are left"
-        );
-    };
-    // This checks names, shapes and offsets, and leaves the length of the file to us.
-    let metadata: Metadata = serde_json::from_slice(header).context("not a valid safetensors header")?;
-    let data = bytes.len() - 8 - header.len();
-    if metadata.data_len() != data {
-        bail!("the header speaks of {} bytes of data, the file has {data}", metadata.data_len());
-    }
-    Ok((metadata, 8 + header.len()))
 }
 
 impl Tensor<'_> {
@@ -224,7 +160,7 @@ impl Output {
     pub(crate) fn create(
         path: &Path,
         tensors: Vec<NewTensor>,
-        metadata: &BTreeMap<String, String>,
+        metadata: &FileMetadata,
         inputs: &[&Path],
     ) -> anyhow::Result<Self> {
         // A link is written through, not replaced.
@@ -239,13 +175,15 @@ impl Output {
         Self::create_here(path.clone(), tensors, metadata).with_context(what)
     }
 
-    fn create_here(
-        path: PathBuf,
-        tensors: Vec<NewTensor>,
-        metadata: &BTreeMap<String, String>,
-    ) -> anyhow::Result<Self> {
-        let header = header(&tensors, metadata)?;
-        let data_start = 8 + header.len();
+    fn create_here(path: PathBuf, tensors: Vec<NewTensor>, metadata: &FileMetadata) -> anyhow::Result<Self> {
+        let entries = tensors.iter().map(|NewTensor { name, dtype, shape, bytes }| Entry {
+            name,
+            dtype: *dtype,
+            shape,
+            bytes: *bytes as u64,
+        });
+        let head = head(entries, metadata, DATA_ALIGNMENT)?;
+        let data_start = head.len();
         let data: Option<usize> =
             tensors.iter().try_fold(0usize, |sum, tensor| sum.checked_add(tensor.bytes));
         let bytes =
@@ -255,8 +193,7 @@ impl Output {
             _ => Path::new("."),
         };
         let mut file = temporary(directory, bytes as u64)?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(header.as_bytes())?;
+        file.write_all(&head)?;
         // SAFETY: the file is new, its name is random, and it is this process that writes to it. Its space was reserved.
         let map = unsafe { MmapMut::map_mut(file.as_file()) }?;
         Ok(Self { file, path, map, data_start, tensors })
@@ -285,27 +222,6 @@ impl Output {
         file.persist(&path).with_context(what)?;
         Ok(())
     }
-}
-
-/// The header of a file with these tensors, in a fixed order, padded to the alignment of the data.
-fn header(tensors: &[NewTensor], metadata: &BTreeMap<String, String>) -> anyhow::Result<String> {
-    let mut object = serde_json::Map::new();
-    if !metadata.is_empty() {
-        object.insert("__metadata__".to_owned(), json!(metadata));
-    }
-    let mut start = 0;
-    for NewTensor { name, dtype, shape, bytes } in tensors {
-        let end = start + bytes;
-        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
-        if object.insert(name.clone(), entry).is_some() {
-            bail!("two tensors would be named '{name}'");
-        }
-        start = end;
-    }
-    let mut header = serde_json::to_string(&object)?;
-    let padded = (8 + header.len()).next_multiple_of(DATA_ALIGNMENT) - 8;
-    header.extend(std::iter::repeat_n(' ', padded - header.len()));
-    Ok(header)
 }
 
 /// What temporary files are called.
@@ -379,45 +295,5 @@ mod tests {
         let error = reserve(&file, directory.path(), 1 << 60).unwrap_err().to_string();
         assert!(error.contains(&(1u64 << 60).to_string()), "{error}");
         assert_eq!(file.metadata().unwrap().len(), 0);
-    }
-
-    #[test]
-    fn headers_are_the_same_every_time_and_data_begins_on_a_line() {
-        let tensor =
-            |name: &str, bytes| NewTensor { name: name.into(), dtype: Dtype::U8, shape: vec![bytes], bytes };
-        for extra in 0..70 {
-            let metadata: BTreeMap<_, _> =
-                [("k".to_owned(), "x".repeat(extra)), ("a".to_owned(), "\"\n".to_owned())].into();
-            let text = header(&[tensor("t", 3), tensor("u", 0)], &metadata).unwrap();
-            assert_eq!((8 + text.len()) % DATA_ALIGNMENT, 0);
-            assert!(text.starts_with(r#"{"__metadata__":{"a":"#), "{text}");
-            let mut file = (text.len() as u64).to_le_bytes().to_vec();
-            file.extend(text.as_bytes());
-            file.extend([1, 2, 3]);
-            let (parsed, data_start) = parse(&file).unwrap();
-            assert_eq!((data_start, parsed.info("t").unwrap().data_offsets), (file.len() - 3, (0, 3)));
-        }
-        assert!(header(&[tensor("t", 3), tensor("t", 3)], &BTreeMap::new()).is_err());
-    }
-
-    #[test]
-    fn every_cut_and_every_flipped_bit_is_an_error_or_still_a_file() {
-        let text = header(
-            &[NewTensor { name: "t".into(), dtype: Dtype::BF16, shape: vec![2, 2], bytes: 8 }],
-            &BTreeMap::new(),
-        )
-        .unwrap();
-        let mut file = (text.len() as u64).to_le_bytes().to_vec();
-        file.extend(text.as_bytes());
-        file.extend([0; 8]);
-        assert!(parse(&file).is_ok());
-        for cut in 0..file.len() {
-            assert!(parse(&file[..cut]).is_err(), "cut to {cut} bytes");
-        }
-        for bit in 0..file.len() * 8 {
-            let mut flipped = file.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            let _ = parse(&flipped);
-        }
     }
 }

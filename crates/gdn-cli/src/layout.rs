@@ -1,6 +1,6 @@
 //! The arguments that say how rows are laid out and how the CPU is to work, shared by the commands.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use gdn::{Cpu, Heads, Layout, Packing, cpu::Isa};
@@ -81,13 +81,13 @@ impl LayoutArgs {
     }
 
     /// The layout of a file with this metadata: arguments go before what the file says of itself.
-    pub(crate) fn for_file(&self, metadata: &HashMap<String, String>) -> anyhow::Result<Layout> {
+    pub(crate) fn for_file(&self, metadata: &[(String, String)]) -> anyhow::Result<Layout> {
         let (heads, packing) = self.named()?;
         let heads = match heads {
             Some(heads) => heads,
             None => heads_from(metadata)?,
         };
-        let packing = match (packing, metadata.get("packing")) {
+        let packing = match (packing, value_of(metadata, "packing")) {
             (Some(packing), _) => packing,
             (None, Some(name)) => name.parse().context("metadata of the file")?,
             (None, None) => {
@@ -98,10 +98,15 @@ impl LayoutArgs {
     }
 }
 
-pub(crate) fn heads_from(metadata: &HashMap<String, String>) -> anyhow::Result<Heads> {
+/// What metadata says under this key.
+pub(crate) fn value_of<'a>(metadata: &'a [(String, String)], key: &str) -> Option<&'a str> {
+    metadata.iter().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
+}
+
+pub(crate) fn heads_from(metadata: &[(String, String)]) -> anyhow::Result<Heads> {
     let mut numbers = [0usize; 4];
     for (number, key) in numbers.iter_mut().zip(HEADS_KEYS) {
-        let Some(text) = metadata.get(key) else {
+        let Some(text) = value_of(metadata, key) else {
             bail!(
                 "the file's metadata has no '{key}': name the heads by --preset, --config or --num-k-heads …"
             );

@@ -5,6 +5,7 @@
 mod bench;
 mod device;
 mod files;
+mod header;
 mod info;
 mod layout;
 mod plot;

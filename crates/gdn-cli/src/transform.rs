@@ -8,6 +8,7 @@ use gdn::{Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
 use crate::{
     device::{Backend, Device},
     files::{Input, NewTensor, Output, Tensor, catch_interrupts, check_interrupted},
+    header::FileMetadata,
     layout::{CpuArgs, LayoutArgs, metadata_of},
     progress::Progress,
 };
@@ -120,7 +121,8 @@ pub(crate) fn merge(args: &Args) -> anyhow::Result<()> {
 
 fn open(args: &Args) -> anyhow::Result<(Input, Layout, Backend)> {
     let input = Input::open(&args.input)?;
-    let layout = args.layout.for_file(&input.metadata()).with_context(|| args.input.display().to_string())?;
+    let layout =
+        args.layout.for_file(input.metadata().pairs()).with_context(|| args.input.display().to_string())?;
     Ok((input, layout, Backend::new(args.device, args.cpu.cpu()?)?))
 }
 
@@ -202,8 +204,10 @@ fn write(
     if !left_out.is_empty() {
         eprintln!("gdn: not carried over: {}", left_out.join(", "));
     }
-    let mut metadata: BTreeMap<String, String> = input.metadata().into_iter().collect();
+    let mut metadata: BTreeMap<String, String> = input.metadata().pairs().iter().cloned().collect();
     metadata.extend(metadata_of(layout).map(|(key, value)| (key.to_owned(), value)));
+
+    let metadata = FileMetadata::Pairs(metadata.into_iter().collect());
 
     catch_interrupts()?;
     let mut output = Output::create(&args.output, outputs, &metadata, &[&args.input])?;

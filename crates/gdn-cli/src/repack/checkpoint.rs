@@ -14,7 +14,8 @@ use serde_json::Value;
 use super::Names;
 use crate::{
     files::Input,
-    layout::{heads_from, metadata_of},
+    header::FileMetadata,
+    layout::{heads_from, metadata_of, value_of},
 };
 
 /// What gdn wrote into the metadata of a file that it repacked.
@@ -26,30 +27,43 @@ pub(super) struct Record {
 
 /// All keys of a record begin with this.
 const PREFIX: &str = "gdn.";
+/// What the file's metadata was where it said nothing: `null` or `{}`.
+const BEFORE: &str = "metadata";
 
 impl Record {
-    /// The record as metadata.
-    pub(super) fn pairs(&self) -> Vec<(String, String)> {
+    /// The metadata of a file with the record in it.
+    pub(super) fn add_to(&self, metadata: &FileMetadata) -> FileMetadata {
         let layout = metadata_of(&self.layout).map(|(key, value)| (format!("{PREFIX}{key}"), value));
         let names = (format!("{PREFIX}names"), self.names.name().to_owned());
-        layout.into_iter().chain([names]).collect()
+        let before = match metadata {
+            FileMetadata::Null => Some("null"),
+            FileMetadata::Pairs(pairs) if pairs.is_empty() => Some("{}"),
+            _ => None,
+        };
+        let before = before.map(|text| (format!("{PREFIX}{BEFORE}"), text.to_owned()));
+        let own = layout.into_iter().chain([names]).chain(before);
+        FileMetadata::Pairs(metadata.pairs().iter().cloned().chain(own).collect())
     }
 
-    pub(super) fn is_key(key: &str) -> bool {
-        key.starts_with(PREFIX)
-    }
-
-    fn from_metadata(metadata: &[(String, String)]) -> anyhow::Result<Option<Self>> {
-        let own: HashMap<String, String> = metadata
-            .iter()
-            .filter_map(|(key, value)| Some((key.strip_prefix(PREFIX)?.to_owned(), value.clone())))
-            .collect();
-        let Some(packing) = own.get("packing") else { return Ok(None) };
+    /// The record in the metadata of a file, and what the metadata was without it.
+    fn take_from(metadata: &FileMetadata) -> anyhow::Result<(Option<Self>, FileMetadata)> {
+        let (own, rest): (Vec<_>, Vec<_>) =
+            metadata.pairs().iter().cloned().partition(|(key, _)| key.starts_with(PREFIX));
+        let own: Vec<_> =
+            own.into_iter().map(|(key, value)| (key[PREFIX.len()..].to_owned(), value)).collect();
+        let Some(packing) = value_of(&own, "packing") else { return Ok((None, metadata.clone())) };
         let packing: Packing = packing.parse().context("metadata of the file")?;
-        let names = own.get("names").map(String::as_str).unwrap_or_default();
+        let names = value_of(&own, "names").unwrap_or_default();
         let names = Names::ALL.into_iter().find(|known| known.name() == names);
         let names = names.context("metadata of the file: gdn.names is neither 'fused' nor 'separate'")?;
-        Ok(Some(Self { layout: Layout::new(heads_from(&own)?, packing), names }))
+        let record = Self { layout: Layout::new(heads_from(&own)?, packing), names };
+        let before = match value_of(&own, BEFORE) {
+            _ if !rest.is_empty() => FileMetadata::Pairs(rest),
+            Some("null") => FileMetadata::Null,
+            Some("{}") => FileMetadata::Pairs(Vec::new()),
+            _ => FileMetadata::Absent,
+        };
+        Ok((Some(record), before))
     }
 }
 
@@ -57,8 +71,8 @@ impl Record {
 pub(super) struct Shard {
     pub(super) name: String,
     pub(super) input: Input,
-    /// In the order of the file, without gdn's record.
-    pub(super) metadata: Vec<(String, String)>,
+    /// Without gdn's record.
+    pub(super) metadata: FileMetadata,
 }
 
 /// `….safetensors.index.json`
@@ -128,9 +142,9 @@ impl Checkpoint {
                 checkpoint.left_out.push(name);
             } else if name.ends_with(".safetensors") {
                 let input = Input::open(&path)?;
-                let metadata = input.ordered_metadata().with_context(|| format!("cannot read {name}"))?;
-                checkpoint.add_record(&name, &metadata)?;
-                let metadata = metadata.into_iter().filter(|(key, _)| !Record::is_key(key)).collect();
+                let (record, metadata) =
+                    Record::take_from(input.metadata()).with_context(|| format!("cannot read {name}"))?;
+                checkpoint.add_record(&name, record)?;
                 checkpoint.shards.push(Shard { name, input, metadata });
             } else if name.ends_with(".safetensors.index.json") {
                 if let Some(index) = &checkpoint.index {
@@ -150,8 +164,7 @@ impl Checkpoint {
     }
 
     /// Every file must say the same.
-    fn add_record(&mut self, name: &str, metadata: &[(String, String)]) -> anyhow::Result<()> {
-        let record = Record::from_metadata(metadata).with_context(|| format!("cannot read {name}"))?;
+    fn add_record(&mut self, name: &str, record: Option<Record>) -> anyhow::Result<()> {
         if let Some(first) = self.shards.first()
             && record != self.record
         {

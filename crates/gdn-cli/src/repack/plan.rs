@@ -1,6 +1,6 @@
 //! What a repacked checkpoint is made of, tensor by tensor, before a byte of it is written.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, bail};
 use gdn::{Layout, Packing, WeightMap};
@@ -12,6 +12,10 @@ use super::{
     checkpoint::{Checkpoint, ModuleName, Place, Record},
     follow::{Follow, Grain, follow},
 };
+use crate::header::{Entry, FileMetadata, head};
+
+/// Where data begins, as in files that safetensors itself writes.
+const ALIGNMENT: usize = 8;
 
 /// What a checkpoint is to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,7 @@ pub(super) struct PlannedShard {
     pub(super) name: String,
     /// The length of the header, and the header.
     pub(super) head: Vec<u8>,
+    pub(super) metadata: FileMetadata,
     pub(super) tensors: Vec<Planned>,
     /// Of the whole file.
     pub(super) bytes: u64,
@@ -163,20 +168,25 @@ impl Plan {
                     .add(number, &name, &mut tensors)
                     .with_context(|| format!("{}: '{name}'", shard.name))?;
             }
-            let mut metadata = shard.metadata.clone();
-            if let Goal::Repacked(layout, names) = goal
-                && layout.packing == Packing::Contiguous
-            {
-                metadata.extend(Record { layout, names }.pairs());
-            } else if let (Goal::Same, Some(record)) = (goal, source.record) {
-                metadata.extend(record.pairs());
-            }
-            let head = head(&tensors, &metadata).with_context(|| shard.name.clone())?;
+            let metadata = match goal {
+                Goal::Repacked(layout, names) if layout.packing == Packing::Contiguous => {
+                    Record { layout, names }.add_to(&shard.metadata)
+                }
+                Goal::Repacked(..) => shard.metadata.clone(),
+                Goal::Same => shard.input.metadata().clone(),
+            };
+            let entries = tensors.iter().map(|Planned { name, dtype, shape, bytes, .. }| Entry {
+                name,
+                dtype: *dtype,
+                shape,
+                bytes: *bytes,
+            });
+            let head = head(entries, &metadata, ALIGNMENT).with_context(|| shard.name.clone())?;
             let bytes = head.len() as u64 + tensors.iter().map(|tensor| tensor.bytes).sum::<u64>();
             for tensor in &tensors {
                 weight_map.insert(tensor.name.clone(), shard.name.clone());
             }
-            shards.push(PlannedShard { name: shard.name.clone(), head, tensors, bytes });
+            shards.push(PlannedShard { name: shard.name.clone(), head, metadata, tensors, bytes });
         }
         let index = index(source, &shards, &weight_map)?;
         Ok(Self { shards, index })
@@ -418,37 +428,6 @@ fn block_rows(source: &Checkpoint) -> anyhow::Result<Option<usize>> {
             }
         }
     }
-}
-
-/// Header and length as safetensors itself writes them: the same tensors and metadata give the same bytes.
-fn head(tensors: &[Planned], metadata: &[(String, String)]) -> anyhow::Result<Vec<u8>> {
-    let mut entries = Vec::new();
-    if !metadata.is_empty() {
-        let mut seen = HashSet::new();
-        let mut pairs = Vec::new();
-        for (key, value) in metadata {
-            if !seen.insert(key) {
-                bail!("its metadata has '{key}' twice");
-            }
-            pairs.push(format!("{}:{}", json!(key), json!(value)));
-        }
-        entries.push(format!("\"__metadata__\":{{{}}}", pairs.join(",")));
-    }
-    let mut seen = HashSet::new();
-    let mut start = 0;
-    for Planned { name, dtype, shape, bytes, .. } in tensors {
-        if !seen.insert(name) {
-            bail!("two tensors would be named '{name}'");
-        }
-        let end = start + bytes;
-        let (name, dtype, shape) = (json!(name), json!(dtype), json!(shape));
-        entries
-            .push(format!("{name}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{start},{end}]}}"));
-        start = end;
-    }
-    let mut header = format!("{{{}}}", entries.join(","));
-    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-    Ok([&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat())
 }
 
 /// The index, to the byte where nothing in it changes.

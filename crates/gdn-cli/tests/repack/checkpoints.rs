@@ -144,3 +144,18 @@ pub fn copy_of(source: &Path, to: &Path) {
         fs::write(to.join(name), bytes).unwrap();
     }
 }
+
+/// A config of 2+4 heads of 8, 96 and 8 outputs.
+pub fn small_config(model_type: &str) -> String {
+    let config = serde_json::json!({
+        "model_type": model_type,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    });
+    config.to_string()
+}
+
+/// A safetensors file with just this header, padded as safetensors does.
+pub fn raw_file(header: &str, data: &[u8]) -> Vec<u8> {
+    let header = format!("{header:0$}", header.len().next_multiple_of(8));
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}

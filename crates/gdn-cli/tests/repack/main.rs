@@ -2,5 +2,6 @@
 
 mod checkpoints;
 mod follows;
+mod headers;
 mod projections;
 mod runs;
