@@ -1,4 +1,4 @@
-//! Exponential and logarithm out of fused multiply-adds: the same bits on every machine, within 1 to 2.5 units in the last place (the tests say which).
+//! Exponential and logarithm out of fused multiply-adds: the same bits on every machine, within 1 to 3 units in the last place (the tests say which).
 
 use crate::Lanes;
 
@@ -91,7 +91,7 @@ mod tests {
         check("log1p", 2.0, worst(0.0, 1.0, log1p, f64::ln_1p));
         check("sigmoid", 2.5, worst(-80.0, 80.0, sigmoid, |x| 1.0 / (1.0 + (-x).exp())));
         check("silu", 2.5, worst(-80.0, 80.0, silu, |x| x / (1.0 + (-x).exp())));
-        check("softplus", 2.5, worst(-20.0, 20.0, softplus, |x| x.exp().ln_1p()));
+        check("softplus", 3.0, worst(-20.0, 20.0, softplus, |x| x.exp().ln_1p()));
     }
 
     #[test]
