@@ -57,7 +57,7 @@ pub(crate) fn layout(heads: [i64; 4], packing: &str) -> PyResult<Layout> {
     let [num_k_heads, num_v_heads, head_k_dim, head_v_dim] = numbers;
     let heads = Heads::new(num_k_heads, num_v_heads, head_k_dim, head_v_dim)
         .map_err(|e| value_error(e.to_string()))?;
-    let packing: Packing = packing.parse().map_err(|e: gdn::UnknownPacking| value_error(e.to_string()))?;
+    let packing: Packing = packing.parse().map_err(|e: gdn::ArgumentError| value_error(e.to_string()))?;
     Ok(Layout::new(heads, packing))
 }
 
@@ -187,7 +187,7 @@ impl<'a> Call<'a> {
     /// # Safety
     /// That of [`Call::run`].
     unsafe fn on_cpu(&self, cpu: &Cpu) -> PyResult<()> {
-        let bad = |i: usize| move |e: gdn::RowsError| value_error(format!("{}: {e}", NAMES[i]));
+        let bad = |i: usize| move |e: gdn::ArgumentError| value_error(format!("{}: {e}", NAMES[i]));
         let read = |i: usize| {
             let (tensor, rows) = (&self.tensors[i], &self.rows[i]);
             let ptr = std::ptr::with_exposed_provenance(tensor.address);
@@ -251,7 +251,7 @@ impl<'a> Call<'a> {
 
 pub(crate) fn cuda_error(error: &cuda::CudaError) -> PyErr {
     match error {
-        cuda::CudaError::Split(_) | cuda::CudaError::TooLarge { .. } => value_error(error.to_string()),
+        cuda::CudaError::Argument(_) | cuda::CudaError::TooLarge { .. } => value_error(error.to_string()),
         _ => PyRuntimeError::new_err(error.to_string()),
     }
 }

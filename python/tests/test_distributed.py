@@ -52,7 +52,7 @@ def test_shards_put_together(backend, device, ranks, tmp_path):
 def test_heads_that_do_not_divide():
     assert gdn.Heads(16, 32, 128, 128).shard(4) == (4, 8, 128, 128)
     for ranks, message in (
-        (3, "num_k_heads = 16 does not divide among tp_size = 3 ranks"),
+        (3, "num_k_heads = 16 is not a multiple of tp_size = 3"),
         (0, "tp_size is 0"),
     ):
         with pytest.raises(ValueError, match=message):

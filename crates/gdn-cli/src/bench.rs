@@ -253,12 +253,14 @@ fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Re
     let threads = cpu.chosen_threads(2 * bytes);
     let mut copied = PackedBuf::new(&heads, tokens, size, size)?;
     copied.bytes_mut().fill(0xA5);
-    let mut split = || match args.outputs {
-        Outputs::Given => gdn::split(layout, packed.as_ref(), given.as_mut(), cpu),
-        Outputs::Fresh | Outputs::FreshOrdinary => {
-            let pages = if args.outputs == Outputs::Fresh { Pages::Huge } else { Pages::Ordinary };
-            let mut fresh = UnpackedBuf::with_pages(&heads, tokens, size, size, pages)?;
-            gdn::split(layout, packed.as_ref(), fresh.as_mut(), cpu)
+    let mut split = || -> Result<(), gdn::BufError> {
+        match args.outputs {
+            Outputs::Given => Ok(gdn::split(layout, packed.as_ref(), given.as_mut(), cpu)?),
+            Outputs::Fresh | Outputs::FreshOrdinary => {
+                let pages = if args.outputs == Outputs::Fresh { Pages::Huge } else { Pages::Ordinary };
+                let mut fresh = UnpackedBuf::with_pages(&heads, tokens, size, size, pages)?;
+                Ok(gdn::split(layout, packed.as_ref(), fresh.as_mut(), cpu)?)
+            }
         }
     };
     let plain = Cpu::new().threads(threads).stores(Stores::Cached);
@@ -269,7 +271,7 @@ fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Re
             1 => (0..repeats).for_each(|_| copy_bytes(packed.bytes(), copied.bytes_mut(), &plain)),
             _ => (0..repeats).for_each(|_| copy_bytes(packed.bytes(), copied.bytes_mut(), &streaming)),
         }
-        Ok::<(), gdn::SplitError>(())
+        Ok::<(), gdn::BufError>(())
     })?;
     Ok(Record { tokens, bytes, seconds, copy_seconds: plain.min(streaming), threads })
 }

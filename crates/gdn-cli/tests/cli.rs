@@ -107,7 +107,7 @@ fn heads_from_wherever_they_are_said() {
     refused(&run(&["--preset", "Qwen3.6-27B"]), "16+48 heads of 128 need rows of [16384]", &directory, 1);
     refused(
         &run(&["--preset", "Qwen3-Next-80B-A3B", "--tp-size", "3"]),
-        "num_k_heads = 16 does not divide",
+        "num_k_heads = 16 is not a multiple of tp_size = 3",
         &directory,
         1,
     );

@@ -8,22 +8,20 @@ use std::ops::Range;
 use memmap2::MmapMut;
 use thiserror::Error;
 
-use crate::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut, rows::Geometry};
+use crate::{
+    argument::ArgumentError,
+    heads::Heads,
+    rows::{Geometry, Rows, RowsMut, check_bytes},
+    split::{Packed, PackedMut, Unpacked, UnpackedMut},
+};
 
 /// Why there is no memory for fresh tensors.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BufError {
-    /// The number of bytes does not fit the address space, or an element has none.
-    #[error("{num_rows} rows of {features} features of {element_size} bytes do not fit the address space")]
-    Size {
-        /// N.
-        num_rows: usize,
-        /// Features of a row.
-        features: usize,
-        /// Bytes of an element.
-        element_size: usize,
-    },
+    /// An argument is wrong: elements of no bytes, more bytes than the address space has, or what the op refuses.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// The system has no block of that size.
     #[error("no memory for {bytes} bytes of tensors: {source}")]
     NoMemory {
@@ -131,16 +129,15 @@ impl<const TENSORS: usize> Tensors<TENSORS> {
         let mut end = 0usize;
         let mut places = [Place { offset: 0, geometry: Geometry::EMPTY }; TENSORS];
         for (place, (features, element_size)) in places.iter_mut().zip(tensors) {
+            check_bytes(0, element_size)?;
+            let geometry = Geometry::new(num_rows, features, features, element_size)?;
             let mut next = || {
-                let geometry = Geometry::new(num_rows, features, features, element_size).ok()?;
                 let offset = end.checked_next_multiple_of(LINE)?;
                 end = offset.checked_add(geometry.span()).filter(|end| isize::try_from(*end).is_ok())?;
                 Some(Place { offset, geometry })
             };
-            *place = next().filter(|_| element_size > 0).ok_or(BufError::Size {
-                num_rows,
-                features,
-                element_size,
+            *place = next().ok_or_else(|| ArgumentError::TooLarge {
+                what: format!("tensors of {num_rows} rows in one block"),
             })?;
         }
         Ok(Self { block: Block::new(end, pages)?, places })

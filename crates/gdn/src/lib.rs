@@ -1,9 +1,12 @@
 #![doc = include_str!("lib.md")]
 
+mod argument;
 mod buf;
+mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod dtype;
 mod heads;
 mod packing;
 pub mod reference;
@@ -12,12 +15,13 @@ mod rows;
 mod split;
 pub mod tiling;
 
+pub use argument::{ArgumentError, Because};
 pub use buf::{Block, BufError, PackedBuf, Pages, UnpackedBuf};
+pub use config::{ConfigError, PRESETS};
 pub use cpu::Cpu;
-pub use heads::{Heads, HeadsError, PRESETS};
-pub use packing::{FeatureMap, Layout, Packing, Run, Segment, UnknownPacking};
+pub use dtype::Dtype;
+pub use heads::Heads;
+pub use packing::{FeatureMap, Layout, Packing, Run, Segment};
 pub use repack::{Move, Projection, RepackError, WeightMap, repack_weight};
-pub use rows::{Rows, RowsError, RowsMut};
-pub use split::{
-    Packed, PackedMut, SplitError, Unpacked, UnpackedMut, merge, merge_fresh, split, split_fresh,
-};
+pub use rows::{Rows, RowsMut};
+pub use split::{Packed, PackedMut, Unpacked, UnpackedMut, merge, merge_fresh, split, split_fresh};

@@ -2,9 +2,7 @@
 
 use std::{fmt, ops::Range, str::FromStr};
 
-use thiserror::Error;
-
-use crate::Heads;
+use crate::{argument::ArgumentError, heads::Heads};
 
 /// How the input projections of the layer lay out one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,11 +12,6 @@ pub enum Packing {
     /// Qwen3.5 and Qwen3.6: `[Q: HK*DK | K: HK*DK | V: HV*DV | Z: HV*DV]` and `[B: HV | A: HV]`.
     Contiguous,
 }
-
-/// A name that is no [`Packing`].
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("packing is '{0}', it must be 'interleaved' or 'contiguous'")]
-pub struct UnknownPacking(String);
 
 impl Packing {
     /// Both, in the order of their appearance.
@@ -40,10 +33,13 @@ impl fmt::Display for Packing {
 }
 
 impl FromStr for Packing {
-    type Err = UnknownPacking;
+    type Err = ArgumentError;
 
-    fn from_str(name: &str) -> Result<Self, UnknownPacking> {
-        Self::ALL.into_iter().find(|p| p.name() == name).ok_or_else(|| UnknownPacking(name.to_owned()))
+    fn from_str(name: &str) -> Result<Self, ArgumentError> {
+        Self::ALL
+            .into_iter()
+            .find(|packing| packing.name() == name)
+            .ok_or_else(|| ArgumentError::unknown_name("packing", name, "'interleaved' or 'contiguous'"))
     }
 }
 
@@ -148,7 +144,7 @@ pub struct Segment {
 /// let heads = Heads::new(16, 32, 128, 128)?;
 /// assert_eq!(Layout::new(heads, Packing::Interleaved).qkvz_map().segments().count(), 64);
 /// assert_eq!(Layout::new(heads, Packing::Contiguous).qkvz_map().segments().count(), 2);
-/// # Ok::<(), gdn::HeadsError>(())
+/// # Ok::<(), gdn::ArgumentError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FeatureMap {

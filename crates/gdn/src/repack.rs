@@ -7,7 +7,13 @@ use std::ops::Range;
 
 use thiserror::Error;
 
-use crate::{FeatureMap, Heads, Layout, Packing, Rows, RowsMut, split::overlap};
+use crate::{
+    argument::{ArgumentError, Because},
+    heads::Heads,
+    packing::{FeatureMap, Layout, Packing},
+    rows::{Rows, RowsMut},
+    split::overlap,
+};
 
 /// The two input projections of the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,43 +85,9 @@ pub enum RepackError {
         /// How many move with it.
         len: usize,
     },
-    /// Blocks or groups of nothing.
-    #[error("size is 0, it must be at least 1")]
-    Zero,
-    /// A weight has two dims.
-    #[error("dim is {dim}, it must be 0 or 1")]
-    Dim {
-        /// What was given.
-        dim: usize,
-    },
-    /// A dim of the wrong length.
-    #[error("{argument} has {got} {axis}, {expected} are needed")]
-    Shape {
-        /// `from` or `to`.
-        argument: &'static str,
-        /// `rows` or `columns`.
-        axis: &'static str,
-        /// How many there are.
-        got: usize,
-        /// How many there should be.
-        expected: usize,
-    },
-    /// Elements of different size on the two sides.
-    #[error("to has elements of {got} bytes, from has elements of {expected}")]
-    ElementSize {
-        /// Bytes of an element of `to`.
-        got: usize,
-        /// Bytes of an element of `from`.
-        expected: usize,
-    },
-    /// Memory to be written is also memory to be read.
-    #[error("to overlaps from: {bytes} bytes at {address:#x} belong to both")]
-    Overlap {
-        /// The first address that belongs to both.
-        address: usize,
-        /// How many bytes from there on.
-        bytes: usize,
-    },
+    /// An argument is wrong: a dim, a shape, the size of elements, or memory that overlaps.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
 }
 
 /// Outputs that stay side by side.
@@ -202,7 +174,7 @@ impl WeightMap {
     /// let map = WeightMap::new(&heads, Projection::Qkvz, Packing::Contiguous).destination_part(z);
     /// let from: Vec<usize> = map.moves().iter().map(|m| m.from).collect();
     /// assert_eq!((from, map.destinations()), (vec![3, 7], 2));
-    /// # Ok::<(), gdn::HeadsError>(())
+    /// # Ok::<(), gdn::ArgumentError>(())
     /// ```
     pub fn destination_part(&self, part: Range<usize>) -> Self {
         let (start, end) = (part.start, part.end.min(self.destinations));
@@ -228,10 +200,10 @@ impl WeightMap {
     /// The map of scales that `size` outputs share, the last block perhaps by fewer: fp8's `weight_scale_inv` with blocks of 128.
     ///
     /// # Errors
-    /// [`RepackError::Block`] where outputs of two blocks would come to lie in one; [`RepackError::Zero`].
+    /// [`RepackError::Block`] where outputs of two blocks would come to lie in one; [`RepackError::Argument`] for a size of 0.
     pub fn blocks(&self, size: usize) -> Result<Self, RepackError> {
         if size == 0 {
-            return Err(RepackError::Zero);
+            return Err(ArgumentError::Zero { argument: "size" }.into());
         }
         // For each block of the result, the first output seen that goes there.
         let mut origin: Vec<Option<usize>> = vec![None; self.destinations.div_ceil(size)];
@@ -259,10 +231,10 @@ impl WeightMap {
     /// `qweight`.
     ///
     /// # Errors
-    /// [`RepackError::Group`] where such outputs would part; [`RepackError::Zero`].
+    /// [`RepackError::Group`] where such outputs would part; [`RepackError::Argument`] for a size of 0.
     pub fn groups(&self, size: usize) -> Result<Self, RepackError> {
         if size == 0 {
-            return Err(RepackError::Zero);
+            return Err(ArgumentError::Zero { argument: "size" }.into());
         }
         for &Move { from, to, len } in &self.moves {
             if !(from.is_multiple_of(size) && to.is_multiple_of(size) && len.is_multiple_of(size)) {
@@ -294,33 +266,42 @@ impl WeightMap {
 /// ```
 ///
 /// # Errors
-/// [`RepackError::Dim`], [`RepackError::Shape`], [`RepackError::ElementSize`] and [`RepackError::Overlap`], before anything is
-/// written.
+/// [`RepackError::Argument`], before anything is written.
 pub fn repack_weight(
     map: &WeightMap,
     dim: usize,
     from: Rows<'_>,
     mut to: RowsMut<'_>,
 ) -> Result<(), RepackError> {
-    let expected = match dim {
-        0 => [(map.sources, from.features()), (map.destinations, from.features())],
-        1 => [(from.num_rows(), map.sources), (from.num_rows(), map.destinations)],
-        _ => return Err(RepackError::Dim { dim }),
+    let outputs = || Because::Need("the outputs".to_owned());
+    let like_from = || Because::Argument("from");
+    let check = |argument, unit, got, expected, because: &dyn Fn() -> Because| match got == expected {
+        true => Ok(()),
+        false => Err(ArgumentError::Length { argument, unit, got, expected, because: because() }),
     };
-    let got = [(from.num_rows(), from.features()), (to.num_rows(), to.features())];
-    for ((argument, got), expected) in ["from", "to"].into_iter().zip(got).zip(expected) {
-        for (axis, got, expected) in [("rows", got.0, expected.0), ("columns", got.1, expected.1)] {
-            if got != expected {
-                return Err(RepackError::Shape { argument, axis, got, expected });
-            }
+    match dim {
+        0 => {
+            check("from", "rows", from.num_rows(), map.sources, &outputs)?;
+            check("to", "rows", to.num_rows(), map.destinations, &outputs)?;
+            check("to", "columns", to.features(), from.features(), &like_from)?;
+        }
+        1 => {
+            check("from", "columns", from.features(), map.sources, &outputs)?;
+            check("to", "rows", to.num_rows(), from.num_rows(), &like_from)?;
+            check("to", "columns", to.features(), map.destinations, &outputs)?;
+        }
+        _ => {
+            let (got, expected) = (dim.to_string(), "0 or 1".to_owned());
+            return Err(ArgumentError::Value { argument: "dim", got, expected }.into());
         }
     }
     let size = from.element_size();
     if to.element_size() != size {
-        return Err(RepackError::ElementSize { got: to.element_size(), expected: size });
+        let got = to.element_size();
+        return Err(ArgumentError::ElementSize { argument: "to", got, other: "from", expected: size }.into());
     }
     if let Some((address, bytes)) = overlap(&to.operand, &from.operand) {
-        return Err(RepackError::Overlap { address, bytes });
+        return Err(ArgumentError::Overlap { argument: "to", other: "from", address, bytes }.into());
     }
     if dim == 0 {
         for i in map.moves.iter().flat_map(|m| (0..m.len).map(|i| (m.from + i, m.to + i))) {

@@ -3,72 +3,8 @@
 use std::{marker::PhantomData, ops::Range};
 
 use bytemuck::Pod;
-use thiserror::Error;
 
-/// Why memory cannot be seen as the rows asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum RowsError {
-    /// The rows would reach past the end of `data`.
-    #[error(
-        "data has {got} elements, {num_rows} rows of {features} features at row_stride = {row_stride} need {needed}"
-    )]
-    TooShort {
-        /// Elements there are.
-        got: usize,
-        /// Elements needed.
-        needed: usize,
-        /// Rows asked for.
-        num_rows: usize,
-        /// Features of a row.
-        features: usize,
-        /// Elements from a row to the next.
-        row_stride: usize,
-    },
-    /// Rows would overlap.
-    #[error("row_stride = {row_stride} is shorter than a row of {features} features")]
-    Stride {
-        /// Elements from a row to the next.
-        row_stride: usize,
-        /// Features of a row.
-        features: usize,
-    },
-    /// The number of bytes does not fit the address space.
-    #[error(
-        "{num_rows} rows of {features} features at row_stride = {row_stride}, {element_size} bytes each, \
-         do not fit the address space"
-    )]
-    Overflow {
-        /// Rows asked for.
-        num_rows: usize,
-        /// Features of a row.
-        features: usize,
-        /// Elements from a row to the next.
-        row_stride: usize,
-        /// Bytes of an element.
-        element_size: usize,
-    },
-    /// Elements of no bytes, or raw bytes that are no whole number of elements.
-    #[error("element_size = {element_size} does not divide data of {bytes} bytes")]
-    ElementSize {
-        /// Bytes of an element.
-        element_size: usize,
-        /// Bytes of the data.
-        bytes: usize,
-    },
-    /// Rows or columns that are not all there.
-    #[error("{axis} {start}..{end} do not lie within 0..{len}")]
-    OutOfRange {
-        /// `rows` or `columns`.
-        axis: &'static str,
-        /// First one asked for.
-        start: usize,
-        /// One past the last one asked for.
-        end: usize,
-        /// How many there are.
-        len: usize,
-    },
-}
+use crate::argument::ArgumentError;
 
 /// Where N rows lie: the geometry that shared and exclusive views have in common.
 ///
@@ -91,10 +27,10 @@ impl Geometry {
         features: usize,
         row_stride: usize,
         element_size: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         let row_stride = if num_rows <= 1 { features } else { row_stride };
         if row_stride < features {
-            return Err(RowsError::Stride { row_stride, features });
+            return Err(ArgumentError::RowStride { row_stride, features });
         }
         let span = || {
             let elements = num_rows.saturating_sub(1).checked_mul(row_stride)?.checked_add(features)?;
@@ -102,7 +38,11 @@ impl Geometry {
         };
         match (span(), row_stride.checked_mul(element_size)) {
             (Some(_), Some(row_stride)) => Ok(Self { num_rows, features, row_stride, element_size }),
-            _ => Err(RowsError::Overflow { num_rows, features, row_stride, element_size }),
+            _ => Err(ArgumentError::TooLarge {
+                what: format!(
+                    "{num_rows} rows of {features} features of {element_size} bytes at row_stride = {row_stride}"
+                ),
+            }),
         }
     }
 
@@ -110,13 +50,14 @@ impl Geometry {
         self.features * self.element_size
     }
 
-    pub(crate) fn within(self, data_bytes: usize) -> Result<Self, RowsError> {
+    pub(crate) fn within(self, data_bytes: usize) -> Result<Self, ArgumentError> {
         if self.span() <= data_bytes {
             return Ok(self);
         }
-        Err(RowsError::TooShort {
+        Err(ArgumentError::TooShort {
+            argument: "data",
             got: data_bytes / self.element_size,
-            needed: self.span() / self.element_size,
+            expected: self.span() / self.element_size,
             num_rows: self.num_rows,
             features: self.features,
             row_stride: self.row_stride / self.element_size,
@@ -129,14 +70,14 @@ impl Geometry {
     }
 
     /// Offset of the first of `rows`, and the geometry of what is left.
-    fn rows(mut self, rows: &Range<usize>) -> Result<(usize, Self), RowsError> {
+    fn rows(mut self, rows: &Range<usize>) -> Result<(usize, Self), ArgumentError> {
         check_range("rows", rows, self.num_rows)?;
         self.num_rows = rows.len();
         Ok((if rows.is_empty() { 0 } else { rows.start * self.row_stride }, self))
     }
 
     /// Offset of the first of `columns`, and the geometry of what is left.
-    fn columns(mut self, columns: &Range<usize>) -> Result<(usize, Self), RowsError> {
+    fn columns(mut self, columns: &Range<usize>) -> Result<(usize, Self), ArgumentError> {
         check_range("columns", columns, self.features)?;
         self.features = columns.len();
         Ok((if self.num_rows == 0 { 0 } else { columns.start * self.element_size }, self))
@@ -151,16 +92,16 @@ pub(crate) struct Operand {
     pub(crate) geometry: Geometry,
 }
 
-fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(), RowsError> {
+fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(), ArgumentError> {
     if range.start <= range.end && range.end <= len {
         return Ok(());
     }
-    Err(RowsError::OutOfRange { axis, start: range.start, end: range.end, len })
+    Err(ArgumentError::Range { argument: axis, start: range.start, end: range.end, len })
 }
 
-pub(crate) fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
+pub(crate) fn element_size_of<T>() -> Result<usize, ArgumentError> {
     match size_of::<T>() {
-        0 => Err(RowsError::ElementSize { element_size: 0, bytes }),
+        0 => Err(ArgumentError::Zero { argument: "element_size" }),
         size => Ok(size),
     }
 }
@@ -175,7 +116,7 @@ pub(crate) fn element_size_of<T>(bytes: usize) -> Result<usize, RowsError> {
 /// let rows = gdn::Rows::new(&gemm, 3, 100)?;
 /// let (left, right) = (rows.columns(0..96)?, rows.columns(96..100)?);
 /// assert_eq!((left.features(), right.features(), right.row_stride()), (96, 4, 100));
-/// # Ok::<(), gdn::RowsError>(())
+/// # Ok::<(), gdn::ArgumentError>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
@@ -211,24 +152,24 @@ impl<'a> Rows<'a> {
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
     ///
     /// # Errors
-    /// [`RowsError::TooShort`], [`RowsError::Overflow`], [`RowsError::ElementSize`] for a `T` of no bytes.
-    pub fn new<T: Pod>(data: &'a [T], num_rows: usize, features: usize) -> Result<Self, RowsError> {
+    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no bytes.
+    pub fn new<T: Pod>(data: &'a [T], num_rows: usize, features: usize) -> Result<Self, ArgumentError> {
         Self::with_stride(data, num_rows, features, features)
     }
 
     /// The same with `row_stride` elements from a row to the next.
     ///
     /// # Errors
-    /// Those of [`Rows::new`], and [`RowsError::Stride`].
+    /// Those of [`Rows::new`], and [`ArgumentError::RowStride`].
     pub fn with_stride<T: Pod>(
         data: &'a [T],
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         let bytes = size_of_val(data);
         let geometry =
-            Geometry::new(num_rows, features, row_stride, element_size_of::<T>(bytes)?)?.within(bytes)?;
+            Geometry::new(num_rows, features, row_stride, element_size_of::<T>()?)?.within(bytes)?;
         // SAFETY: the rows lie within `data`, borrowed for `'a`.
         Ok(unsafe { Self::at(data.as_ptr().cast(), geometry) })
     }
@@ -242,7 +183,7 @@ impl<'a> Rows<'a> {
         element_size: usize,
         num_rows: usize,
         features: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         check_bytes(data.len(), element_size)?;
         let geometry = Geometry::new(num_rows, features, features, element_size)?.within(data.len())?;
         // SAFETY: the rows lie within `data`, borrowed for `'a`.
@@ -252,7 +193,7 @@ impl<'a> Rows<'a> {
     /// The door for engines: rows at a pointer, of any alignment.
     ///
     /// # Errors
-    /// [`RowsError::Stride`], [`RowsError::Overflow`], [`RowsError::ElementSize`].
+    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no bytes.
     ///
     /// # Safety
     /// `ptr` is not null, and for `'a` each of the rows' bytes can be read and is written by nobody. With
@@ -263,7 +204,7 @@ impl<'a> Rows<'a> {
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         check_bytes(0, element_size)?;
         let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
         // SAFETY: the caller's promises.
@@ -273,8 +214,8 @@ impl<'a> Rows<'a> {
     /// Some of the rows.
     ///
     /// # Errors
-    /// [`RowsError::OutOfRange`].
-    pub fn rows(&self, rows: Range<usize>) -> Result<Self, RowsError> {
+    /// [`ArgumentError::Range`].
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self, ArgumentError> {
         let (offset, geometry) = self.operand.geometry.rows(&rows)?;
         // SAFETY: a part of the rows there are.
         Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
@@ -283,8 +224,8 @@ impl<'a> Rows<'a> {
     /// Some of the features of every row.
     ///
     /// # Errors
-    /// [`RowsError::OutOfRange`].
-    pub fn columns(&self, columns: Range<usize>) -> Result<Self, RowsError> {
+    /// [`ArgumentError::Range`].
+    pub fn columns(&self, columns: Range<usize>) -> Result<Self, ArgumentError> {
         let (offset, geometry) = self.operand.geometry.columns(&columns)?;
         // SAFETY: a part of the rows there are.
         Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
@@ -331,7 +272,7 @@ impl<'a> RowsMut<'a> {
     ///
     /// # Errors
     /// Those of [`Rows::new`].
-    pub fn new<T: Pod>(data: &'a mut [T], num_rows: usize, features: usize) -> Result<Self, RowsError> {
+    pub fn new<T: Pod>(data: &'a mut [T], num_rows: usize, features: usize) -> Result<Self, ArgumentError> {
         Self::with_stride(data, num_rows, features, features)
     }
 
@@ -344,7 +285,7 @@ impl<'a> RowsMut<'a> {
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         let geometry = Rows::with_stride(data, num_rows, features, row_stride)?.operand.geometry;
         // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
         Ok(unsafe { Self::at(data.as_mut_ptr().cast(), geometry) })
@@ -359,7 +300,7 @@ impl<'a> RowsMut<'a> {
         element_size: usize,
         num_rows: usize,
         features: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         let geometry = Rows::from_bytes(data, element_size, num_rows, features)?.operand.geometry;
         // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
         Ok(unsafe { Self::at(data.as_mut_ptr(), geometry) })
@@ -380,7 +321,7 @@ impl<'a> RowsMut<'a> {
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         check_bytes(0, element_size)?;
         let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
         // SAFETY: the caller's promises.
@@ -395,8 +336,8 @@ impl<'a> RowsMut<'a> {
     /// Some of the rows.
     ///
     /// # Errors
-    /// [`RowsError::OutOfRange`].
-    pub fn rows(self, rows: Range<usize>) -> Result<Self, RowsError> {
+    /// [`ArgumentError::Range`].
+    pub fn rows(self, rows: Range<usize>) -> Result<Self, ArgumentError> {
         let (offset, geometry) = self.operand.geometry.rows(&rows)?;
         // SAFETY: a part of the rows there are, which this view gives up.
         Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
@@ -416,8 +357,8 @@ impl<'a> RowsMut<'a> {
     /// buffer.
     ///
     /// # Errors
-    /// [`RowsError::OutOfRange`] where there are fewer than `column` features.
-    pub fn split_columns(self, column: usize) -> Result<(Self, Self), RowsError> {
+    /// [`ArgumentError::Range`] where there are fewer than `column` features.
+    pub fn split_columns(self, column: usize) -> Result<(Self, Self), ArgumentError> {
         let features = self.operand.geometry.features;
         let (_, left) = self.operand.geometry.columns(&(0..column))?;
         let (offset, right) = self.operand.geometry.columns(&(column..features))?;
@@ -447,9 +388,15 @@ impl<'a> RowsMut<'a> {
     }
 }
 
-pub(crate) fn check_bytes(bytes: usize, element_size: usize) -> Result<(), RowsError> {
-    if element_size == 0 || !bytes.is_multiple_of(element_size) {
-        return Err(RowsError::ElementSize { element_size, bytes });
+pub(crate) fn check_bytes(bytes: usize, element_size: usize) -> Result<(), ArgumentError> {
+    match element_size {
+        0 => Err(ArgumentError::Zero { argument: "element_size" }),
+        _ if bytes.is_multiple_of(element_size) => Ok(()),
+        _ => Err(ArgumentError::Multiple {
+            argument: "data.len()",
+            got: bytes,
+            other: "element_size",
+            expected: element_size,
+        }),
     }
-    Ok(())
 }

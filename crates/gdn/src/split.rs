@@ -3,13 +3,12 @@
 //! Everything a caller can get wrong is checked here, once, before the first byte is written; a backend gets a [`Plan`] that is
 //! known to be right.
 
-use thiserror::Error;
-
 use crate::{
-    FeatureMap, Heads, Layout, Rows, RowsMut,
+    argument::{ArgumentError, Because},
     buf::{BufError, PackedBuf, UnpackedBuf},
     cpu::{self, Cpu},
-    rows::{Geometry, Operand},
+    packing::{FeatureMap, Layout},
+    rows::{Geometry, Operand, Rows, RowsMut},
 };
 
 /// The packed projections, to be read.
@@ -56,63 +55,6 @@ pub struct UnpackedMut<'a> {
     pub a: RowsMut<'a>,
 }
 
-/// Why tensors do not fit the op, or one another. Nothing has been written.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum SplitError {
-    /// A row of the wrong length.
-    #[error("{argument} has {got} features, {heads} need {expected}")]
-    Features {
-        /// Which tensor.
-        argument: &'static str,
-        /// Features it has.
-        got: usize,
-        /// Features it should have.
-        expected: usize,
-        /// The heads that say so.
-        heads: Heads,
-    },
-    /// Tensors of different N.
-    #[error("{argument} has {got} rows, {other} has {expected}")]
-    NumRows {
-        /// Which tensor.
-        argument: &'static str,
-        /// Rows it has.
-        got: usize,
-        /// The tensor it is held against.
-        other: &'static str,
-        /// Rows that one has.
-        expected: usize,
-    },
-    /// Elements of different size on the two sides.
-    #[error("{argument} has elements of {got} bytes, {other} has elements of {expected}")]
-    ElementSize {
-        /// Which tensor.
-        argument: &'static str,
-        /// Bytes of its elements.
-        got: usize,
-        /// The tensor it is held against.
-        other: &'static str,
-        /// Bytes of that one's elements.
-        expected: usize,
-    },
-    /// Memory to be written is also memory of another tensor of the call.
-    #[error("{argument} overlaps {other}: {bytes} bytes at {address:#x} belong to both")]
-    Overlap {
-        /// A tensor to be written.
-        argument: &'static str,
-        /// The other tensor.
-        other: &'static str,
-        /// The first address that belongs to both.
-        address: usize,
-        /// How many bytes from there on.
-        bytes: usize,
-    },
-    /// Fresh outputs could not be had.
-    #[error(transparent)]
-    Buf(#[from] BufError),
-}
-
 /// Takes packed projections apart, into outputs the caller gives.
 ///
 /// For each row, features move as [`Layout::qkvz_map`] and [`Layout::ba_map`] say; nothing is computed, so elements
@@ -144,8 +86,8 @@ pub enum SplitError {
 /// ```
 ///
 /// # Errors
-/// [`SplitError`], before anything is written.
-pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) -> Result<(), SplitError> {
+/// [`ArgumentError`], before anything is written.
+pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) -> Result<(), ArgumentError> {
     let plan = Plan::new(
         layout,
         Direction::Split,
@@ -167,8 +109,8 @@ pub fn split(layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>, cpu: &Cpu) 
 /// Outputs that are kept and used again with [`split()`] are faster: fresh memory costs a page fault for every page.
 ///
 /// # Errors
-/// [`SplitError`]; [`SplitError::Buf`] where there is no memory.
-pub fn split_fresh(layout: &Layout, from: Packed<'_>, cpu: &Cpu) -> Result<UnpackedBuf, SplitError> {
+/// [`BufError`]: what is wrong with an argument, or that there is no memory.
+pub fn split_fresh(layout: &Layout, from: Packed<'_>, cpu: &Cpu) -> Result<UnpackedBuf, BufError> {
     let Packed { mixed_qkvz, mixed_ba } = from;
     let mut buf = UnpackedBuf::new(
         &layout.heads,
@@ -183,8 +125,8 @@ pub fn split_fresh(layout: &Layout, from: Packed<'_>, cpu: &Cpu) -> Result<Unpac
 /// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split()`].
 ///
 /// # Errors
-/// [`SplitError`], before anything is written.
-pub fn merge(layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>, cpu: &Cpu) -> Result<(), SplitError> {
+/// [`ArgumentError`], before anything is written.
+pub fn merge(layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>, cpu: &Cpu) -> Result<(), ArgumentError> {
     let plan = Plan::new(
         layout,
         Direction::Merge,
@@ -204,8 +146,8 @@ pub fn merge(layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>, cpu: &Cpu) 
 /// Puts the four parts together again, into one fresh block of memory (see [`PackedBuf`]).
 ///
 /// # Errors
-/// [`SplitError`]; [`SplitError::Buf`] where there is no memory.
-pub fn merge_fresh(layout: &Layout, from: Unpacked<'_>, cpu: &Cpu) -> Result<PackedBuf, SplitError> {
+/// [`BufError`]: what is wrong with an argument, or that there is no memory.
+pub fn merge_fresh(layout: &Layout, from: Unpacked<'_>, cpu: &Cpu) -> Result<PackedBuf, BufError> {
     let Unpacked { mixed_qkv, b, .. } = from;
     let mut buf =
         PackedBuf::new(&layout.heads, mixed_qkv.num_rows(), mixed_qkv.element_size(), b.element_size())?;
@@ -238,7 +180,7 @@ impl<'a> Plan<'a> {
         layout: &Layout,
         direction: Direction,
         operands: [&'a Operand; 6],
-    ) -> Result<Self, SplitError> {
+    ) -> Result<Self, ArgumentError> {
         let heads = layout.heads;
         let is_written = |i: usize| (direction == Direction::Split) != i.is_multiple_of(3);
         // The first tensor of a projection that is read: that of mixed_qkvz sets N, each the size of its elements.
@@ -253,23 +195,30 @@ impl<'a> Plan<'a> {
                 _ => heads.num_v_heads(),
             };
             if got != expected {
-                return Err(SplitError::Features { argument: NAMES[i], got, expected, heads });
+                return Err(ArgumentError::Length {
+                    argument: NAMES[i],
+                    unit: "features",
+                    got,
+                    expected,
+                    because: Because::Need(heads.to_string()),
+                });
             }
             let first = first_read(0);
             let expected = operands[first].geometry.num_rows;
             if num_rows != expected {
-                return Err(SplitError::NumRows {
+                return Err(ArgumentError::Length {
                     argument: NAMES[i],
+                    unit: "rows",
                     got: num_rows,
-                    other: NAMES[first],
                     expected,
+                    because: Because::Argument(NAMES[first]),
                 });
             }
             let first = first_read(i / 3);
             let expected = operands[first].geometry.element_size;
             if element_size != expected {
                 let other = NAMES[first];
-                return Err(SplitError::ElementSize {
+                return Err(ArgumentError::ElementSize {
                     argument: NAMES[i],
                     got: element_size,
                     other,
@@ -284,7 +233,7 @@ impl<'a> Plan<'a> {
                 {
                     let (argument, other) =
                         if is_written(i) { (NAMES[i], NAMES[j]) } else { (NAMES[j], NAMES[i]) };
-                    return Err(SplitError::Overlap { argument, other, address, bytes });
+                    return Err(ArgumentError::Overlap { argument, other, address, bytes });
                 }
             }
         }

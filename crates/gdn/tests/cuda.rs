@@ -6,7 +6,7 @@ mod support;
 use std::{ffi::CString, sync::Arc, time::Instant};
 
 use gdn::{
-    Heads, Layout, Packing, SplitError,
+    ArgumentError, Heads, Layout, Packing,
     cuda::{
         self, CudaError, Gpu, RawPacked, RawRows, RawUnpacked,
         cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, result, sys},
@@ -361,13 +361,13 @@ fn what_is_wrong_is_said() {
 
         let other = Layout::new(Heads::new(4, 4, 64, 32).unwrap(), Packing::Interleaved);
         let error = gpu.split_raw(&other, packed, unpacked, stream.cu_stream()).unwrap_err();
-        assert!(matches!(error, CudaError::Split(SplitError::Features { .. })), "{error}");
+        assert!(matches!(error, CudaError::Argument(ArgumentError::Length { .. })), "{error}");
 
         let overlapping = RawUnpacked { z: RawRows::new(0x1000, 2, 4, 384, 384).unwrap(), ..unpacked };
         let overlapping =
             RawUnpacked { mixed_qkv: RawRows::new(0x1000, 2, 4, 896, 896).unwrap(), ..overlapping };
         let error = gpu.split_raw(&layout(), packed, overlapping, stream.cu_stream()).unwrap_err();
-        assert!(matches!(error, CudaError::Split(SplitError::Overlap { .. })), "{error}");
+        assert!(matches!(error, CudaError::Argument(ArgumentError::Overlap { .. })), "{error}");
 
         // No rows: no pointer is looked at, and nothing is launched.
         let none = |size, features| RawRows::new(0, size, 0, features, features).unwrap();

@@ -3,7 +3,8 @@
 mod support;
 
 use gdn::{
-    Heads, Move, Packing, Projection, RepackError, Rows, RowsMut, WeightMap, reference, repack_weight,
+    ArgumentError, Heads, Move, Packing, Projection, RepackError, Rows, RowsMut, WeightMap, reference,
+    repack_weight,
 };
 use proptest::prelude::*;
 use support::{Shape, Tensor};
@@ -201,26 +202,24 @@ fn wrong_arguments_are_named_and_write_nothing() {
         let from = Rows::new(&weight, rows, columns).unwrap();
         repack_weight(&map, dim, from, RowsMut::new(&mut to, to_rows, to_columns).unwrap())
     };
-    assert_eq!(go(2, (8, 3), (8, 3)), Err(RepackError::Dim { dim: 2 }));
-    assert_eq!(go(0, (7, 3), (8, 3)).unwrap_err().to_string(), "from has 7 rows, 8 are needed");
-    assert_eq!(go(0, (8, 3), (9, 3)).unwrap_err().to_string(), "to has 9 rows, 8 are needed");
-    assert_eq!(go(0, (8, 3), (8, 4)).unwrap_err().to_string(), "to has 4 columns, 3 are needed");
-    assert_eq!(go(1, (8, 3), (8, 3)).unwrap_err().to_string(), "from has 3 columns, 8 are needed");
-    assert_eq!(map.blocks(0), Err(RepackError::Zero));
-    assert_eq!(map.groups(0), Err(RepackError::Zero));
+    assert_eq!(go(2, (8, 3), (8, 3)).unwrap_err().to_string(), "dim is 2, it must be 0 or 1");
+    assert_eq!(go(0, (7, 3), (8, 3)).unwrap_err().to_string(), "from has 7 rows, the outputs need 8");
+    assert_eq!(go(0, (8, 3), (9, 3)).unwrap_err().to_string(), "to has 9 rows, the outputs need 8");
+    assert_eq!(go(0, (8, 3), (8, 4)).unwrap_err().to_string(), "to has 4 columns, from has 3");
+    assert_eq!(go(1, (8, 3), (8, 3)).unwrap_err().to_string(), "from has 3 columns, the outputs need 8");
+    let zero = RepackError::Argument(ArgumentError::Zero { argument: "size" });
+    assert_eq!((map.blocks(0), map.groups(0)), (Err(zero.clone()), Err(zero)));
     assert!(to.iter().all(|element| *element == 0));
 
     let mut bytes = vec![0u8; 80];
     let wide = RowsMut::new(&mut bytes, 8, 3).unwrap();
-    assert_eq!(
-        repack_weight(&map, 0, Rows::new(&weight, 8, 3).unwrap(), wide),
-        Err(RepackError::ElementSize { got: 1, expected: 2 })
-    );
+    let error = repack_weight(&map, 0, Rows::new(&weight, 8, 3).unwrap(), wide).unwrap_err();
+    assert_eq!(error.to_string(), "to has elements of 1 byte, from has elements of 2");
     let mut shared = [0u8; 80];
     let address = shared.as_mut_ptr();
     // SAFETY: the call returns before anything is read or written through either view.
     let (from, to) =
         unsafe { (Rows::from_raw(address, 1, 8, 3, 3), RowsMut::from_raw(address.add(20), 1, 8, 3, 3)) };
     let error = repack_weight(&map, 0, from.unwrap(), to.unwrap()).unwrap_err();
-    assert!(matches!(error, RepackError::Overlap { bytes: 1..=4, .. }), "{error}");
+    assert!(matches!(error, RepackError::Argument(ArgumentError::Overlap { bytes: 1..=4, .. })), "{error}");
 }

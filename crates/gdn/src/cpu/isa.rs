@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr, sync::OnceLock};
 
 use thiserror::Error;
 
+use crate::argument::ArgumentError;
+
 /// An instruction set that the kernels were written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -18,21 +20,14 @@ pub enum Isa {
     Neon,
 }
 
-/// An instruction set that was asked for and is not to be had.
+/// An instruction set that this machine does not have.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum IsaError {
-    /// This machine has no such instructions.
-    #[error("isa '{isa}' is not available on this machine; it has {available}")]
-    Unavailable {
-        /// What was asked for.
-        isa: Isa,
-        /// What there is.
-        available: String,
-    },
-    /// There is no such name.
-    #[error("isa is '{0}', it must be 'scalar', 'avx2', 'avx512' or 'neon'")]
-    Unknown(String),
+#[error("isa '{isa}' is not available on this machine; it has {available}")]
+pub struct IsaError {
+    /// What was asked for.
+    pub isa: Isa,
+    /// What there is.
+    pub available: String,
 }
 
 impl Isa {
@@ -68,13 +63,13 @@ impl Isa {
     /// Itself, where this machine has it.
     ///
     /// # Errors
-    /// [`IsaError::Unavailable`] with those there are.
+    /// [`IsaError`] with those there are.
     pub fn checked(self) -> Result<Self, IsaError> {
         if self.is_available() {
             return Ok(self);
         }
         let available = Self::available().map(Self::name).collect::<Vec<_>>().join(", ");
-        Err(IsaError::Unavailable { isa: self, available })
+        Err(IsaError { isa: self, available })
     }
 
     /// `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
@@ -95,9 +90,12 @@ impl fmt::Display for Isa {
 }
 
 impl FromStr for Isa {
-    type Err = IsaError;
+    type Err = ArgumentError;
 
-    fn from_str(name: &str) -> Result<Self, IsaError> {
-        Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Unknown(name.to_owned()))
+    fn from_str(name: &str) -> Result<Self, ArgumentError> {
+        Self::ALL
+            .into_iter()
+            .find(|isa| isa.name() == name)
+            .ok_or_else(|| ArgumentError::unknown_name("isa", name, "'scalar', 'avx2', 'avx512' or 'neon'"))
     }
 }

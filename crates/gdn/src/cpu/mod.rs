@@ -88,7 +88,7 @@ impl Cpu {
     /// This instruction set instead of the best one.
     ///
     /// # Errors
-    /// [`IsaError::Unavailable`].
+    /// [`IsaError`].
     pub fn isa(mut self, isa: Isa) -> Result<Self, IsaError> {
         self.isa = Some(isa.checked()?);
         Ok(self)

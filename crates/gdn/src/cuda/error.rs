@@ -3,7 +3,7 @@
 use cudarc::driver::DriverError;
 use thiserror::Error;
 
-use crate::{RowsError, SplitError};
+use crate::argument::ArgumentError;
 
 /// Why a GPU cannot be had, or did not do what it was asked.
 #[derive(Debug, Error)]
@@ -50,12 +50,9 @@ pub enum CudaError {
         /// The device of the call.
         expected: usize,
     },
-    /// The tensors do not fit the op, or one another.
+    /// An argument is wrong, whatever the device.
     #[error(transparent)]
-    Split(#[from] SplitError),
-    /// Memory cannot be seen as the rows asked for.
-    #[error(transparent)]
-    Rows(#[from] RowsError),
+    Argument(#[from] ArgumentError),
     /// A tensor that is larger than the kernels can count.
     #[error(
         "{argument}: {num_rows} rows of {row_bytes} bytes, moved {word} bytes at a time, are more than a grid can hold"

@@ -62,7 +62,7 @@ impl Dense {
 /// [`gdn::split`](crate::split()) by a GPU, for tensors in the memory of the host. Returns when they are written.
 ///
 /// # Errors
-/// [`CudaError::Split`], before anything is written; [`CudaError::TooLarge`], [`CudaError::Driver`].
+/// [`CudaError::Argument`], before anything is written; [`CudaError::TooLarge`], [`CudaError::Driver`].
 pub fn split_host(
     layout: &Layout,
     from: Packed<'_>,

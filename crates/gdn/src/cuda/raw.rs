@@ -14,7 +14,8 @@ use super::{
     module::Current,
 };
 use crate::{
-    Layout, RowsError,
+    Layout,
+    argument::ArgumentError,
     rows::{Geometry, Operand, check_bytes},
     split::{Direction, NAMES, Plan},
 };
@@ -33,14 +34,14 @@ impl RawRows {
     /// on, at any alignment. Accesses are as wide as the alignment allows, 16 bytes at most.
     ///
     /// # Errors
-    /// [`RowsError::Stride`], [`RowsError::Overflow`], [`RowsError::ElementSize`].
+    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no bytes.
     pub fn new(
         address: u64,
         element_size: usize,
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         check_bytes(0, element_size)?;
         let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
         Ok(Self::with(address, geometry))
@@ -86,7 +87,7 @@ impl Gpu {
     /// Shapes, element sizes and overlaps are checked as on the CPU. With no rows nothing is launched.
     ///
     /// # Errors
-    /// [`CudaError::Split`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
+    /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
     ///
     /// # Safety
     /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel starts until it is done, all

@@ -4,7 +4,8 @@ use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceSlice};
 
 use super::{CudaError, Gpu, RawPacked, RawRows, RawUnpacked};
 use crate::{
-    Layout, RowsError,
+    Layout,
+    argument::ArgumentError,
     rows::{Geometry, element_size_of},
 };
 
@@ -26,30 +27,34 @@ fn geometry<T>(
     num_rows: usize,
     features: usize,
     row_stride: usize,
-) -> Result<Geometry, RowsError> {
+) -> Result<Geometry, ArgumentError> {
     let bytes = slice.num_bytes();
-    Geometry::new(num_rows, features, row_stride, element_size_of::<T>(bytes)?)?.within(bytes)
+    Geometry::new(num_rows, features, row_stride, element_size_of::<T>()?)?.within(bytes)
 }
 
 impl<'a, T> Rows<'a, T> {
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `slice`, a `CudaSlice` or a view.
     ///
     /// # Errors
-    /// [`RowsError::TooShort`], [`RowsError::Overflow`], [`RowsError::ElementSize`] for a `T` of no bytes.
-    pub fn new(slice: &'a impl DevicePtr<T>, num_rows: usize, features: usize) -> Result<Self, RowsError> {
+    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no bytes.
+    pub fn new(
+        slice: &'a impl DevicePtr<T>,
+        num_rows: usize,
+        features: usize,
+    ) -> Result<Self, ArgumentError> {
         Self::with_stride(slice, num_rows, features, features)
     }
 
     /// The same with `row_stride` elements from a row to the next.
     ///
     /// # Errors
-    /// Those of [`Rows::new`], and [`RowsError::Stride`].
+    /// Those of [`Rows::new`], and [`ArgumentError::RowStride`].
     pub fn with_stride(
         slice: &'a impl DevicePtr<T>,
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         Ok(Self { slice, geometry: geometry(slice, num_rows, features, row_stride)? })
     }
 }
@@ -63,7 +68,7 @@ impl<'a, T> RowsMut<'a, T> {
         slice: &'a mut impl DevicePtrMut<T>,
         num_rows: usize,
         features: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         Self::with_stride(slice, num_rows, features, features)
     }
 
@@ -76,7 +81,7 @@ impl<'a, T> RowsMut<'a, T> {
         num_rows: usize,
         features: usize,
         row_stride: usize,
-    ) -> Result<Self, RowsError> {
+    ) -> Result<Self, ArgumentError> {
         let geometry = geometry(slice, num_rows, features, row_stride)?;
         Ok(Self { slice, geometry })
     }
@@ -158,7 +163,7 @@ fn belongs<T>(
 /// what is done to them later after it.
 ///
 /// # Errors
-/// [`CudaError::Split`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
+/// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
 pub fn split<T, U>(
     layout: &Layout,
     from: Packed<'_, T, U>,
