@@ -1,5 +1,6 @@
 //! The oracles, slow and obvious: tests and benchmarks hold every backend to them, and nothing else uses them.
 
+pub mod layer;
 mod split;
 
 pub use split::{Place, check, place_of_ba, place_of_qkvz};

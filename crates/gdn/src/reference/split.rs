@@ -1,5 +1,4 @@
-//! The one oracle: slow, obvious, and written from the layouts alone. Tests and benchmarks hold every backend to it;
-//! nothing else uses it.
+//! The oracle of the split, byte by byte, written from the layouts alone.
 
 use crate::{Heads, Packed, Packing, Unpacked};
 
