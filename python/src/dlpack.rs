@@ -17,7 +17,7 @@ use pyo3::{
     types::{PyCapsule, PyCapsuleMethods, PyDict, PyType},
 };
 
-use crate::tensor::{DType, Device, Tensor, type_error, value_error};
+use crate::tensor::{DType, Device, Tensor, too_many_dims, type_error, value_error};
 
 /// `DLTensor`
 #[repr(C)]
@@ -136,11 +136,6 @@ unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str, into: &mut Te
         return Ok(());
     }
     Err(too_many_dims(argument, dims))
-}
-
-#[cold]
-fn too_many_dims(argument: &str, dims: usize) -> PyErr {
-    value_error(format!("{argument} has {dims} dims, expected at most {}", crate::tensor::MAX_DIMS))
 }
 
 /// Reads the tensor behind any object that speaks NumPy's array interface or DLPack. What keeps its memory where it is besides the object.

@@ -1,14 +1,14 @@
 //! [`Tensor`]: what the package knows of anybody's tensor, wherever it came from.
 
-use std::fmt;
+use std::{fmt, ops::Deref};
 
 use pyo3::{
     PyErr, PyResult,
     exceptions::{PyTypeError, PyValueError},
 };
 
-/// The most dims that an argument of the package has: `z` is `[N, HV, DV]`.
-pub(crate) const MAX_DIMS: usize = 3;
+/// The most dims that an argument of an op has: a recurrent state is `[slots, HV, DV, DK]`.
+pub(crate) const MAX_DIMS: usize = 4;
 
 /// An element type, in the terms of DLPack.
 #[repr(C)]
@@ -83,6 +83,28 @@ impl fmt::Display for Device {
             Self::CUDA => write!(f, "cuda:{}", self.ordinal),
             kind => write!(f, "device {kind}:{} of DLPack", self.ordinal),
         }
+    }
+}
+
+/// The lengths of at most [`MAX_DIMS`] dims, of a tensor that is to be made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    dims: usize,
+    lengths: [usize; MAX_DIMS],
+}
+
+impl<const DIMS: usize> From<[usize; DIMS]> for Shape {
+    fn from(lengths: [usize; DIMS]) -> Self {
+        const { assert!(DIMS <= MAX_DIMS) };
+        Self { dims: DIMS, lengths: std::array::from_fn(|dim| lengths.get(dim).copied().unwrap_or(1)) }
+    }
+}
+
+impl Deref for Shape {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.lengths[..self.dims]
     }
 }
 
@@ -240,4 +262,9 @@ pub(crate) fn value_error(message: String) -> PyErr {
 #[cold]
 pub(crate) fn type_error(message: String) -> PyErr {
     PyTypeError::new_err(message)
+}
+
+#[cold]
+pub(crate) fn too_many_dims(argument: &str, dims: usize) -> PyErr {
+    value_error(format!("{argument} has {dims} dims, expected at most {}", MAX_DIMS))
 }

@@ -142,7 +142,8 @@ def test_producers_that_are_refused():
         (Producer(qkvz, version=(2, 0)), TypeError, "mixed_qkvz speaks DLPack 2.0, known is 1"),
         (Producer(qkvz, device=(10, 0)), ValueError, "is on .*10:0"),
         (Producer(qkvz[:, :-1]), ValueError, "mixed_qkvz has 159 features, .* need 160"),
-        (Producer(qkvz[None, None]), ValueError, "mixed_qkvz has 4 dims, expected at most 3"),
+        (Producer(qkvz[None, None]), ValueError, "mixed_qkvz has shape \\[1, 1, 5, 160\\], expected"),
+        (Producer(qkvz[None, None, None]), ValueError, "mixed_qkvz has 5 dims, expected at most 4"),
     ]:
         with pytest.raises(error, match=message):
             gdn.split(wrong, Producer(ba), *HEADS, out=out)

@@ -98,10 +98,11 @@ def test_shapes_that_are_split(name, device):
     fails("split", with_(one[:, :-1].contiguous()), f"{name} has {wide - 1} features, .* need {wide}")
     fails("split", with_(torch.cat([one, one], 1)), f"{name} has {2 * wide} features, .* need {wide}")
     fails("split", with_(one[:2]), f"(mixed_ba|mixed_qkv|{name}|{other}) has [23] rows, mixed_qkvz has [23]")
-    fails("split", with_(one[0]), f"{name} has (shape \\[{wide}\\]|1 dims), expected")
-    fails("split", with_(one[None]), f"{name} has (shape \\[1, 3, {wide}\\]|3 dims), expected")
-    fails("split", with_(one[None, None]), f"{name} has 4 dims, expected", (ValueError, RuntimeError))
-    fails("split", with_(one[0, 0]), f"{name} has (shape \\[\\]|0 dims), expected")
+    fails("split", with_(one[0]), f"{name} has shape \\[{wide}\\], expected")
+    fails("split", with_(one[None]), f"{name} has shape \\[1, 3, {wide}\\], expected")
+    fails("split", with_(one[None, None]), f"{name} has shape \\[1, 1, 3, {wide}\\], expected")
+    fails("split", with_(one[None, None, None]), f"{name} has 5 dims, expected at most 4")
+    fails("split", with_(one[0, 0]), f"{name} has shape \\[\\], expected")
     every_other = one.repeat_interleave(2, 1)[:, ::2]
     fails("split", with_(every_other), f"{name} has stride 2 in dim 1, expected 1")
     fails("split", with_(one.t().contiguous().t()), f"{name} has stride 3 in dim 1, expected 1")
@@ -118,7 +119,7 @@ def test_shapes_that_are_merged(name, device):
 
     fails("merge", with_(flat[:, :-1].contiguous()), f"{name} has {wide - 1} features, .* need {wide}")
     fails("merge", with_(one[:2]), "has [23] rows, .* has [23]")
-    fails("merge", with_(flat[0]), f"{name} has (shape \\[{wide}\\]|1 dims), expected")
+    fails("merge", with_(flat[0]), f"{name} has shape \\[{wide}\\], expected")
     if name == "z":
         fails(
             "merge",
@@ -141,7 +142,7 @@ def test_shapes_that_are_written(name, device):
 
     fails("split", arguments, f"{name} has 2 rows, mixed_qkvz has 3", out=wrong(2, *shape))
     fails("split", arguments, f"{name} has {wide + 1} features, .* need {wide}", out=wrong(3, wide + 1))
-    fails("split", arguments, f"{name} has (shape \\[{wide}\\]|1 dims), expected", out=wrong(wide))
+    fails("split", arguments, f"{name} has shape \\[{wide}\\], expected", out=wrong(wide))
     once = torch.empty(1, wide, device=device).expand(3, -1)
     fails("split", arguments, f"{name}: row_stride = 0 is shorter than a row of {wide}", out={name: once})
 

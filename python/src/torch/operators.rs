@@ -7,9 +7,16 @@ use std::{
 
 use pyo3::prelude::*;
 
-use super::{Failed, Handle, Kernel, Libtorch, Opaque, PLACE, get};
+use super::{
+    Handle, Libtorch, PLACE,
+    abi::{Failed, Kernel, Opaque, ask},
+    get,
+};
 use crate::{
-    op::{self, Call, Direction},
+    ops::{
+        self,
+        split::{self, Call, Direction},
+    },
     tensor::Tensor,
 };
 
@@ -22,7 +29,7 @@ const HEADS: &str =
 /// # Safety
 /// To be called once.
 pub(super) unsafe fn define(torch: &Libtorch) -> Result<(), Failed> {
-    let file = c"gdn/python/src/libtorch/operators.rs".as_ptr();
+    let file = c"gdn/python/src/torch/operators.rs".as_ptr();
     let packed = "Tensor mixed_qkvz, Tensor mixed_ba";
     let unpacked = "Tensor mixed_qkv, Tensor z, Tensor b, Tensor a";
     let schemas = [
@@ -102,7 +109,7 @@ kernels! {
 /// The most of an error's sentence that PyTorch is told, with a zero at its end.
 const SENTENCE: usize = 1024;
 
-/// Nothing here is dropped while what `fail` throws goes through: cleaning up would call this library's own unwinder, which is not
+/// Nothing here is dropped while what `check` throws goes through: cleaning up would call this library's own unwinder, which is not
 /// libtorch's where it was linked in.
 ///
 /// # Safety
@@ -116,7 +123,7 @@ unsafe fn kernel(stack: *mut u64, direction: Direction, out: bool) {
     }
     let name = if direction == Direction::Split { c"gdn::split" } else { c"gdn::merge" };
     // SAFETY: texts that end with a zero. It throws, through frames that allow it.
-    unsafe { (torch.fail)(name.as_ptr(), c"gdn".as_ptr(), 0, sentence.as_ptr().cast()) }
+    unsafe { (torch.check)(false, name.as_ptr(), c"gdn".as_ptr(), 0, sentence.as_ptr().cast()) }
 }
 
 /// Calls the operator. Where that fails, `sentence` says why, and ends with a zero.
@@ -165,29 +172,29 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
             handles[i] = Some(Handle(argument() as Opaque, torch));
         }
     }
-    let layout = op::layout(heads, packing.as_str()?)?;
+    let layout = ops::layout(heads, packing.as_str()?)?;
     let (mut tensors, mut dtypes) = ([Tensor::NONE; 6], [0; 6]);
     for i in read.clone() {
         if let Some(handle) = &handles[i] {
-            dtypes[i] = handle.read(op::NAMES[i], false, &mut tensors[i])?;
+            dtypes[i] = handle.read(split::NAMES[i], false, &mut tensors[i])?;
         }
     }
     if !out {
         let first = tensors[read.start];
-        let num_rows = op::check(&first, read.start, &layout)?.num_rows;
+        let num_rows = split::check(&first, read.start, &layout)?.num_rows;
         for i in written.clone() {
-            let (shape, dims) = op::shape(&layout.heads, i, num_rows);
-            handles[i] = Some(torch.empty(&shape[..dims], dtypes[direction.like(i)], first.device)?);
+            let shape = split::shape(&layout.heads, i, num_rows);
+            handles[i] = Some(torch.empty(&shape, dtypes[direction.like(i)], first.device)?);
         }
     }
     for i in written.clone() {
         if let Some(handle) = &handles[i] {
-            handle.read(op::NAMES[i], true, &mut tensors[i])?;
+            handle.read(split::NAMES[i], true, &mut tensors[i])?;
         }
     }
     let call = Call::new(layout, direction, &tensors)?;
     if out {
-        handles[written.clone()].iter().flatten().for_each(Handle::advance_version);
+        torch.advance_versions_of(handles[written.clone()].iter().flatten())?;
     }
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     unsafe { call.run(&PLACE)? };

@@ -1,145 +1,40 @@
-//! PyTorch, without C++: its operators registered, its tensors read and made, through the C functions that libtorch exports for
-//! extensions which outlive its versions.
-//!
-//! Declarations: `torch/csrc/inductor/aoti_torch/c/shim.h` and `torch/csrc/stable/c/shim.h` in PyTorch's wheel, 2.10 and later. They
-//! are looked up in the libraries that `import torch` has loaded; nothing is linked.
+//! PyTorch, without C++: its operators registered, its tensors read and made, through functions that are looked up in the libraries which
+//! `import torch` has loaded; nothing is linked. `abi` has those of C, which outlive PyTorch's versions; `cpp` those that C lacks.
 
-use std::{
-    ffi::{CStr, c_char, c_void},
-    sync::OnceLock,
-};
+mod abi;
+mod cpp;
+mod operators;
+
+use std::{ffi::c_void, sync::OnceLock};
 
 use libloading::os::unix::{Library, RTLD_LAZY};
 use pyo3::{
     Borrowed,
-    exceptions::{PyImportError, PyValueError},
+    exceptions::{PyImportError, PyRuntimeError, PyValueError},
     ffi, intern,
     prelude::*,
-    types::PyType,
+    types::{PyTuple, PyType},
 };
 
 use gdn::Block;
 
-use crate::{
-    blocks,
-    dlpack::Exchange,
-    op::Place,
-    tensor::{DType, Device, Tensor, type_error, value_error},
+use self::{
+    abi::{Check, DTYPES, Failed, FromBlob, Functions, Opaque, ask},
+    cpp::{Cpp, Versions, Wrap},
 };
-
-/// `AtenTensorHandle` and other handles
-type Opaque = *mut c_void;
-type Kernel = unsafe extern "C-unwind" fn(*mut u64, u64, u64);
-
-type Wrap = unsafe extern "C" fn(Opaque) -> *mut ffi::PyObject;
-type FromBlob = unsafe extern "C" fn(
-    *mut c_void,
-    i64,
-    *const i64,
-    *const i64,
-    i64,
-    i32,
-    i32,
-    i32,
-    *mut Opaque,
-    i32,
-    *const u8,
-    i64,
-    unsafe extern "C" fn(*mut c_void, *mut c_void),
-    *mut c_void,
-) -> i32;
-
-/// Declares the functions once: their names, and their types.
-macro_rules! functions {
-    ($(fn $name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
-        #[expect(non_snake_case, reason = "one of libtorch's names")]
-        struct Functions { $($name: unsafe extern "C" fn($($argument),*) $(-> $result)?,)* }
-
-        impl Functions {
-            /// # Errors
-            /// The name of the first one that is not there.
-            fn load(library: &Library) -> Result<Self, &'static str> {
-                Ok(Self { $(
-                    // SAFETY: the function of that name has that type.
-                    $name: *unsafe { library.get(stringify!($name)) }.map_err(|_| stringify!($name))?,
-                )* })
-            }
-        }
-    };
-}
-
-functions! {
-    fn aoti_torch_library_init_def(*const c_char, *const c_char, u32, *mut Opaque) -> i32;
-    fn aoti_torch_library_init_impl(*const c_char, *const c_char, *const c_char, u32, *mut Opaque) -> i32;
-    fn aoti_torch_library_def(Opaque, *const c_char) -> i32;
-    fn torch_library_impl(Opaque, *const c_char, Kernel, u64) -> i32;
-    fn aoti_torch_delete_tensor_object(Opaque) -> i32;
-    fn torch_delete_string(Opaque) -> i32;
-    fn torch_string_length(Opaque, *mut usize) -> i32;
-    fn torch_string_c_str(Opaque, *mut *const c_char) -> i32;
-    fn aoti_torch_get_data_ptr(Opaque, *mut *mut c_void) -> i32;
-    fn torch_get_const_data_ptr(Opaque, *mut *const c_void) -> i32;
-    fn aoti_torch_get_dim(Opaque, *mut i64) -> i32;
-    fn aoti_torch_get_sizes(Opaque, *mut *mut i64) -> i32;
-    fn aoti_torch_get_strides(Opaque, *mut *mut i64) -> i32;
-    fn aoti_torch_get_dtype(Opaque, *mut i32) -> i32;
-    fn aoti_torch_dtype_element_size(i32) -> usize;
-    fn aoti_torch_get_device_type(Opaque, *mut i32) -> i32;
-    fn aoti_torch_get_device_index(Opaque, *mut i32) -> i32;
-    fn aoti_torch_device_type_cuda() -> i32;
-    fn aoti_torch__reinterpret_tensor(Opaque, i64, *const i64, *const i64, i64, *mut Opaque) -> i32;
-    fn aoti_torch_empty_strided(i64, *const i64, *const i64, i32, i32, i32, *mut Opaque) -> i32;
-    fn aoti_torch_grad_mode_is_enabled() -> bool;
-    fn torch_get_num_threads(*mut u32) -> i32;
-    fn torch_parallel_for(i64, i64, i64, unsafe extern "C" fn(i64, i64, *mut c_void), *mut c_void) -> i32;
-}
-
-/// How autograd learns that a tensor was written to, for operators, which C gives no way to. C++, and takes what [`Wrap`] takes.
-struct Versions {
-    /// `at::native::is_inference`
-    is_inference: unsafe extern "C" fn(Opaque) -> bool,
-    /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no version
-    bump: unsafe extern "C" fn(Opaque),
-}
-
-/// The element types with a name of libtorch's; others, which are few and have one size each, go by libtorch's number.
-const DTYPES: [(&CStr, DType); 18] = {
-    const fn dtype(code: u8, bits: u8) -> DType {
-        DType { code, bits, lanes: 1 }
-    }
-    [
-        (c"aoti_torch_dtype_bfloat16", dtype(4, 16)),
-        (c"aoti_torch_dtype_float16", dtype(2, 16)),
-        (c"aoti_torch_dtype_float32", dtype(2, 32)),
-        (c"aoti_torch_dtype_float64", dtype(2, 64)),
-        (c"aoti_torch_dtype_float8_e4m3fn", dtype(10, 8)),
-        (c"aoti_torch_dtype_float8_e4m3fnuz", dtype(11, 8)),
-        (c"aoti_torch_dtype_float8_e5m2", dtype(12, 8)),
-        (c"aoti_torch_dtype_float8_e5m2fnuz", dtype(13, 8)),
-        (c"aoti_torch_dtype_int8", dtype(0, 8)),
-        (c"aoti_torch_dtype_int16", dtype(0, 16)),
-        (c"aoti_torch_dtype_int32", dtype(0, 32)),
-        (c"aoti_torch_dtype_int64", dtype(0, 64)),
-        (c"aoti_torch_dtype_uint8", dtype(1, 8)),
-        (c"aoti_torch_dtype_uint16", dtype(1, 16)),
-        (c"aoti_torch_dtype_uint32", dtype(1, 32)),
-        (c"aoti_torch_dtype_uint64", dtype(1, 64)),
-        (c"aoti_torch_dtype_bool", dtype(6, 8)),
-        (c"aoti_torch_dtype_complex64", dtype(5, 64)),
-    ]
+use crate::{
+    dlpack::Exchange,
+    memory,
+    ops::Place,
+    tensor::{DType, Device, Shape, Tensor, too_many_dims},
 };
 
 /// The PyTorch of this process.
 pub(crate) struct Libtorch {
     call: Functions,
-    /// `THPVariable_Wrap`, which makes a Python object of a tensor. It is C++, and takes the address of an `at::Tensor`, which is what
-    /// a handle is. (torch 2.14 has `torch_tensor_to_pyobject` in C, which calls it.)
-    wrap: Wrap,
-    /// `torch_from_blob`, of torch 2.11 and later
     from_blob: Option<FromBlob>,
-    /// `c10::detail::torchCheckFail`, which raises
-    fail: unsafe extern "C-unwind" fn(*const c_char, *const c_char, u32, *const c_char) -> !,
-    versions: Versions,
+    check: Check,
+    cpp: Cpp,
     /// Its numbers for [`DTYPES`].
     dtypes: [i32; DTYPES.len()],
     cuda: i32,
@@ -151,88 +46,54 @@ pub(crate) struct Libtorch {
     /// Python functions that say whether somebody wants to see every operator: dispatch modes, tracers.
     watchers: [Py<PyAny>; 2],
     increment_version: Py<PyAny>,
+    version: String,
 }
 
 static LIBTORCH: OnceLock<Libtorch> = OnceLock::new();
 
-/// What went wrong inside libtorch, which has told its log.
-struct Failed(&'static str);
-
-impl From<Failed> for PyErr {
-    fn from(Failed(function): Failed) -> Self {
-        pyo3::exceptions::PyRuntimeError::new_err(format!("PyTorch's {function} failed"))
-    }
-}
-
-/// Calls a function that gives a status, and its last argument as the answer.
-macro_rules! ask {
-    ($torch:expr, $function:ident($($argument:expr),*)) => {{
-        let mut answer = std::mem::MaybeUninit::uninit();
-        match ($torch.call.$function)($($argument,)* answer.as_mut_ptr()) {
-            0 => Ok(answer.assume_init()),
-            _ => Err(Failed(stringify!($function))),
-        }
-    }};
-}
-
-mod operators;
-
-/// Finds PyTorch, and registers the operators. Once a process; `torch` is the module.
+/// Finds PyTorch, and registers the operators. Once a process; `torch` is the module. Optional functions in `without` are taken as missing.
 ///
 /// # Errors
-/// `ImportError` where it lacks a function that is needed.
-pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
+/// `ImportError` where it lacks a function that is needed: one of C, which PyTorch 2.10 and later have.
+pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyResult<()> {
     if LIBTORCH.get().is_some() {
         return Ok(());
     }
-    let version = torch.getattr("__version__")?;
+    let version = torch.getattr("__version__")?.to_string();
     let missing = |what: &str| {
         PyImportError::new_err(format!("torch {version} lacks {what}; gdn needs torch 2.10 or later"))
     };
     let names = if cfg!(target_os = "macos") {
-        ["libtorch_cpu.dylib", "libc10.dylib", "libtorch_python.dylib"]
+        ["libtorch_cpu.dylib", "libtorch_python.dylib"]
     } else {
-        ["libtorch_cpu.so", "libc10.so", "libtorch_python.so"]
+        ["libtorch_cpu.so", "libtorch_python.so"]
     };
     let flags = RTLD_LAZY | libc::RTLD_NOLOAD;
     // SAFETY: libraries that are loaded already, so that nothing of theirs is run.
-    let [cpu, c10, python] =
-        names.map(|name| unsafe { Library::open(Some(name), flags) }.map_err(|_| missing(name)));
-    let (cpu, c10, python) = (cpu?, c10?, python?);
+    let [cpu, python] = names.map(|name| unsafe { Library::open(Some(name), flags) });
+    let cpu = cpu.map_err(|_| missing(names[0]))?;
     let call = Functions::load(&cpu).map_err(missing)?;
     // SAFETY: functions of these names have these types.
-    let (fail, wrap, from_blob, versions, dtypes) = unsafe {
-        let fail = c10
-            .get("_ZN3c106detail14torchCheckFailEPKcS2_jS2_")
-            .map_err(|_| missing("c10::detail::torchCheckFail"))?;
+    let (check, from_blob, dtypes) = unsafe {
         let mut dtypes = [0; DTYPES.len()];
         for (number, (name, _)) in dtypes.iter_mut().zip(DTYPES) {
             let name = name.to_str().map_err(|_| missing("a dtype"))?;
             *number = cpu.get::<unsafe extern "C" fn() -> i32>(name).map_err(|_| missing(name))?();
         }
-        let wrap = python.get::<Wrap>("_Z16THPVariable_WrapRKN2at10TensorBaseE");
-        let wrap = wrap.map_err(|_| missing("THPVariable_Wrap"))?;
+        let check = cpu.get::<Check>("aoti_torch_check").map_err(|_| missing("aoti_torch_check"))?;
         let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
-        let versions = Versions {
-            is_inference: *cpu
-                .get("_ZN2at6native12is_inferenceERKNS_6TensorE")
-                .map_err(|_| missing("at::native::is_inference"))?,
-            bump: *cpu
-                .get("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE")
-                .map_err(|_| missing("torch::autograd::impl::bump_version"))?,
-        };
-        (*fail, *wrap, from_blob.map(|function| *function), versions, dtypes)
+        (*check, from_blob.map(|function| *function), dtypes)
     };
+    let cpp = Cpp::find(&cpu, python.as_ref().ok(), without);
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
     let libtorch = Libtorch {
         // SAFETY: a number.
         cuda: unsafe { (call.aoti_torch_device_type_cuda)() },
         call,
-        wrap,
         from_blob,
-        fail,
-        versions,
+        check,
+        cpp,
         dtypes,
         exchange: Exchange::of(&tensor).ok_or_else(|| missing("__dlpack_c_exchange_api__"))?,
         process: std::process::id(),
@@ -243,6 +104,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>) -> PyResult<()> {
             c.getattr("_get_tracing_state")?.unbind(),
         ],
         increment_version: c.getattr("_increment_version")?.unbind(),
+        version,
     };
     let libtorch = LIBTORCH.get_or_init(|| libtorch);
     // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations are.
@@ -347,8 +209,8 @@ impl Libtorch {
         argument: &str,
     ) -> PyResult<Fresh<'py>> {
         let py = object.py();
-        let Some(dtype) = self.number_of(like.dtype) else {
-            // A dtype without a number here: slower, and as good.
+        let Some(dtype) = self.number_of(like.dtype).filter(|_| self.cpp.wrap.is_some()) else {
+            // A dtype without a number here, or a PyTorch without a way to make objects of handles: slower, and as good.
             let made = object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?;
             let mut tensor = Tensor::NONE;
             self.exchange.borrow(&made, argument, &mut tensor)?;
@@ -359,13 +221,13 @@ impl Libtorch {
     }
 
     /// Fresh, dense tensors in one storage, as objects at the end of `made` and as what they are in `tensors`: an allocation costs more than
-    /// all that is done here besides. `false` where they are of a dtype without a number here, or of more than `most` elements.
+    /// all that is done here besides. `false` where [`Libtorch::empty_like`] would have to ask Python, or of more than `most` elements.
     #[inline]
     pub(crate) fn empty_together<'py>(
         &self,
         py: Python<'py>,
         like: &Tensor,
-        shapes: impl Iterator<Item = ([usize; 3], usize)> + Clone,
+        shapes: impl Iterator<Item = Shape> + Clone,
         most: usize,
         made: &mut Vec<Bound<'py, PyAny>>,
         tensors: &mut [Tensor],
@@ -374,13 +236,14 @@ impl Libtorch {
             let elements = shape.iter().fold(1usize, |elements, dim| elements.saturating_mul(*dim));
             elements.saturating_add(STEP - 1) / STEP * STEP
         };
-        let all = shapes.clone().fold(0usize, |all, (shape, dims)| all.saturating_add(place(&shape[..dims])));
-        let Some(dtype) = self.number_of(like.dtype).filter(|_| all <= most) else { return Ok(false) };
+        let all = shapes.clone().fold(0usize, |all, shape| all.saturating_add(place(&shape)));
+        let is_apt = all <= most && self.cpp.wrap.is_some();
+        let Some(dtype) = self.number_of(like.dtype).filter(|_| is_apt) else { return Ok(false) };
         let storage = self.empty(&[all], dtype, like.device)?;
         let mut offset = 0;
-        for ((shape, dims), tensor) in shapes.zip(tensors) {
-            let dense = Tensor::dense(0, like.dtype, like.device, &shape[..dims]);
-            let (sizes, strides) = (dense.shape().as_ptr(), dense.strides().as_ptr());
+        for (shape, tensor) in shapes.zip(tensors) {
+            let dense = Tensor::dense(0, like.dtype, like.device, &shape);
+            let (dims, sizes, strides) = (shape.len(), dense.shape().as_ptr(), dense.strides().as_ptr());
             // SAFETY: so many sizes and strides, of elements that are there.
             let part = unsafe {
                 ask!(
@@ -390,8 +253,8 @@ impl Libtorch {
             };
             let part = Handle(part, self);
             made.push(part.object(py)?);
-            *tensor = part.dense(like, &shape[..dims])?;
-            offset += place(&shape[..dims]);
+            *tensor = part.dense(like, &shape)?;
+            offset += place(&shape);
         }
         Ok(true)
     }
@@ -399,6 +262,31 @@ impl Libtorch {
     /// Tells autograd that tensors are to be written to.
     pub(crate) fn advance_versions(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
         self.increment_version.bind(out.py()).call1((out,)).map(drop)
+    }
+
+    /// The same for an operator's tensors. Where this PyTorch has no function for it, Python's is called, which is slower and as good.
+    fn advance_versions_of<'a>(&self, handles: impl Iterator<Item = &'a Handle<'a>>) -> PyResult<()> {
+        match (&self.cpp.versions, self.cpp.wrap) {
+            (Some(Versions { is_inference, bump }), _) => {
+                for handle in handles {
+                    // SAFETY: a tensor that lives, and that has a version.
+                    unsafe {
+                        if !is_inference(handle.0) {
+                            bump(handle.0);
+                        }
+                    }
+                }
+                Ok(())
+            }
+            (None, Some(_)) => Python::attach(|py| {
+                let objects = handles.map(|handle| handle.object(py)).collect::<PyResult<Vec<_>>>()?;
+                self.advance_versions(PyTuple::new(py, objects)?.as_any())
+            }),
+            (None, None) => Err(PyRuntimeError::new_err(format!(
+                "torch {} lacks torch::autograd::impl::bump_version, which operators that write to tensors need; gdn.split and gdn.merge with out do without",
+                self.version
+            ))),
+        }
     }
 
     fn dtype_of(&self, number: i32) -> DType {
@@ -424,8 +312,8 @@ impl Libtorch {
         let bytes = shape.iter().fold(dense.dtype.size(), |bytes, dim| bytes.saturating_mul(*dim));
         if let Some(from_blob) = self.from_blob
             && device.is_cpu()
-            && bytes >= blocks::LEAST
-            && let Ok(mut block) = blocks::take(bytes)
+            && bytes >= memory::LEAST
+            && let Ok(mut block) = memory::take(bytes)
         {
             let start = block.bytes_mut().as_mut_ptr().cast();
             let block = Box::into_raw(Box::new(block)).cast();
@@ -472,7 +360,7 @@ impl Libtorch {
 /// The end of a tensor that had a block.
 unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
     // SAFETY: the box that the tensor was made with, and once.
-    blocks::give_back(*unsafe { Box::from_raw(block.cast::<Block>()) });
+    memory::give_back(*unsafe { Box::from_raw(block.cast::<Block>()) });
 }
 
 /// PyTorch's threads and streams.
@@ -519,17 +407,18 @@ impl Drop for Handle<'_> {
 impl Handle<'_> {
     /// As an object of Python's.
     fn object<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set.
-        unsafe { Bound::from_owned_ptr_or_err(py, (self.1.wrap)(self.0)) }
-    }
-
-    /// Tells autograd that the tensor is to be written to.
-    fn advance_version(&self) {
-        let Versions { is_inference, bump } = &self.1.versions;
-        // SAFETY: a tensor that lives, and that has a version.
+        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set where it is C++.
         unsafe {
-            if !is_inference(self.0) {
-                bump(self.0);
+            match self.1.cpp.wrap {
+                Some(Wrap::C(wrap)) => {
+                    let mut object = std::ptr::null_mut();
+                    match wrap(self.0, std::ptr::null(), &raw mut object) {
+                        0 => Bound::from_owned_ptr_or_err(py, object.cast()),
+                        _ => Err(Failed("torch_tensor_to_pyobject").into()),
+                    }
+                }
+                Some(Wrap::Cpp(wrap)) => Bound::from_owned_ptr_or_err(py, wrap(self.0)),
+                None => Err(Failed("THPVariable_Wrap").into()),
             }
         }
     }
@@ -547,9 +436,6 @@ impl Handle<'_> {
         // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.
         unsafe {
             let dims = usize::try_from(ask!(torch, aoti_torch_get_dim(self.0))?).unwrap_or(0);
-            if dims == 0 || dims > crate::tensor::MAX_DIMS {
-                return Err(value_error(format!("{argument} has {dims} dims, expected 2")));
-            }
             let sizes: *mut i64 = ask!(torch, aoti_torch_get_sizes(self.0))?;
             let strides: *mut i64 = ask!(torch, aoti_torch_get_strides(self.0))?;
             let address = if write {
@@ -564,10 +450,11 @@ impl Handle<'_> {
             } else {
                 Device::CPU
             };
-            let numbers = |at: *mut i64| std::slice::from_raw_parts(at, dims);
+            let numbers =
+                |at: *mut i64| if dims == 0 { &[][..] } else { std::slice::from_raw_parts(at, dims) };
             let (dtype, sizes, strides) = (torch.dtype_of(number), numbers(sizes), numbers(strides));
             if !tensor.fill(address, dtype, device, false, sizes, Some(strides)) {
-                return Err(type_error(format!("{argument} cannot be read")));
+                return Err(too_many_dims(argument, dims));
             }
             Ok(number)
         }

@@ -4,10 +4,10 @@ use gdn::{Heads, Packing, Projection, Rows, RowsMut, WeightMap};
 use pyo3::{PyErr, prelude::*};
 
 use crate::{
-    dlpack,
-    fresh::{fresh, handed_over},
-    libtorch, op,
+    dlpack, ops,
+    outputs::{fresh, handed_over},
     tensor::{Tensor, type_error, value_error},
+    torch,
 };
 
 fn bad(error: impl std::fmt::Display) -> PyErr {
@@ -23,7 +23,7 @@ fn map(
     block: usize,
     group: usize,
 ) -> PyResult<WeightMap> {
-    let layout = op::layout(heads, to)?;
+    let layout = ops::layout(heads, to)?;
     let (heads, to): (Heads, Packing) = (layout.heads, layout.packing);
     let found = |projection| -> PyResult<WeightMap> {
         let map = WeightMap::new(&heads, projection, to);
@@ -81,7 +81,7 @@ pub(crate) fn repack_weight<'py>(
     group: usize,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = weight.py();
-    let torch = libtorch::get().filter(|torch| torch.is_plain(&weight));
+    let torch = torch::get().filter(|torch| torch.is_plain(&weight));
     let mut from = Tensor::NONE;
     let _owner = dlpack::borrow(&weight, "weight", &mut from)?;
     let shape: Vec<usize> = from.shape().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();

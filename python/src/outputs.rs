@@ -8,8 +8,8 @@ use pyo3::{
 
 use crate::{
     dlpack,
-    libtorch::{Libtorch, type_name},
     tensor::{Tensor, type_error},
+    torch::{Libtorch, type_name},
 };
 
 /// A fresh tensor like one that is read: of the same framework, device and dtype.

@@ -1,0 +1,122 @@
+//! The ops on tensors, wherever they are: a file for each, and here what they share.
+
+pub(crate) mod repack;
+pub(crate) mod split;
+
+use std::sync::OnceLock;
+
+use gdn::{Cpu, Heads, Layout, Packing, cpu::Executor, cuda};
+use pyo3::{
+    exceptions::{PyOverflowError, PyRuntimeError},
+    prelude::*,
+};
+
+use crate::{
+    tensor::{Device, type_error, value_error},
+    threads,
+    torch::type_name,
+};
+
+/// The numbers that say what the heads are, in the order of the Python functions.
+pub(crate) const HEADS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
+
+/// The layout that Python's numbers and packing mean.
+pub(crate) fn layout(heads: [i64; 4], packing: &str) -> PyResult<Layout> {
+    let mut numbers = [0; 4];
+    for ((number, got), name) in numbers.iter_mut().zip(heads).zip(HEADS) {
+        *number = usize::try_from(got)
+            .map_err(|_| value_error(format!("{name} is {got}, it must be at least 1")))?;
+    }
+    let [num_k_heads, num_v_heads, head_k_dim, head_v_dim] = numbers;
+    let heads = Heads::new(num_k_heads, num_v_heads, head_k_dim, head_v_dim)
+        .map_err(|e| value_error(e.to_string()))?;
+    let packing: Packing = packing.parse().map_err(|e: gdn::ArgumentError| value_error(e.to_string()))?;
+    Ok(Layout::new(heads, packing))
+}
+
+/// The heads as numbers.
+pub(crate) fn numbers(heads: &[Bound<'_, PyAny>; 4]) -> PyResult<[i64; 4]> {
+    let mut numbers = [0; 4];
+    for ((number, object), name) in numbers.iter_mut().zip(heads).zip(HEADS) {
+        *number = match object.extract::<i64>() {
+            Ok(number) => number,
+            // What fits none is as wrong as the largest that does.
+            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
+                if object.lt(0)? {
+                    i64::MIN
+                } else {
+                    i64::MAX
+                }
+            }
+            Err(_) => return Err(not_a(name, object, "int")),
+        };
+    }
+    Ok(numbers)
+}
+
+#[cold]
+pub(crate) fn not_a(argument: &str, object: &Bound<'_, PyAny>, expected: &str) -> PyErr {
+    type_error(format!("{argument} is a {}, expected {expected}", type_name(object)))
+}
+
+/// Work for which other threads of Python are let in.
+pub(crate) const WORTH_DETACHING: usize = 128 << 10;
+/// The least bytes to be read for which one more of the framework's threads is called. They are awake: sharing costs a microsecond between
+/// two, five among sixteen.
+const WORTH_A_THREAD: usize = 64 << 10;
+/// The least bytes to be read for which they are called at all.
+const WORTH_CALLING: usize = 256 << 10;
+
+/// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or others.
+pub(crate) struct Place {
+    /// For tensors of the CPU: the most threads, and who has them. `None` for [`threads`].
+    pub(crate) threads: Option<(fn() -> usize, Executor)>,
+    /// The stream of a CUDA device to work on.
+    pub(crate) stream: fn(Device) -> PyResult<*mut std::ffi::c_void>,
+}
+
+impl Place {
+    /// Our own threads, and the legacy default stream.
+    pub(crate) const OURS: Self = Self { threads: None, stream: |_| Ok(std::ptr::null_mut()) };
+
+    /// Calls `work` with as many threads as there are and are worth it, for so many bytes to be read.
+    #[inline]
+    pub(crate) fn on_cpu<T: Send>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(&Cpu) -> PyResult<T> + Send,
+    ) -> PyResult<T> {
+        match self.threads {
+            None => threads::with(bytes, work),
+            Some(_) if bytes < WORTH_CALLING => work(&Cpu::new().threads(1)),
+            Some((threads, executor)) => {
+                let threads = threads().min(bytes / WORTH_A_THREAD);
+                work(&Cpu::new().threads(threads).executor(executor))
+            }
+        }
+    }
+}
+
+pub(crate) fn cuda_error(error: &cuda::CudaError) -> PyErr {
+    match error {
+        cuda::CudaError::Argument(_) | cuda::CudaError::TooLarge { .. } => value_error(error.to_string()),
+        _ => PyRuntimeError::new_err(error.to_string()),
+    }
+}
+
+/// The device `cuda:ordinal`, made ready at its first call: kernels are loaded then, so that calls can be captured in graphs.
+pub(crate) fn gpu(ordinal: i32) -> PyResult<&'static cuda::Gpu> {
+    const MOST: usize = 64;
+    static GPUS: [OnceLock<cuda::Gpu>; MOST] = [const { OnceLock::new() }; MOST];
+    let index = usize::try_from(ordinal).unwrap_or(MOST);
+    let Some(cell) = GPUS.get(index) else {
+        return Err(value_error(format!("cuda:{ordinal} is not among the {MOST} devices known here")));
+    };
+    if let Some(gpu) = cell.get() {
+        return Ok(gpu);
+    }
+    // Whose memory a pointer is was asked of the framework.
+    let gpu = cuda::Gpu::new(index).map_err(|e| cuda_error(&e))?.check_pointers(false);
+    gpu.warmup().map_err(|e| cuda_error(&e))?;
+    Ok(cell.get_or_init(|| gpu))
+}

@@ -1,0 +1,59 @@
+//! What libtorch has no C function for: C++ functions, by their mangled names. A PyTorch of tomorrow may lack any of them; then what needs it
+//! goes a longer way or says so, and everything else goes on.
+
+use std::ffi::c_void;
+
+use libloading::os::unix::Library;
+use pyo3::ffi;
+
+use super::abi::Opaque;
+
+pub(super) struct Cpp {
+    pub(super) wrap: Option<Wrap>,
+    pub(super) versions: Option<Versions>,
+}
+
+/// What makes a Python object of a tensor.
+#[derive(Clone, Copy)]
+pub(super) enum Wrap {
+    /// `torch_tensor_to_pyobject`, of torch 2.14 and later: C
+    C(unsafe extern "C" fn(Opaque, *const c_void, *mut *mut c_void) -> i32),
+    /// `THPVariable_Wrap`, which that calls. It takes the address of an `at::Tensor`, which is what a handle is.
+    Cpp(unsafe extern "C" fn(Opaque) -> *mut ffi::PyObject),
+}
+
+/// How autograd learns that a tensor was written to. They take what [`Wrap::Cpp`] takes.
+pub(super) struct Versions {
+    /// `at::native::is_inference`
+    pub(super) is_inference: unsafe extern "C" fn(Opaque) -> bool,
+    /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no version
+    pub(super) bump: unsafe extern "C" fn(Opaque),
+}
+
+impl Cpp {
+    /// What there is in libtorch_cpu and, where it is loaded, libtorch_python. Names in `without` are passed over, as if they were missing.
+    pub(super) fn find(cpu: &Library, python: Option<&Library>, without: &[String]) -> Self {
+        // SAFETY: functions of these names have these types.
+        unsafe {
+            let c = find(cpu, "torch_tensor_to_pyobject", without).map(Wrap::C);
+            let wrap =
+                |python| find(python, "_Z16THPVariable_WrapRKN2at10TensorBaseE", without).map(Wrap::Cpp);
+            let is_inference = find(cpu, "_ZN2at6native12is_inferenceERKNS_6TensorE", without);
+            let bump = find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", without);
+            Self {
+                wrap: c.or_else(|| python.and_then(wrap)),
+                versions: is_inference.zip(bump).map(|(is_inference, bump)| Versions { is_inference, bump }),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The function of that name has the type `T`.
+unsafe fn find<T: Copy>(library: &Library, name: &str, without: &[String]) -> Option<T> {
+    if without.iter().any(|other| other == name) {
+        return None;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { library.get::<T>(name) }.ok().map(|found| *found)
+}
