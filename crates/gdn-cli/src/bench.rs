@@ -132,7 +132,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => Heads::preset("Qwen3-Next-80B-A3B")?,
     };
     let layout = Layout::new(heads, packing.unwrap_or(Packing::Interleaved));
-    let cpu = args.cpu.cpu()?.stores(match args.stores {
+    let cpu = args.cpu.cpu(usize::MAX)?.stores(match args.stores {
         StoresArg::Auto => Stores::Auto,
         StoresArg::Cached => Stores::Cached,
         StoresArg::Streaming => Stores::Streaming,

@@ -1,10 +1,13 @@
 //! safetensors files: reading through a memory map, writing beside the final name.
 
+#[cfg(unix)]
+use std::os::unix::fs::MetadataExt;
 use std::{
-    fs::{self, File, Permissions},
-    io::Write,
+    cell::{Ref, RefCell},
+    fs::{self, File, Metadata, Permissions},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    time::SystemTime,
 };
 
 use anyhow::{Context, bail};
@@ -12,32 +15,82 @@ use memmap2::{Mmap, MmapMut};
 use safetensors::{Dtype, tensor::TensorInfo};
 use tempfile::NamedTempFile;
 
-use crate::header::{Entry, FileMetadata, Header, head};
+use crate::{
+    header::{Entry, FileMetadata, Header, head},
+    interrupts::check_interrupted,
+};
 
-/// Somebody pressed Ctrl-C. The output's temporary file is removed on the way out.
-#[derive(Debug, thiserror::Error)]
-#[error("interrupted, no output was written")]
-pub(crate) struct Interrupted;
+/// What tells whether a file is still the one that was read: which file it is, its size, and when it last changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    #[cfg(unix)]
+    inode: (u64, u64),
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+impl Stamp {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self {
+            #[cfg(unix)]
+            inode: (MetadataExt::dev(metadata), MetadataExt::ino(metadata)),
+            bytes: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
 
-/// From here on Ctrl-C is noticed by [`check_interrupted`] instead of ending the process where it stands.
-pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
-    match ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)) {
-        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(()),
-        Err(error) => Err(error).context("cannot watch for Ctrl-C"),
+    /// That the file of this stamp is there and as it was.
+    pub(crate) fn check(&self, path: &Path) -> anyhow::Result<()> {
+        let now = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+        if Self::of(&now) != *self {
+            bail!("{} was changed while it was read", path.display());
+        }
+        Ok(())
     }
 }
 
-/// [`Interrupted`], if that is so.
-pub(crate) fn check_interrupted() -> Result<(), Interrupted> {
-    if INTERRUPTED.load(Ordering::Relaxed) { Err(Interrupted) } else { Ok(()) }
+/// Opens a file for reading. A pipe or a device is refused before anybody waits for what may never come out of it.
+pub(crate) fn open(path: &Path) -> anyhow::Result<File> {
+    // Asked first, as the mere opening of a device may do something.
+    if !fs::metadata(path)?.is_file() {
+        bail!("not a file");
+    }
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    if !file.metadata()?.is_file() {
+        bail!("not a file");
+    }
+    Ok(file)
+}
+
+/// More text than any configuration or index has.
+const LONGEST_TEXT: u64 = 256 << 20;
+
+/// Reads a whole file of text, which errors call `name`.
+pub(crate) fn read_text(path: &Path, name: &str) -> anyhow::Result<String> {
+    let read = || -> anyhow::Result<String> {
+        let file = open(path)?;
+        let bytes = file.metadata()?.len();
+        if bytes > LONGEST_TEXT {
+            bail!("it has {bytes} bytes, at most {LONGEST_TEXT} are read");
+        }
+        let mut text = String::new();
+        (&file).take(LONGEST_TEXT).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    read().with_context(|| format!("cannot read {name}"))
 }
 
 /// A safetensors file, mapped and its header checked.
 pub(crate) struct Input {
     path: PathBuf,
-    file: File,
+    stamp: Stamp,
+    /// Open between the first [`read_at`](Self::read_at) or [`file`](Self::file) and [`close`](Self::close): a checkpoint may have more files
+    /// than a process may have open.
+    file: RefCell<Option<File>>,
     map: Mmap,
     header: Header,
     data_start: usize,
@@ -57,15 +110,23 @@ impl Input {
     }
 
     fn open_here(path: &Path) -> anyhow::Result<Self> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            bail!("not a file");
-        }
+        let file = open(path)?;
+        let stamp = Stamp::of(&file.metadata()?);
         // SAFETY: a map of a file that another process cuts short while it is read ends this process with SIGBUS, as it does
         // for every reader of mapped files; nothing here writes to it.
         let map = unsafe { Mmap::map(&file) }?;
         let (header, data_start) = Header::parse(&map)?;
-        Ok(Self { path: path.to_owned(), file, map, header, data_start })
+        Ok(Self { path: path.to_owned(), stamp, file: RefCell::new(None), map, header, data_start })
+    }
+
+    /// That the file is there and has not changed since it was opened.
+    pub(crate) fn check_unchanged(&self) -> anyhow::Result<()> {
+        self.stamp.check(&self.path)
+    }
+
+    /// Bytes of the whole file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.stamp.bytes
     }
 
     /// What the file says of itself.
@@ -73,9 +134,28 @@ impl Input {
         &self.header.metadata
     }
 
-    /// The file itself, for those who copy from it.
-    pub(crate) fn file(&self) -> &File {
-        &self.file
+    /// The file itself, for those who copy from it. It is opened where it is not.
+    pub(crate) fn file(&self) -> anyhow::Result<Ref<'_, File>> {
+        if self.file.borrow().is_none() {
+            let file = open(&self.path)?;
+            if Stamp::of(&file.metadata()?) != self.stamp {
+                bail!("{} was changed while it was read", self.path.display());
+            }
+            *self.file.borrow_mut() = Some(file);
+        }
+        Ref::filter_map(self.file.borrow(), Option::as_ref).ok().context("the file was closed")
+    }
+
+    /// Fills `buffer` from a place in the file.
+    pub(crate) fn read_at(&self, start: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
+        let mut file = &*self.file()?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(file.read_exact(buffer)?)
+    }
+
+    /// Closes the file until it is read again.
+    pub(crate) fn close(&self) {
+        self.file.replace(None);
     }
 
     /// What the header says of a tensor, and the offset of its data in the file.
@@ -163,16 +243,20 @@ impl Output {
         metadata: &FileMetadata,
         inputs: &[&Path],
     ) -> anyhow::Result<Self> {
-        // A link is written through, not replaced.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let what = || format!("cannot write {}", path.display());
+        match fs::symlink_metadata(path) {
+            Ok(there) => check_no_link(path, &there)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(what),
+        }
         if path.exists() && !path.is_file() {
             bail!("cannot write {}: there is something that is no file", path.display());
         }
-        if inputs.iter().any(|input| fs::canonicalize(input).is_ok_and(|input| input == path)) {
+        let there = fs::canonicalize(path).ok();
+        if there.is_some() && inputs.iter().any(|input| fs::canonicalize(input).ok() == there) {
             bail!("cannot write {}: it is the input", path.display());
         }
-        Self::create_here(path.clone(), tensors, metadata).with_context(what)
+        Self::create_here(path.to_owned(), tensors, metadata).with_context(what)
     }
 
     fn create_here(path: PathBuf, tensors: Vec<NewTensor>, metadata: &FileMetadata) -> anyhow::Result<Self> {
@@ -188,11 +272,7 @@ impl Output {
             tensors.iter().try_fold(0usize, |sum, tensor| sum.checked_add(tensor.bytes));
         let bytes =
             data.and_then(|data| data.checked_add(data_start)).context("the file would be too large")?;
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let mut file = temporary(directory, bytes as u64)?;
+        let mut file = temporary(parent_of(&path), bytes as u64)?;
         file.write_all(&head)?;
         // SAFETY: the file is new, its name is random, and it is this process that writes to it. Its space was reserved.
         let map = unsafe { MmapMut::map_mut(file.as_file()) }?;
@@ -220,8 +300,33 @@ impl Output {
         file.as_file().sync_all().with_context(what)?;
         check_interrupted()?;
         file.persist(&path).with_context(what)?;
-        Ok(())
+        let parent = parent_of(&path);
+        sync_folder(parent).with_context(|| {
+            format!("{} is whole, but {} cannot be synced", path.display(), parent.display())
+        })
     }
+}
+
+/// The one rule for links as outputs. Those in a Hugging Face cache lead to files that other links share, so none is written
+/// through; and none is replaced, as it was made by somebody.
+pub(crate) fn check_no_link(output: &Path, there: &Metadata) -> anyhow::Result<()> {
+    if there.is_symlink() {
+        bail!("cannot write {}: it is a symbolic link, name what is to be written itself", output.display());
+    }
+    Ok(())
+}
+
+/// The folder that a file or folder is in.
+pub(crate) fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Has the names in a folder written to the disk.
+pub(crate) fn sync_folder(path: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(path)?.sync_all()?;
+    let _ = path;
+    Ok(())
 }
 
 /// What temporary files are called.
@@ -262,9 +367,19 @@ fn reserve(file: &File, directory: &Path, bytes: u64) -> anyhow::Result<()> {
     {
         use rustix::{fs::FallocateFlags, io::Errno};
         let available = available(directory);
-        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
+        let reserved = loop {
+            check_interrupted()?;
+            match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
+                Err(Errno::INTR) => {}
+                reserved => break reserved,
+            }
+        };
+        match reserved {
             Ok(()) => return Ok(()),
-            Err(Errno::NOSPC | Errno::FBIG) => bail!(
+            Err(Errno::FBIG) => {
+                bail!("it takes {bytes} bytes, more than a file here may have (see ulimit -f)")
+            }
+            Err(Errno::NOSPC) => bail!(
                 "no space: it takes {bytes} bytes, {} are available",
                 available.map_or_else(|| "fewer".to_owned(), |bytes| bytes.to_string())
             ),

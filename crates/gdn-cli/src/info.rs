@@ -7,7 +7,11 @@ use gdn::{
     cpu::{Isa, caches},
 };
 
-use crate::{device, layout::LayoutArgs, print};
+use crate::{
+    device,
+    layout::{LayoutArgs, start_threads},
+    print,
+};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -16,6 +20,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    start_threads(usize::MAX)?;
     let mut text = machine() + &device::list();
     match args.layout.named()? {
         (Some(heads), Some(packing)) => text.push_str(&picture(&Layout::new(heads, packing))),

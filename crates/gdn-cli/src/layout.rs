@@ -1,9 +1,14 @@
 //! The arguments that say how rows are laid out and how the CPU is to work, shared by the commands.
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context, bail};
 use gdn::{Cpu, Heads, Layout, Packing, cpu::Isa};
+
+use crate::files::read_text;
 
 /// Where the heads come from: a preset, a config, or the four numbers.
 #[derive(clap::Args)]
@@ -51,8 +56,7 @@ impl HeadsArgs {
             let layout = Layout::preset(model).context("--preset")?;
             (Some(layout.heads), Some(layout.packing))
         } else if let Some(path) = &self.config {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read --config {}", path.display()))?;
+            let text = read_text(path, &format!("--config {}", path.display()))?;
             let heads = Heads::from_config(&text).with_context(|| format!("--config {}", path.display()))?;
             (Some(heads), Layout::from_config(&text).ok().map(|layout| layout.packing))
         } else if let (Some(hk), Some(hv), Some(dk), Some(dv)) =
@@ -144,17 +148,32 @@ pub(crate) struct CpuArgs {
 }
 
 impl CpuArgs {
-    /// The choices, with as many threads ready as were asked for.
-    pub(crate) fn cpu(&self) -> anyhow::Result<Cpu> {
+    /// The choices, with the threads ready that were asked for or that work on so many bytes will ask for.
+    pub(crate) fn cpu(&self, bytes: usize) -> anyhow::Result<Cpu> {
         let mut cpu = Cpu::new();
         if let Some(threads) = self.threads {
             let threads = usize::from(threads);
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
             cpu = cpu.threads(threads);
+        } else {
+            start_threads(bytes)?;
         }
         if let Some(isa) = self.isa {
             cpu = cpu.isa(isa).context("--isa")?;
         }
         Ok(cpu.rows_per_iter(self.rows_per_iter.unwrap_or(0)))
     }
+}
+
+/// Below this the library never asks for a second thread.
+const BYTES_OF_ONE_THREAD: usize = 1 << 20;
+
+/// Has a thread ready for each core, where work on so many bytes may be shared. (The library would start them when it needs them, and
+/// where it gets none it has no one to tell.)
+pub(crate) fn start_threads(bytes: usize) -> anyhow::Result<()> {
+    static STARTED: AtomicBool = AtomicBool::new(false);
+    if bytes > BYTES_OF_ONE_THREAD && !STARTED.swap(true, Ordering::Relaxed) {
+        rayon::ThreadPoolBuilder::new().build_global().context("cannot start threads")?;
+    }
+    Ok(())
 }

@@ -7,9 +7,11 @@ use gdn::{Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
 
 use crate::{
     device::{Backend, Device},
-    files::{Input, NewTensor, Output, Tensor, catch_interrupts, check_interrupted},
+    files::{Input, NewTensor, Output, Tensor},
     header::FileMetadata,
+    interrupts::{catch_interrupts, check_interrupted},
     layout::{CpuArgs, LayoutArgs, metadata_of},
+    note,
     progress::Progress,
 };
 
@@ -17,7 +19,7 @@ use crate::{
 #[command(after_help = "\
 Heads and packing come from the arguments or, where they say nothing, from the metadata of IN (num_k_heads, num_v_heads, \
 head_k_dim, head_v_dim, packing). Tensors may have any number of leading dims, which are kept. OUT has the results, in the same \
-dtypes, and IN's metadata; it appears under its name when it is whole.")]
+dtypes, and IN's metadata; it appears under its name when it is whole. OUT must not be a symbolic link.")]
 pub(crate) struct Args {
     /// The safetensors file to read
     #[arg(value_name = "IN")]
@@ -123,7 +125,8 @@ fn open(args: &Args) -> anyhow::Result<(Input, Layout, Backend)> {
     let input = Input::open(&args.input)?;
     let layout =
         args.layout.for_file(input.metadata().pairs()).with_context(|| args.input.display().to_string())?;
-    Ok((input, layout, Backend::new(args.device, args.cpu.cpu()?)?))
+    let cpu = args.cpu.cpu(usize::try_from(input.bytes()).unwrap_or(usize::MAX).saturating_mul(2))?;
+    Ok((input, layout, Backend::new(args.device, cpu)?))
 }
 
 /// A tensor that is read, as rows: its last dims are one row, those before them count rows.
@@ -202,18 +205,19 @@ fn write(
     let left_out: Vec<String> =
         input.names().into_iter().filter(|name| !used.contains(&name.as_str())).collect();
     if !left_out.is_empty() {
-        eprintln!("gdn: not carried over: {}", left_out.join(", "));
+        note(&format!("not carried over: {}", left_out.join(", ")));
     }
     let mut metadata: BTreeMap<String, String> = input.metadata().pairs().iter().cloned().collect();
     metadata.extend(metadata_of(layout).map(|(key, value)| (key.to_owned(), value)));
-
     let metadata = FileMetadata::Pairs(metadata.into_iter().collect());
 
     catch_interrupts()?;
     let mut output = Output::create(&args.output, outputs, &metadata, &[&args.input])?;
     let num_rows = inputs[0].num_rows;
-    let row_bytes: usize = inputs.iter().map(|source| source.features * source.element_size).sum();
-    let tile_rows = (TILE_BYTES / (2 * row_bytes)).max(1);
+    let bytes = |source: &&Source<'_>| source.features.saturating_mul(source.element_size);
+    let row_bytes = inputs.iter().map(bytes).fold(0, usize::saturating_add);
+    // Heads that no row has yet been compared with may be as large as numbers are.
+    let tile_rows = (TILE_BYTES / 2 / row_bytes.max(1)).max(1);
     let mut progress = Progress::new((num_rows * row_bytes) as u64);
     let mut data = output.data();
     for start in (0..num_rows).step_by(tile_rows) {
@@ -223,5 +227,6 @@ fn write(
         progress.set((rows.end * row_bytes) as u64);
     }
     progress.finish();
+    input.check_unchanged()?;
     output.finish()
 }

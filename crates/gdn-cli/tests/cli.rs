@@ -189,11 +189,17 @@ fn an_output_that_is_there_is_replaced_at_once_or_not_at_all() {
         fs::write(directory.path().join("mine"), "").unwrap();
         let mode = |name: &str| fs::metadata(directory.path().join(name)).unwrap().permissions().mode();
         assert_eq!(mode("out.safetensors"), mode("mine"), "as readable as any new file");
-        // A link is written through.
-        std::os::unix::fs::symlink(&output, directory.path().join("link")).unwrap();
+        // A link is neither replaced nor written through, whatever it leads to.
+        let precious = fs::read(&output).unwrap();
         let link = directory.path().join("link");
-        assert!(gdn(&["split", text(&testdata("r1-f32.safetensors")), "-o", text(&link)]).status.success());
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        for leads_to in ["out.safetensors", "nothing", "/dev/null", "."] {
+            std::os::unix::fs::symlink(leads_to, &link).unwrap();
+            let split = gdn(&["split", text(&testdata("r1-f32.safetensors")), "-o", text(&link)]);
+            refused(&split, "symbolic link", &directory, 3);
+            assert_eq!(fs::read_link(&link).unwrap(), Path::new(leads_to));
+            fs::remove_file(&link).unwrap();
+        }
+        assert_eq!(fs::read(&output).unwrap(), precious);
     }
 }
 

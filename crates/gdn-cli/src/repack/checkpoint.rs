@@ -1,9 +1,9 @@
 //! A checkpoint in a folder: its safetensors files, its index, and whatever else lies there. Only ever read.
 
 use std::{
+    cell::{Cell, Ref},
     collections::{BTreeMap, HashMap},
-    fs,
-    io::{Read, Seek, SeekFrom},
+    fs::{self, File},
     path::{Component, Path, PathBuf},
 };
 
@@ -11,9 +11,9 @@ use anyhow::{Context, bail};
 use gdn::{Heads, Layout, Packing, Projection};
 use serde_json::Value;
 
-use super::Names;
+use super::{Names, write::LOCK};
 use crate::{
-    files::Input,
+    files::{Input, Stamp, read_text},
     header::FileMetadata,
     layout::{heads_from, metadata_of, value_of},
 };
@@ -94,6 +94,10 @@ pub(super) struct Checkpoint {
     /// What is not looked at: folders, and weights in other formats.
     pub(super) left_out: Vec<String>,
     pub(super) record: Option<Record>,
+    /// Of every file but the shards, which know their own.
+    stamps: Vec<(PathBuf, Stamp)>,
+    /// The one shard that is open.
+    reading: Cell<usize>,
 }
 
 /// Where a tensor's data lies.
@@ -124,6 +128,8 @@ impl Checkpoint {
             others: Vec::new(),
             left_out: Vec::new(),
             record: None,
+            stamps: Vec::new(),
+            reading: Cell::new(0),
         };
         let mut names = Vec::new();
         for entry in fs::read_dir(dir)? {
@@ -135,6 +141,10 @@ impl Checkpoint {
         }
         names.sort();
         for name in names {
+            // A run that was killed at the very end leaves it beside a checkpoint that is whole.
+            if name == LOCK {
+                continue;
+            }
             let path = dir.join(&name);
             // Through symbolic links, as Hugging Face's cache is made of them.
             let metadata = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -150,9 +160,11 @@ impl Checkpoint {
                 if let Some(index) = &checkpoint.index {
                     bail!("it has two indexes, {} and {name}", index.name);
                 }
-                let text = fs::read_to_string(&path).with_context(|| format!("cannot read {name}"))?;
+                let text = read_text(&path, &name)?;
+                checkpoint.stamps.push((path, Stamp::of(&metadata)));
                 checkpoint.index = Some(Index::parse(name, text)?);
             } else {
+                checkpoint.stamps.push((path, Stamp::of(&metadata)));
                 checkpoint.others.push(name);
             }
         }
@@ -215,23 +227,32 @@ impl Checkpoint {
         if !self.others.iter().any(|name| name == "config.json") {
             return Ok(None);
         }
-        fs::read_to_string(&path).map(Some).with_context(|| format!("cannot read {}", path.display()))
+        read_text(&path, &path.display().to_string()).map(Some)
+    }
+
+    /// That every file is there and has not changed since the checkpoint was opened: what was read goes together.
+    pub(super) fn check_unchanged(&self) -> anyhow::Result<()> {
+        self.shards.iter().try_for_each(|shard| shard.input.check_unchanged())?;
+        self.stamps.iter().try_for_each(|(path, stamp)| stamp.check(path))
+    }
+
+    /// A shard's file, which is then the only one that is open.
+    pub(super) fn file(&self, shard: usize) -> anyhow::Result<Ref<'_, File>> {
+        let last = self.reading.replace(shard);
+        if last != shard {
+            self.shards[last].input.close();
+        }
+        self.shards[shard].input.file()
     }
 
     /// Reads part of a shard into `buffer`, which becomes that long.
     pub(super) fn read(&self, place: Place, buffer: &mut Vec<u8>) -> anyhow::Result<()> {
         buffer.clear();
         buffer.resize(usize::try_from(place.bytes)?, 0);
+        self.file(place.shard)?;
         let shard = &self.shards[place.shard];
-        read_at(&shard.input, place.start, buffer).with_context(|| format!("cannot read {}", shard.name))
+        shard.input.read_at(place.start, buffer).with_context(|| format!("cannot read {}", shard.name))
     }
-}
-
-/// Fills `buffer` from a place in the file.
-pub(super) fn read_at(input: &Input, start: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-    let mut file = input.file();
-    file.seek(SeekFrom::Start(start))?;
-    file.read_exact(buffer)
 }
 
 impl Index {

@@ -14,12 +14,14 @@ use gdn::{Layout, Packing};
 
 use self::{
     checkpoint::{Checkpoint, ModuleName, heads_of},
-    plan::{Goal, Plan},
+    plan::{Goal, Plan, PlannedShard},
     write::Folder,
 };
 use crate::{
-    files::{Input, Interrupted, available, catch_interrupts},
+    files::{Input, available, open, read_text},
+    interrupts::{Interrupted, catch_interrupts, check_interrupted},
     layout::HeadsArgs,
+    note,
     progress::Progress,
 };
 
@@ -30,7 +32,8 @@ tensors and files are carried over byte for byte. Heads come from the arguments,
 done is recorded in the metadata of every file: loaders that expect the other order must not be given the result.
 
 OUT is written as OUT.partial and gets its name when it is whole. A run that was interrupted is taken up by the same command: \
-files that are finished are compared with what they should be, byte by byte, and are not written again.")]
+files that are finished are compared with what they should be, byte by byte, and are not written again. What else is in OUT.partial \
+is refused, and so is a source that changes on the way. OUT must not be a symbolic link.")]
 pub(crate) struct Args {
     /// The folder of the checkpoint (or adapter) to read
     #[arg(value_name = "SRC")]
@@ -74,25 +77,37 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let plan =
         Plan::new(&source, goal).with_context(|| format!("cannot repack {}", args.source.display()))?;
     for (tensor, file) in source.unnamed() {
-        eprintln!(
-            "gdn: the index does not name '{tensor}' in {file}; it is repacked or carried over all the same"
-        );
+        note(&format!(
+            "the index does not name '{tensor}' in {file}; it is repacked or carried over all the same"
+        ));
     }
     if !source.left_out.is_empty() {
-        eprintln!("gdn: not carried over: {}", source.left_out.join(", "));
+        note(&format!("not carried over: {}", source.left_out.join(", ")));
     }
 
     catch_interrupts()?;
     let folder = Folder::open(&args.output, &args.source)?;
+    folder.check_names(names_of(&source, &plan))?;
     let result = write(&folder, &source, &plan, goal);
     if result.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
-        let partial = folder.partial.display();
+        let partial = folder.path.display();
         return result.with_context(|| {
             format!("finished files stay in {partial}, and the same command goes on from there")
         });
     }
     result?;
+    source.check_unchanged().with_context(|| {
+        format!("{} may be made of what there was before and after: delete it", folder.path.display())
+    })?;
+    folder.check_names(names_of(&source, &plan))?;
     folder.finish()
+}
+
+/// The files that a destination has.
+fn names_of<'p>(source: &'p Checkpoint, plan: &'p Plan) -> impl Iterator<Item = &'p str> {
+    let shards = plan.shards.iter().map(|shard| shard.name.as_str());
+    let index = plan.index.iter().map(|(name, _)| name.as_str());
+    shards.chain(index).chain(source.others.iter().map(String::as_str))
 }
 
 /// What is to be done, if it is not done already.
@@ -149,48 +164,81 @@ fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, goal: Goal) -> anyho
     let total = plan.shards.iter().map(|shard| shard.bytes).sum();
     let mut progress = Progress::new(total);
     for (number, shard) in plan.shards.iter().enumerate() {
-        let path = folder.partial.join(&shard.name);
+        let path = folder.path.join(&shard.name);
         if fs::symlink_metadata(&path).is_err() {
             missing.push(number);
             continue;
         }
         let there = Input::open(&path)?;
         if let Some(fault) = verify::compare(source, shard, &there, true, &mut progress)?.first() {
-            bail!("cannot go on with {}: {fault}; delete it to start anew", folder.partial.display());
+            bail!("cannot go on with {}: {fault}; delete it to start anew", folder.path.display());
         }
-        eprintln!("gdn: {} is there, compared with what it should be", shard.name);
+        note(&format!("{} is there, compared with what it should be", shard.name));
+    }
+    if folder.renamed {
+        progress.finish();
+        return check_finished(
+            folder,
+            source,
+            plan,
+            goal,
+            missing.first().map(|number| &plan.shards[*number]),
+        );
     }
     let mut needed: u64 = missing.iter().map(|number| plan.shards[*number].bytes).sum();
     for name in &source.others {
         needed += fs::metadata(source.dir.join(name))?.len();
     }
-    if let Some(available) = available(&folder.partial)
+    if let Some(available) = available(&folder.path)
         && available < needed
     {
-        bail!(
-            "no space for {}: it takes {needed} bytes, {available} are available",
-            folder.partial.display()
-        );
+        bail!("no space for {}: it takes {needed} bytes, {available} are available", folder.path.display());
     }
     write::shards(folder, source, plan, &missing, &mut progress)?;
     for name in &source.others {
-        crate::files::check_interrupted()?;
+        check_interrupted()?;
         let text = carried(source, name, goal)?;
         if let (Some(text), Goal::Repacked(_, Names::Separate)) = (&text, goal)
             && names::names_a_whole(text)
         {
-            eprintln!("gdn: {name} still names in_proj_qkvz or in_proj_ba outside its lists; look at it");
+            note(&format!("{name} still names in_proj_qkvz or in_proj_ba outside its lists; look at it"));
         }
         let path = source.dir.join(name);
         write::whole_file(folder, name, |file| match text {
             Some(text) => io::Write::write_all(file, text.as_bytes()),
-            None => io::copy(&mut fs::File::open(&path)?, file).map(drop),
+            None => io::copy(&mut open(&path).map_err(io::Error::other)?, file).map(drop),
         })?;
     }
     if let Some((name, text)) = &plan.index {
         write::whole_file(folder, name, |file| io::Write::write_all(file, text.as_bytes()))?;
     }
     progress.finish();
+    Ok(())
+}
+
+/// That nothing is to be done but to take away the lock of a run that ended before it could: all that lies beside the shards is as it
+/// should be, and no shard is missing.
+fn check_finished(
+    folder: &Folder,
+    source: &Checkpoint,
+    plan: &Plan,
+    goal: Goal,
+    missing: Option<&PlannedShard>,
+) -> anyhow::Result<()> {
+    let there = folder.path.display();
+    if let Some(shard) = missing {
+        bail!("cannot write {there}: it is there already, without {}", shard.name);
+    }
+    for name in &source.others {
+        if !verify::same_file(source, name, goal, &folder.path)? {
+            bail!("cannot write {there}: it is there already, and {name} is not what it should be");
+        }
+    }
+    if let Some((name, text)) = &plan.index
+        && read_text(&folder.path.join(name), name)? != *text
+    {
+        bail!("cannot write {there}: it is there already, and {name} is not what it should be");
+    }
     Ok(())
 }
 
@@ -213,6 +261,6 @@ fn carried(source: &Checkpoint, name: &str, goal: Goal) -> anyhow::Result<Option
     if !LISTS.contains(&name) {
         return Ok(None);
     }
-    let text = fs::read_to_string(source.dir.join(name)).with_context(|| format!("cannot read {name}"))?;
+    let text = read_text(&source.dir.join(name), name)?;
     Ok(Some(rename(&text)))
 }

@@ -444,7 +444,7 @@ fn index(
         let new: u64 = shards.iter().map(|shard| data(shard.bytes, shard.head.len())).sum();
         let mut old = 0;
         for shard in &source.shards {
-            old += data(shard.input.file().metadata()?.len(), shard.input.data_start());
+            old += data(shard.input.bytes(), shard.input.data_start());
         }
         json["metadata"]["total_size"] = json!((total + new).saturating_sub(old));
     }

@@ -12,11 +12,13 @@ use gdn::Packing;
 
 use super::{
     Names, carried,
-    checkpoint::{Checkpoint, ModuleName, Place, Record, heads_of, read_at},
+    checkpoint::{Checkpoint, ModuleName, Place, Record, heads_of},
     plan::{Goal, Plan, Planned, PlannedShard},
 };
 use crate::{
-    files::{Input, catch_interrupts, check_interrupted},
+    Faults,
+    files::Input,
+    interrupts::{catch_interrupts, check_interrupted},
     layout::HeadsArgs,
     print,
     progress::Progress,
@@ -88,9 +90,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             source.others.len() + usize::from(plan.index.is_some()),
         ));
     }
-    let some = faults.iter().take(20).map(|fault| format!("\n  {fault}")).collect::<String>();
-    let rest = if faults.len() > 20 { format!("\n  and {} more", faults.len() - 20) } else { String::new() };
-    bail!("{} is not what it should be:{some}{rest}", args.destination.display())
+    let more = faults.len().saturating_sub(20);
+    faults.truncate(20);
+    faults.extend((more > 0).then(|| format!("and {more} more")));
+    let what = format!("{} is not what it should be", args.destination.display());
+    Err(Faults { what, faults }.into())
 }
 
 /// What `source` should have become.
@@ -115,7 +119,12 @@ fn has_parts(checkpoint: &Checkpoint) -> bool {
 }
 
 /// Whether a file beside the tensors is what it should be.
-fn same_file(source: &Checkpoint, name: &str, goal: Goal, destination: &Path) -> anyhow::Result<bool> {
+pub(super) fn same_file(
+    source: &Checkpoint,
+    name: &str,
+    goal: Goal,
+    destination: &Path,
+) -> anyhow::Result<bool> {
     let path = destination.join(name);
     if !path.is_file() {
         return Ok(false);
@@ -174,6 +183,7 @@ pub(super) fn compare(
         }
         progress.add(tensor.bytes);
     }
+    there.close();
     let added = there.names().into_iter().filter(|name| !planned.contains(name.as_str()));
     faults.extend(added.map(|name| format!("{}: '{name}' should not be there", shard.name)));
     if *there.metadata() != shard.metadata {
@@ -196,7 +206,7 @@ fn difference(
     let (mut wanted, mut got) = (Vec::new(), Vec::new());
     if let Some(bytes) = tensor.in_memory(source)? {
         got.resize(bytes.len(), 0);
-        read_at(there, start, &mut got)?;
+        there.read_at(start, &mut got)?;
         return Ok(first(&bytes, &got));
     }
     let mut at = 0;
@@ -206,7 +216,7 @@ fn difference(
             let bytes = copy.len.min(CHUNK);
             source.read(Place { shard: copy.shard, start: copy.from, bytes }, &mut wanted)?;
             got.resize(bytes as usize, 0);
-            read_at(there, start + at, &mut got)?;
+            there.read_at(start + at, &mut got)?;
             if wanted != got {
                 return Ok(Some(at + first(&wanted, &got).unwrap_or(0)));
             }

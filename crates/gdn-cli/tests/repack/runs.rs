@@ -290,8 +290,7 @@ fn a_disk_that_is_too_small_is_known_before() {
     let bytes = 8u64 << 40;
     huge(&source, bytes);
     fails(&["repack", text(&source), "-o", text(&out)], &["no space", "takes 87960", "are available"]);
-    let left: Vec<String> = files(&temp.path().join("out.partial")).into_keys().collect();
-    assert_eq!(left, [".gdn-lock"], "no work was done");
+    assert!(!temp.path().join("out.partial").exists(), "no work was done");
 }
 
 #[cfg(target_os = "linux")]
@@ -322,7 +321,7 @@ fn interrupted_and_taken_up() {
     assert!(error.contains("goes on from there"), "{error}");
     assert!(!out.exists());
     let left: Vec<String> = files(&partial).into_keys().collect();
-    assert_eq!(left, [".gdn-lock", "model.safetensors"], "whole files alone");
+    assert_eq!(left, ["model.safetensors"], "whole files alone");
     let notes = repack(&source, &out, &[]);
     assert!(notes.contains("model.safetensors is there"), "{notes}");
     verify(&out, &source);
