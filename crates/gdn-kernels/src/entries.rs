@@ -1,43 +1,82 @@
-//! The names under which the driver finds the kernels, and the panic handler that none of them reaches.
+//! The names under which the driver finds the kernels, and the same functions on the emulator.
 
-/// Splits and merges, by the bytes of a word and the rows of a thread: `gdn_split_16x2`. The narrow ones, for tensors that are not
-/// aligned to 16 bytes, take words of any size.
-#[cfg(not(probe))]
-mod splits {
-    use crate::{nvptx::Nvptx, split};
+// A build for the device is of one op.
+#[allow(unused_imports)]
+use crate::{probe, split};
 
-    macro_rules! entries {
-        ($($name:ident: $wide:literal, $merge:literal, $rows:literal;)*) => {$(
+/// Kernels of an op: `name(arguments) = function;` or, with shared memory of a size that is known, `name(arguments) shared bytes = function;`.
+/// A function takes a GPU and a reference to the arguments.
+macro_rules! kernels {
+    ($op:literal: $($name:ident($args:ty) $(shared $bytes:literal)? = $run:path;)*) => {$(
+        #[cfg(all(target_arch = "nvptx64", op = $op))]
+        mod $name {
+            use super::*;
+
+            kernels!(@shared $name $($bytes)?);
+
             /// # Safety
-            /// What [`split::run`] asks.
+            /// What the function asks that it runs.
             #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $name(args: split::Args) {
+            pub unsafe extern "ptx-kernel" fn $name(args: $args) {
                 // SAFETY: the caller's promise.
-                unsafe { split::run::<$wide, $merge, $rows>(&Nvptx, &args) }
+                unsafe { $run(&crate::gpu::nvptx::Nvptx::<Memory>::new(), &args) }
             }
-        )*};
-    }
+        }
 
-    entries! {
-        gdn_split_16x1: true, false, 1;
-        gdn_split_16x2: true, false, 2;
-        gdn_split_narrow: false, false, 4;
-        gdn_merge_16x1: true, true, 1;
-        gdn_merge_16x2: true, true, 2;
-        gdn_merge_narrow: false, true, 4;
-    }
+        /// # Safety
+        /// The emulator checks every access.
+        #[cfg(feature = "emulator")]
+        pub unsafe fn $name(gpu: &crate::emulator::Thread<'_>, args: &$args) {
+            // SAFETY: the emulator checks every access.
+            unsafe { $run(gpu, args) }
+        }
+    )*};
+    (@shared $name:ident) => { type Memory = crate::gpu::nvptx::Dynamic; };
+    (@shared $name:ident $bytes:literal) => {
+        core::arch::global_asm!(concat!(".shared .align 1024 .b8 ", stringify!($name), "_shared[", $bytes, "];"));
+
+        struct Memory;
+
+        impl crate::gpu::nvptx::Shared for Memory {
+            #[inline(always)]
+            fn base() -> u32 {
+                let base: u32;
+                // SAFETY: the address of what is declared above.
+                unsafe {
+                    core::arch::asm!(concat!("mov.u32 {}, ", stringify!($name), "_shared;"),
+                        out(reg32) base, options(pure, nomem, nostack));
+                }
+                base
+            }
+        }
+    };
 }
 
-/// # Safety
-/// What [`crate::probe::block_sums`] asks.
-#[cfg(probe)]
-#[unsafe(no_mangle)]
-pub unsafe extern "ptx-kernel" fn gdn_probe_block_sums(from: u64, to: u64) {
-    // SAFETY: the caller's promise.
-    unsafe { crate::probe::block_sums(&crate::nvptx::Nvptx, from, to) }
+// Splits and merges, by the bytes of a word and the rows of a thread. The narrow ones, for tensors that are not aligned to 16 bytes,
+// take words of any size.
+kernels! { "split":
+    gdn_split_16x1(split::Args) = split::run::<true, false, 1>;
+    gdn_split_16x2(split::Args) = split::run::<true, false, 2>;
+    gdn_split_narrow(split::Args) = split::run::<false, false, 4>;
+    gdn_merge_16x1(split::Args) = split::run::<true, true, 1>;
+    gdn_merge_16x2(split::Args) = split::run::<true, true, 2>;
+    gdn_merge_narrow(split::Args) = split::run::<false, true, 4>;
+}
+
+#[cfg(target_arch = "nvptx64")]
+kernels! { "convergence":
+    gdn_convergence_barrier_and_shuffle(probe::Args) = probe::convergence::barrier_and_shuffle;
+    gdn_convergence_product(probe::Args) = probe::convergence::product;
+    gdn_convergence_matrices(probe::Args) = probe::convergence::matrices;
+}
+
+kernels! { "probe":
+    gdn_probe_block_sums(probe::Args) = probe::block_sums;
+    gdn_probe_block_sums_static(probe::Args) shared 128 = probe::block_sums;
 }
 
 /// Not reached: `cargo xtask ptx` refuses PTX that calls a function.
+#[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

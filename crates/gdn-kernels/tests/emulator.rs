@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use gdn_kernels::{
     emulator::{Launch, Memory, Place, Thread, run, run_in_step},
-    gpu::Gpu,
+    gpu::{Gpu, Warp},
     probe,
 };
 
@@ -36,7 +36,9 @@ fn barriers_shuffles_and_shared_memory() {
         let to = memory.output(written, Place::dense(written));
         let launch = Launch { blocks: [blocks, 1, 1], threads, shared_bytes: threads / 32 * 4 };
         // SAFETY: the emulator checks every access.
-        run_in_step(&memory, launch, |gpu| unsafe { probe::block_sums(gpu, from, to) });
+        run_in_step(&memory, launch, |gpu| unsafe {
+            probe::block_sums(gpu, &probe::Args { from, to, count: 0 })
+        });
         let (bytes, stored) = memory.read(to);
         assert!(stored.iter().all(|times| *times == 1));
         let got: Vec<u32> =
@@ -85,21 +87,21 @@ fn wrong_accesses_are_found() {
 #[test]
 fn wrong_company_is_found() {
     let races = complaint(ONE_WARP, |_, gpu| unsafe {
-        gpu.store_shared(gpu.thread() / 2 * 4, 1);
+        gpu.store_shared4(gpu.thread() / 2 * 4, 1);
     });
     assert!(races.contains("which another one uses"), "{races}");
     let unordered = complaint(ONE_WARP, |_, gpu| unsafe {
         if gpu.thread() == 0 {
-            gpu.store_shared(0, 1);
+            gpu.store_shared4(0, 1);
         }
-        gpu.load_shared(0);
+        gpu.load_shared4(0);
     });
     assert!(unordered.contains("race for word 0"), "{unordered}");
     let unwritten = complaint(ONE_WARP, |_, gpu| {
-        let _ = unsafe { gpu.load_shared(4) };
+        let _ = unsafe { gpu.load_shared4(4) };
     });
     assert!(unwritten.contains("nobody has written"), "{unwritten}");
-    let outside = complaint(ONE_WARP, |_, gpu| unsafe { gpu.store_shared(64 + 4 * gpu.thread(), 1) });
+    let outside = complaint(ONE_WARP, |_, gpu| unsafe { gpu.store_shared4(64 + 4 * gpu.thread(), 1) });
     assert!(outside.contains("word 64 of 64 bytes"), "{outside}");
     let alone = complaint(ONE_WARP, |_, gpu| {
         if gpu.thread() != 5 {

@@ -426,7 +426,8 @@ fn time_to_first_result() {
 fn the_probe_on_the_gpu() {
     let Some(gpu) = gpu() else { return };
     let stream = gpu.stream();
-    let (ptx, name) = (CString::new(gdn_kernels::PTX_PROBE).unwrap(), c"gdn_probe_block_sums".to_owned());
+    let probes = gdn_kernels::modules::PROBES.iter().find(|module| module.op == "probe").unwrap();
+    let (ptx, name) = (CString::new(probes.ptx).unwrap(), c"gdn_probe_block_sums".to_owned());
     stream.context().bind_to_thread().unwrap();
     // SAFETY: PTX that ends with a zero, and a kernel of it.
     let kernel = unsafe {
@@ -437,8 +438,12 @@ fn the_probe_on_the_gpu() {
         let words: Vec<u32> = (0..blocks * threads).map(|i| i.wrapping_mul(i) + 7).collect();
         let from = stream.clone_htod(&words).unwrap();
         let mut to = stream.clone_htod(&vec![0u32; (blocks * (threads + 1)) as usize]).unwrap();
-        let mut addresses = [from.device_ptr(stream).0, to.device_ptr_mut(stream).0];
-        let mut params = addresses.each_mut().map(|address| std::ptr::from_mut(address).cast());
+        let mut args = gdn_kernels::probe::Args {
+            from: from.device_ptr(stream).0,
+            to: to.device_ptr_mut(stream).0,
+            count: 0,
+        };
+        let mut params = [(&raw mut args).cast()];
         // SAFETY: two addresses of as many words as `block_sums` asks for.
         unsafe {
             let launched = sys::cuLaunchKernel(

@@ -7,8 +7,9 @@ use std::{
 
 use cudarc::driver::{
     CudaContext, result,
-    sys::{self, CUfunction, CUmodule},
+    sys::{self, CUfunction, CUfunction_attribute, CUmodule},
 };
+use gdn_kernels::modules::{self, Kernel, Module};
 
 use super::{
     error::{CudaError, driver},
@@ -23,25 +24,24 @@ pub(super) struct Kernels {
     context_id: u64,
     /// Whether the device knows programmatic dependent launch.
     pub(super) programmatic: bool,
-    families: [OnceLock<Functions>; FAMILIES.len()],
+    families: Vec<Family>,
 }
 
-/// The kernels that differ in the rows of a thread alone.
+/// Kernels that are compiled together.
 #[derive(Debug)]
-struct Functions([CUfunction; 2]);
+struct Family {
+    ptx: &'static str,
+    kernels: &'static [Kernel],
+    loaded: OnceLock<Vec<Function>>,
+}
 
-// SAFETY: handles of the driver, which any thread may use.
-unsafe impl Send for Functions {}
+#[derive(Debug, Clone, Copy)]
+struct Function(CUfunction);
+
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Function {}
 // SAFETY: as above.
-unsafe impl Sync for Functions {}
-
-/// By direction and width: the names for one row a thread and for more.
-const FAMILIES: [[&str; 2]; 4] = [
-    ["gdn_split_16x1", "gdn_split_16x2"],
-    ["gdn_split_narrow"; 2],
-    ["gdn_merge_16x1", "gdn_merge_16x2"],
-    ["gdn_merge_narrow"; 2],
-];
+unsafe impl Sync for Function {}
 
 impl Kernels {
     /// Those of a context, loaded or not yet.
@@ -57,7 +57,7 @@ impl Kernels {
             return Ok(Arc::clone(kernels));
         }
         let programmatic = compute_capability >= (9, 0);
-        let families = [const { OnceLock::new() }; FAMILIES.len()];
+        let families = families_for(modules::MODULES, compute_capability);
         let kernels = Arc::new(Self { context_id, programmatic, families });
         all.push(Arc::clone(&kernels));
         Ok(kernels)
@@ -65,60 +65,101 @@ impl Kernels {
 
     /// The kernel for a job. The first call for its family loads it.
     pub(super) fn function(&self, context: &CudaContext, job: &Job) -> Result<CUfunction, CudaError> {
-        let family = 2 * usize::from(job.merge) + usize::from(!job.wide);
-        Ok(self.family(context, family)?.0[usize::from(job.shape.rows > 1)])
+        self.kernel(
+            context,
+            match (job.merge, job.wide, job.shape.rows > 1) {
+                (false, true, false) => "gdn_split_16x1",
+                (false, true, true) => "gdn_split_16x2",
+                (false, false, _) => "gdn_split_narrow",
+                (true, true, false) => "gdn_merge_16x1",
+                (true, true, true) => "gdn_merge_16x2",
+                (true, false, _) => "gdn_merge_narrow",
+            },
+        )
+    }
+
+    /// The kernel of this name, one of the table's. The first call for its family loads it.
+    fn kernel(&self, context: &CudaContext, name: &str) -> Result<CUfunction, CudaError> {
+        let place = |family: &Family| family.kernels.iter().position(|kernel| kernel.name == name);
+        let (family, i) = self
+            .families
+            .iter()
+            .find_map(|family| Some((family, place(family)?)))
+            .expect("names of kernels are those of the table, which has each for every device");
+        Ok(family.functions(context)?[i].0)
     }
 
     /// Loads all that is not loaded yet.
     pub(super) fn warmup(&self, context: &CudaContext) -> Result<(), CudaError> {
-        (0..FAMILIES.len()).try_for_each(|family| self.family(context, family).map(|_| ()))
+        self.families.iter().try_for_each(|family| family.functions(context).map(|_| ()))
     }
+}
 
-    fn family(&self, context: &CudaContext, family: usize) -> Result<&Functions, CudaError> {
-        let cell = &self.families[family];
-        if let Some(functions) = cell.get() {
+/// Of each op the families of the first module that the device takes.
+fn families_for(table: &'static [Module], compute_capability: (i32, i32)) -> Vec<Family> {
+    let takes = |module: &&Module| module.target.runs_on(compute_capability);
+    let of_its_op = |module: &&Module| {
+        let first = table.iter().filter(takes).find(|first| first.op == module.op);
+        first.is_some_and(|first| std::ptr::eq(first, *module))
+    };
+    let families = |module: &'static Module| {
+        module.families.iter().map(|kernels| Family { ptx: module.ptx, kernels, loaded: OnceLock::new() })
+    };
+    table.iter().filter(of_its_op).flat_map(families).collect()
+}
+
+impl Family {
+    fn functions(&self, context: &CudaContext) -> Result<&[Function], CudaError> {
+        if let Some(functions) = self.loaded.get() {
             return Ok(functions);
         }
         // Of several threads that come here at a time, one loads.
         static LOADING: Mutex<()> = Mutex::new(());
         let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(functions) = cell.get() {
+        if let Some(functions) = self.loaded.get() {
             return Ok(functions);
         }
-        let functions = load(context, self.ptx(), FAMILIES[family])?;
-        Ok(cell.get_or_init(|| functions))
+        let functions = self.load(context)?;
+        Ok(self.loaded.get_or_init(|| functions))
     }
 
-    fn ptx(&self) -> &'static str {
-        if self.programmatic { gdn_kernels::PTX_SM_90 } else { gdn_kernels::PTX_SM_80 }
+    fn load(&self, context: &CudaContext) -> Result<Vec<Function>, CudaError> {
+        let ordinal = context.ordinal();
+        let _current = Current::new(context)?;
+        let ptx = CString::new(only(self.ptx, self.kernels)).expect("PTX is a text without zeros");
+        // SAFETY: PTX that ends with a zero.
+        let module: CUmodule = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
+            .map_err(driver(ordinal, "cuModuleLoadData"))?;
+        let function = |kernel: &Kernel| {
+            let name = CString::new(kernel.name).expect("a name without zeros");
+            // SAFETY: the module was loaded above and stays.
+            let function = unsafe { result::module::get_function(module, name) }
+                .map_err(driver(ordinal, "cuModuleGetFunction"))?;
+            if kernel.shared > SHARED_BY_DEFAULT {
+                let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: a function of the module.
+                unsafe {
+                    result::function::set_function_attribute(function, attribute, kernel.shared as i32)
+                }
+                .map_err(driver(ordinal, "cuFuncSetAttribute"))?;
+            }
+            Ok(Function(function))
+        };
+        self.kernels.iter().map(function).collect()
     }
 }
 
-fn load(context: &CudaContext, ptx: &str, names: [&str; 2]) -> Result<Functions, CudaError> {
-    let ordinal = context.ordinal();
-    let _current = Current::new(context)?;
-    let ptx = CString::new(only(ptx, &names)).expect("PTX is a text without zeros");
-    // SAFETY: PTX that ends with a zero.
-    let module: CUmodule = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
-        .map_err(driver(ordinal, "cuModuleLoadData"))?;
-    let mut functions = [std::ptr::null_mut(); 2];
-    for (function, name) in functions.iter_mut().zip(names) {
-        let name = CString::new(name).expect("a name without zeros");
-        // SAFETY: the module was loaded above and stays.
-        *function = unsafe { result::module::get_function(module, name) }
-            .map_err(driver(ordinal, "cuModuleGetFunction"))?;
-    }
-    Ok(Functions(functions))
-}
+/// Bytes of dynamic shared memory that a launch may ask for without having said so before.
+const SHARED_BY_DEFAULT: u32 = 48 << 10;
 
 /// The PTX of some of the kernels: what comes before the first, and each of them up to the brace that ends it. Kernels share nothing.
-fn only(ptx: &str, names: &[&str]) -> String {
+fn only(ptx: &str, kernels: &[Kernel]) -> String {
     const ENTRY: &str = ".visible .entry ";
-    let mut kernels = ptx.split(ENTRY);
-    let mut text = kernels.next().unwrap_or_default().to_owned();
-    for kernel in kernels {
-        let (name, rest) = kernel.split_once('(').unwrap_or((kernel, ""));
-        if names.contains(&name) {
+    let mut parts = ptx.split(ENTRY);
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (name, rest) = part.split_once('(').unwrap_or((part, ""));
+        if kernels.iter().any(|kernel| kernel.name == name) {
             let end = rest.find("\n}").map_or(rest.len(), |brace| brace + 2);
             text += &format!("{ENTRY}{name}({}\n", &rest[..end]);
         }
@@ -158,20 +199,53 @@ impl Drop for Current {
 
 #[cfg(test)]
 mod tests {
+    use gdn_kernels::modules::{MODULES, PROBES, Target};
+
     use super::*;
 
     #[test]
     fn every_kernel_is_found_in_the_text() {
-        for ptx in [gdn_kernels::PTX_SM_80, gdn_kernels::PTX_SM_90] {
-            let all: Vec<&str> = FAMILIES.concat();
-            assert_eq!(ptx.matches(".visible .entry gdn_").count(), 6);
-            assert!(all.iter().all(|name| ptx.contains(&format!(".visible .entry {name}("))));
-            for names in FAMILIES {
-                let text = only(ptx, &names);
-                let count = if names[0] == names[1] { 1 } else { 2 };
-                assert_eq!(text.matches(".entry").count(), count, "{names:?}");
-                assert_eq!(text.matches("\n}").count(), count, "{names:?}");
+        for module in MODULES.iter().chain(PROBES) {
+            assert_eq!(module.ptx.matches(".visible .entry gdn_").count(), module.kernels().count());
+            for kernels in module.families {
+                let text = only(module.ptx, kernels);
+                assert_eq!(text.matches(".entry").count(), kernels.len(), "{kernels:?}");
+                assert_eq!(text.matches("\n}").count(), kernels.len(), "{kernels:?}");
+                assert!(
+                    kernels.iter().all(|kernel| text.contains(&format!(".visible .entry {}(", kernel.name)))
+                );
                 assert!(text.contains(".version") && text.contains(".target sm_"), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_gets_the_best_module_of_each_op() {
+        let target = |capability| {
+            let families = families_for(MODULES, capability);
+            let of_split = |family: &&Family| family.kernels[0].name == "gdn_split_16x1";
+            let [split] = families.iter().filter(of_split).collect::<Vec<_>>()[..] else { panic!() };
+            MODULES.iter().find(|module| std::ptr::eq(module.ptx, split.ptx)).unwrap().target
+        };
+        for (capability, expected) in [
+            ((8, 0), Target::Sm80),
+            ((8, 9), Target::Sm80),
+            ((9, 0), Target::Sm90),
+            ((10, 0), Target::Sm90),
+            ((12, 0), Target::Sm90),
+        ] {
+            assert_eq!(target(capability), expected, "{capability:?}");
+        }
+        assert!(Target::Sm90a.runs_on((9, 0)) && !Target::Sm90a.runs_on((10, 0)));
+        // On every device every kernel of the table is there, once.
+        for capability in [(8, 0), (9, 0), (12, 0)] {
+            let families = families_for(MODULES, capability);
+            for op in MODULES.iter().map(|module| module.op) {
+                let count = families
+                    .iter()
+                    .filter(|f| MODULES.iter().any(|m| m.op == op && std::ptr::eq(m.ptx, f.ptx)))
+                    .count();
+                assert!(count > 0, "{op} on {capability:?}");
             }
         }
     }

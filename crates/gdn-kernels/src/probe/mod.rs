@@ -1,9 +1,24 @@
-//! A kernel that uses everything the split does not: barriers, shuffles and shared memory. Tests hold the GPU and the emulator to it.
+//! Kernels that use what a GPU can do, one thing at a time. Tests hold the GPU and the emulator to them, and `cargo xtask ptx` counts
+//! their instructions.
 
 #[cfg(feature = "emulator")]
 extern crate std;
 
-use crate::gpu::Gpu;
+pub mod convergence;
+
+use crate::gpu::Warp;
+
+/// What every probe takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Args {
+    /// What it reads.
+    pub from: u64,
+    /// What it writes.
+    pub to: u64,
+    /// How many, where it asks.
+    pub count: u32,
+}
 
 /// Writes, for each block, the wrapping sum of its threads' words, and to every thread the sum of its warp:
 /// `to[block * (threads + 1)]`, and after it one word a thread.
@@ -12,7 +27,7 @@ use crate::gpu::Gpu;
 /// Blocks of a multiple of 32 threads, at most 1024, with 4 bytes of shared memory a warp; one word a thread readable at `from`, and
 /// one a thread and one a block writable at `to`; both multiples of 4.
 #[inline(always)]
-pub unsafe fn block_sums(gpu: &impl Gpu, from: u64, to: u64) {
+pub unsafe fn block_sums(gpu: &impl Warp, &Args { from, to, .. }: &Args) {
     let ([block, ..], threads, thread) = (gpu.block(), gpu.threads(), gpu.thread());
     // SAFETY: this thread's word.
     let mut sum = unsafe { gpu.load4(from + u64::from(block * threads + thread) * 4) };
@@ -27,14 +42,14 @@ pub unsafe fn block_sums(gpu: &impl Gpu, from: u64, to: u64) {
     unsafe {
         gpu.store4(to + u64::from(1 + thread) * 4, sum);
         if lane == 0 {
-            gpu.store_shared(warp * 4, sum);
+            gpu.store_shared4(warp * 4, sum);
         }
         gpu.barrier();
         if thread == 0 {
             let mut total = 0u32;
             let mut warp = 0;
             while warp < threads / 32 {
-                total = total.wrapping_add(gpu.load_shared(warp * 4));
+                total = total.wrapping_add(gpu.load_shared4(warp * 4));
                 warp += 1;
             }
             gpu.store4(to, total);

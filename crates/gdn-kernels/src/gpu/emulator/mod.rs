@@ -15,7 +15,7 @@ use std::{format, string::String, vec, vec::Vec};
 
 use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 
-use crate::gpu::{Bytes16, Gpu};
+use super::{Bytes16, Gpu, Warp};
 
 /// What fills a buffer before anything is stored to it.
 pub const POISON: u8 = 0xA5;
@@ -178,19 +178,31 @@ impl Memory {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wait {
     Barrier,
-    Shuffle { value: u32, mask: u32 },
+    BarrierOf { number: u32, threads: u32 },
+    Warp { value: u32, op: WarpOp },
 }
 
-/// A word of shared memory: its value, who touched it last, and in which stretch between two barriers.
+/// What a warp does together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WarpOp {
+    Xor(u32),
+    From(u32),
+    Up(u32),
+    Down(u32),
+    Ballot,
+    Sync,
+}
+
+/// Two bytes of shared memory: their value, who touched it last, and in which stretch between two barriers.
 #[derive(Clone, Copy, Default)]
-struct SharedWord {
-    value: u32,
+struct SharedHalf {
+    value: u16,
     writer: Option<(u32, u32)>,
     reader: Option<(u32, u32)>,
 }
 
 struct Block {
-    shared: RefCell<Vec<SharedWord>>,
+    shared: RefCell<Vec<SharedHalf>>,
     /// Barriers passed so far.
     stretch: Cell<u32>,
 }
@@ -244,7 +256,7 @@ fn for_each_block(launch: Launch, act: impl Fn([u32; 3], &Block)) {
     for z in 0..z {
         for y in 0..y {
             for x in 0..x {
-                let shared = RefCell::new(vec![SharedWord::default(); shared_bytes as usize / 4]);
+                let shared = RefCell::new(vec![SharedHalf::default(); shared_bytes as usize / 2]);
                 act([x, y, z], &Block { shared, stretch: Cell::new(0) });
             }
         }
@@ -264,32 +276,59 @@ fn in_step(block: &Block, mut coroutines: Vec<Coroutine<u32, Wait, (), DefaultSt
         resume(i, 0, &mut waits);
     }
     while waits.iter().any(Option::is_some) {
-        let mut shuffled = false;
+        let mut moved = false;
         for start in (0..waits.len()).step_by(WARP) {
             let warp = start..(start + WARP).min(waits.len());
-            let Some(Wait::Shuffle { .. }) =
-                waits[warp.clone()].iter().flatten().find(|w| **w != Wait::Barrier)
-            else {
+            if !waits[warp.clone()].iter().any(|wait| matches!(wait, Some(Wait::Warp { .. }))) {
                 continue;
-            };
-            let values: Vec<(u32, u32)> = waits[warp.clone()]
+            }
+            let values: Vec<(u32, WarpOp)> = waits[warp.clone()]
                 .iter()
                 .enumerate()
                 .map(|(lane, wait)| match wait {
-                    Some(Wait::Shuffle { value, mask }) => (*value, *mask),
+                    Some(Wait::Warp { value, op }) => (*value, *op),
                     other => panic!(
                         "a shuffle that lane {lane} of the warp at thread {start} is not part of: {other:?}"
                     ),
                 })
                 .collect();
             assert!(values.len() == WARP, "a shuffle in a warp of {} lanes", values.len());
-            for (lane, (_, mask)) in values.iter().enumerate() {
-                resume(start + lane, values[lane ^ *mask as usize & (WARP - 1)].0, &mut waits);
+            let ballot = values.iter().enumerate().fold(0, |all, (lane, (value, _))| all | value << lane);
+            for (lane, (_, op)) in values.iter().enumerate() {
+                let from = match *op {
+                    WarpOp::Xor(mask) => lane ^ mask as usize & (WARP - 1),
+                    WarpOp::From(other) => other as usize % WARP,
+                    WarpOp::Up(distance) => lane.checked_sub(distance as usize).unwrap_or(lane),
+                    WarpOp::Down(distance) if lane + (distance as usize) < WARP => lane + distance as usize,
+                    _ => lane,
+                };
+                let value = if *op == WarpOp::Ballot { ballot } else { values[from].0 };
+                resume(start + lane, value, &mut waits);
             }
-            shuffled = true;
+            moved = true;
+        }
+        for number in 1..16 {
+            let come = |wait: &Option<Wait>| match wait {
+                Some(Wait::BarrierOf { number: at, threads }) if *at == number => Some(*threads),
+                _ => None,
+            };
+            let threads: Vec<u32> = waits.iter().filter_map(come).collect();
+            if threads.first().is_some_and(|first| *first as usize == threads.len()) {
+                block.stretch.set(block.stretch.get() + 1);
+                for i in 0..waits.len() {
+                    if come(&waits[i]).is_some() {
+                        resume(i, 0, &mut waits);
+                    }
+                }
+                moved = true;
+            }
         }
         // Everybody who is left waits at the barrier.
-        if !shuffled {
+        if !moved {
+            assert!(
+                waits.iter().flatten().all(|wait| *wait == Wait::Barrier),
+                "threads wait for one another in vain: {waits:?}"
+            );
             block.stretch.set(block.stretch.get() + 1);
             for i in 0..waits.len() {
                 if waits[i].is_some() {
@@ -329,13 +368,48 @@ impl Thread<'_> {
         }
     }
 
-    fn shared<R>(&self, at: u32, act: impl FnOnce(&mut SharedWord, (u32, u32)) -> R) -> R {
+    /// The halfwords of an access.
+    fn shared<const BYTES: usize>(&self, at: u32, mut act: impl FnMut(&mut SharedHalf, (u32, u32), usize)) {
         let mut shared = self.of_block.shared.borrow_mut();
-        let bytes = shared.len() * 4;
-        let Some(word) = shared.get_mut(at as usize / 4).filter(|_| at.is_multiple_of(4)) else {
+        let bytes = shared.len() * 2;
+        let first = at as usize / 2;
+        let Some(halves) =
+            shared.get_mut(first..first + BYTES / 2).filter(|_| at.is_multiple_of(BYTES as u32))
+        else {
             panic!("thread {} touches word {at} of {bytes} bytes of shared memory", self.thread);
         };
-        act(word, (self.thread, self.of_block.stretch.get()))
+        for (i, half) in halves.iter_mut().enumerate() {
+            act(half, (self.thread, self.of_block.stretch.get()), i);
+        }
+    }
+
+    fn load_shared<const BYTES: usize>(&self, at: u32) -> [u8; BYTES] {
+        let mut value = [0; BYTES];
+        self.shared::<BYTES>(at, |half, me, i| {
+            assert!(
+                half.writer.is_some(),
+                "thread {} reads word {at} of shared memory, which nobody has written",
+                me.0
+            );
+            assert!(
+                !self.races(half.writer),
+                "threads {} and {:?} race for word {at} of shared memory",
+                me.0,
+                half.writer
+            );
+            half.reader = Some(me);
+            value[2 * i..][..2].copy_from_slice(&half.value.to_ne_bytes());
+        });
+        value
+    }
+
+    fn store_shared<const BYTES: usize>(&self, at: u32, value: [u8; BYTES]) {
+        self.shared::<BYTES>(at, |half, me, i| {
+            let races = self.races(half.writer) || self.races(half.reader);
+            assert!(!races, "thread {} writes word {at} of shared memory, which another one uses", me.0);
+            let value = u16::from_ne_bytes([value[2 * i], value[2 * i + 1]]);
+            *half = SharedHalf { value, writer: Some(me), reader: None };
+        });
     }
 
     /// Whether somebody else did that in this stretch.
@@ -365,43 +439,17 @@ impl Gpu for Thread<'_> {
         self.wait(Wait::Barrier);
     }
 
-    fn shuffle_xor(&self, value: u32, mask: u32) -> u32 {
-        self.wait(Wait::Shuffle { value, mask })
+    fn barrier_of(&self, number: u32, threads: u32) {
+        self.wait(Wait::BarrierOf { number, threads });
     }
 
     fn let_next_start(&self) {}
 
     fn wait_for_previous(&self) {}
 
-    unsafe fn load_shared(&self, at: u32) -> u32 {
-        self.shared(at, |word, me| {
-            assert!(
-                word.writer.is_some(),
-                "thread {} reads word {at} of shared memory, which nobody has written",
-                me.0
-            );
-            assert!(
-                !self.races(word.writer),
-                "threads {} and {:?} race for word {at} of shared memory",
-                me.0,
-                word.writer
-            );
-            word.reader = Some(me);
-            word.value
-        })
-    }
-
-    unsafe fn store_shared(&self, at: u32, value: u32) {
-        self.shared(at, |word, me| {
-            let races = self.races(word.writer) || self.races(word.reader);
-            assert!(!races, "thread {} writes word {at} of shared memory, which another one uses", me.0);
-            *word = SharedWord { value, writer: Some(me), reader: None };
-        });
-    }
-
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         let bytes: [u8; 16] = self.load(address);
-        Bytes16(core::array::from_fn(|i| u32::from_ne_bytes([0, 1, 2, 3].map(|j| bytes[4 * i + j]))))
+        sixteen(bytes)
     }
 
     unsafe fn load8(&self, address: u64) -> u64 {
@@ -421,12 +469,8 @@ impl Gpu for Thread<'_> {
         byte
     }
 
-    unsafe fn store16(&self, address: u64, Bytes16(words): Bytes16) {
-        let mut bytes = [0; 16];
-        for (four, word) in bytes.chunks_mut(4).zip(words) {
-            four.copy_from_slice(&word.to_ne_bytes());
-        }
-        self.store(address, bytes);
+    unsafe fn store16(&self, address: u64, value: Bytes16) {
+        self.store(address, bytes(value));
     }
 
     unsafe fn store8(&self, address: u64, value: u64) {
@@ -444,4 +488,74 @@ impl Gpu for Thread<'_> {
     unsafe fn store1(&self, address: u64, value: u8) {
         self.store(address, [value]);
     }
+
+    unsafe fn load_shared16(&self, at: u32) -> Bytes16 {
+        sixteen(self.load_shared(at))
+    }
+
+    unsafe fn store_shared16(&self, at: u32, value: Bytes16) {
+        self.store_shared(at, bytes(value));
+    }
+
+    unsafe fn load_shared8(&self, at: u32) -> u64 {
+        u64::from_ne_bytes(self.load_shared(at))
+    }
+
+    unsafe fn store_shared8(&self, at: u32, value: u64) {
+        self.store_shared(at, value.to_ne_bytes());
+    }
+
+    unsafe fn load_shared4(&self, at: u32) -> u32 {
+        u32::from_ne_bytes(self.load_shared(at))
+    }
+
+    unsafe fn store_shared4(&self, at: u32, value: u32) {
+        self.store_shared(at, value.to_ne_bytes());
+    }
+
+    unsafe fn load_shared2(&self, at: u32) -> u16 {
+        u16::from_ne_bytes(self.load_shared(at))
+    }
+
+    unsafe fn store_shared2(&self, at: u32, value: u16) {
+        self.store_shared(at, value.to_ne_bytes());
+    }
+}
+
+impl Warp for Thread<'_> {
+    fn shuffle_xor(&self, value: u32, mask: u32) -> u32 {
+        self.wait(Wait::Warp { value, op: WarpOp::Xor(mask) })
+    }
+
+    fn shuffle(&self, value: u32, lane: u32) -> u32 {
+        self.wait(Wait::Warp { value, op: WarpOp::From(lane) })
+    }
+
+    fn shuffle_up(&self, value: u32, distance: u32) -> u32 {
+        self.wait(Wait::Warp { value, op: WarpOp::Up(distance) })
+    }
+
+    fn shuffle_down(&self, value: u32, distance: u32) -> u32 {
+        self.wait(Wait::Warp { value, op: WarpOp::Down(distance) })
+    }
+
+    fn ballot(&self, yes: bool) -> u32 {
+        self.wait(Wait::Warp { value: u32::from(yes), op: WarpOp::Ballot })
+    }
+
+    fn sync_warp(&self) {
+        self.wait(Wait::Warp { value: 0, op: WarpOp::Sync });
+    }
+}
+
+fn sixteen(bytes: [u8; 16]) -> Bytes16 {
+    Bytes16(core::array::from_fn(|i| u32::from_ne_bytes([0, 1, 2, 3].map(|j| bytes[4 * i + j]))))
+}
+
+fn bytes(Bytes16(words): Bytes16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    for (four, word) in bytes.chunks_mut(4).zip(words) {
+        four.copy_from_slice(&word.to_ne_bytes());
+    }
+    bytes
 }

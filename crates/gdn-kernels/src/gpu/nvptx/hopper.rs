@@ -1,0 +1,171 @@
+//! [`Hopper`]: mbarriers, bulk copies, clusters.
+
+use core::arch::asm;
+
+use super::{Nvptx, Shared};
+use crate::gpu::{Bytes16, Hopper};
+
+unsafe extern "C" {
+    #[link_name = "llvm.nvvm.barrier.cluster.arrive.aligned"]
+    fn cluster_arrive();
+    #[link_name = "llvm.nvvm.barrier.cluster.wait.aligned"]
+    fn cluster_wait();
+}
+
+impl<S: Shared> Nvptx<S> {
+    /// Where byte `at` of the shared memory of a block of the cluster is.
+    #[inline(always)]
+    fn of_cluster(&self, at: u32, rank: u32) -> u32 {
+        let address: u32;
+        // SAFETY: works out an address.
+        unsafe {
+            asm!("mapa.shared::cluster.u32 {}, {}, {};",
+                out(reg32) address, in(reg32) self.shared(at), in(reg32) rank, options(pure, nomem, nostack));
+        }
+        address
+    }
+}
+
+impl<S: Shared> Hopper for Nvptx<S> {
+    #[inline(always)]
+    unsafe fn mbarrier_init(&self, at: u32, arrivals: u32) {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            asm!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) self.shared(at), in(reg32) arrivals, options(nostack));
+        }
+    }
+
+    #[inline(always)]
+    fn mbarrier_fence(&self) {
+        // SAFETY: orders memory.
+        unsafe { asm!("fence.mbarrier_init.release.cluster;", options(nostack)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mbarrier_arrive(&self, at: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) self.shared(at), options(nostack))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mbarrier_arrive_expect(&self, at: u32, bytes: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};",
+                in(reg32) self.shared(at), in(reg32) bytes, options(nostack));
+        }
+    }
+
+    // A label within braces is the braces' own.
+    #[allow(named_asm_labels)]
+    #[inline(always)]
+    unsafe fn mbarrier_wait(&self, at: u32, parity: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .pred done;",
+                "again:",
+                "mbarrier.try_wait.parity.shared::cta.b64 done, [{}], {};",
+                "@!done bra again;",
+                "}}",
+                in(reg32) self.shared(at), in(reg32) parity, options(nostack));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bulk_copy(&self, to: u32, from: u64, bytes: u32, mbarrier: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+                in(reg32) self.shared(to), in(reg64) from, in(reg32) bytes, in(reg32) self.shared(mbarrier),
+                options(nostack));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bulk_store(&self, to: u64, from: u32, bytes: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("cp.async.bulk.global.shared::cta.bulk_group [{}], [{}], {};",
+                in(reg64) to, in(reg32) self.shared(from), in(reg32) bytes, options(nostack));
+        }
+    }
+
+    #[inline(always)]
+    fn bulk_stores_commit(&self) {
+        // SAFETY: ends a group of this thread's.
+        unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
+    }
+
+    #[inline(always)]
+    fn bulk_stores_wait<const LEFT: u32>(&self) {
+        // SAFETY: waits.
+        unsafe { asm!("cp.async.bulk.wait_group.read {};", const LEFT, options(nostack)) }
+    }
+
+    #[inline(always)]
+    fn fence_async(&self) {
+        // SAFETY: orders memory.
+        unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) }
+    }
+
+    #[inline(always)]
+    fn cluster_rank(&self) -> u32 {
+        let rank: u32;
+        // SAFETY: reads a register that every thread has.
+        unsafe { asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) rank, options(pure, nomem, nostack)) };
+        rank
+    }
+
+    #[inline(always)]
+    fn cluster_blocks(&self) -> u32 {
+        let blocks: u32;
+        // SAFETY: as above.
+        unsafe { asm!("mov.u32 {}, %cluster_nctarank;", out(reg32) blocks, options(pure, nomem, nostack)) };
+        blocks
+    }
+
+    #[inline(always)]
+    fn cluster_barrier(&self) {
+        // SAFETY: orders memory and waits, nothing else.
+        unsafe {
+            cluster_arrive();
+            cluster_wait();
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_cluster4(&self, at: u32, rank: u32) -> u32 {
+        let value: u32;
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            asm!("ld.shared::cluster.u32 {}, [{}];",
+                out(reg32) value, in(reg32) self.of_cluster(at, rank), options(readonly, nostack));
+        }
+        value
+    }
+
+    #[inline(always)]
+    unsafe fn load_cluster16(&self, at: u32, rank: u32) -> Bytes16 {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        // SAFETY: as above.
+        unsafe {
+            asm!("ld.shared::cluster.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.of_cluster(at, rank),
+                options(readonly, nostack));
+        }
+        Bytes16([a, b, c, d])
+    }
+
+    #[inline(always)]
+    unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("st.shared::cluster.u32 [{}], {};",
+                in(reg32) self.of_cluster(at, rank), in(reg32) value, options(nostack));
+        }
+    }
+}

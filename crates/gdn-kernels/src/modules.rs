@@ -1,0 +1,162 @@
+//! THE table of kernels: which there are, what they are compiled for, and what must hold of each. `cargo xtask ptx` builds and checks
+//! from it, the library loads from it.
+//!
+//! `text!` is defined by who includes this file: the library embeds the PTX, `xtask` makes it.
+
+/// What PTX is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Compute capability 8.0 and everything later.
+    Sm80,
+    /// 9.0 and everything later: programmatic dependent launch, bulk copies, clusters.
+    Sm90,
+    /// 9.0 alone: `wgmma`.
+    Sm90a,
+}
+
+impl Target {
+    /// As compilers call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm90 => "sm_90",
+            Self::Sm90a => "sm_90a",
+        }
+    }
+
+    /// Whether a device of this compute capability takes it.
+    pub const fn runs_on(self, (major, minor): (i32, i32)) -> bool {
+        match self {
+            Self::Sm80 => major >= 8,
+            Self::Sm90 => major >= 9,
+            Self::Sm90a => major == 9 && minor == 0,
+        }
+    }
+}
+
+/// A kernel, and what `cargo xtask ptx` holds it to: no call, no spill, and the rest as it says.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    /// As the driver finds it.
+    pub name: &'static str,
+    /// The most threads of a block, by which the compiler gives out registers; 0: it is not told.
+    pub threads: u32,
+    /// Blocks that a multiprocessor must have room for; 0: it is not told.
+    pub blocks: u32,
+    /// The most bytes of dynamic shared memory a launch asks for.
+    pub shared: u32,
+    /// Bytes of stack it may have.
+    pub stack: u32,
+    /// At least so many loads and stores of 16 bytes.
+    pub wide: [u32; 2],
+    /// At least so many `mma.sync` in the machine's code (HMMA).
+    pub hmma: u32,
+    /// At least so many `wgmma` in the machine's code (HGMMA).
+    pub hgmma: u32,
+    /// Exactly so many of each, in the PTX and in the machine's code.
+    pub collectives: Option<Collectives>,
+}
+
+/// Instructions that all lanes execute together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Collectives {
+    /// Barriers.
+    pub barriers: u32,
+    /// Shuffles.
+    pub shuffles: u32,
+    /// Matrices loaded (`ldmatrix`).
+    pub matrices: u32,
+    /// Products by a warp (`mma.sync`).
+    pub products: u32,
+}
+
+impl Collectives {
+    /// Of none of them any.
+    pub const NONE: Self = Self { barriers: 0, shuffles: 0, matrices: 0, products: 0 };
+}
+
+impl Kernel {
+    /// One that is held to nothing more.
+    pub const fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            threads: 0,
+            blocks: 0,
+            shared: 0,
+            stack: 0,
+            wide: [0; 2],
+            hmma: 0,
+            hgmma: 0,
+            collectives: None,
+        }
+    }
+
+    const fn wide(self, loads: u32, stores: u32) -> Self {
+        Self { wide: [loads, stores], ..self }
+    }
+
+    const fn collectives(self, collectives: Collectives) -> Self {
+        Self { collectives: Some(collectives), ..self }
+    }
+}
+
+/// The kernels of an op for a target: one file of PTX.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    /// The op.
+    pub op: &'static str,
+    /// What it is compiled for.
+    pub target: Target,
+    /// The PTX.
+    pub ptx: &'static str,
+    /// The kernels, in families: the driver compiles a family when one of it is first called.
+    pub families: &'static [&'static [Kernel]],
+}
+
+impl Module {
+    /// All its kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static Kernel> {
+        self.families.iter().copied().flatten()
+    }
+}
+
+/// Those of the library. Of the modules of an op the first that runs on a device is the one for it.
+pub static MODULES: &[Module] = &[
+    Module { op: "split", target: Target::Sm90, ptx: text!("split.sm_90.ptx"), families: SPLIT },
+    Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), families: SPLIT },
+];
+
+/// Those that only tests load.
+pub static PROBES: &[Module] = &[
+    Module {
+        op: "convergence",
+        target: Target::Sm80,
+        ptx: text!("convergence.sm_80.ptx"),
+        families: CONVERGENCE,
+    },
+    Module { op: "probe", target: Target::Sm80, ptx: text!("probe.sm_80.ptx"), families: PROBE },
+];
+
+const SPLIT: &[&[Kernel]] = &[
+    &[Kernel::new("gdn_split_16x1").wide(1, 1), Kernel::new("gdn_split_16x2").wide(2, 2)],
+    &[Kernel::new("gdn_split_narrow")],
+    &[Kernel::new("gdn_merge_16x1").wide(1, 1), Kernel::new("gdn_merge_16x2").wide(2, 2)],
+    &[Kernel::new("gdn_merge_narrow")],
+];
+
+const CONVERGENCE: &[&[Kernel]] = &[&[
+    Kernel::new("gdn_convergence_barrier_and_shuffle").collectives(Collectives {
+        barriers: 1,
+        shuffles: 1,
+        ..Collectives::NONE
+    }),
+    Kernel::new("gdn_convergence_product").collectives(Collectives { products: 1, ..Collectives::NONE }),
+    Kernel::new("gdn_convergence_matrices").collectives(Collectives {
+        barriers: 1,
+        matrices: 1,
+        ..Collectives::NONE
+    }),
+]];
+
+const PROBE: &[&[Kernel]] =
+    &[&[Kernel::new("gdn_probe_block_sums"), Kernel::new("gdn_probe_block_sums_static")]];
