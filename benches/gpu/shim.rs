@@ -4,8 +4,8 @@
 use std::{ffi::c_char, ptr, sync::OnceLock, time::Instant};
 
 use gdn::{
-    Heads, Layout, Packing,
-    cuda::{Gpu, RawPacked, RawRows, RawUnpacked},
+    Heads, Layout, Packed, Packing, Unpacked,
+    cuda::{Gpu, RawRows},
 };
 
 /// One call: `mixed_qkvz`, `mixed_ba`, `mixed_qkv`, `z`, `b`, `a`, all dense.
@@ -40,11 +40,11 @@ unsafe fn launch(call: &Call, stream: u64, programmatic: bool) -> Result<(), Err
     let rows = |i: usize, size, features| {
         RawRows::new(call.addresses[i], size, call.num_rows as usize, features, features)
     };
-    let packed = RawPacked {
+    let packed = Packed {
         mixed_qkvz: rows(0, wide, heads.qkvz_features())?,
         mixed_ba: rows(1, narrow, heads.ba_features())?,
     };
-    let unpacked = RawUnpacked {
+    let unpacked = Unpacked {
         mixed_qkv: rows(2, wide, heads.qkv_features())?,
         z: rows(3, wide, heads.z_features())?,
         b: rows(4, narrow, hv)?,

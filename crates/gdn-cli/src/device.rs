@@ -6,7 +6,7 @@ use std::{fmt, str::FromStr};
 use anyhow::bail;
 #[cfg(feature = "cuda")]
 use gdn::cuda;
-use gdn::{Cpu, Layout, Packed, PackedMut, Unpacked, UnpackedMut};
+use gdn::{Cpu, Layout, Packed, Rows, RowsMut, Unpacked};
 
 /// What `--device` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,7 +58,12 @@ impl Backend {
         }
     }
 
-    pub(crate) fn split(&self, layout: &Layout, from: Packed<'_>, to: UnpackedMut<'_>) -> anyhow::Result<()> {
+    pub(crate) fn split(
+        &self,
+        layout: &Layout,
+        from: Packed<Rows<'_>>,
+        to: Unpacked<RowsMut<'_>>,
+    ) -> anyhow::Result<()> {
         match self {
             Self::Cpu(cpu) => Ok(gdn::split(layout, from, to, cpu)?),
             #[cfg(feature = "cuda")]
@@ -66,7 +71,12 @@ impl Backend {
         }
     }
 
-    pub(crate) fn merge(&self, layout: &Layout, from: Unpacked<'_>, to: PackedMut<'_>) -> anyhow::Result<()> {
+    pub(crate) fn merge(
+        &self,
+        layout: &Layout,
+        from: Unpacked<Rows<'_>>,
+        to: Packed<RowsMut<'_>>,
+    ) -> anyhow::Result<()> {
         match self {
             Self::Cpu(cpu) => Ok(gdn::merge(layout, from, to, cpu)?),
             #[cfg(feature = "cuda")]

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range, path::PathBuf};
 
 use anyhow::{Context, bail};
-use gdn::{Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
+use gdn::{Layout, Packed, Rows, RowsMut, Unpacked};
 
 use crate::{
     device::{Backend, Device},
@@ -73,7 +73,7 @@ pub(crate) fn split(args: &Args) -> anyhow::Result<()> {
     write(args, &input, &layout, &inputs, outputs, |data, rows| {
         let [mixed_qkv, z, b, a] = data else { unreachable!("four outputs were asked for") };
         let from = Packed { mixed_qkvz: mixed_qkvz.rows(rows)?, mixed_ba: mixed_ba.rows(rows)? };
-        let to = UnpackedMut {
+        let to = Unpacked {
             mixed_qkv: mixed_qkvz.rows_mut(mixed_qkv, heads.qkv_features(), rows)?,
             z: mixed_qkvz.rows_mut(z, heads.z_features(), rows)?,
             b: mixed_ba.rows_mut(b, hv, rows)?,
@@ -113,7 +113,7 @@ pub(crate) fn merge(args: &Args) -> anyhow::Result<()> {
             b: b.rows(rows)?,
             a: a.rows(rows)?,
         };
-        let to = PackedMut {
+        let to = Packed {
             mixed_qkvz: mixed_qkv.rows_mut(mixed_qkvz, heads.qkvz_features(), rows)?,
             mixed_ba: b.rows_mut(mixed_ba, heads.ba_features(), rows)?,
         };

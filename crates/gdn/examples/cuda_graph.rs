@@ -7,8 +7,8 @@ use gdn::cuda::cudarc::driver::{
     sys::{CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL},
 };
 use gdn::{
-    Heads, Layout, Packing,
-    cuda::{Gpu, RawPacked, RawRows, RawUnpacked, devices},
+    Heads, Layout, Packed, Packing, Unpacked,
+    cuda::{Gpu, RawRows, devices},
 };
 
 const TOKENS: usize = 64;
@@ -41,11 +41,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rows = |address, features| RawRows::new(address, 2, TOKENS, features, features);
     let read = |slice: &CudaSlice<u16>, features| rows(slice.device_ptr(&stream).0, features);
     let write = |slice: &mut CudaSlice<u16>, features| rows(slice.device_ptr_mut(&stream).0, features);
-    let from = RawPacked {
-        mixed_qkvz: read(&qkvz, heads.qkvz_features())?,
-        mixed_ba: read(&ba, heads.ba_features())?,
-    };
-    let to = RawUnpacked {
+    let from =
+        Packed { mixed_qkvz: read(&qkvz, heads.qkvz_features())?, mixed_ba: read(&ba, heads.ba_features())? };
+    let to = Unpacked {
         mixed_qkv: write(&mut qkv, heads.qkv_features())?,
         z: write(&mut z, heads.z_features())?,
         b: write(&mut b, hv)?,

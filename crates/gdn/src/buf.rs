@@ -11,8 +11,8 @@ use thiserror::Error;
 use crate::{
     argument::ArgumentError,
     heads::Heads,
-    rows::{Geometry, Rows, RowsMut, check_bytes},
-    split::{Packed, PackedMut, Unpacked, UnpackedMut},
+    rows::{Rows, RowsMut},
+    view::{Geometry, Packed, Unpacked},
 };
 
 /// Why there is no memory for fresh tensors.
@@ -129,7 +129,6 @@ impl<const TENSORS: usize> Tensors<TENSORS> {
         let mut end = 0usize;
         let mut places = [Place { offset: 0, geometry: Geometry::EMPTY }; TENSORS];
         for (place, (features, element_size)) in places.iter_mut().zip(tensors) {
-            check_bytes(0, element_size)?;
             let geometry = Geometry::new(num_rows, features, features, element_size)?;
             let mut next = || {
                 let offset = end.checked_next_multiple_of(LINE)?;
@@ -156,7 +155,7 @@ impl<const TENSORS: usize> Tensors<TENSORS> {
 }
 
 macro_rules! tensors {
-    ($(#[$doc:meta])* $name:ident, $count:literal, $view:ident, $view_mut:ident,
+    ($(#[$doc:meta])* $name:ident, $count:literal, $view:ident,
      [$($(#[$tensor_doc:meta])* $tensor:ident = $index:literal),+], $shapes:expr) => {
         $(#[$doc])*
         pub struct $name(Tensors<$count>);
@@ -185,19 +184,19 @@ macro_rules! tensors {
             }
 
             /// Every tensor, to be read.
-            pub fn as_ref(&self) -> $view<'_> {
+            pub fn as_ref(&self) -> $view<Rows<'_>> {
                 $view { $($tensor: self.0.rows($index)),+ }
             }
 
             /// Every tensor, to be written.
-            pub fn as_mut(&mut self) -> $view_mut<'_> {
+            pub fn as_mut(&mut self) -> $view<RowsMut<'_>> {
                 let block = self.0.block.bytes_mut().as_mut_ptr();
                 let rows = |Place { offset, geometry }: Place| {
                     // SAFETY: `Tensors::new` made the block large enough for every place, and no two places have a byte in
                     // common; the block is borrowed exclusively as long as the views.
                     unsafe { RowsMut::at(block.wrapping_add(offset), geometry) }
                 };
-                $view_mut { $($tensor: rows(self.0.places[$index])),+ }
+                $view { $($tensor: rows(self.0.places[$index])),+ }
             }
 
             /// The whole block: the tensors in this order, each from the next cache line on.
@@ -233,7 +232,7 @@ tensors! {
     ///
     /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements. Keep the value and
     /// hand its [`as_mut`](Self::as_mut) to [`split()`](crate::split()) again: memory that was touched before is faster.
-    UnpackedBuf, 4, Unpacked, UnpackedMut,
+    UnpackedBuf, 4, Unpacked,
     [
         /// The bytes of `mixed_qkv [N, 2*HK*DK + HV*DV]`.
         mixed_qkv = 0,
@@ -256,7 +255,7 @@ tensors! {
     /// The packed projections in one block of memory: what [`merge_fresh`](crate::merge_fresh) returns.
     ///
     /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements.
-    PackedBuf, 2, Packed, PackedMut,
+    PackedBuf, 2, Packed,
     [
         /// The bytes of `mixed_qkvz [N, 2*HK*DK + 2*HV*DV]`.
         mixed_qkvz = 0,

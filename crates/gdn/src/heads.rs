@@ -106,6 +106,12 @@ impl Heads {
         self.num_v_heads / self.num_k_heads
     }
 
+    /// Features of a row of each of the six tensors, in the order of [`TENSORS`](crate::TENSORS).
+    pub fn features(&self) -> [usize; 6] {
+        let hv = self.num_v_heads;
+        [self.qkvz_features(), self.ba_features(), self.qkv_features(), self.z_features(), hv, hv]
+    }
+
     /// Features of a row of `mixed_qkvz`: `2*HK*DK + 2*HV*DV`.
     pub fn qkvz_features(&self) -> usize {
         self.qkv_features() + self.z_features()

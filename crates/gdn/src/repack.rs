@@ -12,7 +12,7 @@ use crate::{
     heads::Heads,
     packing::{FeatureMap, Layout, Packing},
     rows::{Rows, RowsMut},
-    split::overlap,
+    view::overlap,
 };
 
 /// The two input projections of the layer.
@@ -300,21 +300,20 @@ pub fn repack_weight(
         let got = to.element_size();
         return Err(ArgumentError::ElementSize { argument: "to", got, other: "from", expected: size }.into());
     }
-    if let Some((address, bytes)) = overlap(&to.operand, &from.operand) {
+    if let Some((address, bytes)) = overlap(&to.view, &from.view) {
         return Err(ArgumentError::Overlap { argument: "to", other: "from", address, bytes }.into());
     }
     if dim == 0 {
         for i in map.moves.iter().flat_map(|m| (0..m.len).map(|i| (m.from + i, m.to + i))) {
-            if let (Some(source), Some(row)) = (from.row(i.0), to.row_mut(i.1)) {
-                row.copy_from_slice(source);
+            if let Some(source) = from.row(i.0) {
+                to.write(i.1, 0, source)?;
             }
         }
     } else {
         for n in 0..from.num_rows() {
-            if let (Some(source), Some(row)) = (from.row(n), to.row_mut(n)) {
+            if let Some(source) = from.row(n) {
                 for m in &map.moves {
-                    row[m.to * size..][..m.len * size]
-                        .copy_from_slice(&source[m.from * size..][..m.len * size]);
+                    to.write(n, m.to * size, &source[m.from * size..][..m.len * size])?;
                 }
             }
         }

@@ -1,110 +1,14 @@
-//! [`Rows`] and [`RowsMut`]: N rows of opaque elements, each row in one piece, any distance from row to row.
+//! [`Rows`] and [`RowsMut`]: N rows of opaque elements in the host's memory, each row in one piece, any distance from row
+//! to row.
 
 use std::{marker::PhantomData, ops::Range};
 
 use bytemuck::Pod;
 
-use crate::argument::ArgumentError;
-
-/// Where N rows lie: the geometry that shared and exclusive views have in common.
-///
-/// Kept by every constructor: `row_bytes() <= row_stride`, `(num_rows - 1) * row_stride + row_bytes() <= isize::MAX`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Geometry {
-    pub(crate) num_rows: usize,
-    pub(crate) features: usize,
-    /// Bytes from the start of a row to the start of the next.
-    pub(crate) row_stride: usize,
-    pub(crate) element_size: usize,
-}
-
-impl Geometry {
-    pub(crate) const EMPTY: Self = Self { num_rows: 0, features: 0, row_stride: 0, element_size: 1 };
-
-    /// Everything in elements of `element_size` bytes. The stride of at most one row counts for nothing.
-    pub(crate) fn new(
-        num_rows: usize,
-        features: usize,
-        row_stride: usize,
-        element_size: usize,
-    ) -> Result<Self, ArgumentError> {
-        let row_stride = if num_rows <= 1 { features } else { row_stride };
-        if row_stride < features {
-            return Err(ArgumentError::RowStride { row_stride, features });
-        }
-        let span = || {
-            let elements = num_rows.saturating_sub(1).checked_mul(row_stride)?.checked_add(features)?;
-            elements.checked_mul(element_size).filter(|bytes| isize::try_from(*bytes).is_ok())
-        };
-        match (span(), row_stride.checked_mul(element_size)) {
-            (Some(_), Some(row_stride)) => Ok(Self { num_rows, features, row_stride, element_size }),
-            _ => Err(ArgumentError::TooLarge {
-                what: format!(
-                    "{num_rows} rows of {features} features of {element_size} bytes at row_stride = {row_stride}"
-                ),
-            }),
-        }
-    }
-
-    pub(crate) fn row_bytes(&self) -> usize {
-        self.features * self.element_size
-    }
-
-    pub(crate) fn within(self, data_bytes: usize) -> Result<Self, ArgumentError> {
-        if self.span() <= data_bytes {
-            return Ok(self);
-        }
-        Err(ArgumentError::TooShort {
-            argument: "data",
-            got: data_bytes / self.element_size,
-            expected: self.span() / self.element_size,
-            num_rows: self.num_rows,
-            features: self.features,
-            row_stride: self.row_stride / self.element_size,
-        })
-    }
-
-    /// Bytes from the first byte of the first row to the end of the last row.
-    pub(crate) fn span(&self) -> usize {
-        if self.num_rows == 0 { 0 } else { (self.num_rows - 1) * self.row_stride + self.row_bytes() }
-    }
-
-    /// Offset of the first of `rows`, and the geometry of what is left.
-    fn rows(mut self, rows: &Range<usize>) -> Result<(usize, Self), ArgumentError> {
-        check_range("rows", rows, self.num_rows)?;
-        self.num_rows = rows.len();
-        Ok((if rows.is_empty() { 0 } else { rows.start * self.row_stride }, self))
-    }
-
-    /// Offset of the first of `columns`, and the geometry of what is left.
-    fn columns(mut self, columns: &Range<usize>) -> Result<(usize, Self), ArgumentError> {
-        check_range("columns", columns, self.features)?;
-        self.features = columns.len();
-        Ok((if self.num_rows == 0 { 0 } else { columns.start * self.element_size }, self))
-    }
-}
-
-/// What the ops see of either kind of view: an address, and where the rows lie from there on.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Operand {
-    /// Written to only where it comes from a [`RowsMut`].
-    pub(crate) ptr: *mut u8,
-    pub(crate) geometry: Geometry,
-}
-
-fn check_range(axis: &'static str, range: &Range<usize>, len: usize) -> Result<(), ArgumentError> {
-    if range.start <= range.end && range.end <= len {
-        return Ok(());
-    }
-    Err(ArgumentError::Range { argument: axis, start: range.start, end: range.end, len })
-}
-
-pub(crate) fn element_size_of<T>() -> Result<usize, ArgumentError> {
-    match size_of::<T>() {
-        0 => Err(ArgumentError::Zero { argument: "element_size" }),
-        size => Ok(size),
-    }
-}
+use crate::{
+    argument::ArgumentError,
+    view::{Geometry, View},
+};
 
 /// A shared view of N rows. Elements are opaque: only their size is known.
 ///
@@ -120,16 +24,17 @@ pub(crate) fn element_size_of<T>() -> Result<usize, ArgumentError> {
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
-    pub(crate) operand: Operand,
+    pub(crate) view: View<*mut u8>,
     data: PhantomData<&'a [u8]>,
 }
 
 /// An exclusive view of N rows, to be written. See [`Rows`].
 ///
+/// Safe code writes through it and never reads, so what lies under it need not be initialised ([`RowsMut::from_raw`]).
 /// Bytes between the rows of a strided view are never touched.
 #[derive(Debug)]
 pub struct RowsMut<'a> {
-    pub(crate) operand: Operand,
+    pub(crate) view: View<*mut u8>,
     data: PhantomData<&'a mut [u8]>,
 }
 
@@ -146,7 +51,7 @@ impl<'a> Rows<'a> {
     /// # Safety
     /// As [`Rows::from_raw`].
     pub(crate) unsafe fn at(ptr: *const u8, geometry: Geometry) -> Self {
-        Self { operand: Operand { ptr: ptr.cast_mut(), geometry }, data: PhantomData }
+        Self { view: View { address: ptr.cast_mut(), geometry }, data: PhantomData }
     }
 
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
@@ -167,9 +72,7 @@ impl<'a> Rows<'a> {
         features: usize,
         row_stride: usize,
     ) -> Result<Self, ArgumentError> {
-        let bytes = size_of_val(data);
-        let geometry =
-            Geometry::new(num_rows, features, row_stride, element_size_of::<T>()?)?.within(bytes)?;
+        let geometry = Geometry::of::<T>(num_rows, features, row_stride)?.within(size_of_val(data))?;
         // SAFETY: the rows lie within `data`, borrowed for `'a`.
         Ok(unsafe { Self::at(data.as_ptr().cast(), geometry) })
     }
@@ -177,26 +80,25 @@ impl<'a> Rows<'a> {
     /// Dense rows of elements of `element_size` bytes out of raw bytes, at any alignment.
     ///
     /// # Errors
-    /// Those of [`Rows::new`].
+    /// Those of [`Rows::new`], and [`ArgumentError::Multiple`] where the bytes are no whole number of elements.
     pub fn from_bytes(
         data: &'a [u8],
         element_size: usize,
         num_rows: usize,
         features: usize,
     ) -> Result<Self, ArgumentError> {
-        check_bytes(data.len(), element_size)?;
-        let geometry = Geometry::new(num_rows, features, features, element_size)?.within(data.len())?;
+        let geometry = dense_within(data.len(), element_size, num_rows, features)?;
         // SAFETY: the rows lie within `data`, borrowed for `'a`.
         Ok(unsafe { Self::at(data.as_ptr(), geometry) })
     }
 
-    /// The door for engines: rows at a pointer, of any alignment.
+    /// For engines: rows at a pointer, of any alignment.
     ///
     /// # Errors
     /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no bytes.
     ///
     /// # Safety
-    /// `ptr` is not null, and for `'a` each of the rows' bytes can be read and is written by nobody. With
+    /// `ptr` is not null, and for `'a` each of the rows' bytes is initialised, can be read and is written by nobody. With
     /// `num_rows = 0` the pointer is not looked at.
     pub unsafe fn from_raw(
         ptr: *const u8,
@@ -205,7 +107,6 @@ impl<'a> Rows<'a> {
         features: usize,
         row_stride: usize,
     ) -> Result<Self, ArgumentError> {
-        check_bytes(0, element_size)?;
         let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
         // SAFETY: the caller's promises.
         Ok(unsafe { Self::at(ptr, geometry) })
@@ -216,9 +117,9 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`ArgumentError::Range`].
     pub fn rows(&self, rows: Range<usize>) -> Result<Self, ArgumentError> {
-        let (offset, geometry) = self.operand.geometry.rows(&rows)?;
+        let (offset, geometry) = self.view.geometry.rows(&rows)?;
         // SAFETY: a part of the rows there are.
-        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
+        Ok(unsafe { Self::at(self.view.address.wrapping_add(offset), geometry) })
     }
 
     /// Some of the features of every row.
@@ -226,38 +127,38 @@ impl<'a> Rows<'a> {
     /// # Errors
     /// [`ArgumentError::Range`].
     pub fn columns(&self, columns: Range<usize>) -> Result<Self, ArgumentError> {
-        let (offset, geometry) = self.operand.geometry.columns(&columns)?;
+        let (offset, geometry) = self.view.geometry.columns(&columns)?;
         // SAFETY: a part of the rows there are.
-        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
+        Ok(unsafe { Self::at(self.view.address.wrapping_add(offset), geometry) })
     }
 
     /// The bytes of row `row`; `None` past the last row.
     pub fn row(&self, row: usize) -> Option<&'a [u8]> {
-        let (Geometry { num_rows, row_stride, .. }, row_bytes) =
-            (self.operand.geometry, self.operand.geometry.row_bytes());
-        // SAFETY: the constructors saw to it that every row lies in memory readable for `'a`.
-        (row < num_rows)
-            .then(|| unsafe { std::slice::from_raw_parts(self.operand.ptr.add(row * row_stride), row_bytes) })
+        let View { address, geometry } = self.view;
+        // SAFETY: the constructors saw to it that every row lies in initialised memory that is readable for `'a`.
+        (row < geometry.num_rows).then(|| unsafe {
+            std::slice::from_raw_parts(address.add(row * geometry.row_stride), geometry.row_bytes())
+        })
     }
 
     /// N.
     pub fn num_rows(&self) -> usize {
-        self.operand.geometry.num_rows
+        self.view.geometry.num_rows
     }
 
     /// Elements of a row.
     pub fn features(&self) -> usize {
-        self.operand.geometry.features
+        self.view.geometry.features
     }
 
     /// Elements from the start of a row to the start of the next.
     pub fn row_stride(&self) -> usize {
-        self.operand.geometry.row_stride / self.operand.geometry.element_size
+        self.view.geometry.row_stride / self.view.geometry.element_size
     }
 
     /// Bytes of an element.
     pub fn element_size(&self) -> usize {
-        self.operand.geometry.element_size
+        self.view.geometry.element_size
     }
 }
 
@@ -265,7 +166,7 @@ impl<'a> RowsMut<'a> {
     /// # Safety
     /// As [`RowsMut::from_raw`].
     pub(crate) unsafe fn at(ptr: *mut u8, geometry: Geometry) -> Self {
-        Self { operand: Operand { ptr, geometry }, data: PhantomData }
+        Self { view: View { address: ptr, geometry }, data: PhantomData }
     }
 
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
@@ -286,27 +187,27 @@ impl<'a> RowsMut<'a> {
         features: usize,
         row_stride: usize,
     ) -> Result<Self, ArgumentError> {
-        let geometry = Rows::with_stride(data, num_rows, features, row_stride)?.operand.geometry;
-        // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
+        let geometry = Geometry::of::<T>(num_rows, features, row_stride)?.within(size_of_val(data))?;
+        // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`; any bytes are values of a `Pod`.
         Ok(unsafe { Self::at(data.as_mut_ptr().cast(), geometry) })
     }
 
     /// Dense rows of elements of `element_size` bytes in raw bytes, at any alignment.
     ///
     /// # Errors
-    /// Those of [`Rows::new`].
+    /// Those of [`Rows::from_bytes`].
     pub fn from_bytes(
         data: &'a mut [u8],
         element_size: usize,
         num_rows: usize,
         features: usize,
     ) -> Result<Self, ArgumentError> {
-        let geometry = Rows::from_bytes(data, element_size, num_rows, features)?.operand.geometry;
+        let geometry = dense_within(data.len(), element_size, num_rows, features)?;
         // SAFETY: the rows lie within `data`, borrowed exclusively for `'a`.
         Ok(unsafe { Self::at(data.as_mut_ptr(), geometry) })
     }
 
-    /// The door for engines: rows at a pointer, of any alignment, initialised or not.
+    /// For engines: rows at a pointer, of any alignment, initialised or not.
     ///
     /// # Errors
     /// Those of [`Rows::from_raw`].
@@ -322,7 +223,6 @@ impl<'a> RowsMut<'a> {
         features: usize,
         row_stride: usize,
     ) -> Result<Self, ArgumentError> {
-        check_bytes(0, element_size)?;
         let geometry = Geometry::new(num_rows, features, row_stride, element_size)?;
         // SAFETY: the caller's promises.
         Ok(unsafe { Self::at(ptr, geometry) })
@@ -330,7 +230,7 @@ impl<'a> RowsMut<'a> {
 
     /// The same rows for a shorter while, so that this view can be used again.
     pub fn reborrow(&mut self) -> RowsMut<'_> {
-        RowsMut { operand: self.operand, data: PhantomData }
+        RowsMut { view: self.view, data: PhantomData }
     }
 
     /// Some of the rows.
@@ -338,19 +238,43 @@ impl<'a> RowsMut<'a> {
     /// # Errors
     /// [`ArgumentError::Range`].
     pub fn rows(self, rows: Range<usize>) -> Result<Self, ArgumentError> {
-        let (offset, geometry) = self.operand.geometry.rows(&rows)?;
+        let (offset, geometry) = self.view.geometry.rows(&rows)?;
         // SAFETY: a part of the rows there are, which this view gives up.
-        Ok(unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) })
+        Ok(unsafe { Self::at(self.view.address.wrapping_add(offset), geometry) })
     }
 
-    /// The bytes of row `row`, to be written; `None` past the last row.
-    pub fn row_mut(&mut self, row: usize) -> Option<&mut [u8]> {
-        let (Geometry { num_rows, row_stride, .. }, row_bytes) =
-            (self.operand.geometry, self.operand.geometry.row_bytes());
-        // SAFETY: the constructors saw to it that every row lies in memory that is this view's alone, borrowed with the view.
-        (row < num_rows).then(|| unsafe {
-            std::slice::from_raw_parts_mut(self.operand.ptr.add(row * row_stride), row_bytes)
-        })
+    /// Copies `bytes` into row `row`, from its byte `offset` on.
+    ///
+    /// ```
+    /// let mut data = [0u8; 6];
+    /// gdn::RowsMut::new(&mut data, 2, 3)?.write(1, 1, &[7, 8])?;
+    /// assert_eq!(data, [0, 0, 0, 0, 7, 8]);
+    /// # Ok::<(), gdn::ArgumentError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ArgumentError::Range`] where there is no such row, or the row ends before the bytes do.
+    pub fn write(&mut self, row: usize, offset: usize, bytes: &[u8]) -> Result<(), ArgumentError> {
+        let View { address, geometry } = self.view;
+        let end = offset.saturating_add(bytes.len());
+        if row >= geometry.num_rows || end > geometry.row_bytes() {
+            return Err(match row < geometry.num_rows {
+                true => {
+                    ArgumentError::Range { argument: "bytes", start: offset, end, len: geometry.row_bytes() }
+                }
+                false => {
+                    let (start, end, len) = (row, row.saturating_add(1), geometry.num_rows);
+                    ArgumentError::Range { argument: "rows", start, end, len }
+                }
+            });
+        }
+        // SAFETY: the constructors saw to it that every row lies in writable memory that is this view's alone, so that
+        // `bytes`, a borrow of something else, does not overlap it.
+        unsafe {
+            let to = address.add(row * geometry.row_stride + offset);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+        }
+        Ok(())
     }
 
     /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices of one wider
@@ -359,44 +283,50 @@ impl<'a> RowsMut<'a> {
     /// # Errors
     /// [`ArgumentError::Range`] where there are fewer than `column` features.
     pub fn split_columns(self, column: usize) -> Result<(Self, Self), ArgumentError> {
-        let features = self.operand.geometry.features;
-        let (_, left) = self.operand.geometry.columns(&(0..column))?;
-        let (offset, right) = self.operand.geometry.columns(&(column..features))?;
+        let features = self.view.geometry.features;
+        let (_, left) = self.view.geometry.columns(&(0..column))?;
+        let (offset, right) = self.view.geometry.columns(&(column..features))?;
         // SAFETY: two parts of the rows there are, without a byte in common, for the view that is given up.
-        let at = |offset, geometry| unsafe { Self::at(self.operand.ptr.wrapping_add(offset), geometry) };
+        let at = |offset, geometry| unsafe { Self::at(self.view.address.wrapping_add(offset), geometry) };
         Ok((at(0, left), at(offset, right)))
     }
 
     /// N.
     pub fn num_rows(&self) -> usize {
-        self.operand.geometry.num_rows
+        self.view.geometry.num_rows
     }
 
     /// Elements of a row.
     pub fn features(&self) -> usize {
-        self.operand.geometry.features
+        self.view.geometry.features
     }
 
     /// Elements from the start of a row to the start of the next.
     pub fn row_stride(&self) -> usize {
-        self.operand.geometry.row_stride / self.operand.geometry.element_size
+        self.view.geometry.row_stride / self.view.geometry.element_size
     }
 
     /// Bytes of an element.
     pub fn element_size(&self) -> usize {
-        self.operand.geometry.element_size
+        self.view.geometry.element_size
     }
 }
 
-pub(crate) fn check_bytes(bytes: usize, element_size: usize) -> Result<(), ArgumentError> {
-    match element_size {
-        0 => Err(ArgumentError::Zero { argument: "element_size" }),
-        _ if bytes.is_multiple_of(element_size) => Ok(()),
-        _ => Err(ArgumentError::Multiple {
+/// Dense rows within so many bytes, which are a whole number of elements.
+fn dense_within(
+    bytes: usize,
+    element_size: usize,
+    num_rows: usize,
+    features: usize,
+) -> Result<Geometry, ArgumentError> {
+    let geometry = Geometry::new(num_rows, features, features, element_size)?;
+    if !bytes.is_multiple_of(element_size) {
+        return Err(ArgumentError::Multiple {
             argument: "data.len()",
             got: bytes,
             other: "element_size",
             expected: element_size,
-        }),
+        });
     }
+    geometry.within(bytes)
 }

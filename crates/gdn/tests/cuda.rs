@@ -6,9 +6,9 @@ mod support;
 use std::{ffi::CString, sync::Arc, time::Instant};
 
 use gdn::{
-    ArgumentError, Heads, Layout, Packing,
+    ArgumentError, Heads, Layout, Packed, Packing, Unpacked,
     cuda::{
-        self, CudaError, Gpu, RawPacked, RawRows, RawUnpacked,
+        self, CudaError, Gpu, RawRows,
         cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, result, sys},
     },
     reference,
@@ -84,11 +84,11 @@ impl OnDevice {
         let hv = heads.num_v_heads();
         cuda::split(
             &self.layout,
-            cuda::Packed {
+            Packed {
                 mixed_qkvz: cuda::Rows::new(&self.qkvz, n, heads.qkvz_features())?,
                 mixed_ba: cuda::Rows::new(&self.ba, n, heads.ba_features())?,
             },
-            cuda::UnpackedMut {
+            Unpacked {
                 mixed_qkv: cuda::RowsMut::new(&mut self.qkv, n, heads.qkv_features())?,
                 z: cuda::RowsMut::new(&mut self.z, n, heads.z_features())?,
                 b: cuda::RowsMut::new(&mut self.b, n, hv)?,
@@ -103,13 +103,13 @@ impl OnDevice {
         let hv = heads.num_v_heads();
         cuda::merge(
             &self.layout,
-            cuda::Unpacked {
+            Unpacked {
                 mixed_qkv: cuda::Rows::new(&self.qkv, n, heads.qkv_features())?,
                 z: cuda::Rows::new(&self.z, n, heads.z_features())?,
                 b: cuda::Rows::new(&self.b, n, hv)?,
                 a: cuda::Rows::new(&self.a, n, hv)?,
             },
-            cuda::PackedMut {
+            Packed {
                 mixed_qkvz: cuda::RowsMut::new(&mut self.qkvz, n, heads.qkvz_features())?,
                 mixed_ba: cuda::RowsMut::new(&mut self.ba, n, heads.ba_features())?,
             },
@@ -118,16 +118,16 @@ impl OnDevice {
     }
 
     /// As pointers, for the raw layer.
-    fn raw(&mut self, stream: &CudaStream) -> (RawPacked, RawUnpacked) {
+    fn raw(&mut self, stream: &CudaStream) -> (Packed<RawRows>, Unpacked<RawRows>) {
         let (n, heads) = (self.num_rows, self.layout.heads);
         let rows = |address, size, features| RawRows::new(address, size, n, features, features).unwrap();
         let hv = heads.num_v_heads();
         (
-            RawPacked {
+            Packed {
                 mixed_qkvz: rows(self.qkvz.device_ptr(stream).0, 2, heads.qkvz_features()),
                 mixed_ba: rows(self.ba.device_ptr(stream).0, 4, heads.ba_features()),
             },
-            RawUnpacked {
+            Unpacked {
                 mixed_qkv: rows(self.qkv.device_ptr_mut(stream).0, 2, heads.qkv_features()),
                 z: rows(self.z.device_ptr_mut(stream).0, 2, heads.z_features()),
                 b: rows(self.b.device_ptr_mut(stream).0, 4, hv),
@@ -143,11 +143,11 @@ impl OnDevice {
         let [qkv, z] = [&self.qkv, &self.z].map(|s| stream.clone_dtoh(s).unwrap());
         let [b, a] = [&self.b, &self.a].map(|s| stream.clone_dtoh(s).unwrap());
         let hv = heads.num_v_heads();
-        let packed = gdn::Packed {
+        let packed = Packed {
             mixed_qkvz: gdn::Rows::new(&qkvz, n, heads.qkvz_features()).unwrap(),
             mixed_ba: gdn::Rows::new(&ba, n, heads.ba_features()).unwrap(),
         };
-        let unpacked = gdn::Unpacked {
+        let unpacked = Unpacked {
             mixed_qkv: gdn::Rows::new(&qkv, n, heads.qkv_features()).unwrap(),
             z: gdn::Rows::new(&z, n, heads.z_features()).unwrap(),
             b: gdn::Rows::new(&b, n, hv).unwrap(),
@@ -227,8 +227,8 @@ fn strided_slices() {
     }
     cuda::split(
         &layout,
-        cuda::Packed { mixed_qkvz: view(&qkvz, packed.mixed_qkvz), mixed_ba: view(&ba, packed.mixed_ba) },
-        cuda::UnpackedMut {
+        Packed { mixed_qkvz: view(&qkvz, packed.mixed_qkvz), mixed_ba: view(&ba, packed.mixed_ba) },
+        Unpacked {
             mixed_qkv: view_mut(&mut qkv, n, views[0]),
             z: view_mut(&mut z, n, views[1]),
             b: view_mut(&mut b, n, views[2]),
@@ -351,7 +351,7 @@ fn what_is_wrong_is_said() {
     let on_host = RawRows::new(host.as_ptr().addr() as u64, 2, 4, features, features).unwrap();
     // SAFETY: none of these calls comes to a launch.
     unsafe {
-        let wrong = RawPacked { mixed_qkvz: on_host, ..packed };
+        let wrong = Packed { mixed_qkvz: on_host, ..packed };
         let error = gpu.split_raw(&layout(), wrong, unpacked, stream.cu_stream()).unwrap_err();
         let expected = "belongs to no device, the call is for cuda:0";
         assert!(
@@ -363,9 +363,9 @@ fn what_is_wrong_is_said() {
         let error = gpu.split_raw(&other, packed, unpacked, stream.cu_stream()).unwrap_err();
         assert!(matches!(error, CudaError::Argument(ArgumentError::Length { .. })), "{error}");
 
-        let overlapping = RawUnpacked { z: RawRows::new(0x1000, 2, 4, 384, 384).unwrap(), ..unpacked };
+        let overlapping = Unpacked { z: RawRows::new(0x1000, 2, 4, 384, 384).unwrap(), ..unpacked };
         let overlapping =
-            RawUnpacked { mixed_qkv: RawRows::new(0x1000, 2, 4, 896, 896).unwrap(), ..overlapping };
+            Unpacked { mixed_qkv: RawRows::new(0x1000, 2, 4, 896, 896).unwrap(), ..overlapping };
         let error = gpu.split_raw(&layout(), packed, overlapping, stream.cu_stream()).unwrap_err();
         assert!(matches!(error, CudaError::Argument(ArgumentError::Overlap { .. })), "{error}");
 
@@ -373,8 +373,8 @@ fn what_is_wrong_is_said() {
         let none = |size, features| RawRows::new(0, size, 0, features, features).unwrap();
         let heads = layout().heads;
         let (none_packed, none_unpacked) = (
-            RawPacked { mixed_qkvz: none(2, heads.qkvz_features()), mixed_ba: none(4, heads.ba_features()) },
-            RawUnpacked {
+            Packed { mixed_qkvz: none(2, heads.qkvz_features()), mixed_ba: none(4, heads.ba_features()) },
+            Unpacked {
                 mixed_qkv: none(2, heads.qkv_features()),
                 z: none(2, heads.z_features()),
                 b: none(4, heads.num_v_heads()),
@@ -478,6 +478,6 @@ fn a_planted_fault() {
     let mixed_qkvz = RawRows::new(short.device_ptr(stream).0, 2, 1000, features, features).unwrap();
     // SAFETY: not sound.
     let _ =
-        unsafe { gpu.split_raw(&layout(), RawPacked { mixed_qkvz, ..packed }, unpacked, stream.cu_stream()) };
+        unsafe { gpu.split_raw(&layout(), Packed { mixed_qkvz, ..packed }, unpacked, stream.cu_stream()) };
     let _ = stream.synchronize();
 }

@@ -3,8 +3,7 @@
 mod support;
 
 use gdn::{
-    ArgumentError, Cpu, Heads, Layout, PackedBuf, PackedMut, Packing, Rows, RowsMut, Unpacked, UnpackedBuf,
-    UnpackedMut,
+    ArgumentError, Cpu, Heads, Layout, Packed, PackedBuf, Packing, Rows, RowsMut, Unpacked, UnpackedBuf,
     cpu::{Isa, IsaError},
 };
 use support::{Case, Shape, Tensor};
@@ -87,8 +86,8 @@ fn overlaps() {
         RowsMut::from_raw(base.add(at), 1, 3, features, stride).unwrap()
     };
     let split = |qkvz, qkv, z, b, a| {
-        let from = gdn::Packed { mixed_qkvz: qkvz, mixed_ba: rows(390, 2, 2) };
-        gdn::split(&layout, from, UnpackedMut { mixed_qkv: qkv, z, b, a }, &Cpu::new())
+        let from = Packed { mixed_qkvz: qkvz, mixed_ba: rows(390, 2, 2) };
+        gdn::split(&layout, from, Unpacked { mixed_qkv: qkv, z, b, a }, &Cpu::new())
     };
     let overlap = |result: Result<(), ArgumentError>| match result {
         Err(ArgumentError::Overlap { argument, other, bytes, .. }) => Some((argument, other, bytes)),
@@ -119,13 +118,13 @@ fn overlaps() {
     let result = split(rows(0, 12, 12), rows_mut(100, 8, 20), rows_mut(108, 4, 15), b(), a());
     assert_eq!(overlap(result), Some(("z", "mixed_qkv", 4)));
     // Inputs may overlap one another: both projections of one buffer.
-    let from = gdn::Packed { mixed_qkvz: rows(0, 12, 14), mixed_ba: rows(10, 2, 14) };
-    let to = UnpackedMut { mixed_qkv: rows_mut(100, 8, 8), z: rows_mut(200, 4, 4), b: b(), a: a() };
+    let from = Packed { mixed_qkvz: rows(0, 12, 14), mixed_ba: rows(10, 2, 14) };
+    let to = Unpacked { mixed_qkv: rows_mut(100, 8, 8), z: rows_mut(200, 4, 4), b: b(), a: a() };
     gdn::split(&layout, from, to, &Cpu::new()).unwrap();
     // A merge onto what it reads.
     let from =
         Unpacked { mixed_qkv: rows(100, 8, 8), z: rows(200, 4, 4), b: rows(340, 1, 1), a: rows(350, 1, 1) };
-    let to = PackedMut { mixed_qkvz: rows_mut(190, 12, 12), mixed_ba: rows_mut(300, 2, 2) };
+    let to = Packed { mixed_qkvz: rows_mut(190, 12, 12), mixed_ba: rows_mut(300, 2, 2) };
     let result = gdn::merge(&layout, from, to, &Cpu::new());
     assert_eq!(overlap(result), Some(("mixed_qkvz", "z", 2)));
 }
@@ -149,8 +148,8 @@ fn exact_overlap_agrees_with_bytes_one_by_one() {
             let rows = |at: usize, features| unsafe {
                 Rows::from_raw(base.add(at), 1, 3, features, features).unwrap()
             };
-            let from = gdn::Packed { mixed_qkvz: rows(300, 4), mixed_ba: rows(320, 2) };
-            let to = UnpackedMut {
+            let from = Packed { mixed_qkvz: rows(300, 4), mixed_ba: rows(320, 2) };
+            let to = Unpacked {
                 mixed_qkv: rows_mut(100, 3, qkv_stride),
                 z: rows_mut(z_at, 1, z_stride),
                 b: rows_mut(340, 1, 1),

@@ -1,6 +1,6 @@
 //! More than 2^31 elements, and offsets past 2^32 bytes.
 
-use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, UnpackedMut, reference};
+use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, Unpacked, reference};
 use memmap2::MmapMut;
 
 /// Rows 2 GiB apart: addresses that no 32-bit offset reaches, in memory that is mapped but, but for a few pages, never there.
@@ -24,14 +24,14 @@ fn offsets_past_four_gigabytes() {
         mixed_qkvz: Rows::with_stride(&qkvz[..], num_rows, heads.qkvz_features(), STRIDE).unwrap(),
         mixed_ba: Rows::new(&ba, num_rows, heads.ba_features()).unwrap(),
     };
-    let to = UnpackedMut {
+    let to = Unpacked {
         mixed_qkv: RowsMut::with_stride(&mut qkv[..], num_rows, heads.qkv_features(), STRIDE).unwrap(),
         z: RowsMut::with_stride(&mut z[..], num_rows, heads.z_features(), STRIDE).unwrap(),
         b: RowsMut::new(&mut b, num_rows, 6).unwrap(),
         a: RowsMut::new(&mut a, num_rows, 6).unwrap(),
     };
     gdn::split(&layout, packed, to, &Cpu::new().threads(2)).unwrap();
-    let unpacked = gdn::Unpacked {
+    let unpacked = Unpacked {
         mixed_qkv: strided(&qkv[..], heads.qkv_features()),
         z: strided(&z[..], heads.z_features()),
         b: Rows::new(&b, num_rows, 6).unwrap(),
@@ -66,7 +66,7 @@ fn more_than_two_to_the_31_elements() {
             mixed_qkvz: packed.mixed_qkvz.rows(n..n + 1).unwrap(),
             mixed_ba: packed.mixed_ba.rows(n..n + 1).unwrap(),
         };
-        let unpacked = gdn::Unpacked {
+        let unpacked = Unpacked {
             mixed_qkv: unpacked.mixed_qkv.rows(n..n + 1).unwrap(),
             z: unpacked.z.rows(n..n + 1).unwrap(),
             b: unpacked.b.rows(n..n + 1).unwrap(),

@@ -3,7 +3,7 @@
 use candle_core::{
     CudaStorage, DType, Device, Error, IndexOp, Result, Storage, Tensor, bail, op::BackpropOp,
 };
-use gdn::{Heads, Layout, Packing, cuda};
+use gdn::{Heads, Layout, Packed, Packing, Unpacked, cuda};
 use half::bf16;
 
 /// Dense bf16 `mixed_qkvz` and `mixed_ba` on a GPU, as `mixed_qkv`, `z`, `b` and `a`.
@@ -26,11 +26,11 @@ fn split(layout: &Layout, qkvz: &Tensor, ba: &Tensor) -> Result<[Tensor; 4]> {
     let (mut b, mut a) = (new(hv)?, new(hv)?);
 
     let gpu = cuda::Gpu::on(&device.cuda_stream()).map_err(Error::wrap)?;
-    let from = cuda::Packed {
+    let from = Packed {
         mixed_qkvz: cuda::Rows::new(&qkvz, n, heads.qkvz_features()).map_err(Error::wrap)?,
         mixed_ba: cuda::Rows::new(&ba, n, heads.ba_features()).map_err(Error::wrap)?,
     };
-    let to = cuda::UnpackedMut {
+    let to = Unpacked {
         mixed_qkv: cuda::RowsMut::new(&mut qkv, n, heads.qkv_features()).map_err(Error::wrap)?,
         z: cuda::RowsMut::new(&mut z, n, heads.z_features()).map_err(Error::wrap)?,
         b: cuda::RowsMut::new(&mut b, n, hv).map_err(Error::wrap)?,

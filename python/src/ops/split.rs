@@ -1,8 +1,6 @@
 //! Split and merge of six tensors: the two functions, and what both doors come to.
 
-use std::ops::Range;
-
-use gdn::{Cpu, Heads, Layout, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut, cuda};
+use gdn::{Cpu, Direction, Heads, Layout, Packed, Rows, RowsMut, TENSORS, Unpacked, cuda, from_order};
 use pyo3::{
     prelude::*,
     types::{PyString, PyTuple},
@@ -16,39 +14,7 @@ use crate::{
     torch::{self, Libtorch, type_name},
 };
 
-/// Which way the features move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    Split,
-    Merge,
-}
-
-impl Direction {
-    /// The arguments that are read, by their places in [`NAMES`].
-    pub(crate) fn read(self) -> Range<usize> {
-        if self == Self::Split { 0..2 } else { 2..6 }
-    }
-
-    /// Those that are written.
-    pub(crate) fn written(self) -> Range<usize> {
-        if self == Self::Split { 2..6 } else { 0..2 }
-    }
-
-    /// The argument that is read whose dtype another one has: that of its projection, and of these the first.
-    pub(crate) fn like(self, argument: usize) -> usize {
-        match (self, argument) {
-            (Self::Split, 0 | 2 | 3) => 0,
-            (Self::Split, _) => 1,
-            (Self::Merge, 0 | 2 | 3) => 2,
-            (Self::Merge, _) => 4,
-        }
-    }
-}
-
-/// The arguments in the order of the Python functions: packed, then unpacked.
-pub(crate) const NAMES: [&str; 6] = ["mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a"];
-
-/// The shapes of outputs for N rows, in the order of [`NAMES`].
+/// The shapes of outputs for N rows, in the order of [`TENSORS`].
 pub(crate) fn shape(heads: &Heads, tensor: usize, num_rows: usize) -> Shape {
     match tensor {
         0 => [num_rows, heads.qkvz_features()].into(),
@@ -72,34 +38,34 @@ pub(crate) struct Call<'a> {
 pub(crate) fn check(tensor: &Tensor, argument: usize, layout: &Layout) -> PyResult<RowsOf> {
     let heads = &layout.heads;
     let inner = (argument == 3).then(|| [heads.num_v_heads(), heads.head_v_dim()]);
-    let rows = tensor.rows(NAMES[argument], inner)?;
+    let rows = tensor.rows(TENSORS[argument], inner)?;
     if tensor.dtype.size() == 0 {
         return Err(type_error(format!(
             "{} has dtype {}, expected whole bytes",
-            NAMES[argument], tensor.dtype
+            TENSORS[argument], tensor.dtype
         )));
     }
     Ok(rows)
 }
 
 impl<'a> Call<'a> {
-    /// `tensors` in the order of [`NAMES`].
+    /// `tensors` in the order of [`TENSORS`].
     #[inline]
     pub(crate) fn new(layout: Layout, direction: Direction, tensors: &'a [Tensor; 6]) -> PyResult<Self> {
         let first = direction.read().start;
         let mut rows = [RowsOf { num_rows: 0, features: 0, row_stride: 0 }; 6];
         for (i, tensor) in tensors.iter().enumerate() {
             rows[i] = check(tensor, i, &layout)?;
-            let argument = NAMES[i];
+            let argument = TENSORS[i];
             if tensor.device != tensors[first].device
                 && !(tensor.device.is_cpu() && tensors[first].device.is_cpu())
             {
-                let (got, other, expected) = (tensor.device, NAMES[first], tensors[first].device);
+                let (got, other, expected) = (tensor.device, TENSORS[first], tensors[first].device);
                 return Err(value_error(format!("{argument} is on {got}, {other} is on {expected}")));
             }
             let like = direction.like(i);
             if tensor.dtype != tensors[like].dtype {
-                let (got, other, expected) = (tensor.dtype, NAMES[like], tensors[like].dtype);
+                let (got, other, expected) = (tensor.dtype, TENSORS[like], tensors[like].dtype);
                 return Err(type_error(format!("{argument} has dtype {got}, {other} has {expected}")));
             }
             if tensor.read_only && direction.written().contains(&i) {
@@ -146,7 +112,7 @@ impl<'a> Call<'a> {
     /// # Safety
     /// That of [`Call::run`].
     unsafe fn on_cpu(&self, cpu: &Cpu) -> PyResult<()> {
-        let bad = |i: usize| move |e: gdn::ArgumentError| value_error(format!("{}: {e}", NAMES[i]));
+        let bad = |i: usize| move |e: gdn::ArgumentError| value_error(format!("{}: {e}", TENSORS[i]));
         let read = |i: usize| {
             let (tensor, rows) = (&self.tensors[i], &self.rows[i]);
             let ptr = std::ptr::with_exposed_provenance(tensor.address);
@@ -167,13 +133,13 @@ impl<'a> Call<'a> {
             Direction::Split => gdn::split(
                 &self.layout,
                 Packed { mixed_qkvz: read(0)?, mixed_ba: read(1)? },
-                UnpackedMut { mixed_qkv: write(2)?, z: write(3)?, b: write(4)?, a: write(5)? },
+                Unpacked { mixed_qkv: write(2)?, z: write(3)?, b: write(4)?, a: write(5)? },
                 cpu,
             ),
             Direction::Merge => gdn::merge(
                 &self.layout,
                 Unpacked { mixed_qkv: read(2)?, z: read(3)?, b: read(4)?, a: read(5)? },
-                PackedMut { mixed_qkvz: write(0)?, mixed_ba: write(1)? },
+                Packed { mixed_qkvz: write(0)?, mixed_ba: write(1)? },
                 cpu,
             ),
         };
@@ -193,10 +159,9 @@ impl<'a> Call<'a> {
                 rows.features,
                 rows.row_stride,
             )
-            .map_err(|e| value_error(format!("{}: {e}", NAMES[i])))
+            .map_err(|e| value_error(format!("{}: {e}", TENSORS[i])))
         };
-        let packed = cuda::RawPacked { mixed_qkvz: raw(0)?, mixed_ba: raw(1)? };
-        let unpacked = cuda::RawUnpacked { mixed_qkv: raw(2)?, z: raw(3)?, b: raw(4)?, a: raw(5)? };
+        let (packed, unpacked) = from_order([raw(0)?, raw(1)?, raw(2)?, raw(3)?, raw(4)?, raw(5)?]);
         // SAFETY: the caller's promise.
         let done = unsafe {
             match self.direction {
@@ -246,7 +211,7 @@ pub(crate) fn merge<'py>(
     run(Direction::Merge, [mixed_qkv, z, b, a], heads, &packing, out)
 }
 
-/// Either, on the tensors that are read, in the order of [`NAMES`].
+/// Either, on the tensors that are read, in the order of [`TENSORS`].
 fn run<'py, const READ: usize>(
     direction: Direction,
     read: [Bound<'py, PyAny>; READ],
@@ -264,13 +229,13 @@ fn run<'py, const READ: usize>(
     let mut is_operator = false;
     for (i, object) in direction.read().zip(&read) {
         match torch {
-            Some(torch) if torch.borrow(object, NAMES[i], &mut tensors[i])? => {}
+            Some(torch) if torch.borrow(object, TENSORS[i], &mut tensors[i])? => {}
             Some(torch) if torch.is_tensor(object) => {
                 tensors[i] = Tensor::NONE;
                 is_operator = true;
             }
-            Some(_) => return Err(other_framework(NAMES[i], object, NAMES[first])),
-            None => lent.extend(dlpack::borrow(object, NAMES[i], &mut tensors[i])?),
+            Some(_) => return Err(other_framework(TENSORS[i], object, TENSORS[first])),
+            None => lent.extend(dlpack::borrow(object, TENSORS[i], &mut tensors[i])?),
         }
     }
     if let Some(torch) = torch
@@ -326,14 +291,14 @@ fn given<'py>(
     for (i, object) in direction.written().zip(given.iter_borrowed()) {
         match torch {
             Some(torch) if is_grad_enabled && torch.is_plain(&object) && torch.requires_grad(&object)? => {
-                let argument = NAMES[i];
+                let argument = TENSORS[i];
                 return Err(value_error(format!(
                     "{argument} requires grad: what is written to has no gradient"
                 )));
             }
-            Some(torch) if torch.borrow(&object, NAMES[i], &mut tensors[i])? => {}
-            Some(_) => return Err(other_framework(NAMES[i], &object, NAMES[direction.read().start])),
-            None => lent.extend(dlpack::borrow(&object, NAMES[i], &mut tensors[i])?),
+            Some(torch) if torch.borrow(&object, TENSORS[i], &mut tensors[i])? => {}
+            Some(_) => return Err(other_framework(TENSORS[i], &object, TENSORS[direction.read().start])),
+            None => lent.extend(dlpack::borrow(&object, TENSORS[i], &mut tensors[i])?),
         }
     }
     Ok(given)
@@ -369,7 +334,7 @@ fn made<'py>(
             }
         }
         let shape = shape(i);
-        let (object, tensor) = fresh(torch, like, &known, &shape, NAMES[i], buffers)?;
+        let (object, tensor) = fresh(torch, like, &known, &shape, TENSORS[i], buffers)?;
         tensors[i] = tensor;
         made.push(object);
     }

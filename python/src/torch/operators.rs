@@ -5,6 +5,7 @@ use std::{
     panic::AssertUnwindSafe,
 };
 
+use gdn::{Direction, TENSORS};
 use pyo3::prelude::*;
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
 use crate::{
     ops::{
         self,
-        split::{self, Call, Direction},
+        split::{self, Call},
     },
     tensor::Tensor,
 };
@@ -176,7 +177,7 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
     let (mut tensors, mut dtypes) = ([Tensor::NONE; 6], [0; 6]);
     for i in read.clone() {
         if let Some(handle) = &handles[i] {
-            dtypes[i] = handle.read(split::NAMES[i], false, &mut tensors[i])?;
+            dtypes[i] = handle.read(TENSORS[i], false, &mut tensors[i])?;
         }
     }
     if !out {
@@ -189,7 +190,7 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
     }
     for i in written.clone() {
         if let Some(handle) = &handles[i] {
-            handle.read(split::NAMES[i], true, &mut tensors[i])?;
+            handle.read(TENSORS[i], true, &mut tensors[i])?;
         }
     }
     let call = Call::new(layout, direction, &tensors)?;

@@ -13,7 +13,7 @@ use self::copy::{Copier, LINE};
 
 pub use cache::{Cache, caches, last_level_bytes};
 pub use isa::{Isa, IsaError};
-pub(crate) use split::run;
+pub use split::{merge, merge_fresh, split, split_fresh};
 
 /// How results are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -1,4 +1,4 @@
-//! Split and merge on the CPU: a checked plan, cut into chunks of rows for threads and tiles of rows for their caches, as runs
+//! Split and merge on the CPU: the functions to call, and a checked plan, cut into chunks of rows for threads and tiles of rows for their caches, as runs
 //! of byte copies.
 
 use std::{
@@ -13,11 +13,102 @@ use super::{
     copy::{Copier, LINE, Lane},
 };
 use crate::{
-    FeatureMap, Run,
-    rows::Operand,
+    argument::ArgumentError,
+    buf::{BufError, PackedBuf, UnpackedBuf},
+    packing::{FeatureMap, Layout, Run},
+    rows::{Rows, RowsMut},
     split::{Direction, Plan},
     tiling::{self, DeviceProfile, Tiling},
+    view::{Packed, Unpacked, View},
 };
+
+/// Takes packed projections apart, into outputs the caller gives.
+///
+/// For each row, features move as [`Layout::qkvz_map`] and [`Layout::ba_map`] say; nothing is computed, so elements
+/// are opaque and arrive bit for bit. Rows of any tensor may lie any distance apart and at any alignment. Inputs may
+/// overlap one another; an output may overlap nothing. With outputs given and work for one thread nothing is allocated.
+///
+/// ```
+/// use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, Unpacked};
+///
+/// let layout = Layout::new(Heads::new(1, 2, 1, 2)?, Packing::Interleaved);
+/// let qkvz: Vec<u16> = (0..10).collect();                 // q | k | v0 v0 v1 v1 | z0 z0 z1 z1
+/// let ba: Vec<f32> = vec![0.1, 0.2, 0.3, 0.4];            // b0 b1 | a0 a1
+/// let (mut qkv, mut z) = ([0u16; 6], [0u16; 4]);
+/// let (mut b, mut a) = ([0f32; 2], [0f32; 2]);
+/// gdn::split(
+///     &layout,
+///     Packed { mixed_qkvz: Rows::new(&qkvz, 1, 10)?, mixed_ba: Rows::new(&ba, 1, 4)? },
+///     Unpacked {
+///         mixed_qkv: RowsMut::new(&mut qkv, 1, 6)?,
+///         z: RowsMut::new(&mut z, 1, 4)?,
+///         b: RowsMut::new(&mut b, 1, 2)?,
+///         a: RowsMut::new(&mut a, 1, 2)?,
+///     },
+///     &Cpu::new(),
+/// )?;
+/// assert_eq!((qkv, z), ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9]));
+/// assert_eq!((b, a), ([0.1, 0.2], [0.3, 0.4]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`ArgumentError`], before anything is written.
+pub fn split(
+    layout: &Layout,
+    from: Packed<Rows<'_>>,
+    to: Unpacked<RowsMut<'_>>,
+    cpu: &Cpu,
+) -> Result<(), ArgumentError> {
+    let (from, to) = (from.as_ref().map(|rows| &rows.view), to.as_ref().map(|rows| &rows.view));
+    run(&Plan::new(layout, Direction::Split, from, to)?, cpu);
+    Ok(())
+}
+
+/// Takes packed projections apart, into one fresh block of memory (see [`UnpackedBuf`]).
+///
+/// Outputs that are kept and used again with [`split()`] are faster: fresh memory costs a page fault for every page.
+///
+/// # Errors
+/// [`BufError`]: what is wrong with an argument, or that there is no memory.
+pub fn split_fresh(layout: &Layout, from: Packed<Rows<'_>>, cpu: &Cpu) -> Result<UnpackedBuf, BufError> {
+    let Packed { mixed_qkvz, mixed_ba } = from;
+    let mut buf = UnpackedBuf::new(
+        &layout.heads,
+        mixed_qkvz.num_rows(),
+        mixed_qkvz.element_size(),
+        mixed_ba.element_size(),
+    )?;
+    split(layout, from, buf.as_mut(), cpu)?;
+    Ok(buf)
+}
+
+/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split()`].
+///
+/// # Errors
+/// [`ArgumentError`], before anything is written.
+pub fn merge(
+    layout: &Layout,
+    from: Unpacked<Rows<'_>>,
+    to: Packed<RowsMut<'_>>,
+    cpu: &Cpu,
+) -> Result<(), ArgumentError> {
+    let (from, to) = (from.as_ref().map(|rows| &rows.view), to.as_ref().map(|rows| &rows.view));
+    run(&Plan::new(layout, Direction::Merge, to, from)?, cpu);
+    Ok(())
+}
+
+/// Puts the four parts together again, into one fresh block of memory (see [`PackedBuf`]).
+///
+/// # Errors
+/// [`BufError`]: what is wrong with an argument, or that there is no memory.
+pub fn merge_fresh(layout: &Layout, from: Unpacked<Rows<'_>>, cpu: &Cpu) -> Result<PackedBuf, BufError> {
+    let Unpacked { mixed_qkv, b, .. } = from;
+    let mut buf =
+        PackedBuf::new(&layout.heads, mixed_qkv.num_rows(), mixed_qkv.element_size(), b.element_size())?;
+    merge(layout, from, buf.as_mut(), cpu)?;
+    Ok(buf)
+}
 
 /// What a tile of rows, inputs and outputs together, may take of a core's second-level cache.
 const TILE_BYTES: usize = 512 << 10;
@@ -33,7 +124,7 @@ const MAX_TILE_BYTES: usize = 64 << 20;
 const STREAMED_ROWS: std::ops::RangeInclusive<usize> = 8 * LINE..=4 << 20;
 
 /// Does what was checked.
-pub(crate) fn run(plan: &Plan<'_>, cpu: &Cpu) {
+fn run(plan: &Plan<'_, *mut u8>, cpu: &Cpu) {
     let (num_rows, row_bytes) = (plan.num_rows(), plan.row_bytes());
     // No tensor fills more than the address space, but their sum might.
     let written = num_rows.saturating_mul(row_bytes);
@@ -97,7 +188,7 @@ enum Road {
 /// Everything a thread needs to copy any of the rows. Small, and the rest made where it is needed: a call for one row finds
 /// its inputs and outputs in the first-level cache if little else is there.
 struct Work<'a> {
-    plan: &'a Plan<'a>,
+    plan: &'a Plan<'a, *mut u8>,
     copier: &'static Copier,
     /// For each projection, the road of its first and of its second written tensor.
     roads: [[Road; 2]; 2],
@@ -107,39 +198,30 @@ struct Work<'a> {
 // SAFETY: addresses of a plan's tensors. Only `do_rows` follows them, whose callers answer for how.
 unsafe impl Sync for Work<'_> {}
 
-impl<'a> Work<'a> {
-    /// The tensors that a projection writes: two of a split, one of a merge.
-    fn targets(&self, projection: usize) -> &[&'a Operand] {
-        let tensors = self.plan.tensors(projection);
-        match self.plan.direction {
-            Direction::Split => &tensors[1..],
-            Direction::Merge => &tensors[..1],
-        }
-    }
-
+impl Work<'_> {
     /// One run of a projection's map as a lane from row 0 of its source to row 0 of its target, and which target that is.
     #[inline(always)]
     fn lane(&self, projection: usize, map: &FeatureMap, run: &Run) -> (Lane, usize) {
-        let tensors = self.plan.tensors(projection);
-        let size = tensors[0].geometry.element_size;
+        let (packed, unpacked) = (self.plan.packed(projection), self.plan.unpacked(projection));
+        let size = packed.geometry.element_size;
         let second_start = map.tensors()[1].start;
         let second = usize::from(run.unpacked >= second_start);
         let len = run.len * size;
-        let packed = (tensors[0], run.packed * size, map.packed_step() * size);
-        let unpacked = (tensors[1 + second], (run.unpacked - second * second_start) * size, len);
+        let packed = (packed, run.packed * size, map.packed_step() * size);
+        let unpacked = (unpacked[second], (run.unpacked - second * second_start) * size, len);
         let ((from, src_at, src_step), (to, dst_at, dst_step), target) = match self.plan.direction {
             Direction::Split => (packed, unpacked, second),
             Direction::Merge => (unpacked, packed, 0),
         };
         // With no rows the pointers may be anything and are never followed.
-        let src = from.ptr.wrapping_add(src_at);
+        let src = from.address.wrapping_add(src_at);
         let ahead = match self.plan.direction {
-            Direction::Split => from.ptr.wrapping_add(run.unpacked * size),
+            Direction::Split => from.address.wrapping_add(run.unpacked * size),
             Direction::Merge => src,
         };
         let lane = Lane {
             src,
-            dst: to.ptr.wrapping_add(dst_at),
+            dst: to.address.wrapping_add(dst_at),
             src_stride: from.geometry.row_stride,
             dst_stride: to.geometry.row_stride,
             src_step,
@@ -154,8 +236,8 @@ impl<'a> Work<'a> {
     /// Chooses a road past the caches for every tensor that is worth it.
     fn choose_roads(&mut self) {
         for projection in 0..2 {
-            for target in 0..self.targets(projection).len() {
-                let geometry = self.targets(projection)[target].geometry;
+            for target in 0..self.plan.written(projection).len() {
+                let geometry = self.plan.written(projection)[target].geometry;
                 if !STREAMED_ROWS.contains(&geometry.row_bytes()) {
                     continue;
                 }
@@ -174,7 +256,7 @@ impl<'a> Work<'a> {
     /// Bytes of the stage of a tensor, 0 where it has none.
     fn stage_bytes(&self, projection: usize, target: usize) -> usize {
         match self.roads[projection][target] {
-            Road::Staged => self.rows_per_iter * self.targets(projection)[target].geometry.row_bytes(),
+            Road::Staged => self.rows_per_iter * self.plan.written(projection)[target].geometry.row_bytes(),
             Road::Cached | Road::Streamed => 0,
         }
     }
@@ -223,8 +305,8 @@ impl<'a> Work<'a> {
             lane.src = lane.src.wrapping_add(tile.start * lane.src_stride);
             lane.ahead = lane.ahead.wrapping_add(tile.start * lane.src_stride);
             if self.roads[projection][target] == Road::Staged {
-                let Operand { ptr, geometry } = self.targets(projection)[target];
-                let offset = lane.dst.addr() - ptr.addr() + target * self.stage_bytes(projection, 0);
+                let View { address, geometry } = self.plan.written(projection)[target];
+                let offset = lane.dst.addr() - address.addr() + target * self.stage_bytes(projection, 0);
                 (lane.dst, lane.dst_stride) = (stage.wrapping_add(offset), geometry.row_bytes());
             } else {
                 lane.dst = lane.dst.wrapping_add(tile.start * lane.dst_stride);
@@ -242,7 +324,7 @@ impl<'a> Work<'a> {
     /// As [`Work::do_tile`], which put a tile on the stages.
     #[inline(never)]
     unsafe fn stream_stages(&self, projection: usize, tile: &Range<usize>, stage: *const u8) {
-        for (target, Operand { ptr, geometry }) in self.targets(projection).iter().enumerate() {
+        for (target, View { address, geometry }) in self.plan.written(projection).iter().enumerate() {
             if self.roads[projection][target] != Road::Staged {
                 continue;
             }
@@ -256,7 +338,7 @@ impl<'a> Work<'a> {
                 // SAFETY: rows of the tile, on the stage and in the tensor.
                 unsafe {
                     let src = stage.add(target * self.stage_bytes(projection, 0) + k * row_bytes);
-                    let dst = ptr.add((tile.start + k) * geometry.row_stride);
+                    let dst = address.add((tile.start + k) * geometry.row_stride);
                     (self.copier.stream)(src, dst, bytes);
                 }
             }

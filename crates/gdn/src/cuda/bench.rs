@@ -7,8 +7,16 @@ use cudarc::driver::{
     sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL},
 };
 
-use super::{CudaError, Gpu, RawPacked, RawRows, RawUnpacked, error::driver};
-use crate::{Layout, Packed, Rows, Unpacked};
+use super::{
+    device::Gpu,
+    error::{CudaError, driver},
+    views::RawRows,
+};
+use crate::{
+    packing::Layout,
+    rows::Rows,
+    view::{Packed, Unpacked},
+};
 
 /// A split within a GPU's memory, and a copy of as many bytes as it reads, each captured in a CUDA graph of [`Bench::CALLS`] calls: so
 /// many that starting the graph does not count.
@@ -30,7 +38,7 @@ impl Bench {
     ///
     /// # Errors
     /// Those of [`split`](super::split), for outputs of the right shape.
-    pub fn new(layout: &Layout, from: Packed<'_>, gpu: &Gpu) -> Result<Self, CudaError> {
+    pub fn new(layout: &Layout, from: Packed<Rows<'_>>, gpu: &Gpu) -> Result<Self, CudaError> {
         let ordinal = gpu.info().ordinal;
         let failed = |call: &'static str| move |error: DriverError| driver(ordinal, call)(error);
         // A stream of its own: the default one cannot be captured.
@@ -57,8 +65,8 @@ impl Bench {
         for (slice, (size, features)) in memory.iter_mut().zip(addresses) {
             rows.push(RawRows::new(slice.device_ptr_mut(&stream).0, size, n, features, features)?);
         }
-        let packed = RawPacked { mixed_qkvz: rows[0], mixed_ba: rows[1] };
-        let unpacked = RawUnpacked { mixed_qkv: rows[2], z: rows[3], b: rows[4], a: rows[5] };
+        let packed = Packed { mixed_qkvz: rows[0], mixed_ba: rows[1] };
+        let unpacked = Unpacked { mixed_qkv: rows[2], z: rows[3], b: rows[4], a: rows[5] };
         // SAFETY: six dense tensors of this device, which live as long as the graphs.
         let split = || unsafe { gpu.split_raw(layout, packed, unpacked, stream.cu_stream()) };
         split()?;
@@ -94,7 +102,7 @@ impl Bench {
     ///
     /// # Errors
     /// None that the shapes of [`Bench::new`] can have.
-    pub fn unpacked(&self) -> Result<Unpacked<'_>, CudaError> {
+    pub fn unpacked(&self) -> Result<Unpacked<Rows<'_>>, CudaError> {
         let (n, sizes, features) = self.shape;
         let rows = |i: usize| Rows::from_bytes(&self.results[i], sizes[i / 2], n, features[i]);
         Ok(Unpacked { mixed_qkv: rows(0)?, z: rows(1)?, b: rows(2)?, a: rows(3)? })

@@ -9,7 +9,6 @@ use cudarc::driver::{
 
 use super::{
     error::{CudaError, driver},
-    lower::Profile,
     module::Kernels,
 };
 
@@ -117,7 +116,6 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     info: Arc<DeviceInfo>,
     pub(super) kernels: Arc<Kernels>,
-    pub(super) profile: Profile,
     pub(super) programmatic: bool,
     pub(super) check_pointers: bool,
 }
@@ -155,7 +153,6 @@ impl Gpu {
         }
         Ok(Self {
             kernels: Kernels::of(stream.context(), info.compute_capability)?,
-            profile: Profile::of(info.multiprocessors),
             stream: Arc::clone(stream),
             info: Arc::new(info),
             programmatic: true,

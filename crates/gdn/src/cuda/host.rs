@@ -1,131 +1,93 @@
-//! The op on a GPU for tensors of the host: copied there, done, copied back. For tools; the copies take far longer than the op.
+//! Rows of the host's memory, copied to a GPU and back: for tools. The copies take far longer than any op.
 
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, sys};
 
 use super::{
-    CudaError, Gpu,
-    error::driver,
-    raw::{RawPacked, RawRows, RawUnpacked},
+    device::Gpu,
+    error::{CudaError, driver},
+    views::RawRows,
 };
 use crate::{
-    Layout, Packed, PackedMut, Unpacked, UnpackedMut,
-    rows::{Geometry, Operand},
-    split::{Direction, Plan},
+    rows::{Rows, RowsMut},
+    view::{Geometry, View},
 };
 
 /// A tensor's rows on the device, one after the other.
-struct Dense(CudaSlice<u8>);
+pub(super) struct Staged {
+    memory: CudaSlice<u8>,
+    geometry: Geometry,
+}
 
-impl Dense {
-    fn new(bytes: usize, gpu: &Gpu) -> Result<Self, CudaError> {
-        // SAFETY: `upload` or the kernel writes all of it before it is read.
-        unsafe { gpu.stream().alloc(bytes.max(1)) }
-            .map(Self)
-            .map_err(driver(gpu.info().ordinal, "cuMemAlloc"))
-    }
-
-    /// The stretches of host memory that `operand` is made of, and where each goes.
-    fn stretches(operand: &Operand) -> impl Iterator<Item = (*mut u8, std::ops::Range<usize>)> + use<> {
-        let Operand { ptr, geometry } = *operand;
-        let Geometry { num_rows, row_stride, .. } = geometry;
-        let row = geometry.row_bytes();
-        let (count, bytes) =
-            if row_stride == row { (num_rows.min(1), num_rows * row) } else { (num_rows, row) };
-        (0..count).map(move |n| (ptr.wrapping_add(n * row_stride), n * bytes..(n + 1) * bytes))
-    }
-
-    /// # Safety
-    /// `operand` is that of a [`crate::Rows`] that is still borrowed.
-    unsafe fn upload(&mut self, operand: &Operand, gpu: &Gpu) -> Result<(), CudaError> {
-        for (ptr, range) in Self::stretches(operand) {
-            // SAFETY: rows that the view vouches for.
+impl Staged {
+    /// A copy of rows of the host.
+    pub(super) fn of(rows: Rows<'_>, gpu: &Gpu) -> Result<Self, CudaError> {
+        let mut staged = Self::room(&rows.view, gpu)?;
+        for (ptr, range) in stretches(&rows.view) {
+            // SAFETY: rows that the view vouches for, which is borrowed until they are copied.
             let from = unsafe { std::slice::from_raw_parts(ptr.cast_const(), range.len()) };
-            let copied = gpu.stream().memcpy_htod(from, &mut self.0.slice_mut(range));
+            let copied = gpu.stream().memcpy_htod(from, &mut staged.memory.slice_mut(range));
             copied.map_err(driver(gpu.info().ordinal, "cuMemcpyHtoD"))?;
         }
-        Ok(())
+        Ok(staged)
     }
 
-    /// # Safety
-    /// `operand` is that of a [`crate::RowsMut`] that is still borrowed, whose rows are initialised.
-    unsafe fn download(&self, operand: &Operand, gpu: &Gpu) -> Result<(), CudaError> {
-        for (ptr, range) in Self::stretches(operand) {
-            // SAFETY: rows that the view vouches for.
-            let to = unsafe { std::slice::from_raw_parts_mut(ptr, range.len()) };
-            let copied = gpu.stream().memcpy_dtoh(&self.0.slice(range), to);
-            copied.map_err(driver(gpu.info().ordinal, "cuMemcpyDtoH"))?;
-        }
-        gpu.stream().synchronize().map_err(driver(gpu.info().ordinal, "cuStreamSynchronize"))
+    /// Room for what is to be copied into rows of the host.
+    pub(super) fn like(rows: &RowsMut<'_>, gpu: &Gpu) -> Result<Self, CudaError> {
+        Self::room(&rows.view, gpu)
     }
-}
 
-/// [`gdn::split`](crate::split()) by a GPU, for tensors in the memory of the host. Returns when they are written.
-///
-/// # Errors
-/// [`CudaError::Argument`], before anything is written; [`CudaError::TooLarge`], [`CudaError::Driver`].
-pub fn split_host(
-    layout: &Layout,
-    from: Packed<'_>,
-    to: UnpackedMut<'_>,
-    gpu: &Gpu,
-) -> Result<(), CudaError> {
-    let UnpackedMut { mixed_qkv, z, b, a } = &to;
-    let packed = [from.mixed_qkvz.operand, from.mixed_ba.operand];
-    run(layout, Direction::Split, packed, [mixed_qkv, z, b, a].map(|rows| rows.operand), gpu)
-}
-
-/// [`gdn::merge`](crate::merge()) by a GPU, for tensors in the memory of the host. Returns when they are written.
-///
-/// # Errors
-/// Those of [`split_host`].
-pub fn merge_host(
-    layout: &Layout,
-    from: Unpacked<'_>,
-    to: PackedMut<'_>,
-    gpu: &Gpu,
-) -> Result<(), CudaError> {
-    let Unpacked { mixed_qkv, z, b, a } = from;
-    let packed = [to.mixed_qkvz.operand, to.mixed_ba.operand];
-    run(layout, Direction::Merge, packed, [mixed_qkv, z, b, a].map(|rows| rows.operand), gpu)
-}
-
-fn run(
-    layout: &Layout,
-    direction: Direction,
-    [qkvz, ba]: [Operand; 2],
-    [qkv, z, b, a]: [Operand; 4],
-    gpu: &Gpu,
-) -> Result<(), CudaError> {
-    let host = [qkvz, qkv, z, ba, b, a];
-    let num_rows = Plan::new(layout, direction, host.each_ref())?.num_rows();
-    let mut device = Vec::with_capacity(host.len());
-    for operand in &host {
-        device.push(Dense::new(num_rows * operand.geometry.row_bytes(), gpu)?);
+    fn room(view: &View<*mut u8>, gpu: &Gpu) -> Result<Self, CudaError> {
+        let View { geometry, .. } = *view;
+        let bytes = geometry.num_rows * geometry.row_bytes();
+        // SAFETY: a copy or a kernel writes all of it before it is read.
+        let memory = unsafe { gpu.stream().alloc(bytes.max(1)) };
+        Ok(Self { memory: memory.map_err(driver(gpu.info().ordinal, "cuMemAlloc"))?, geometry })
     }
-    let is_written = |i: usize| (direction == Direction::Split) != i.is_multiple_of(3);
-    for (i, operand) in host.iter().enumerate().filter(|(i, _)| !is_written(*i)) {
-        // SAFETY: of a view that the caller holds.
-        unsafe { device[i].upload(operand, gpu)? };
+
+    /// The rows on the device, in this order after what was done on the GPU's stream before.
+    pub(super) fn rows(&self, gpu: &Gpu) -> Result<RawRows, CudaError> {
+        self.at(self.memory.device_ptr(gpu.stream()).0)
     }
-    let mut rows = Vec::with_capacity(host.len());
-    for (i, (operand, Dense(slice))) in host.iter().zip(&mut device).enumerate() {
-        let Geometry { num_rows, features, element_size, .. } = operand.geometry;
+
+    /// The same, to be written.
+    pub(super) fn rows_mut(&mut self, gpu: &Gpu) -> Result<RawRows, CudaError> {
+        let address = self.memory.device_ptr_mut(gpu.stream()).0;
+        self.at(address)
+    }
+
+    fn at(&self, address: u64) -> Result<RawRows, CudaError> {
+        let Geometry { num_rows, features, element_size, .. } = self.geometry;
+        Ok(RawRows::new(address, element_size, num_rows, features, features)?)
+    }
+
+    /// Copies the rows back, and waits.
+    pub(super) fn download(&self, to: &mut RowsMut<'_>, gpu: &Gpu) -> Result<(), CudaError> {
+        let ordinal = gpu.info().ordinal;
         let stream = gpu.stream();
-        let address = if is_written(i) { slice.device_ptr_mut(stream).0 } else { slice.device_ptr(stream).0 };
-        rows.push(RawRows::new(address, element_size, num_rows, features, features)?);
-    }
-    let packed = RawPacked { mixed_qkvz: rows[0], mixed_ba: rows[3] };
-    let unpacked = RawUnpacked { mixed_qkv: rows[1], z: rows[2], b: rows[4], a: rows[5] };
-    // SAFETY: tensors of this device, made above for this call, on the stream that they were made and filled on.
-    unsafe {
-        match direction {
-            Direction::Split => gpu.split_raw(layout, packed, unpacked, gpu.stream().cu_stream())?,
-            Direction::Merge => gpu.merge_raw(layout, unpacked, packed, gpu.stream().cu_stream())?,
+        let (address, _ordered) = self.memory.device_ptr(stream);
+        for (ptr, range) in stretches(&to.view) {
+            // SAFETY: so many bytes are there on the device, and rows of the host that the view has for itself, initialised
+            // or not. The call is over, and the view still borrowed, when the stream has been waited for.
+            unsafe {
+                sys::cuMemcpyDtoHAsync_v2(
+                    ptr.cast(),
+                    address + range.start as u64,
+                    range.len(),
+                    stream.cu_stream(),
+                )
+            }
+            .result()
+            .map_err(driver(ordinal, "cuMemcpyDtoH"))?;
         }
+        stream.synchronize().map_err(driver(ordinal, "cuStreamSynchronize"))
     }
-    for (i, operand) in host.iter().enumerate().filter(|(i, _)| is_written(*i)) {
-        // SAFETY: of a view that the caller holds exclusively. Bytes are written over whatever they are.
-        unsafe { device[i].download(operand, gpu)? };
-    }
-    Ok(())
+}
+
+/// The stretches of host memory that a view is made of, and where each goes.
+fn stretches(view: &View<*mut u8>) -> impl Iterator<Item = (*mut u8, std::ops::Range<usize>)> + use<> {
+    let View { address, geometry } = *view;
+    let Geometry { num_rows, row_stride, .. } = geometry;
+    let row = geometry.row_bytes();
+    let (count, bytes) = if row_stride == row { (num_rows.min(1), num_rows * row) } else { (num_rows, row) };
+    (0..count).map(move |n| (address.wrapping_add(n * row_stride), n * bytes..(n + 1) * bytes))
 }

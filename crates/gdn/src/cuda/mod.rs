@@ -14,7 +14,7 @@
 //! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
 //!
 //! ```no_run
-//! use gdn::{Heads, Layout, Packing, cuda};
+//! use gdn::{Heads, Layout, Packed, Packing, Unpacked, cuda};
 //!
 //! let layout = Layout::new(Heads::preset("Qwen3-Next-80B-A3B")?, Packing::Interleaved);
 //! let (heads, tokens) = (layout.heads, 64);
@@ -28,11 +28,11 @@
 //! let mut a = stream.alloc_zeros::<u16>(tokens * heads.num_v_heads())?;
 //! cuda::split(
 //!     &layout,
-//!     cuda::Packed {
+//!     Packed {
 //!         mixed_qkvz: cuda::Rows::new(&qkvz, tokens, heads.qkvz_features())?,
 //!         mixed_ba: cuda::Rows::new(&ba, tokens, heads.ba_features())?,
 //!     },
-//!     cuda::UnpackedMut {
+//!     Unpacked {
 //!         mixed_qkv: cuda::RowsMut::new(&mut qkv, tokens, heads.qkv_features())?,
 //!         z: cuda::RowsMut::new(&mut z, tokens, heads.z_features())?,
 //!         b: cuda::RowsMut::new(&mut b, tokens, heads.num_v_heads())?,
@@ -44,21 +44,18 @@
 //! ```
 
 mod bench;
-#[cfg(test)]
-mod conformance;
 mod device;
 mod error;
 mod host;
-mod lower;
+mod launch;
 mod module;
-mod raw;
-mod slices;
+pub(crate) mod split;
+mod views;
 
 pub use bench::Bench;
 /// The crate of driver calls whose slices and streams are used here, for programs that need the same version.
 pub use cudarc;
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
-pub use host::{merge_host, split_host};
-pub use raw::{RawPacked, RawRows, RawUnpacked};
-pub use slices::{Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut, merge, split};
+pub use split::{merge, merge_host, split, split_host};
+pub use views::{RawRows, Rows, RowsMut};

@@ -11,10 +11,7 @@ use cudarc::driver::{
 };
 use gdn_kernels::modules::{self, Kernel, Module};
 
-use super::{
-    error::{CudaError, driver},
-    lower::Job,
-};
+use super::error::{CudaError, driver};
 
 /// The kernels of one context. Never unloaded: they go with the context.
 ///
@@ -63,23 +60,8 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// The kernel for a job. The first call for its family loads it.
-    pub(super) fn function(&self, context: &CudaContext, job: &Job) -> Result<CUfunction, CudaError> {
-        self.kernel(
-            context,
-            match (job.merge, job.wide, job.shape.rows > 1) {
-                (false, true, false) => "gdn_split_16x1",
-                (false, true, true) => "gdn_split_16x2",
-                (false, false, _) => "gdn_split_narrow",
-                (true, true, false) => "gdn_merge_16x1",
-                (true, true, true) => "gdn_merge_16x2",
-                (true, false, _) => "gdn_merge_narrow",
-            },
-        )
-    }
-
     /// The kernel of this name, one of the table's. The first call for its family loads it.
-    fn kernel(&self, context: &CudaContext, name: &str) -> Result<CUfunction, CudaError> {
+    pub(super) fn kernel(&self, context: &CudaContext, name: &str) -> Result<CUfunction, CudaError> {
         let place = |family: &Family| family.kernels.iter().position(|kernel| kernel.name == name);
         let (family, i) = self
             .families

@@ -1,6 +1,11 @@
-//! The oracle of the split, byte by byte, written from the layouts alone.
+//! The oracle of split and merge: byte by byte, written from the layouts alone.
 
-use crate::{Heads, Packed, Packing, Unpacked};
+use crate::{
+    heads::Heads,
+    packing::Packing,
+    rows::Rows,
+    view::{Packed, Unpacked},
+};
 
 /// Where a feature of a packed row goes: the tensor (`0` is `mixed_qkv` or `b`, `1` is `z` or `a`) and the feature there.
 pub type Place = (usize, usize);
@@ -40,8 +45,8 @@ pub fn place_of_ba(heads: &Heads, packing: Packing, f: usize) -> Place {
 pub fn check(
     heads: &Heads,
     packing: Packing,
-    packed: &Packed<'_>,
-    unpacked: &Unpacked<'_>,
+    packed: &Packed<Rows<'_>>,
+    unpacked: &Unpacked<Rows<'_>>,
 ) -> Result<(), String> {
     let Unpacked { mixed_qkv, z, b, a } = unpacked;
     let qkvz: Vec<Place> = (0..heads.qkvz_features()).map(|f| place_of_qkvz(heads, packing, f)).collect();

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test file is a crate of its own and uses its part")]
 
-use gdn::{Heads, Packed, PackedMut, Rows, RowsMut, Unpacked, UnpackedMut};
+use gdn::{Heads, Packed, Rows, RowsMut, Unpacked};
 
 /// What fills every byte that an op must not touch, and every output before it is written.
 const POISON: u8 = 0xA5;
@@ -116,18 +116,18 @@ impl Case {
         self.mixed_ba = Tensor::poisoned(num_rows, heads.ba_features(), sizes[1], shapes[1]);
     }
 
-    pub fn read_packed(&self) -> Packed<'_> {
+    pub fn read_packed(&self) -> Packed<Rows<'_>> {
         Packed { mixed_qkvz: self.mixed_qkvz.rows(), mixed_ba: self.mixed_ba.rows() }
     }
 
-    pub fn read_unpacked(&self) -> Unpacked<'_> {
+    pub fn read_unpacked(&self) -> Unpacked<Rows<'_>> {
         Unpacked { mixed_qkv: self.mixed_qkv.rows(), z: self.z.rows(), b: self.b.rows(), a: self.a.rows() }
     }
 
-    pub fn for_split(&mut self) -> (Packed<'_>, UnpackedMut<'_>) {
+    pub fn for_split(&mut self) -> (Packed<Rows<'_>>, Unpacked<RowsMut<'_>>) {
         (
             Packed { mixed_qkvz: self.mixed_qkvz.rows(), mixed_ba: self.mixed_ba.rows() },
-            UnpackedMut {
+            Unpacked {
                 mixed_qkv: self.mixed_qkv.rows_mut(),
                 z: self.z.rows_mut(),
                 b: self.b.rows_mut(),
@@ -136,7 +136,7 @@ impl Case {
         )
     }
 
-    pub fn for_merge(&mut self) -> (Unpacked<'_>, PackedMut<'_>) {
+    pub fn for_merge(&mut self) -> (Unpacked<Rows<'_>>, Packed<RowsMut<'_>>) {
         (
             Unpacked {
                 mixed_qkv: self.mixed_qkv.rows(),
@@ -144,7 +144,7 @@ impl Case {
                 b: self.b.rows(),
                 a: self.a.rows(),
             },
-            PackedMut { mixed_qkvz: self.mixed_qkvz.rows_mut(), mixed_ba: self.mixed_ba.rows_mut() },
+            Packed { mixed_qkvz: self.mixed_qkvz.rows_mut(), mixed_ba: self.mixed_ba.rows_mut() },
         )
     }
 
