@@ -37,7 +37,7 @@ impl Bench {
     /// Copies `from` to the GPU, splits it there once, and captures.
     ///
     /// # Errors
-    /// Those of [`split`](super::split), for outputs of the right shape.
+    /// Those of [`split`](super::split()), for outputs of the right shape.
     pub fn new(layout: &Layout, from: Packed<Rows<'_>>, gpu: &Gpu) -> Result<Self, CudaError> {
         let ordinal = gpu.info().ordinal;
         let failed = |call: &'static str| move |error: DriverError| driver(ordinal, call)(error);

@@ -186,7 +186,7 @@ impl Gpu {
         self
     }
 
-    /// The stream on which [`split`](super::split) and [`merge`](super::merge) work.
+    /// The stream on which [`split`](super::split()) and [`merge`](super::merge()) work.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }

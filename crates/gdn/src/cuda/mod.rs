@@ -8,7 +8,7 @@
 //!
 //! | for | call | takes |
 //! |---|---|---|
-//! | Rust programs | [`split`], [`merge`] | views of cudarc's slices, checked and ordered |
+//! | Rust programs | [`split()`], [`merge()`] | views of cudarc's slices, checked and ordered |
 //! | tools | [`split_host`], [`merge_host`] | the CPU's own views, copied there and back |
 //! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`] | device pointers and a `CUstream` |
 //! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
