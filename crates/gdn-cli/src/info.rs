@@ -104,7 +104,8 @@ fn picture(layout: &Layout) -> String {
     boxes(&mut text, "z", heads.z_features(), &[format!("{hv} x {dv}")], "");
     boxes(&mut text, "b", hv, &[of("B", hv)], "");
     boxes(&mut text, "a", hv, &[of("A", hv)], "");
-    let segments = layout.qkvz_map().segments().count() + layout.ba_map().segments().count();
+    let segments: usize =
+        [layout.qkvz_map(), layout.ba_map()].iter().map(|map| map.runs().len() * map.count()).sum();
     let _ = writeln!(text, "\n{segments} segments a row");
     text
 }

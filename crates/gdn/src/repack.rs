@@ -70,6 +70,14 @@ pub enum RepackError {
         /// The block that one was in.
         second_block: usize,
     },
+    /// More heads than a tensor of that length can follow.
+    #[error("num_k_heads = {num_k_heads}: no tensor of {indices} along the outputs can follow so many heads")]
+    Heads {
+        /// Key heads given.
+        num_k_heads: usize,
+        /// Blocks, groups or outputs that the tensor has.
+        indices: usize,
+    },
     /// Outputs that are packed into one element would have to part.
     #[error(
         "outputs {from}..{end} move to {to}, but every {size} outputs are packed together and cannot part",
@@ -125,6 +133,9 @@ pub struct WeightMap {
     destinations: usize,
 }
 
+/// More heads than any model has. What follows so many has an index for each of them.
+const MANY_HEADS: usize = 1 << 16;
+
 impl WeightMap {
     /// To `to` from the other packing.
     pub fn new(heads: &Heads, projection: Projection, to: Packing) -> Self {
@@ -134,6 +145,24 @@ impl WeightMap {
             Packing::Interleaved => Move { from: segment.unpacked, to: segment.packed, len: segment.len },
         });
         Self::of(moves.collect(), map.features(), map.features())
+    }
+
+    /// The same for a tensor with so many `indices` along the outputs: rows of a weight, blocks of scales, packed elements. Heads often
+    /// come out of files, and a map takes memory for each of them: what no tensor of that length can follow is refused first.
+    ///
+    /// # Errors
+    /// [`RepackError::Heads`].
+    pub fn for_indices(
+        heads: &Heads,
+        projection: Projection,
+        to: Packing,
+        indices: usize,
+    ) -> Result<Self, RepackError> {
+        let num_k_heads = heads.num_k_heads();
+        if num_k_heads > indices.max(MANY_HEADS) {
+            return Err(RepackError::Heads { num_k_heads, indices });
+        }
+        Ok(Self::new(heads, projection, to))
     }
 
     /// Sorts moves by `to` and joins what stays side by side.
@@ -207,19 +236,23 @@ impl WeightMap {
         }
         // For each block of the result, the first output seen that goes there.
         let mut origin: Vec<Option<usize>> = vec![None; self.destinations.div_ceil(size)];
-        for (from, to) in self.moves.iter().flat_map(|m| (0..m.len).map(move |i| (m.from + i, m.to + i))) {
-            let block = to / size;
-            let first = *origin[block].get_or_insert(from);
-            if first / size != from / size {
-                let (first_block, second_block) = (first / size, from / size);
-                return Err(RepackError::Block {
-                    size,
-                    block,
-                    first,
-                    first_block,
-                    second: from,
-                    second_block,
-                });
+        for m in &self.moves {
+            // Outputs that lie in one block before and after.
+            let mut done = 0;
+            while done < m.len {
+                let (from, to) = (m.from + done, m.to + done);
+                let first = *origin[to / size].get_or_insert(from);
+                if first / size != from / size {
+                    return Err(RepackError::Block {
+                        size,
+                        block: to / size,
+                        first,
+                        first_block: first / size,
+                        second: from,
+                        second_block: from / size,
+                    });
+                }
+                done += (size - from % size).min(size - to % size).min(m.len - done);
             }
         }
         let moves = origin.iter().enumerate();

@@ -192,6 +192,27 @@ fn the_models_own_blocks() {
     );
 }
 
+/// Heads come out of files: neither memory nor time may follow numbers that no tensor has confirmed.
+#[test]
+fn heads_that_are_too_many_and_dims_that_are_too_large() {
+    let many = Heads::new(1 << 40, 1 << 40, 1, 1).unwrap();
+    for (projection, indices) in
+        [(Projection::Qkvz, 0), (Projection::Ba, 1), (Projection::Qkvz, (1 << 40) - 1)]
+    {
+        let error = WeightMap::for_indices(&many, projection, Packing::Contiguous, indices).unwrap_err();
+        assert_eq!(error, RepackError::Heads { num_k_heads: 1 << 40, indices });
+        assert!(error.to_string().contains("num_k_heads = 1099511627776"), "{error}");
+    }
+    let some = Heads::new(1 << 16, 1 << 16, 1, 1).unwrap();
+    let map = WeightMap::for_indices(&some, Projection::Ba, Packing::Contiguous, 1).unwrap();
+    assert_eq!(map.blocks(1 << 17).unwrap().moves(), [Move { from: 0, to: 0, len: 1 }]);
+    let long = Heads::new(2, 2, 1 << 50, 1 << 50).unwrap();
+    let map = WeightMap::new(&long, Projection::Qkvz, Packing::Contiguous);
+    let small = WeightMap::new(&Heads::new(2, 2, 2, 2).unwrap(), Projection::Qkvz, Packing::Contiguous);
+    assert_eq!(map.blocks(1 << 49).unwrap(), small);
+    assert!(matches!(map.blocks((1 << 49) + 1), Err(RepackError::Block { .. })));
+}
+
 #[test]
 fn wrong_arguments_are_named_and_write_nothing() {
     let heads = Heads::new(2, 4, 8, 8).unwrap();

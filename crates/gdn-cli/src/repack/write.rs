@@ -41,6 +41,9 @@ impl Folder {
     /// Takes the folder for this run alone.
     pub(super) fn open(destination: &Path, source: &Path) -> anyhow::Result<Self> {
         let what = || format!("cannot write {}", destination.display());
+        if let Ok(there) = fs::symlink_metadata(destination) {
+            check_no_link(destination, &there)?;
+        }
         let name = destination.file_name().context("the destination has no name").with_context(what)?;
         let parent = parent_of(destination);
         let mut partial = name.to_owned();
