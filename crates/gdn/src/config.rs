@@ -65,23 +65,20 @@ impl Heads {
     /// Reads the heads from the text of a Hugging Face `config.json`.
     ///
     /// The numbers are `linear_num_key_heads`, `linear_num_value_heads`, `linear_key_head_dim` and
-    /// `linear_value_head_dim`, at the top level or, for multimodal models, under `text_config`.
+    /// `linear_value_head_dim`, at the top level or, for multimodal models, under `text_config` or
+    /// `thinker_config.text_config`. A number that is null is one that is not there.
     ///
     /// # Errors
     /// [`ConfigError::Json`] names the missing or malformed key; the errors of [`Heads::new`] besides.
     pub fn from_config(json: &str) -> Result<Self, ConfigError> {
         let config = parse(json)?;
-        const KEYS: [&str; 4] = [
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-        ];
-        let level = text_level(&config, &KEYS);
+        let level = text_level(&config);
         let mut numbers = [0; 4];
         for (number, key) in numbers.iter_mut().zip(KEYS) {
-            let value = level.get(key).ok_or_else(|| {
-                ConfigError::Json(format!("has no '{key}', at the top level or under 'text_config'"))
+            let value = level.get(key).filter(|value| !value.is_null()).ok_or_else(|| {
+                ConfigError::Json(format!(
+                    "has no '{key}', at the top level or under 'text_config' or 'thinker_config.text_config'"
+                ))
             })?;
             *number = value.as_u64().and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
                 ConfigError::Json(format!("'{key}' is {value}, it must be a positive integer"))
@@ -96,13 +93,16 @@ fn parse(json: &str) -> Result<serde_json::Value, ConfigError> {
     serde_json::from_str(json).map_err(|e| ConfigError::Json(format!("not valid JSON: {e}")))
 }
 
-/// The level of a config that speaks of the language model: `text_config` where it has one of the keys and the top has none.
-fn text_level<'a>(config: &'a serde_json::Value, keys: &[&str]) -> &'a serde_json::Value {
-    let has = |level: &serde_json::Value| keys.iter().any(|key| level.get(key).is_some());
-    match config.get("text_config") {
-        Some(text) if !has(config) && has(text) => text,
-        _ => config,
-    }
+/// The four numbers, in the order of [`Heads::new`].
+const KEYS: [&str; 4] =
+    ["linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"];
+
+/// The level of a config that speaks of the language model: the first that has one of the numbers, else the top.
+fn text_level(config: &serde_json::Value) -> &serde_json::Value {
+    let levels = ["", "/text_config", "/thinker_config/text_config"];
+    let has =
+        |level: &&serde_json::Value| KEYS.iter().any(|key| level.get(key).is_some_and(|v| !v.is_null()));
+    levels.into_iter().filter_map(|path| config.pointer(path)).find(has).unwrap_or(config)
 }
 
 impl Layout {
@@ -132,22 +132,24 @@ impl Layout {
     }
 
     /// Reads the heads from the text of a Hugging Face `config.json` (see [`Heads::from_config`]), and the packing from its
-    /// `model_type`: `qwen3_next` is interleaved, `qwen3_5` and its kin are contiguous.
+    /// `model_type`: `qwen3_next` is interleaved, `qwen3_5` and its kin are contiguous. Where the top level's says neither, that
+    /// of the level with the heads does.
     ///
     /// # Errors
     /// Those of [`Heads::from_config`], and [`ConfigError::Json`] for a `model_type` that is missing or not known.
     pub fn from_config(json: &str) -> Result<Self, ConfigError> {
         let heads = Heads::from_config(json)?;
         let config = parse(json)?;
-        let packing = match config.get("model_type").and_then(|value| value.as_str()) {
-            Some(name) if name.starts_with("qwen3_next") => Packing::Interleaved,
-            Some(name) if name.starts_with("qwen3_5") => Packing::Contiguous,
-            other => {
-                let other = other.unwrap_or("missing");
-                let message = format!("model_type is {other}: only qwen3_next and qwen3_5 tell the packing");
-                return Err(ConfigError::Json(message));
-            }
-        };
+        let levels = [&config, text_level(&config)].map(|level| level.get("model_type")?.as_str());
+        let packing = levels.iter().flatten().find_map(|name| match name {
+            name if name.starts_with("qwen3_next") => Some(Packing::Interleaved),
+            name if name.starts_with("qwen3_5") => Some(Packing::Contiguous),
+            _ => None,
+        });
+        let packing = packing.ok_or_else(|| {
+            let name = levels.into_iter().flatten().next().unwrap_or("missing");
+            ConfigError::Json(format!("model_type is {name}: only qwen3_next and qwen3_5 tell the packing"))
+        })?;
         Ok(Self::new(heads, packing))
     }
 }
@@ -196,6 +198,18 @@ mod tests {
         let heads = Heads::new(16, 48, 128, 64).unwrap();
         assert_eq!(Heads::from_config(flat), Ok(heads));
         assert_eq!(Heads::from_config(&format!(r#"{{"text_config": {flat}}}"#)), Ok(heads));
+        let nulls = r#""linear_num_key_heads": null, "linear_num_value_heads": null"#;
+        for nested in [
+            format!(r#"{{{nulls}, "text_config": {flat}}}"#),
+            format!(
+                r#"{{"model_type": "qwen3_omni", "thinker_config": {{{nulls}, "text_config": {flat}}}}}"#
+            ),
+            format!(r#"{{"text_config": {{{nulls}}}, "thinker_config": {{"text_config": {flat}}}}}"#),
+        ] {
+            assert_eq!(Heads::from_config(&nested), Ok(heads), "{nested}");
+            let typed = nested.replace(flat, &flat.replacen('{', r#"{"model_type": "qwen3_5_text", "#, 1));
+            assert_eq!(Layout::from_config(&typed).unwrap().packing, Packing::Contiguous, "{typed}");
+        }
         for (text, part) in [
             ("{", "not valid JSON"),
             ("[]", "linear_num_key_heads"),
