@@ -164,9 +164,9 @@ impl Input {
         Some((info, (self.data_start + info.data_offsets.0) as u64))
     }
 
-    /// Where data begins.
-    pub(crate) fn data_start(&self) -> usize {
-        self.data_start
+    /// Bytes of data.
+    pub(crate) fn data_len(&self) -> u64 {
+        (self.map.len() - self.data_start) as u64
     }
 
     /// The file up to its data: the length of the header, and the header.

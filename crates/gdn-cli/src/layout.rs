@@ -40,11 +40,11 @@ pub(crate) struct HeadsArgs {
 #[derive(clap::Args)]
 pub(crate) struct LayoutArgs {
     #[command(flatten)]
-    heads: HeadsArgs,
+    pub(crate) heads: HeadsArgs,
     /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6); a preset or a config with a
     /// known model_type says it too
     #[arg(long, help_heading = "Heads")]
-    packing: Option<Packing>,
+    pub(crate) packing: Option<Packing>,
 }
 
 const HEADS_KEYS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];

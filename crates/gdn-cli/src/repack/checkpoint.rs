@@ -8,64 +8,17 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use gdn::{Heads, Layout, Packing, Projection};
 use serde_json::Value;
 
-use super::{Names, write::LOCK};
+use super::{
+    names::{ModuleName, Names},
+    record::Record,
+    write::LOCK,
+};
 use crate::{
     files::{Input, Stamp, read_text},
     header::FileMetadata,
-    layout::{heads_from, metadata_of, value_of},
 };
-
-/// What gdn wrote into the metadata of a file that it repacked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) layout: Layout,
-    pub(super) names: Names,
-}
-
-/// All keys of a record begin with this.
-const PREFIX: &str = "gdn.";
-/// What the file's metadata was where it said nothing: `null` or `{}`.
-const BEFORE: &str = "metadata";
-
-impl Record {
-    /// The metadata of a file with the record in it.
-    pub(super) fn add_to(&self, metadata: &FileMetadata) -> FileMetadata {
-        let layout = metadata_of(&self.layout).map(|(key, value)| (format!("{PREFIX}{key}"), value));
-        let names = (format!("{PREFIX}names"), self.names.name().to_owned());
-        let before = match metadata {
-            FileMetadata::Null => Some("null"),
-            FileMetadata::Pairs(pairs) if pairs.is_empty() => Some("{}"),
-            _ => None,
-        };
-        let before = before.map(|text| (format!("{PREFIX}{BEFORE}"), text.to_owned()));
-        let own = layout.into_iter().chain([names]).chain(before);
-        FileMetadata::Pairs(metadata.pairs().iter().cloned().chain(own).collect())
-    }
-
-    /// The record in the metadata of a file, and what the metadata was without it.
-    fn take_from(metadata: &FileMetadata) -> anyhow::Result<(Option<Self>, FileMetadata)> {
-        let (own, rest): (Vec<_>, Vec<_>) =
-            metadata.pairs().iter().cloned().partition(|(key, _)| key.starts_with(PREFIX));
-        let own: Vec<_> =
-            own.into_iter().map(|(key, value)| (key[PREFIX.len()..].to_owned(), value)).collect();
-        let Some(packing) = value_of(&own, "packing") else { return Ok((None, metadata.clone())) };
-        let packing: Packing = packing.parse().context("metadata of the file")?;
-        let names = value_of(&own, "names").unwrap_or_default();
-        let names = Names::ALL.into_iter().find(|known| known.name() == names);
-        let names = names.context("metadata of the file: gdn.names is neither 'fused' nor 'separate'")?;
-        let record = Self { layout: Layout::new(heads_from(&own)?, packing), names };
-        let before = match value_of(&own, BEFORE) {
-            _ if !rest.is_empty() => FileMetadata::Pairs(rest),
-            Some("null") => FileMetadata::Null,
-            Some("{}") => FileMetadata::Pairs(Vec::new()),
-            _ => FileMetadata::Absent,
-        };
-        Ok((Some(record), before))
-    }
-}
 
 /// One safetensors file of a checkpoint.
 pub(super) struct Shard {
@@ -192,8 +145,22 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// That every tensor can be found: the index says in which file, else there is one alone that has it.
     fn check_index(&self) -> anyhow::Result<()> {
-        let Some(index) = &self.index else { return Ok(()) };
+        let Some(index) = &self.index else {
+            let mut seen = HashMap::new();
+            for shard in &self.shards {
+                for name in shard.input.names() {
+                    if let Some(first) = seen.insert(name.clone(), &shard.name) {
+                        bail!(
+                            "{first} and {} both have '{name}', and no index says which of them counts",
+                            shard.name
+                        );
+                    }
+                }
+            }
+            return Ok(());
+        };
         let shards: HashMap<&str, &Shard> = self.shards.iter().map(|s| (s.name.as_str(), s)).collect();
         for (tensor, file) in &index.weight_map {
             let shard = shards.get(file.as_str()).with_context(|| {
@@ -206,19 +173,70 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Tensors that the index does not name, with their files.
-    pub(super) fn unnamed(&self) -> Vec<(String, &str)> {
-        let Some(index) = &self.index else { return Vec::new() };
-        let all =
-            self.shards.iter().flat_map(|s| s.input.names().into_iter().map(|name| (name, s.name.as_str())));
-        all.filter(|(name, file)| index.weight_map.get(name).is_none_or(|there| there != file)).collect()
+    /// The names of its projections, where it has any.
+    pub(super) fn names(&self) -> Names {
+        let mut names = self.shards.iter().flat_map(|shard| shard.input.names());
+        let has_parts =
+            names.any(|name| ModuleName::parse(&name).is_some_and(|module| module.part.is_some()));
+        if has_parts { Names::Separate } else { Names::Fused }
     }
 
-    /// The shard that has a tensor: the one the index names, else the first.
-    pub(super) fn shard_of(&self, tensor: &str) -> Option<usize> {
-        let named = self.index.as_ref().and_then(|index| index.weight_map.get(tensor));
-        let has = |s: &Shard| named.is_none_or(|name| *name == s.name) && s.input.place(tensor).is_some();
-        self.shards.iter().position(has)
+    /// The modules whose names change where those of its projections do: what they are called, and what they will be.
+    pub(super) fn renamed(&self) -> Vec<(Vec<String>, Vec<String>)> {
+        let own = self.names();
+        let mut modules = BTreeMap::new();
+        for name in self.shards.iter().flat_map(|shard| shard.input.names()) {
+            let Some(module) = ModuleName::parse(&name) else { continue };
+            let of = |part| ModuleName { part, ..module }.module();
+            let (whole, parts) = (vec![of(None)], [0, 1].map(|part| of(Some(part))).to_vec());
+            modules
+                .insert(whole[0].clone(), if own == Names::Fused { (whole, parts) } else { (parts, whole) });
+        }
+        modules.into_values().collect()
+    }
+
+    /// Whether it is this copy of a tensor that counts: the one that the index names.
+    pub(super) fn is_live(&self, shard: usize, tensor: &str) -> bool {
+        let Some(index) = &self.index else { return true };
+        index.weight_map.get(tensor).is_some_and(|file| *file == self.shards[shard].name)
+    }
+
+    /// For each file that has tensors of which the index does not say they are there, what there is to say about it.
+    pub(super) fn unnamed(&self) -> Vec<String> {
+        let Some(index) = &self.index else { return Vec::new() };
+        let mut notes = Vec::new();
+        for (number, shard) in self.shards.iter().enumerate() {
+            let names = shard.input.names().into_iter().filter(|name| !self.is_live(number, name));
+            let (stale, unnamed): (Vec<_>, Vec<_>) =
+                names.partition(|name| index.weight_map.contains_key(name));
+            for (names, what) in [
+                (stale, "old copies that the index does not take, and neither will the new one"),
+                (unnamed, "not in the index, and will not be in the new one"),
+            ] {
+                let Some(first) = names.first() else { continue };
+                let more =
+                    if names.len() > 1 { format!(" and {} more", names.len() - 1) } else { String::new() };
+                notes.push(format!("{}: '{first}'{more}: {what}", shard.name));
+            }
+        }
+        notes
+    }
+
+    /// The shard with the tensor that belongs with one of this shard: to one that counts the one that counts, else one of the
+    /// same file, else the only one there is.
+    pub(super) fn shard_beside(&self, shard: usize, tensor: &str, other: &str) -> Option<usize> {
+        let has = |number: &usize| self.shards[*number].input.place(other).is_some();
+        let all = || (0..self.shards.len()).filter(has);
+        let live = all().find(|number| self.is_live(*number, other));
+        let mut same = [shard].into_iter().filter(has);
+        match (self.is_live(shard, tensor), live) {
+            (true, Some(live)) => Some(live),
+            (true, None) => same.next().or_else(|| all().next().filter(|_| all().count() == 1)),
+            (false, _) => same.find(|number| !self.is_live(*number, other)).or_else(|| {
+                let mut rest = all().filter(|number| !self.is_live(*number, other));
+                rest.next().filter(|_| rest.next().is_none())
+            }),
+        }
     }
 
     /// The text of `config.json`, if there is one.
@@ -280,98 +298,9 @@ impl Index {
     }
 }
 
-/// A tensor's name that belongs to an input projection: `model.layers.0.linear_attn.in_proj_qkvz.weight`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ModuleName<'a> {
-    /// Up to and with `linear_attn.`.
-    pub(super) prefix: &'a str,
-    pub(super) projection: Projection,
-    /// The whole, or its first or second part.
-    pub(super) part: Option<usize>,
-    /// After the module's name and a dot.
-    pub(super) suffix: &'a str,
-}
-
-pub(super) fn fused_name(projection: Projection) -> &'static str {
-    match projection {
-        Projection::Qkvz => "in_proj_qkvz",
-        Projection::Ba => "in_proj_ba",
-    }
-}
-
-pub(super) fn part_names(projection: Projection) -> [&'static str; 2] {
-    match projection {
-        Projection::Qkvz => ["in_proj_qkv", "in_proj_z"],
-        Projection::Ba => ["in_proj_b", "in_proj_a"],
-    }
-}
-
-impl<'a> ModuleName<'a> {
-    pub(super) fn parse(name: &'a str) -> Option<Self> {
-        const LAYER: &str = "linear_attn.";
-        let start =
-            name.match_indices(LAYER).map(|(at, _)| at).find(|at| *at == 0 || name[..*at].ends_with('.'))?;
-        let (prefix, rest) = name.split_at(start + LAYER.len());
-        let (module, suffix) = rest.split_once('.')?;
-        Projection::ALL.into_iter().find_map(|projection| {
-            let part = if module == fused_name(projection) {
-                None
-            } else {
-                Some(part_names(projection).iter().position(|part| *part == module)?)
-            };
-            Some(Self { prefix, projection, part, suffix })
-        })
-    }
-
-    /// The name of the same tensor of the whole projection (`None`) or of a part.
-    pub(super) fn of(&self, part: Option<usize>) -> String {
-        let module = match part {
-            None => fused_name(self.projection),
-            Some(part) => part_names(self.projection)[part],
-        };
-        format!("{}{module}.{}", self.prefix, self.suffix)
-    }
-}
-
-/// The heads of a checkpoint that does not say which it was repacked with.
-pub(super) fn heads_of(checkpoint: &Checkpoint) -> anyhow::Result<Heads> {
-    let config = checkpoint.config()?.with_context(|| {
-        format!("{} has no config.json: name the heads with --config or --preset", checkpoint.dir.display())
-    })?;
-    Heads::from_config(&config).with_context(|| checkpoint.dir.display().to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_projections() {
-        let qkvz =
-            |prefix, suffix| Some(ModuleName { prefix, projection: Projection::Qkvz, part: None, suffix });
-        assert_eq!(
-            ModuleName::parse("model.layers.0.linear_attn.in_proj_qkvz.weight"),
-            qkvz("model.layers.0.linear_attn.", "weight")
-        );
-        assert_eq!(
-            ModuleName::parse("mtp.layers.0.linear_attn.in_proj_qkvz.weight_scale_inv"),
-            qkvz("mtp.layers.0.linear_attn.", "weight_scale_inv")
-        );
-        assert_eq!(
-            ModuleName::parse("base_model.model.x.linear_attn.in_proj_qkvz.lora_B.default.weight"),
-            qkvz("base_model.model.x.linear_attn.", "lora_B.default.weight")
-        );
-        let z = ModuleName::parse("linear_attn.in_proj_z.bias").unwrap();
-        assert_eq!((z.part, z.of(None)), (Some(1), "linear_attn.in_proj_qkvz.bias".to_owned()));
-        for name in [
-            "model.layers.0.linear_attn.out_proj.weight",
-            "model.layers.0.linear_attn.in_proj_qkvz",
-            "model.layers.0.my_linear_attn.in_proj_qkvz.weight",
-            "model.layers.0.self_attn.in_proj_qkvz.weight",
-        ] {
-            assert_eq!(ModuleName::parse(name), None);
-        }
-    }
 
     #[test]
     fn indexes_that_name_paths() {

@@ -3,6 +3,8 @@
 use gdn::{RepackError, WeightMap};
 use safetensors::Dtype;
 
+use super::format::{Format, Scales};
+
 /// How one tensor follows the outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Follow {
@@ -34,6 +36,14 @@ impl Grain {
         }
     }
 
+    /// Whether so many outputs fill their elements.
+    pub(super) fn fits(self, outputs: usize) -> bool {
+        match self {
+            Self::One | Self::Block(_) => true,
+            Self::Group(size) => outputs.is_multiple_of(size),
+        }
+    }
+
     /// How many indices `outputs` outputs take.
     pub(super) fn len(self, outputs: usize) -> usize {
         match self {
@@ -45,87 +55,143 @@ impl Grain {
 }
 
 /// Why nobody knows how a tensor follows.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum FollowError {
-    #[error("how '{suffix}' follows the outputs of a projection is not known")]
-    Unknown { suffix: String },
+    #[error("how '{suffix}' follows the outputs of a projection is not known: {why}")]
+    Undeclared { suffix: String, why: String },
     #[error("its shape is {shape:?}, {outputs} outputs need {wanted}")]
     Shape { shape: Vec<usize>, outputs: usize, wanted: String },
-    #[error(
-        "its shape is {shape:?}: {outputs} outputs in {elements} elements of dim {dim} are no whole number in each"
-    )]
-    Packing { shape: Vec<usize>, outputs: usize, elements: usize, dim: usize },
 }
 
-/// Outputs in a block of scales, unless the configuration says otherwise.
-const BLOCK: usize = 128;
-
-/// How the tensor `suffix` (what comes after `in_proj_qkvz.`) of a projection of so many outputs follows them. `block` is how
-/// many outputs the configuration says share a scale.
+/// How the tensor `suffix` (what comes after `in_proj_qkvz.`) of a projection of so many outputs follows them, if the module is
+/// stored in this format. Which dim it is the format says; the shape must fit.
 pub(super) fn follow(
+    format: &Format,
     suffix: &str,
     dtype: Dtype,
     shape: &[usize],
     outputs: usize,
-    block: Option<usize>,
 ) -> Result<Follow, FollowError> {
     let wrong = |wanted: String| Err(FollowError::Shape { shape: shape.to_vec(), outputs, wanted });
-    let along = |dim, grain| Ok(Follow::Along { dim, grain });
-    // Outputs packed into the elements of a dim.
-    let packed = |dim: usize| match shape.get(dim) {
-        Some(&elements) if elements == outputs => along(dim, Grain::One),
-        Some(&elements) if elements > 0 && outputs.is_multiple_of(elements) && dtype == Dtype::I32 => {
-            along(dim, Grain::Group(outputs / elements))
+    // A dim with so many indices, each of which stands for a grain.
+    let along = |dim: usize, grain: Grain| {
+        let indices = grain.len(outputs);
+        match (shape.get(dim), grain) {
+            (_, Grain::Group(size)) if !grain.fits(outputs) => {
+                wrong(format!("elements that hold {size} each: that is no whole number of them"))
+            }
+            (Some(&got), _) if got == indices => Ok(Follow::Along { dim, grain }),
+            _ => wrong(format!("{indices} indices in dim {dim}")),
         }
-        Some(&elements) => Err(FollowError::Packing { shape: shape.to_vec(), outputs, elements, dim }),
-        None => wrong(format!("{} dims or more", dim + 1)),
     };
-    let single = shape.iter().all(|dim| *dim == 1);
+    let dims = |dims: usize| match shape.len() == dims {
+        true => Ok(()),
+        false => wrong(format!("{dims} dims")).map(drop),
+    };
+    let undeclared = |why: String| Err(FollowError::Undeclared { suffix: suffix.to_owned(), why });
+    // One for each output.
+    let vector = || match shape {
+        [_] | [_, 1] => along(0, Grain::One),
+        _ => wrong(format!("[{outputs}] or [{outputs}, 1]")),
+    };
+    let is_one = shape.iter().all(|dim| *dim == 1);
+
     // `lora_B.weight` or, with the name of the adapter, `lora_B.default.weight`.
-    let lora = suffix.split('.').next().unwrap_or(suffix);
-    match (lora, suffix) {
-        ("lora_A", _) => Ok(Follow::Keep),
-        ("lora_magnitude_vector", _) if shape.len() == 2 && shape[0] == 1 && shape[1] == outputs => {
+    match suffix.split('.').next().unwrap_or(suffix) {
+        "lora_A" => return Ok(Follow::Keep),
+        "lora_B" => {
+            dims(2)?;
+            return along(0, Grain::One);
+        }
+        "lora_magnitude_vector" => {
+            return if shape.len() == 2 && shape[0] == 1 { along(1, Grain::One) } else { vector() };
+        }
+        _ => {}
+    }
+    match suffix {
+        "bias" => {
+            dims(1)?;
+            return along(0, Grain::One);
+        }
+        // What belongs to the inputs.
+        "input_scale" | "input_offset" | "input_global_scale" | "input_zero_point" | "pre_quant_scale" => {
+            return Ok(Follow::Keep);
+        }
+        _ => {}
+    }
+    let weight = || {
+        dims(2)?;
+        along(0, Grain::One)
+    };
+    let is_float = matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64);
+    match (format, suffix) {
+        // `[out, in]` of a module that is not quantised, whatever others are.
+        (_, "weight") if is_float => weight(),
+        (Format::Unknown(what), _) => undeclared(format!("{what} is not one that is known here")),
+        (Format::Plain, "weight") if matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8) => weight(),
+        (
+            Format::Fp8 { .. }
+            | Format::Compressed { .. }
+            | Format::ModelOpt
+            | Format::Mlx
+            | Format::ModelSlim,
+            "weight",
+        ) => weight(),
+
+        (Format::Fp8 { .. }, "weight_scale" | "weight_scale_inv") if is_one && outputs > 1 => {
+            Ok(Follow::Keep)
+        }
+        (Format::Fp8 { block: Some(block) }, "weight_scale" | "weight_scale_inv") => {
+            dims(2)?;
+            along(0, Grain::Block(*block))
+        }
+        (Format::Fp8 { block: None }, "weight_scale" | "weight_scale_inv") => vector(),
+
+        (Format::Compressed { .. }, "weight_packed") => weight(),
+        (Format::Compressed { .. }, "weight_shape") => {
+            match shape == [2] && matches!(dtype, Dtype::I32 | Dtype::I64) {
+                true => Ok(Follow::Shape),
+                false => wrong("two integers".to_owned()),
+            }
+        }
+        (Format::Compressed { .. }, "weight_global_scale" | "weight_g_idx") => Ok(Follow::Keep),
+        (Format::Compressed { scales, bits }, "weight_scale" | "weight_zero_point") => match scales {
+            Scales::Tensor if is_one => Ok(Follow::Keep),
+            Scales::Tensor => wrong("one number, as its strategy is 'tensor'".to_owned()),
+            Scales::Block(block) => along(0, Grain::Block(*block)),
+            // Zero points of fewer bits lie packed in integers.
+            Scales::Output if dtype == Dtype::I32 && matches!(bits, 1 | 2 | 4 | 8) => {
+                along(0, Grain::Group(32 / bits))
+            }
+            Scales::Output => along(0, Grain::One),
+        },
+
+        (Format::Gptq { .. }, "qweight") => {
+            dims(2)?;
             along(1, Grain::One)
         }
-        ("lora_B" | "lora_magnitude_vector", _) | (_, "weight" | "bias" | "weight_packed") => {
-            match shape.first() {
-                Some(&rows) if rows == outputs => along(0, Grain::One),
-                _ => wrong(format!("as many rows: {outputs}")),
+        (Format::Awq { bits }, "qweight") | (Format::Gptq { bits } | Format::Awq { bits }, "qzeros") => {
+            dims(2)?;
+            match dtype {
+                Dtype::I32 | Dtype::U32 => along(1, Grain::Group(32 / bits)),
+                _ => wrong("integers of 32 bits".to_owned()),
             }
         }
-        (
-            _,
-            "input_scale"
-            | "input_global_scale"
-            | "input_zero_point"
-            | "weight_global_scale"
-            | "weight_scale_2"
-            | "weight_g_idx"
-            | "g_idx",
-        ) => Ok(Follow::Keep),
-        (_, "weight_shape") if shape == [2] && matches!(dtype, Dtype::I32 | Dtype::I64) => Ok(Follow::Shape),
-        (_, "weight_shape") => wrong("two integers".to_owned()),
-        (_, "weight_scale" | "weight_scale_inv" | "weight_zero_point") if single => Ok(Follow::Keep),
-        (_, "weight_zero_point") => packed(0),
-        (_, "weight_scale" | "weight_scale_inv") => {
-            let block = block.unwrap_or(BLOCK);
-            match shape.first() {
-                Some(&rows) if rows == outputs => along(0, Grain::One),
-                Some(&rows) if block > 0 && rows == outputs.div_ceil(block) => along(0, Grain::Block(block)),
-                _ => {
-                    let blocks = outputs.div_ceil(block.max(1));
-                    wrong(format!("{outputs} rows, or {blocks} with blocks of {block}"))
-                }
-            }
+        (Format::Gptq { .. } | Format::Awq { .. }, "scales") => {
+            dims(2)?;
+            along(1, Grain::One)
         }
-        (_, "qweight" | "qzeros") if shape.len() == 2 => packed(1),
-        (_, "scales") => match shape {
-            [_, columns] if *columns == outputs => along(1, Grain::One),
-            _ => wrong(format!("[groups, {outputs}]")),
-        },
-        (_, "qweight" | "qzeros") => wrong("2 dims".to_owned()),
-        _ => Err(FollowError::Unknown { suffix: suffix.to_owned() }),
+        (Format::AwqGemv, "qweight" | "qzeros" | "scales") => weight(),
+        (Format::Gptq { .. }, "g_idx") => Ok(Follow::Keep),
+
+        (Format::ModelOpt, "weight_scale") if is_one && outputs > 1 => Ok(Follow::Keep),
+        (Format::ModelOpt, "weight_scale") => along(0, Grain::One),
+        (Format::ModelOpt, "weight_scale_2") if is_one => Ok(Follow::Keep),
+        (Format::Mlx, "scales" | "biases") => weight(),
+        (Format::ModelSlim, "weight_scale" | "weight_offset" | "deq_scale" | "quant_bias") => vector(),
+
+        (Format::Plain, _) => undeclared("no quantisation that has it is declared for it".to_owned()),
+        _ => undeclared("the quantisation that is declared has no such tensor".to_owned()),
     }
 }
 
@@ -137,57 +203,92 @@ mod tests {
     fn what_checkpoints_have() {
         let out = 12288;
         let along = |dim, grain| Ok(Follow::Along { dim, grain });
-        for (suffix, dtype, shape, wanted) in [
-            ("weight", Dtype::BF16, &[12288, 2048][..], along(0, Grain::One)),
-            ("weight", Dtype::F8_E4M3, &[12288, 2048], along(0, Grain::One)),
-            ("bias", Dtype::BF16, &[12288], along(0, Grain::One)),
-            ("weight_scale_inv", Dtype::BF16, &[96, 16], along(0, Grain::Block(128))),
-            ("weight_scale", Dtype::F32, &[12288, 1], along(0, Grain::One)),
-            ("weight_scale", Dtype::F32, &[12288], along(0, Grain::One)),
-            ("weight_scale", Dtype::BF16, &[12288, 16], along(0, Grain::One)),
-            ("weight_scale", Dtype::F32, &[1], Ok(Follow::Keep)),
-            ("weight_scale", Dtype::F32, &[], Ok(Follow::Keep)),
-            ("input_scale", Dtype::F32, &[], Ok(Follow::Keep)),
-            ("weight_packed", Dtype::I32, &[12288, 256], along(0, Grain::One)),
-            ("weight_zero_point", Dtype::I32, &[1536, 16], along(0, Grain::Group(8))),
-            ("weight_zero_point", Dtype::I8, &[12288, 16], along(0, Grain::One)),
-            ("weight_shape", Dtype::I64, &[2], Ok(Follow::Shape)),
-            ("qweight", Dtype::I32, &[256, 12288], along(1, Grain::One)),
-            ("qweight", Dtype::I32, &[2048, 1536], along(1, Grain::Group(8))),
-            ("qzeros", Dtype::I32, &[16, 1536], along(1, Grain::Group(8))),
-            ("qzeros", Dtype::I32, &[16, 3072], along(1, Grain::Group(4))),
-            ("scales", Dtype::F16, &[16, 12288], along(1, Grain::One)),
-            ("g_idx", Dtype::I32, &[2048], Ok(Follow::Keep)),
-            ("lora_A.weight", Dtype::BF16, &[8, 2048], Ok(Follow::Keep)),
-            ("lora_B.weight", Dtype::BF16, &[12288, 8], along(0, Grain::One)),
-            ("lora_B.default.weight", Dtype::BF16, &[12288, 8], along(0, Grain::One)),
-            ("lora_magnitude_vector", Dtype::BF16, &[12288], along(0, Grain::One)),
-            ("lora_magnitude_vector.default.weight", Dtype::BF16, &[1, 12288], along(1, Grain::One)),
+        let one = along(0, Grain::One);
+        let fp8 = Format::Fp8 { block: Some(128) };
+        let rows = Format::Compressed { scales: Scales::Output, bits: 4 };
+        let blocks = Format::Compressed { scales: Scales::Block(64), bits: 8 };
+        let gptq = Format::Gptq { bits: 4 };
+        let awq = Format::Awq { bits: 4 };
+        let other = Format::Unknown("x".to_owned());
+        let (bf16, i32) = (Dtype::BF16, Dtype::I32);
+        for (format, suffix, dtype, shape, wanted) in [
+            (&Format::Plain, "weight", bf16, &[12288, 2048][..], one.clone()),
+            (&other, "weight", bf16, &[12288, 2048], one.clone()),
+            (&other, "bias", bf16, &[12288], one.clone()),
+            (&fp8, "weight", Dtype::F8_E4M3, &[12288, 2048], one.clone()),
+            (&fp8, "weight_scale_inv", bf16, &[96, 16], along(0, Grain::Block(128))),
+            (&fp8, "weight_scale", Dtype::F32, &[1], Ok(Follow::Keep)),
+            (&fp8, "weight_scale", Dtype::F32, &[], Ok(Follow::Keep)),
+            (&fp8, "input_scale", Dtype::F32, &[], Ok(Follow::Keep)),
+            (&Format::Fp8 { block: None }, "weight_scale", Dtype::F32, &[12288, 1], one.clone()),
+            (&rows, "weight_packed", i32, &[12288, 256], one.clone()),
+            (&rows, "weight_scale", bf16, &[12288, 16], one.clone()),
+            (&rows, "weight_zero_point", i32, &[1536, 16], along(0, Grain::Group(8))),
+            (&rows, "weight_zero_point", Dtype::I8, &[12288, 16], one.clone()),
+            (&rows, "weight_shape", Dtype::I64, &[2], Ok(Follow::Shape)),
+            (&blocks, "weight_scale", bf16, &[192, 32], along(0, Grain::Block(64))),
+            (&gptq, "qweight", i32, &[256, 12288], along(1, Grain::One)),
+            (&gptq, "qzeros", i32, &[16, 1536], along(1, Grain::Group(8))),
+            (&Format::Gptq { bits: 8 }, "qzeros", i32, &[16, 3072], along(1, Grain::Group(4))),
+            (&gptq, "scales", Dtype::F16, &[16, 12288], along(1, Grain::One)),
+            (&gptq, "scales", Dtype::F16, &[12288, 12288], along(1, Grain::One)),
+            (&gptq, "g_idx", i32, &[2048], Ok(Follow::Keep)),
+            (&awq, "qweight", i32, &[2048, 1536], along(1, Grain::Group(8))),
+            (&Format::AwqGemv, "scales", Dtype::F16, &[12288, 12288], one.clone()),
+            (&Format::Mlx, "weight", Dtype::U32, &[12288, 256], one.clone()),
+            (&Format::Mlx, "scales", bf16, &[12288, 12288], one.clone()),
+            (&Format::Mlx, "biases", bf16, &[12288, 32], one.clone()),
+            (&Format::ModelOpt, "weight", Dtype::U8, &[12288, 1024], one.clone()),
+            (&Format::ModelOpt, "weight_scale", Dtype::F8_E4M3, &[12288, 128], one.clone()),
+            (&Format::ModelOpt, "weight_scale_2", Dtype::F32, &[], Ok(Follow::Keep)),
+            (&Format::ModelOpt, "pre_quant_scale", bf16, &[12288], Ok(Follow::Keep)),
+            (&Format::ModelSlim, "weight_offset", bf16, &[12288, 1], one.clone()),
+            (&Format::ModelSlim, "deq_scale", Dtype::F32, &[12288], one.clone()),
+            (&Format::ModelSlim, "quant_bias", i32, &[12288], one.clone()),
+            (&Format::Plain, "lora_A.weight", bf16, &[8, 2048], Ok(Follow::Keep)),
+            (&Format::Plain, "lora_B.weight", bf16, &[12288, 8], one.clone()),
+            (&Format::Plain, "lora_B.default.weight", bf16, &[12288, 8], one.clone()),
+            (&Format::Plain, "lora_magnitude_vector", bf16, &[12288], one.clone()),
+            (&Format::Plain, "lora_magnitude_vector.default.weight", bf16, &[1, 12288], along(1, Grain::One)),
         ] {
-            assert_eq!(follow(suffix, dtype, shape, out, None), wanted, "{suffix} {shape:?}");
+            assert_eq!(follow(format, suffix, dtype, shape, out), wanted, "{format:?} {suffix} {shape:?}");
         }
-        assert_eq!(follow("weight_scale", Dtype::F32, &[192, 32], out, Some(64)), along(0, Grain::Block(64)));
     }
 
     #[test]
-    fn what_does_not_fit_is_named() {
-        for (suffix, dtype, shape, part) in [
+    fn what_does_not_fit_or_is_not_declared_is_named() {
+        let fp8 = Format::Fp8 { block: Some(128) };
+        let gptq = Format::Gptq { bits: 4 };
+        for (format, suffix, dtype, shape, part) in [
             (
+                &Format::Plain,
                 "weight",
                 Dtype::BF16,
                 &[12280, 2048][..],
-                "[12280, 2048], 12288 outputs need as many rows: 12288",
+                "[12280, 2048], 12288 outputs need 12288",
             ),
-            ("weight", Dtype::BF16, &[], "12288"),
-            ("weight_scale_inv", Dtype::F32, &[95, 16], "12288 rows, or 96 with blocks of 128"),
-            ("qzeros", Dtype::I32, &[16, 1152], "12288 outputs in 1152 elements of dim 1"),
-            ("qweight", Dtype::F32, &[16, 1536], "1536"),
-            ("qweight", Dtype::I32, &[1536], "2 dims"),
-            ("scales", Dtype::F16, &[12288, 16], "[groups, 12288]"),
-            ("weight_shape", Dtype::F32, &[2], "two integers"),
-            ("B", Dtype::I32, &[128, 24576], "how 'B' follows"),
+            (&Format::Plain, "weight", Dtype::BF16, &[], "12288"),
+            (&Format::Plain, "weight", Dtype::U8, &[12288, 1], "'weight'"),
+            (&Format::Plain, "weight_scale", Dtype::F32, &[12288, 1], "'weight_scale' follows"),
+            (&Format::Plain, "scales", Dtype::F16, &[12288, 12288], "'scales' follows"),
+            (&Format::Unknown("quant_method 'x'".to_owned()), "scales", Dtype::F16, &[12288, 12288], "'x'"),
+            (&fp8, "scales", Dtype::F16, &[12288, 12288], "has no such tensor"),
+            (&fp8, "weight_scale_inv", Dtype::F32, &[95, 16], "12288 outputs need 96 indices in dim 0"),
+            (&fp8, "weight_scale_inv", Dtype::F32, &[12288, 16], "12288 outputs need 96 indices"),
+            (&gptq, "qzeros", Dtype::I32, &[16, 1152], "12288 outputs need 1536 indices in dim 1"),
+            (&gptq, "qzeros", Dtype::F32, &[16, 1536], "32 bits"),
+            (&gptq, "qweight", Dtype::I32, &[1536], "2 dims"),
+            (&gptq, "scales", Dtype::F16, &[12288, 16], "12288 indices in dim 1"),
+            (
+                &Format::Compressed { scales: Scales::Output, bits: 4 },
+                "weight_shape",
+                Dtype::F32,
+                &[2],
+                "two integers",
+            ),
+            (&gptq, "B", Dtype::I32, &[128, 24576], "how 'B' follows"),
         ] {
-            let error = follow(suffix, dtype, shape, 12288, None).unwrap_err().to_string();
+            let error = follow(format, suffix, dtype, shape, 12288).unwrap_err().to_string();
             assert!(error.contains(part), "{error} should mention {part}");
         }
     }

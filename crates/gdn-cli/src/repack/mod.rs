@@ -2,8 +2,13 @@
 
 mod checkpoint;
 mod follow;
+mod format;
+mod mentions;
 mod names;
+mod order;
 mod plan;
+mod record;
+mod resume;
 pub(crate) mod verify;
 mod write;
 
@@ -13,14 +18,16 @@ use anyhow::{Context, bail};
 use gdn::{Layout, Packing};
 
 use self::{
-    checkpoint::{Checkpoint, ModuleName, heads_of},
+    checkpoint::Checkpoint,
+    names::{ModuleName, Names},
     plan::{Goal, Plan, PlannedShard},
+    record::Told,
     write::Folder,
 };
 use crate::{
     files::{Input, available, open, read_text},
     interrupts::{Interrupted, catch_interrupts, check_interrupted},
-    layout::HeadsArgs,
+    layout::LayoutArgs,
     note,
     progress::Progress,
 };
@@ -28,8 +35,10 @@ use crate::{
 #[derive(clap::Args)]
 #[command(after_help = "\
 The rows of every linear_attn.in_proj_qkvz and in_proj_ba move, and with them biases, scales, zero points and LoRA's B; all other \
-tensors and files are carried over byte for byte. Heads come from the arguments, else from SRC's metadata or config.json. What was \
-done is recorded in the metadata of every file: loaders that expect the other order must not be given the result.
+tensors are carried over byte for byte, and so are all other files, except that JSON files follow where names change. Heads and the \
+order that SRC is in come from SRC's metadata, if it was repacked before, else from the arguments, else from config.json; which dim \
+of a quantised tensor moves comes from the quantisation that is declared, and what is not declared is refused. What was done is recorded \
+in the metadata of every file: loaders that expect the other order must not be given the result.
 
 OUT is written as OUT.partial and gets its name when it is whole. A run that was interrupted is taken up by the same command: \
 files that are finished are compared with what they should be, byte by byte, and are not written again. What else is in OUT.partial \
@@ -48,47 +57,32 @@ pub(crate) struct Args {
     #[arg(long, default_value = "fused", hide_possible_values = true)]
     names: Names,
     #[command(flatten)]
-    heads: HeadsArgs,
-}
-
-/// The names of contiguous projections.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Names {
-    /// As Qwen3-Next has them.
-    Fused,
-    /// As Qwen3.5 has them.
-    Separate,
-}
-
-impl Names {
-    const ALL: [Self; 2] = [Self::Fused, Self::Separate];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Fused => "fused",
-            Self::Separate => "separate",
-        }
-    }
+    layout: LayoutArgs,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let source = Checkpoint::open(&args.source)?;
-    let goal = goal(args, &source)?;
-    let plan =
-        Plan::new(&source, goal).with_context(|| format!("cannot repack {}", args.source.display()))?;
-    for (tensor, file) in source.unnamed() {
-        note(&format!(
-            "the index does not name '{tensor}' in {file}; it is repacked or carried over all the same"
-        ));
+    let what = || format!("cannot repack {}", args.source.display());
+    let goal = goal(args, &source).with_context(what)?;
+    let plan = Plan::new(&source, goal).with_context(what)?;
+    let mut notes = source.unnamed();
+    let others = carried(&source, goal.names, &mut notes)?;
+    if let Some(first) = plan.not_undone.first() {
+        let more = match plan.not_undone.len() {
+            1 => String::new(),
+            len => format!(", and so do {} more files", len - 1),
+        };
+        notes.push(format!("{first}: after an undo it says the same, written differently{more}"));
     }
     if !source.left_out.is_empty() {
-        note(&format!("not carried over: {}", source.left_out.join(", ")));
+        notes.push(format!("not carried over: {}", source.left_out.join(", ")));
     }
+    notes.iter().for_each(|text| note(text));
 
     catch_interrupts()?;
     let folder = Folder::open(&args.output, &args.source)?;
     folder.check_names(names_of(&source, &plan))?;
-    let result = write(&folder, &source, &plan, goal);
+    let result = write(&folder, &source, &plan, &others);
     if result.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
         let partial = folder.path.display();
         return result.with_context(|| {
@@ -119,47 +113,31 @@ fn goal(args: &Args, source: &Checkpoint) -> anyhow::Result<Goal> {
             found.get_or_insert(name);
         }
     }
-    let what = format!("cannot repack {}", args.source.display());
-    let names = match (&whole, &part) {
-        (None, None) => bail!("{what}: it has no linear_attn.in_proj_qkvz or in_proj_ba"),
-        (Some(whole), Some(part)) => bail!("{what}: it has both '{whole}' and '{part}'"),
-        (Some(_), None) => Names::Fused,
-        (None, Some(_)) => Names::Separate,
-    };
-    let packing = match (source.record, names) {
-        (Some(record), _) if record.names != names => {
-            bail!(
-                "{what}: its metadata speaks of {} names, its tensors' are {}",
-                record.names.name(),
-                names.name()
-            )
-        }
-        (Some(record), _) => record.layout.packing,
-        (None, Names::Separate) => Packing::Contiguous,
-        (None, Names::Fused) => Packing::Interleaved,
-    };
+    match (&whole, &part) {
+        (None, None) => bail!("it has no linear_attn.in_proj_qkvz or in_proj_ba"),
+        (Some(whole), Some(part)) => bail!("it has both '{whole}' and '{part}'"),
+        _ => {}
+    }
+    let told = Told::new(&args.layout)?;
+    let (packing, why) = told.packing(source, source.names())?.context(
+        "nothing says which order in_proj_qkvz and in_proj_ba are in: say it with --packing interleaved (as Qwen3-Next's are) or \
+         --packing contiguous, or name a config.json with --config",
+    )?;
     if packing == args.to {
         match source.record {
-            Some(_) => bail!("{what}: it was repacked before, and is {packing} already"),
-            None => bail!("{what}: it is {packing} already"),
+            Some(_) => bail!("it was repacked before, and is {packing} already"),
+            None => bail!(
+                "it is {packing} already ({why}); if its in_proj_qkvz and in_proj_ba are not, say so with --packing"
+            ),
         }
     }
     if args.to == Packing::Interleaved && args.names == Names::Separate {
         bail!("--names separate goes with --to contiguous: interleaved projections are in one piece");
     }
-    let given = args.heads.named()?.0;
-    let heads = match (given, source.record) {
-        (Some(given), Some(record)) if given != record.layout.heads => {
-            bail!("{what}: it was repacked with {}, the arguments say {given}", record.layout.heads)
-        }
-        (Some(heads), _) => heads,
-        (None, Some(record)) => record.layout.heads,
-        (None, None) => heads_of(source)?,
-    };
-    Ok(Goal::Repacked(Layout::new(heads, args.to), args.names))
+    Ok(Goal { layout: Layout::new(told.heads(source)?, args.to), names: args.names })
 }
 
-fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, goal: Goal) -> anyhow::Result<()> {
+fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, others: &[Carried]) -> anyhow::Result<()> {
     let mut missing = Vec::new();
     let total = plan.shards.iter().map(|shard| shard.bytes).sum();
     let mut progress = Progress::new(total);
@@ -170,7 +148,7 @@ fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, goal: Goal) -> anyho
             continue;
         }
         let there = Input::open(&path)?;
-        if let Some(fault) = verify::compare(source, shard, &there, true, &mut progress)?.first() {
+        if let Some(fault) = resume::fault(source, shard, &there, &mut progress)? {
             bail!("cannot go on with {}: {fault}; delete it to start anew", folder.path.display());
         }
         note(&format!("{} is there, compared with what it should be", shard.name));
@@ -181,7 +159,7 @@ fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, goal: Goal) -> anyho
             folder,
             source,
             plan,
-            goal,
+            others,
             missing.first().map(|number| &plan.shards[*number]),
         );
     }
@@ -195,14 +173,8 @@ fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, goal: Goal) -> anyho
         bail!("no space for {}: it takes {needed} bytes, {available} are available", folder.path.display());
     }
     write::shards(folder, source, plan, &missing, &mut progress)?;
-    for name in &source.others {
+    for Carried { name, text } in others {
         check_interrupted()?;
-        let text = carried(source, name, goal)?;
-        if let (Some(text), Goal::Repacked(_, Names::Separate)) = (&text, goal)
-            && names::names_a_whole(text)
-        {
-            note(&format!("{name} still names in_proj_qkvz or in_proj_ba outside its lists; look at it"));
-        }
         let path = source.dir.join(name);
         write::whole_file(folder, name, |file| match text {
             Some(text) => io::Write::write_all(file, text.as_bytes()),
@@ -222,15 +194,15 @@ fn check_finished(
     folder: &Folder,
     source: &Checkpoint,
     plan: &Plan,
-    goal: Goal,
+    others: &[Carried],
     missing: Option<&PlannedShard>,
 ) -> anyhow::Result<()> {
     let there = folder.path.display();
     if let Some(shard) = missing {
         bail!("cannot write {there}: it is there already, without {}", shard.name);
     }
-    for name in &source.others {
-        if !verify::same_file(source, name, goal, &folder.path)? {
+    for Carried { name, text } in others {
+        if !resume::same_file(source, name, text.as_deref(), &folder.path)? {
             bail!("cannot write {there}: it is there already, and {name} is not what it should be");
         }
     }
@@ -242,25 +214,69 @@ fn check_finished(
     Ok(())
 }
 
-/// The files that may list modules by name.
-const LISTS: [&str; 5] = [
-    "config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-];
+/// A file that is neither a shard nor the index.
+struct Carried {
+    name: String,
+    /// Its text, where names in it change on the way. Else it is carried over as it is.
+    text: Option<String>,
+}
 
-/// The text of a file that changes on the way, as its lists of modules follow the names. Else it is carried over as it is.
-fn carried(source: &Checkpoint, name: &str, goal: Goal) -> anyhow::Result<Option<String>> {
-    let rename = match (goal, source.record) {
-        (Goal::Repacked(_, Names::Separate), _) => names::separated,
-        (Goal::Repacked(..), Some(record)) if record.names == Names::Separate => names::joined,
-        _ => return Ok(None),
+/// All such files, and notes on what they say that cannot follow.
+fn carried(source: &Checkpoint, names: Names, notes: &mut Vec<String>) -> anyhow::Result<Vec<Carried>> {
+    let follow = |name: &String| {
+        let text = match source.names() != names {
+            true => followed(source, name, names, notes)?,
+            false => None,
+        };
+        Ok(Carried { name: name.clone(), text })
     };
-    if !LISTS.contains(&name) {
+    source.others.iter().map(follow).collect()
+}
+
+/// The text of a file in which names follow, if any do.
+fn followed(
+    source: &Checkpoint,
+    name: &str,
+    names: Names,
+    notes: &mut Vec<String>,
+) -> anyhow::Result<Option<String>> {
+    let is_json = name.ends_with(".json");
+    if !is_json && !name.ends_with(".yaml") && !name.ends_with(".yml") {
         return Ok(None);
     }
     let text = read_text(&source.dir.join(name), name)?;
-    Ok(Some(rename(&text)))
+    if is_json && text.contains("\"re:") {
+        for pattern in mentions::patterns_left(&text, &source.renamed()) {
+            notes.push(format!(
+                "{name}: '{pattern}' matches other projections than before, as their names change: look at it"
+            ));
+        }
+    }
+    if !mentions::names_gone(&text, names) {
+        return Ok(None);
+    }
+    let renamed = match is_json.then(|| mentions::renamed(&text, names)) {
+        Some(Ok(renamed)) => renamed,
+        _ => {
+            notes.push(format!("{name} names projections whose names change, and cannot follow: look at it"));
+            return Ok(None);
+        }
+    };
+    if let Some(first) = renamed.left.first() {
+        notes.push(format!(
+            "{name} still says '{first}', a name that changes, where it cannot follow{}: look at it",
+            if renamed.left.len() > 1 {
+                format!(", and {} more", renamed.left.len() - 1)
+            } else {
+                String::new()
+            }
+        ));
+    }
+    if renamed.text == text {
+        return Ok(None);
+    }
+    if mentions::renamed(&renamed.text, source.names())?.text != text {
+        notes.push(format!("{name}: an undo lists the same names, but in another order or spacing"));
+    }
+    Ok(Some(renamed.text))
 }

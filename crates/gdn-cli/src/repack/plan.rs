@@ -5,25 +5,29 @@ use std::collections::BTreeMap;
 use anyhow::{Context, bail};
 use gdn::{Layout, Packing, WeightMap};
 use safetensors::{Dtype, tensor::TensorInfo};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
-    Names,
-    checkpoint::{Checkpoint, ModuleName, Place, Record},
+    checkpoint::{Checkpoint, Place},
     follow::{Follow, Grain, follow},
+    format::Declared,
+    mentions,
+    names::{ModuleName, Names},
+    order::{Listed, is_in_usual_order, is_written_as_usual, undone},
+    record::Record,
 };
-use crate::header::{Entry, FileMetadata, head};
+use crate::header::{Entry, head};
 
 /// Where data begins, as in files that safetensors itself writes.
-const ALIGNMENT: usize = 8;
+pub(super) const ALIGNMENT: usize = 8;
 
 /// What a checkpoint is to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Goal {
-    /// The same tensors, for a comparison.
-    Same,
-    /// This packing; the names are those of its projections there.
-    Repacked(Layout, Names),
+pub(super) struct Goal {
+    /// The order of the result.
+    pub(super) layout: Layout,
+    /// The names of its projections.
+    pub(super) names: Names,
 }
 
 /// Every file with tensors, and the index.
@@ -31,13 +35,14 @@ pub(super) struct Plan {
     pub(super) shards: Vec<PlannedShard>,
     /// Its text. `None` where the source has none.
     pub(super) index: Option<(String, String)>,
+    /// Files that an undo would write with the same tensors, but not with the same bytes.
+    pub(super) not_undone: Vec<String>,
 }
 
 pub(super) struct PlannedShard {
     pub(super) name: String,
     /// The length of the header, and the header.
     pub(super) head: Vec<u8>,
-    pub(super) metadata: FileMetadata,
     pub(super) tensors: Vec<Planned>,
     /// Of the whole file.
     pub(super) bytes: u64,
@@ -74,11 +79,6 @@ pub(super) struct Copy {
 }
 
 impl Planned {
-    /// Whether any byte of it moves.
-    pub(super) fn is_moved(&self) -> bool {
-        !matches!(self.content, Content::Whole(_))
-    }
-
     /// The bytes of the tensor where they come from nowhere, or in pieces too small to be copied one by one.
     pub(super) fn in_memory(&self, source: &Checkpoint) -> anyhow::Result<Option<Vec<u8>>> {
         let parts = match &self.content {
@@ -157,23 +157,30 @@ impl Planned {
 
 impl Plan {
     pub(super) fn new(source: &Checkpoint, goal: Goal) -> anyhow::Result<Self> {
-        let block = block_rows(source)?;
-        let planner = Planner { source, goal, block };
+        let planner = Planner { source, goal, declared: Declared::read(source)? };
         let mut shards = Vec::new();
-        let mut weight_map = BTreeMap::new();
+        let mut not_undone = Vec::new();
         for (number, shard) in source.shards.iter().enumerate() {
             let mut tensors = Vec::new();
-            for name in shard.input.names() {
+            let names = shard.input.names();
+            for name in &names {
                 planner
-                    .add(number, &name, &mut tensors)
+                    .add(number, name, &mut tensors)
                     .with_context(|| format!("{}: '{name}'", shard.name))?;
             }
-            let metadata = match goal {
-                Goal::Repacked(layout, names) if layout.packing == Packing::Contiguous => {
-                    Record { layout, names }.add_to(&shard.metadata)
-                }
-                Goal::Repacked(..) => shard.metadata.clone(),
-                Goal::Same => shard.input.metadata().clone(),
+            let before: Vec<Listed> = names
+                .iter()
+                .filter_map(|name| shard.input.place(name))
+                .zip(&names)
+                .map(|((info, _), name)| Listed { name: name.clone(), dtype: info.dtype })
+                .collect();
+            if is_in_usual_order(&before) {
+                tensors.sort_by(|a, b| a.listed().usual_order(&b.listed()));
+            }
+            // What was repacked goes back to what it was; else the record says what is done now.
+            let metadata = match source.record {
+                Some(_) => shard.metadata.clone(),
+                None => Record { layout: goal.layout, names: goal.names }.add_to(&shard.metadata),
             };
             let entries = tensors.iter().map(|Planned { name, dtype, shape, bytes, .. }| Entry {
                 name,
@@ -182,21 +189,36 @@ impl Plan {
                 bytes: *bytes,
             });
             let head = head(entries, &metadata, ALIGNMENT).with_context(|| shard.name.clone())?;
-            let bytes = head.len() as u64 + tensors.iter().map(|tensor| tensor.bytes).sum::<u64>();
-            for tensor in &tensors {
-                weight_map.insert(tensor.name.clone(), shard.name.clone());
+            let bytes =
+                tensors.iter().try_fold(head.len() as u64, |sum, tensor| sum.checked_add(tensor.bytes));
+            let bytes = bytes.with_context(|| format!("{} would be too large", shard.name))?;
+            let listed: Vec<Listed> = tensors.iter().map(Planned::listed).collect();
+            if !is_written_as_usual(&shard.input)? || undone(&listed, &before) != before {
+                not_undone.push(shard.name.clone());
             }
-            shards.push(PlannedShard { name: shard.name.clone(), head, metadata, tensors, bytes });
+            shards.push(PlannedShard { name: shard.name.clone(), head, tensors, bytes });
         }
-        let index = index(source, &shards, &weight_map)?;
-        Ok(Self { shards, index })
+        let index = index(source, &shards, goal.names)?;
+        if let (Some(before), Some((name, text))) = (&source.index, &index) {
+            let back = if source.names() == goal.names {
+                text.clone()
+            } else {
+                mentions::renamed_index(text, source.names())?
+            };
+            if mentions::without_number(&back, TOTAL_SIZE)
+                != mentions::without_number(&before.text, TOTAL_SIZE)
+            {
+                not_undone.push(name.clone());
+            }
+        }
+        Ok(Self { shards, index, not_undone })
     }
 }
 
 struct Planner<'s> {
     source: &'s Checkpoint,
     goal: Goal,
-    block: Option<usize>,
+    declared: Declared,
 }
 
 /// A tensor that is read.
@@ -215,7 +237,8 @@ impl Planner<'_> {
     /// Adds what becomes of the tensor `name`.
     fn add(&self, shard: usize, name: &str, tensors: &mut Vec<Planned>) -> anyhow::Result<()> {
         let source = self.source(shard, name)?;
-        let (Goal::Repacked(layout, names), Some(module)) = (self.goal, ModuleName::parse(name)) else {
+        let Goal { layout, names } = self.goal;
+        let Some(module) = ModuleName::parse(name) else {
             tensors.push(source.as_it_is(name.to_owned()));
             return Ok(());
         };
@@ -224,7 +247,9 @@ impl Planner<'_> {
             (Packing::Interleaved, Some(part)) => {
                 let [first, second] = [0, 1].map(|part| module.of(Some(part)));
                 let other = if part == 0 { &second } else { &first };
-                let Some(other_shard) = self.source.shard_of(other) else { bail!("'{other}' is missing") };
+                let Some(other_shard) = self.source.shard_beside(shard, name, other) else {
+                    bail!("'{other}' is missing")
+                };
                 if part == 0 {
                     let second = self.source(other_shard, other)?;
                     tensors.push(self.joined([&source, &second], &module, layout)?);
@@ -236,9 +261,10 @@ impl Planner<'_> {
     }
 
     /// How a tensor of a projection follows `outputs` outputs, and that its shape allows it.
-    fn follow(&self, source: &Source<'_>, suffix: &str, outputs: usize) -> anyhow::Result<Follow> {
+    fn follow(&self, source: &Source<'_>, module: &ModuleName<'_>, outputs: usize) -> anyhow::Result<Follow> {
         let TensorInfo { dtype, shape, .. } = source.info;
-        let follow = follow(suffix, *dtype, shape, outputs, self.block)?;
+        let format = self.declared.of(&module.module())?;
+        let follow = follow(&format, module.suffix, *dtype, shape, outputs)?;
         if let Follow::Along { dim, .. } = follow {
             let indices: usize = shape[..=dim].iter().product();
             if indices > 0 && !source.place.bytes.is_multiple_of(indices as u64) {
@@ -259,12 +285,16 @@ impl Planner<'_> {
         tensors: &mut Vec<Planned>,
     ) -> anyhow::Result<()> {
         let map = WeightMap::new(&layout.heads, module.projection, packing);
-        let follow = self.follow(source, module.suffix, map.sources())?;
+        let follow = self.follow(source, module, map.sources())?;
         if names == Names::Fused {
             let mut tensor = source.as_it_is(module.of(None));
             if let Follow::Along { dim, grain } = follow {
-                let parts = vec![(source.place, grain.of(&map)?)];
-                tensor.content = Content::Gather { dim, parts };
+                match grain.of(&map) {
+                    Ok(map) => tensor.content = Content::Gather { dim, parts: vec![(source.place, map)] },
+                    // All of it is the same, wherever it goes.
+                    Err(_) if self.alike(source, dim, grain)?.is_some() => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
             tensors.push(tensor);
             return Ok(());
@@ -278,9 +308,16 @@ impl Planner<'_> {
                     tensor.content = Content::Bytes(self.with_outputs(source, map.sources(), outputs)?);
                 }
                 Follow::Along { dim, grain } => {
-                    let map = grain.of(&map.destination_part(range))?;
                     tensor.set_dim(dim, grain.len(outputs))?;
-                    tensor.content = Content::Gather { dim, parts: vec![(source.place, map)] };
+                    tensor.content = match grain.of(&map.destination_part(range)) {
+                        Ok(map) => Content::Gather { dim, parts: vec![(source.place, map)] },
+                        Err(error) => match self.alike(source, dim, grain)? {
+                            Some(alike) if grain.fits(outputs) => {
+                                Content::Bytes(alike.bytes(grain.len(outputs)))
+                            }
+                            _ => return Err(error.into()),
+                        },
+                    };
                 }
             }
             tensors.push(tensor);
@@ -299,8 +336,9 @@ impl Planner<'_> {
         let ranges = module.projection.tensors(&layout.heads);
         let second = module.of(Some(1));
         let follows = [
-            self.follow(parts[0], module.suffix, ranges[0].len())?,
-            self.follow(parts[1], module.suffix, ranges[1].len()).with_context(|| format!("'{second}'"))?,
+            self.follow(parts[0], module, ranges[0].len())?,
+            self.follow(parts[1], &ModuleName { part: Some(1), ..*module }, ranges[1].len())
+                .with_context(|| format!("'{second}'"))?,
         ];
         let [info, other] = [parts[0].info, parts[1].info];
         if info.dtype != other.dtype {
@@ -331,9 +369,20 @@ impl Planner<'_> {
                     bail!("its shape is {:?}, that of '{second}' is {:?}", info.shape, other.shape);
                 }
                 tensor.set_dim(dim, grain.len(map.destinations()))?;
+                let maps = ranges.map(|range| grain.of(&map.source_part(range)));
+                if let [Err(error), _] | [_, Err(error)] = &maps {
+                    let [one, other] = [self.alike(parts[0], dim, grain)?, self.alike(parts[1], dim, grain)?];
+                    tensor.content = match one {
+                        Some(alike) if Some(&alike) == other.as_ref() => {
+                            Content::Bytes(alike.bytes(grain.len(map.destinations())))
+                        }
+                        _ => return Err(error.clone().into()),
+                    };
+                    return Ok(tensor);
+                }
                 let mut gathered = Vec::new();
-                for (source, range) in parts.into_iter().zip(ranges) {
-                    gathered.push((source.place, grain.of(&map.source_part(range))?));
+                for (source, map) in parts.into_iter().zip(maps) {
+                    gathered.push((source.place, map?));
                 }
                 if let Grain::Block(_) = grain {
                     self.agree(&gathered, tensor.bytes / tensor.shape[0].max(1) as u64)
@@ -343,6 +392,31 @@ impl Planner<'_> {
             }
         }
         Ok(tensor)
+    }
+
+    /// What a packed tensor says of every output, if it says the same of all of them: the zero points of a symmetric
+    /// quantisation.
+    fn alike(&self, source: &Source<'_>, dim: usize, grain: Grain) -> anyhow::Result<Option<Alike>> {
+        let (Grain::Group(per_element), TensorInfo { shape, dtype, .. }) = (grain, source.info) else {
+            return Ok(None);
+        };
+        let outer: usize = shape[..dim].iter().product();
+        if dtype.bitsize() != 32 || source.place.bytes == 0 || source.place.bytes > LARGEST_ALIKE {
+            return Ok(None);
+        }
+        let mut bytes = Vec::new();
+        self.source.read(source.place, &mut bytes)?;
+        let each = bytes.len() / outer;
+        let inner = each / shape[dim];
+        let mut alike = Alike { inner: Vec::new() };
+        for n in bytes.chunks(each) {
+            let first = &n[..inner];
+            if !n.chunks(inner).all(|element| element == first) || !is_repeated(first, 32 / per_element) {
+                return Ok(None);
+            }
+            alike.inner.push(first.to_vec());
+        }
+        Ok(Some(alike))
     }
 
     /// That rows which two parts both give, as blocks of scales reach from one into the other, are the same.
@@ -397,6 +471,10 @@ impl Source<'_> {
 }
 
 impl Planned {
+    fn listed(&self) -> Listed {
+        Listed { name: self.name.clone(), dtype: self.dtype }
+    }
+
     fn set_dim(&mut self, dim: usize, len: usize) -> anyhow::Result<()> {
         let unit = match self.shape[dim] {
             0 => 0,
@@ -408,50 +486,58 @@ impl Planned {
     }
 }
 
-/// The outputs that share a scale, where the configuration says so.
-fn block_rows(source: &Checkpoint) -> anyhow::Result<Option<usize>> {
-    let Some(text) = source.config()? else { return Ok(None) };
-    let config: Value = serde_json::from_str(&text).context("config.json is no valid JSON")?;
-    let levels = [Some(&config), config.get("text_config")];
-    let quantization = levels.into_iter().flatten().find_map(|level| level.get("quantization_config"));
-    let rows = quantization.and_then(|q| {
-        let groups = q.get("config_groups").and_then(Value::as_object);
-        let structure = groups.and_then(|g| g.values().find_map(|g| g.pointer("/weights/block_structure/0")));
-        q.pointer("/weight_block_size/0").or(structure).cloned()
-    });
-    match rows {
-        None | Some(Value::Null) => Ok(None),
-        Some(rows) => {
-            match rows.as_u64().and_then(|rows| usize::try_from(rows).ok()).filter(|rows| *rows > 0) {
-                Some(rows) => Ok(Some(rows)),
-                None => bail!("config.json: the block size is {rows}, it must be a positive integer"),
-            }
-        }
+/// One element along a dim, which all of them are.
+#[derive(PartialEq, Eq)]
+struct Alike {
+    /// For each index of the dims before.
+    inner: Vec<Vec<u8>>,
+}
+
+impl Alike {
+    /// So many of them.
+    fn bytes(&self, len: usize) -> Vec<u8> {
+        self.inner.iter().flat_map(|element| element.repeat(len)).collect()
     }
 }
 
-/// The index, to the byte where nothing in it changes.
+/// Larger tensors are no zero points.
+const LARGEST_ALIKE: u64 = 64 << 20;
+
+/// Whether every integer of 32 bits is made of the same bits over and over.
+fn is_repeated(elements: &[u8], bits: usize) -> bool {
+    elements.chunks(4).all(|element| {
+        let word = element.iter().rev().fold(0u32, |word, byte| word << 8 | u32::from(*byte));
+        bits < 32 && word.rotate_right(bits as u32) == word
+    })
+}
+
+const TOTAL_SIZE: &[&str] = &["metadata", "total_size"];
+
+/// The index says of every tensor what the source's says of the one it is made from. What need not change stays, to the byte.
 fn index(
     source: &Checkpoint,
     shards: &[PlannedShard],
-    weight_map: &BTreeMap<String, String>,
+    names: Names,
 ) -> anyhow::Result<Option<(String, String)>> {
     let Some(index) = &source.index else { return Ok(None) };
-    let mut json = index.json.clone();
-    json["weight_map"] = json!(weight_map);
-    if let Some(total) = json.pointer("/metadata/total_size").and_then(Value::as_u64) {
-        let data = |file_bytes: u64, data_start: usize| file_bytes.saturating_sub(data_start as u64);
-        let new: u64 = shards.iter().map(|shard| data(shard.bytes, shard.head.len())).sum();
+    let what = || index.name.clone();
+    let mut text = match names == source.names() {
+        true => index.text.clone(),
+        false => mentions::renamed_index(&index.text, names).with_context(what)?,
+    };
+    if let Some(total) = index.json.pointer("/metadata/total_size").and_then(Value::as_u64) {
+        let new = shards.iter().map(|shard| shard.bytes - shard.head.len() as u64).sum::<u64>();
         let mut old = 0;
         for shard in &source.shards {
-            old += data(shard.input.bytes(), shard.input.data_start());
+            old += shard.input.data_len();
         }
-        json["metadata"]["total_size"] = json!((total + new).saturating_sub(old));
+        if new != old {
+            let changed = total.checked_add(new).and_then(|total| total.checked_sub(old));
+            let total = changed.with_context(|| {
+                format!("{}: its total_size is {total}, the files have {old} bytes of data", index.name)
+            })?;
+            text = mentions::with_number(&text, TOTAL_SIZE, total).with_context(what)?;
+        }
     }
-    let text = if json == index.json {
-        index.text.clone()
-    } else {
-        format!("{}\n", serde_json::to_string_pretty(&json)?)
-    };
     Ok(Some((index.name.clone(), text)))
 }

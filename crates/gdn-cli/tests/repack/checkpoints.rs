@@ -9,6 +9,7 @@ use std::{
 
 use gdn::{Heads, Projection};
 use safetensors::{Dtype, SafeTensors, serialize_to_file, tensor::TensorView};
+use serde_json::{Value, json};
 
 pub const BIN: &str = env!("CARGO_BIN_EXE_gdn");
 pub const LAYER: &str = "mtp.layers.0.linear_attn";
@@ -110,13 +111,16 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
 
 pub type Shapes<'a> = &'a [(&'a str, Dtype, &'a [usize])];
 
-/// A checkpoint of one file with these tensors of layer [`LAYER`], noise in each.
-pub fn checkpoint(dir: &Path, heads: &Heads, shapes: Shapes<'_>) {
+/// A checkpoint of one file with these tensors of layer [`LAYER`], noise in each, whose config declares this quantisation.
+pub fn checkpoint(dir: &Path, heads: &Heads, quantization: &Value, shapes: Shapes<'_>) {
     fs::create_dir_all(dir).unwrap();
-    let config = serde_json::json!({"text_config": {
+    let mut config = json!({"model_type": "qwen3_next", "text_config": {
         "linear_num_key_heads": heads.num_k_heads(), "linear_num_value_heads": heads.num_v_heads(),
         "linear_key_head_dim": heads.head_k_dim(), "linear_value_head_dim": heads.head_v_dim(),
     }});
+    if !quantization.is_null() {
+        config["quantization_config"] = quantization.clone();
+    }
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let outputs = Projection::Qkvz.features(heads) as i64;
     let all = shapes.iter().enumerate().map(|(i, (name, dtype, shape))| {
@@ -147,7 +151,7 @@ pub fn copy_of(source: &Path, to: &Path) {
 
 /// A config of 2+4 heads of 8, 96 and 8 outputs.
 pub fn small_config(model_type: &str) -> String {
-    let config = serde_json::json!({
+    let config = json!({
         "model_type": model_type,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     });

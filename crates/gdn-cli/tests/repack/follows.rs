@@ -4,6 +4,7 @@ use std::path::Path;
 
 use gdn::{Heads, Packing, reference};
 use safetensors::Dtype;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::checkpoints::*;
@@ -56,12 +57,17 @@ fn small_heads() -> Heads {
 }
 
 /// What becomes of the tensors: those that follow the outputs along a dim, so many in an element, and those that are kept.
-fn assert_all_follow(shapes: Shapes<'_>, follows: &[(&str, usize, usize)], kept: &[&str]) {
+fn assert_all_follow(
+    quantization: Value,
+    shapes: Shapes<'_>,
+    follows: &[(&str, usize, usize)],
+    kept: &[&str],
+) {
     let heads = small_heads();
     for names in ["fused", "separate"] {
         let temp = TempDir::new().unwrap();
         let [source, there, back] = ["source", "there", "back"].map(|name| temp.path().join(name));
-        checkpoint(&source, &heads, shapes);
+        checkpoint(&source, &heads, &quantization, shapes);
         repack(&source, &there, &["--names", names]);
         verify(&there, &source);
         for &(name, dim, per_element) in follows {
@@ -91,6 +97,7 @@ const BA: (&str, Dtype, &[usize]) = ("in_proj_ba.weight", Dtype::BF16, &[8, 64])
 fn weights_with_biases_and_scales_of_each_output() {
     let weight = ("in_proj_qkvz.weight", 0, 1);
     assert_all_follow(
+        Value::Null,
         &[
             ("in_proj_qkvz.weight", Dtype::BF16, &[128, 64]),
             ("in_proj_qkvz.bias", Dtype::BF16, &[128]),
@@ -101,6 +108,7 @@ fn weights_with_biases_and_scales_of_each_output() {
         &[],
     );
     assert_all_follow(
+        json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}}),
         &[
             ("in_proj_qkvz.weight", Dtype::F8_E4M3, &[128, 64]),
             ("in_proj_qkvz.weight_scale", Dtype::F32, &[128, 1]),
@@ -111,6 +119,7 @@ fn weights_with_biases_and_scales_of_each_output() {
         &["in_proj_qkvz.input_scale"],
     );
     assert_all_follow(
+        json!({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}}),
         &[
             ("in_proj_qkvz.weight", Dtype::I8, &[128, 64]),
             ("in_proj_qkvz.weight_scale", Dtype::F32, &[128]),
@@ -127,16 +136,23 @@ fn a_block_that_both_parts_lie_in() {
         ("in_proj_ba.weight", Dtype::F8_E4M3, &[8, 256]),
         ("in_proj_ba.weight_scale_inv", Dtype::F32, &[1, 2]),
     ];
-    assert_all_follow(shapes, &[("in_proj_ba.weight", 0, 1)], &["in_proj_ba.weight_scale_inv"]);
+    let fp8 = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+    assert_all_follow(fp8.clone(), shapes, &[("in_proj_ba.weight", 0, 1)], &["in_proj_ba.weight_scale_inv"]);
     // Scales of their own, as noise is.
     let temp = TempDir::new().unwrap();
     let (source, out) = (temp.path().join("source"), temp.path().join("out"));
     let scales = ["in_proj_b.weight_scale_inv", "in_proj_a.weight_scale_inv"];
-    checkpoint(&source, &small_heads(), &scales.map(|name| (name, Dtype::F32, &[1, 2][..])));
+    checkpoint(&source, &small_heads(), &fp8, &scales.map(|name| (name, Dtype::F32, &[1, 2][..])));
     fails(
         &["repack", text(&source), "-o", text(&out), "--to", "interleaved"],
         &[scales[0], scales[1], "outputs of both parts, whose scales differ"],
     );
+}
+
+fn pack_quantized() -> Value {
+    let weights = json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32});
+    json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
 }
 
 #[test]
@@ -150,6 +166,7 @@ fn compressed_tensors() {
         BA,
     ];
     assert_all_follow(
+        pack_quantized(),
         shapes,
         &[
             ("in_proj_qkvz.weight_packed", 0, 1),
@@ -161,7 +178,7 @@ fn compressed_tensors() {
     // The shapes of the parts are their own.
     let temp = TempDir::new().unwrap();
     let [source, fused, separate] = ["source", "fused", "separate"].map(|name| temp.path().join(name));
-    checkpoint(&source, &small_heads(), shapes);
+    checkpoint(&source, &small_heads(), &pack_quantized(), shapes);
     repack(&source, &fused, &[]);
     repack(&source, &separate, &["--names", "separate"]);
     for (dir, module, outputs) in
@@ -176,6 +193,7 @@ fn compressed_tensors() {
 fn gptq_and_awq() {
     let (scales, qzeros) = (("in_proj_qkvz.scales", 1, 1), ("in_proj_qkvz.qzeros", 1, 8));
     assert_all_follow(
+        json!({"quant_method": "gptq", "bits": 4}),
         &[
             ("in_proj_qkvz.qweight", Dtype::I32, &[8, 128]),
             ("in_proj_qkvz.qzeros", Dtype::I32, &[2, 16]),
@@ -187,6 +205,7 @@ fn gptq_and_awq() {
         &["in_proj_qkvz.g_idx"],
     );
     assert_all_follow(
+        json!({"quant_method": "awq", "bits": 4, "version": "gemm"}),
         &[
             ("in_proj_qkvz.qweight", Dtype::I32, &[64, 16]),
             ("in_proj_qkvz.qzeros", Dtype::I32, &[2, 16]),
@@ -201,6 +220,7 @@ fn gptq_and_awq() {
 #[test]
 fn lora_adapters() {
     assert_all_follow(
+        Value::Null,
         &[
             ("in_proj_qkvz.lora_A.weight", Dtype::BF16, &[4, 64]),
             ("in_proj_qkvz.lora_B.weight", Dtype::BF16, &[128, 4]),
@@ -221,21 +241,31 @@ fn lora_adapters() {
 fn what_cannot_follow_is_named() {
     let heads = small_heads();
     let narrow = Heads::new(2, 4, 64, 128).unwrap();
-    let cases: &[(Heads, Shapes<'_>, &[&str])] = &[
+    let gptq = json!({"quant_method": "gptq", "bits": 4});
+    let fp8 = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+    let cases: &[(Heads, Value, Shapes<'_>, &[&str])] = &[
         (
             heads,
+            gptq.clone(),
             &[("in_proj_ba.qzeros", Dtype::I32, &[2, 1])],
             &["in_proj_ba.qzeros", "every 8 outputs are packed together"],
         ),
         (
             heads,
+            gptq.clone(),
             &[("in_proj_qkvz.qzeros", Dtype::I32, &[2, 12])],
-            &["in_proj_qkvz.qzeros", "128 outputs in 12 elements"],
+            &["in_proj_qkvz.qzeros", "128 outputs need 16 indices in dim 1"],
         ),
-        (heads, &[("in_proj_qkvz.weight", Dtype::BF16, &[120, 64])], &["in_proj_qkvz.weight", "120", "128"]),
-        (heads, &[("in_proj_qkvz.B", Dtype::I32, &[8, 8])], &["in_proj_qkvz.B", "not known"]),
+        (
+            heads,
+            Value::Null,
+            &[("in_proj_qkvz.weight", Dtype::BF16, &[120, 64])],
+            &["in_proj_qkvz.weight", "120", "128"],
+        ),
+        (heads, gptq, &[("in_proj_qkvz.B", Dtype::I32, &[8, 8])], &["in_proj_qkvz.B", "not known"]),
         (
             narrow,
+            fp8,
             &[
                 ("in_proj_qkvz.weight", Dtype::F8_E4M3, &[1280, 8]),
                 ("in_proj_qkvz.weight_scale_inv", Dtype::F32, &[10, 1]),
@@ -245,9 +275,9 @@ fn what_cannot_follow_is_named() {
     ];
     let temp = TempDir::new().unwrap();
     let out = temp.path().join("out");
-    for (number, (heads, shapes, parts)) in cases.iter().enumerate() {
+    for (number, (heads, quantization, shapes, parts)) in cases.iter().enumerate() {
         let source = temp.path().join(number.to_string());
-        checkpoint(&source, heads, shapes);
+        checkpoint(&source, heads, quantization, shapes);
         fails(&["repack", text(&source), "-o", text(&out)], parts);
         assert!(!out.exists() && !temp.path().join("out.partial").exists());
     }
@@ -258,7 +288,7 @@ fn parts_that_do_not_go_together() {
     let temp = TempDir::new().unwrap();
     let at = |name: &str| temp.path().join(name);
     let run = |shapes: Shapes<'_>, parts: &[&str]| {
-        checkpoint(&at("source"), &small_heads(), shapes);
+        checkpoint(&at("source"), &small_heads(), &Value::Null, shapes);
         fails(&["repack", text(&at("source")), "-o", text(&at("out")), "--to", "interleaved"], parts);
         assert!(!at("out").exists());
     };

@@ -5,3 +5,4 @@ mod follows;
 mod headers;
 mod projections;
 mod runs;
+mod sources;
