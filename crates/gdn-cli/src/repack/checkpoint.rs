@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, Ref},
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, File},
     path::{Component, Path, PathBuf},
 };
@@ -195,10 +195,31 @@ impl Checkpoint {
         modules.into_values().collect()
     }
 
-    /// Whether it is this copy of a tensor that counts: the one that the index names.
-    pub(super) fn is_live(&self, shard: usize, tensor: &str) -> bool {
-        let Some(index) = &self.index else { return true };
-        index.weight_map.get(tensor).is_some_and(|file| *file == self.shards[shard].name)
+    /// Whether it is this copy of a tensor that counts: the one that the index names or, where it names none, the only one.
+    pub(super) fn counts(&self, shard: usize, tensor: &str) -> bool {
+        match self.index.as_ref().and_then(|index| index.weight_map.get(tensor)) {
+            Some(file) => *file == self.shards[shard].name,
+            None => self.shards.iter().filter(|shard| shard.input.place(tensor).is_some()).count() == 1,
+        }
+    }
+
+    /// The files in which a copy of a tensor counts: one, or none.
+    pub(super) fn files_of(&self, tensor: &str) -> BTreeSet<&str> {
+        let shards = self.shards.iter().enumerate();
+        let has = |(number, shard): &(usize, &Shard)| {
+            shard.input.place(tensor).is_some() && self.counts(*number, tensor)
+        };
+        shards.filter(has).map(|(_, shard)| shard.name.as_str()).collect()
+    }
+
+    /// The shard with the tensor that belongs with one of this shard: with one that counts the one that counts, with an old copy
+    /// that of the same file.
+    pub(super) fn shard_beside(&self, shard: usize, tensor: &str, other: &str) -> Option<usize> {
+        let counts = self.counts(shard, tensor);
+        let mut shards = (0..self.shards.len()).filter(|number| counts || *number == shard);
+        shards.find(|number| {
+            self.shards[*number].input.place(other).is_some() && self.counts(*number, other) == counts
+        })
     }
 
     /// For each file that has tensors of which the index does not say they are there, what there is to say about it.
@@ -206,9 +227,9 @@ impl Checkpoint {
         let Some(index) = &self.index else { return Vec::new() };
         let mut notes = Vec::new();
         for (number, shard) in self.shards.iter().enumerate() {
-            let names = shard.input.names().into_iter().filter(|name| !self.is_live(number, name));
-            let (stale, unnamed): (Vec<_>, Vec<_>) =
-                names.partition(|name| index.weight_map.contains_key(name));
+            let names = shard.input.names().into_iter();
+            let names = names.filter(|name| index.weight_map.get(name) != Some(&shard.name));
+            let (unnamed, stale): (Vec<_>, Vec<_>) = names.partition(|name| self.counts(number, name));
             for (names, what) in [
                 (stale, "old copies that the index does not take, and neither will the new one"),
                 (unnamed, "not in the index, and will not be in the new one"),
@@ -220,23 +241,6 @@ impl Checkpoint {
             }
         }
         notes
-    }
-
-    /// The shard with the tensor that belongs with one of this shard: to one that counts the one that counts, else one of the
-    /// same file, else the only one there is.
-    pub(super) fn shard_beside(&self, shard: usize, tensor: &str, other: &str) -> Option<usize> {
-        let has = |number: &usize| self.shards[*number].input.place(other).is_some();
-        let all = || (0..self.shards.len()).filter(has);
-        let live = all().find(|number| self.is_live(*number, other));
-        let mut same = [shard].into_iter().filter(has);
-        match (self.is_live(shard, tensor), live) {
-            (true, Some(live)) => Some(live),
-            (true, None) => same.next().or_else(|| all().next().filter(|_| all().count() == 1)),
-            (false, _) => same.find(|number| !self.is_live(*number, other)).or_else(|| {
-                let mut rest = all().filter(|number| !self.is_live(*number, other));
-                rest.next().filter(|_| rest.next().is_none())
-            }),
-        }
     }
 
     /// The text of `config.json`, if there is one.

@@ -20,17 +20,20 @@ pub(super) struct Renamed {
 /// # Errors
 /// Where it is no JSON.
 pub(super) fn renamed(text: &str, to: Names) -> anyhow::Result<Renamed> {
-    rename(text, to, false)
+    rename(text, to, None)
 }
 
-/// The same for an index: where two parts lie in two files, the first part's counts.
-pub(super) fn renamed_index(text: &str, to: Names) -> anyhow::Result<String> {
-    Ok(rename(text, to, true)?.text)
+/// In which file of a checkpoint a tensor is, if it is in any.
+pub(super) type FileOf<'f> = &'f dyn Fn(&str) -> Option<String>;
+
+/// The same for an index: a name follows to one that is in a file, and the index says in which.
+pub(super) fn renamed_index(text: &str, to: Names, file_of: FileOf<'_>) -> anyhow::Result<String> {
+    Ok(rename(text, to, Some(file_of))?.text)
 }
 
-fn rename(text: &str, to: Names, first_counts: bool) -> anyhow::Result<Renamed> {
+fn rename(text: &str, to: Names, file_of: Option<FileOf<'_>>) -> anyhow::Result<Renamed> {
     let tree = parse(text)?;
-    let renamer = Renamer { text, to, first_counts };
+    let renamer = Renamer { text, to, file_of };
     let text = format!("{}{}{}", &text[..tree.start], renamer.value(&tree), &text[tree.end..]);
     let mut left = Vec::new();
     parse(&text)?.strings(&mut |string| {
@@ -91,7 +94,10 @@ impl<'a> Mention<'a> {
         let (prefix, rest) = string.split_at(at);
         let len = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
         let (name, rest) = rest.split_at(len);
+        let layer =
+            prefix.trim_end_matches('.').rsplit(['.', '*', '/', '\\', ':']).next().unwrap_or_default();
         let whole_string = (prefix.is_empty() || prefix.ends_with(['.', '*', '/']))
+            && (layer.is_empty() || layer == "linear_attn")
             && (rest.is_empty() || rest.starts_with('.') || rest == "*" || rest == "$");
         if !whole_string {
             return None;
@@ -125,7 +131,7 @@ struct Item {
 struct Renamer<'t> {
     text: &'t str,
     to: Names,
-    first_counts: bool,
+    file_of: Option<FileOf<'t>>,
 }
 
 impl Renamer<'_> {
@@ -171,6 +177,14 @@ impl Renamer<'_> {
         result + &tail + &close.to_string()
     }
 
+    /// What follows a name that another one became: in an index the file it is in now. `None` where there is no such name.
+    fn after(&self, name: &str, before: &str) -> Option<String> {
+        let Some(file_of) = self.file_of else { return Some(before.to_owned()) };
+        let (colon, file) = before.split_once('"')?;
+        let (_, rest) = file.split_once('"')?;
+        Some(format!("{colon}{}{rest}", Value::from(file_of(name)?)))
+    }
+
     fn items(&self, before: Vec<Item>) -> Vec<Item> {
         // What stands between two items of this container.
         let gap = match (before.get(1), before.first()) {
@@ -191,14 +205,19 @@ impl Renamer<'_> {
             match (mention, self.to) {
                 (Some(mention), Names::Separate) if mention.part.is_none() => {
                     let parts = [0, 1].map(|part| mention.of(Some(part)));
+                    let after = |part: &String| self.after(part, &item.after);
+                    let ([first, second], [Some(one), Some(two)]) =
+                        (&parts, [after(&parts[0]), after(&parts[1])])
+                    else {
+                        result.push(item);
+                        continue;
+                    };
                     if parts.iter().any(|part| has(part)) {
                         result.push(item);
                         continue;
                     }
-                    let [first, second] = parts;
-                    let after = item.after.clone();
-                    result.push(Item { name: Some(first), ..item });
-                    result.push(Item { gap: gap.clone(), name: Some(second), after });
+                    result.push(Item { gap: item.gap, name: Some(first.clone()), after: one });
+                    result.push(Item { gap: gap.clone(), name: Some(second.clone()), after: two });
                 }
                 (Some(mention), Names::Fused) if mention.part.is_some() => {
                     let own = mention.of(mention.part);
@@ -207,19 +226,20 @@ impl Renamer<'_> {
                         continue;
                     }
                     let at = |part| names.iter().position(|n| n.as_deref() == Some(&mention.of(Some(part))));
-                    let together = match (at(0), at(1)) {
-                        (Some(first), Some(second)) if !has(&mention.of(None)) => {
-                            (self.first_counts || afters[first] == afters[second]).then_some(first)
-                        }
-                        _ => None,
+                    let whole = mention.of(None);
+                    let goes = match (at(0), at(1)) {
+                        _ if has(&whole) => false,
+                        // A part that the index does not name is there all the same.
+                        _ if self.file_of.is_some() => true,
+                        (Some(first), Some(second)) => afters[first] == afters[second],
+                        _ => false,
                     };
-                    let Some(first) = together else {
+                    let Some(after) = self.after(&whole, &item.after).filter(|_| goes) else {
                         result.push(item);
                         continue;
                     };
-                    let whole = mention.of(None);
                     dropped.push(mention.of(mention.part.map(|part| 1 - part)));
-                    result.push(Item { name: Some(whole), after: afters[first].clone(), ..item });
+                    result.push(Item { gap: item.gap, name: Some(whole), after });
                 }
                 _ => result.push(item),
             }
@@ -420,7 +440,7 @@ mod tests {
       "model.layers.0.linear_attn.in_proj_qkvz",
       "\"in_proj_qkvz", "my_in_proj_ba", "re:.*\\.in_proj_ba$", "*in_proj_ba"
     ]},
-  "é": ["in_proj_qkvz"], "extra_config" : {"a.in_proj_ba.weight" :  {"bits": 16}}
+  "é": ["in_proj_qkvz"], "extra_config" : {"linear_attn.in_proj_ba.weight" :  {"bits": 16}}
 }
 "#,
             r#"{
@@ -432,7 +452,7 @@ mod tests {
       "re:.*\\.in_proj_a$", "*in_proj_b",
       "*in_proj_a"
     ]},
-  "é": ["in_proj_qkv", "in_proj_z"], "extra_config" : {"a.in_proj_b.weight" :  {"bits": 16}, "a.in_proj_a.weight" :  {"bits": 16}}
+  "é": ["in_proj_qkv", "in_proj_z"], "extra_config" : {"linear_attn.in_proj_b.weight" :  {"bits": 16}, "linear_attn.in_proj_a.weight" :  {"bits": 16}}
 }
 "#,
         );
@@ -450,15 +470,16 @@ mod tests {
             r#"{"a": 1, "in_proj_a.bias": 2, "in_proj_a.weight": 3, "in_proj_b.bias": 2, "in_proj_b.weight": 3}"#,
         );
         assert_eq!(
-            renamed(r#"["b.in_proj_a", "a", "b.in_proj_b"]"#, Names::Fused).unwrap().text,
-            r#"["b.in_proj_ba", "a"]"#
+            renamed(r#"["*.in_proj_a", "a", "*.in_proj_b"]"#, Names::Fused).unwrap().text,
+            r#"["*.in_proj_ba", "a"]"#
         );
     }
 
     #[test]
     fn what_cannot_follow_is_told() {
         for (text, to, left) in [
-            (r#"["a.in_proj_b", "b.in_proj_a"]"#, Names::Fused, vec!["a.in_proj_b", "b.in_proj_a"]),
+            (r#"["*.in_proj_b", "in_proj_a"]"#, Names::Fused, vec!["*.in_proj_b", "in_proj_a"]),
+            (r#"["a.in_proj_ba"]"#, Names::Separate, vec!["a.in_proj_ba"]),
             (r#"{"in_proj_b": 1, "in_proj_a": 2}"#, Names::Fused, vec!["in_proj_b", "in_proj_a"]),
             (r#"{"x": "in_proj_ba"}"#, Names::Separate, vec!["in_proj_ba"]),
             (r#"["a*in_proj_ba?", "in_proj_bar"]"#, Names::Separate, vec!["a*in_proj_ba?"]),
@@ -499,13 +520,30 @@ mod tests {
     }
 
     #[test]
-    fn an_index_follows_its_first_parts() {
-        let index = r#"{"weight_map": {"in_proj_b.weight": "1", "in_proj_a.weight": "2"}, "metadata": {"total_size": 5}}"#;
-        let fused = renamed_index(index, Names::Fused).unwrap();
-        assert_eq!(fused, r#"{"weight_map": {"in_proj_ba.weight": "1"}, "metadata": {"total_size": 5}}"#);
+    fn an_index_says_in_which_file_a_tensor_is_now() {
+        let whole = "linear_attn.in_proj_ba.weight";
+        let index = r#"{"weight_map": {"linear_attn.in_proj_b.weight" : "1" , "linear_attn.in_proj_a.weight": "2", "x.in_proj_b": "3"}, "metadata": {"total_size": 5}}"#;
+        let file_of = |name: &str| (name == whole).then(|| "1".to_owned());
+        let fused = renamed_index(index, Names::Fused, &file_of).unwrap();
+        assert_eq!(
+            fused,
+            r#"{"weight_map": {"linear_attn.in_proj_ba.weight" : "1" , "x.in_proj_b": "3"}, "metadata": {"total_size": 5}}"#
+        );
         let text = with_number(&fused, &["metadata", "total_size"], 17).unwrap();
-        assert_eq!(text, r#"{"weight_map": {"in_proj_ba.weight": "1"}, "metadata": {"total_size": 17}}"#);
+        assert_eq!(text, fused.replace('5', "17"));
         assert!(with_number(&fused, &["metadata", "no"], 17).is_err());
+        // One part alone is enough.
+        let one = r#"{"weight_map": {"linear_attn.in_proj_a.weight": "2"}}"#;
+        assert_eq!(
+            renamed_index(one, Names::Fused, &file_of).unwrap(),
+            r#"{"weight_map": {"linear_attn.in_proj_ba.weight": "1"}}"#
+        );
+        let parts = |name: &str| name.contains("_attn.in_proj_").then(|| "9".to_owned());
+        assert_eq!(
+            renamed_index(r#"{"weight_map": {"linear_attn.in_proj_ba.bias": "1"}}"#, Names::Separate, &parts)
+                .unwrap(),
+            r#"{"weight_map": {"linear_attn.in_proj_b.bias": "9", "linear_attn.in_proj_a.bias": "9"}}"#
+        );
     }
 
     #[test]

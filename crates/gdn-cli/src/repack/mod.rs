@@ -67,12 +67,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let plan = Plan::new(&source, goal).with_context(what)?;
     let mut notes = source.unnamed();
     let others = carried(&source, goal.names, &mut notes)?;
-    if let Some(first) = plan.not_undone.first() {
-        let more = match plan.not_undone.len() {
-            1 => String::new(),
-            len => format!(", and so do {} more files", len - 1),
-        };
-        notes.push(format!("{first}: after an undo it says the same, written differently{more}"));
+    if !plan.not_undone.is_empty() {
+        let files = plan.not_undone.join(", ");
+        notes.push(format!(
+            "an undo gives the same tensors, but not the same bytes in all files: it will differ in {files}"
+        ));
     }
     if !source.left_out.is_empty() {
         notes.push(format!("not carried over: {}", source.left_out.join(", ")));

@@ -1,6 +1,6 @@
 //! What a repacked checkpoint is made of, tensor by tensor, before a byte of it is written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, bail};
 use gdn::{Layout, Packing, WeightMap};
@@ -11,7 +11,7 @@ use super::{
     checkpoint::{Checkpoint, Place},
     follow::{Follow, Grain, follow},
     format::Declared,
-    mentions,
+    mentions::{self, FileOf},
     names::{ModuleName, Names},
     order::{Listed, is_in_usual_order, is_written_as_usual, undone},
     record::Record,
@@ -160,13 +160,20 @@ impl Plan {
         let planner = Planner { source, goal, declared: Declared::read(source)? };
         let mut shards = Vec::new();
         let mut not_undone = Vec::new();
+        // The file of every tensor that counts.
+        let mut files: HashMap<String, String> = HashMap::new();
         for (number, shard) in source.shards.iter().enumerate() {
             let mut tensors = Vec::new();
             let names = shard.input.names();
             for name in &names {
+                let before = tensors.len();
                 planner
                     .add(number, name, &mut tensors)
                     .with_context(|| format!("{}: '{name}'", shard.name))?;
+                if source.counts(number, name) {
+                    let new = tensors[before..].iter().map(|tensor| tensor.name.clone());
+                    files.extend(new.map(|name| (name, shard.name.clone())));
+                }
             }
             let before: Vec<Listed> = names
                 .iter()
@@ -198,12 +205,16 @@ impl Plan {
             }
             shards.push(PlannedShard { name: shard.name.clone(), head, tensors, bytes });
         }
-        let index = index(source, &shards, goal.names)?;
+        let index = index(source, &shards, goal.names, &|name| files.get(name).cloned())?;
         if let (Some(before), Some((name, text))) = (&source.index, &index) {
-            let back = if source.names() == goal.names {
-                text.clone()
-            } else {
-                mentions::renamed_index(text, source.names())?
+            // An undo takes the parts apart where the whole is, and joins them where the first is.
+            let undone = |name: &str| {
+                let module = ModuleName::parse(name)?;
+                files.get(&module.of(if module.part.is_some() { None } else { Some(0) })).cloned()
+            };
+            let back = match source.names() == goal.names {
+                true => text.clone(),
+                false => mentions::renamed_index(text, source.names(), &undone)?,
             };
             if mentions::without_number(&back, TOTAL_SIZE)
                 != mentions::without_number(&before.text, TOTAL_SIZE)
@@ -248,7 +259,12 @@ impl Planner<'_> {
                 let [first, second] = [0, 1].map(|part| module.of(Some(part)));
                 let other = if part == 0 { &second } else { &first };
                 let Some(other_shard) = self.source.shard_beside(shard, name, other) else {
-                    bail!("'{other}' is missing")
+                    match self.source.counts(shard, name) {
+                        true => bail!("'{other}' is missing"),
+                        false => {
+                            bail!("it is an old copy that the index does not take, without one of '{other}'")
+                        }
+                    }
                 };
                 if part == 0 {
                     let second = self.source(other_shard, other)?;
@@ -518,12 +534,13 @@ fn index(
     source: &Checkpoint,
     shards: &[PlannedShard],
     names: Names,
+    file_of: FileOf<'_>,
 ) -> anyhow::Result<Option<(String, String)>> {
     let Some(index) = &source.index else { return Ok(None) };
     let what = || index.name.clone();
     let mut text = match names == source.names() {
         true => index.text.clone(),
-        false => mentions::renamed_index(&index.text, names).with_context(what)?,
+        false => mentions::renamed_index(&index.text, names, file_of).with_context(what)?,
     };
     if let Some(total) = index.json.pointer("/metadata/total_size").and_then(Value::as_u64) {
         let new = shards.iter().map(|shard| shard.bytes - shard.head.len() as u64).sum::<u64>();

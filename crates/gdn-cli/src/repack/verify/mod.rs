@@ -218,10 +218,7 @@ impl Check {
             self.faults.push(format!("{} is missing", before.name));
             return;
         }
-        let data = |view: &View<'_>| -> i128 {
-            view.checkpoint.shards.iter().map(|shard| i128::from(shard.input.data_len())).sum()
-        };
-        match texts::index_fault(before, after, destination.names, data(destination) - data(source)) {
+        match texts::index_fault(source, destination) {
             Some(fault) => self.faults.push(format!("{}: {fault}", after.name)),
             // Where the numbers in it are the same, the texts should be.
             None if before.json == after.json && before.text != after.text => {

@@ -8,28 +8,37 @@ use std::{
 use gdn::Projection;
 use serde_json::{Map, Value};
 
-use super::super::{
-    checkpoint::Index,
-    names::{ModuleName, Names, fused_name, part_names},
-    resume::same_bytes,
+use super::{
+    super::{
+        names::{ModuleName, Names, fused_name, part_names},
+        resume::same_bytes,
+    },
+    view::View,
 };
 use crate::files::read_text;
 
-/// What is wrong with an index that should say of a checkpoint with these names what `before` says, if anything is. The data grew
-/// by `more` bytes.
-pub(super) fn index_fault(before: &Index, after: &Index, names: Names, more: i128) -> Option<String> {
+/// What is wrong with the index of a checkpoint that should say what the source's says, if anything is. Both have one.
+pub(super) fn index_fault(source: &View<'_>, destination: &View<'_>) -> Option<String> {
+    let (Some(before), Some(after)) = (&source.checkpoint.index, &destination.checkpoint.index) else {
+        return None;
+    };
+    // For each name that must be there, the files of the tensors it is made from.
     let mut wanted: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
-    for (tensor, file) in &before.weight_map {
-        let names = match ModuleName::parse(tensor) {
-            None => vec![tensor.clone()],
-            Some(module) => match (module.part, names) {
-                (_, Names::Fused) => vec![module.of(None)],
-                (Some(_), Names::Separate) => vec![tensor.clone()],
-                (None, Names::Separate) => [0, 1].map(|part| module.of(Some(part))).to_vec(),
-            },
+    for tensor in before.weight_map.keys() {
+        let Some(module) = ModuleName::parse(tensor) else {
+            wanted.insert(tensor.clone(), source.checkpoint.files_of(tensor));
+            continue;
+        };
+        let [whole, first, second] = [None, Some(0), Some(1)].map(|part| module.of(part));
+        let files = [&whole, &first, &second].into_iter().flat_map(|name| source.checkpoint.files_of(name));
+        let files: BTreeSet<&str> = files.collect();
+        let names = match (module.part, destination.names) {
+            (_, Names::Fused) => vec![whole],
+            (Some(_), Names::Separate) => vec![tensor.clone()],
+            (None, Names::Separate) => vec![first, second],
         };
         for name in names {
-            wanted.entry(name).or_default().insert(file);
+            wanted.insert(name, files.clone());
         }
     }
     for (tensor, files) in &wanted {
@@ -45,6 +54,10 @@ pub(super) fn index_fault(before: &Index, after: &Index, names: Names, more: i12
     if let Some(tensor) = after.weight_map.keys().find(|tensor| !wanted.contains_key(*tensor)) {
         return Some(format!("it names '{tensor}', which it should not"));
     }
+    let data = |view: &View<'_>| -> i128 {
+        view.checkpoint.shards.iter().map(|shard| i128::from(shard.input.data_len())).sum()
+    };
+    let more = data(destination) - data(source);
     let size = |json: &Value| json.pointer("/metadata/total_size").and_then(Value::as_u64).map(i128::from);
     if let Some(total) = size(&before.json)
         && size(&after.json) != Some(total + more)
@@ -162,8 +175,10 @@ fn split(string: &str) -> Option<(&str, Projection, Option<usize>, &str)> {
     });
     names.into_iter().find_map(|(projection, name, part)| {
         let (before, behind) = string.rsplit_once(name)?;
+        let layer = before.trim_end_matches('.').rsplit(['.', '*', '/', '\\', ':']).next()?;
         let ends = behind.is_empty() || behind == "*" || behind == "$" || behind.starts_with('.');
-        let begins = before.is_empty() || before.ends_with(['.', '*', '/']);
+        let begins =
+            before.is_empty() || before.ends_with(['.', '*', '/']) && ["", "linear_attn"].contains(&layer);
         (begins && ends).then_some((before, projection, part, behind))
     })
 }

@@ -87,16 +87,10 @@ struct All {
 
 impl All {
     fn of(view: &View<'_>) -> Self {
-        let mut copies: BTreeMap<String, usize> = BTreeMap::new();
-        let shards = &view.checkpoint.shards;
-        for name in shards.iter().flat_map(|shard| shard.input.names()) {
-            *copies.entry(name).or_default() += 1;
-        }
         let mut all = Self::default();
-        for (shard, file) in shards.iter().enumerate() {
+        for (shard, file) in view.checkpoint.shards.iter().enumerate() {
             for name in file.input.names() {
-                let counts = copies[&name] == 1 || view.checkpoint.is_live(shard, &name);
-                let file = (!counts).then(|| file.name.clone());
+                let file = (!view.checkpoint.counts(shard, &name)).then(|| file.name.clone());
                 let piece = Piece { shard, name: name.clone() };
                 match ModuleName::parse(&name) {
                     None => {
