@@ -251,13 +251,18 @@ fn followed(
             ));
         }
     }
-    if !mentions::names_gone(&text, names) {
+    // Names that are there already would go where others go, in an undo.
+    if ![names, source.names()].into_iter().any(|names| mentions::names_gone(&text, names)) {
         return Ok(None);
     }
     let renamed = match is_json.then(|| mentions::renamed(&text, names)) {
         Some(Ok(renamed)) => renamed,
         _ => {
-            notes.push(format!("{name} names projections whose names change, and cannot follow: look at it"));
+            if mentions::names_gone(&text, names) {
+                notes.push(format!(
+                    "{name} names projections whose names change, and cannot follow: look at it"
+                ));
+            }
             return Ok(None);
         }
     };
@@ -271,11 +276,8 @@ fn followed(
             }
         ));
     }
-    if renamed.text == text {
-        return Ok(None);
-    }
     if mentions::renamed(&renamed.text, source.names())?.text != text {
-        notes.push(format!("{name}: an undo lists the same names, but in another order or spacing"));
+        notes.push(format!("{name}: an undo lists other names, or the same in another order or spacing"));
     }
-    Ok(Some(renamed.text))
+    Ok((renamed.text != text).then_some(renamed.text))
 }

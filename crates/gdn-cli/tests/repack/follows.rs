@@ -9,23 +9,6 @@ use tempfile::TempDir;
 
 use crate::checkpoints::*;
 
-/// What belongs to each output: `per_element` of them lie in one `int32` of dim `dim`, or each has its own element.
-fn by_output(tensor: &Tensor, dim: usize, per_element: usize) -> Vec<Vec<u8>> {
-    let elements = tensor.shape[dim];
-    let outer: usize = tensor.shape[..dim].iter().product();
-    let inner = tensor.data.len() / outer / elements;
-    let piece = |n: usize, f: usize| -> Vec<u8> {
-        let element = &tensor.data[(n * elements + f / per_element) * inner..][..inner];
-        if per_element == 1 {
-            return element.to_vec();
-        }
-        let bits = 32 / per_element;
-        let words = element.chunks(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]));
-        words.map(|word| ((word >> (f % per_element * bits)) & ((1 << bits) - 1)) as u8).collect()
-    };
-    (0..elements * per_element).map(|f| (0..outer).flat_map(|n| piece(n, f)).collect()).collect()
-}
-
 /// A tensor before and after, with either kind of names, output by output against the oracle.
 fn assert_follows(source: &Path, repacked: &Path, heads: &Heads, name: &str, dim: usize, per_element: usize) {
     let (before, after) = (tensors(source), tensors(repacked));

@@ -4,5 +4,6 @@ mod checkpoints;
 mod follows;
 mod headers;
 mod projections;
+mod random;
 mod runs;
 mod sources;

@@ -24,6 +24,8 @@ pub(super) fn index_fault(source: &View<'_>, destination: &View<'_>) -> Option<S
     };
     // For each name that must be there, the files of the tensors it is made from.
     let mut wanted: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+    // A part that the index does not name, as it does the other, is named once they were one.
+    let mut allowed = BTreeSet::new();
     for tensor in before.weight_map.keys() {
         let Some(module) = ModuleName::parse(tensor) else {
             wanted.insert(tensor.clone(), source.checkpoint.files_of(tensor));
@@ -34,7 +36,10 @@ pub(super) fn index_fault(source: &View<'_>, destination: &View<'_>) -> Option<S
         let files: BTreeSet<&str> = files.collect();
         let names = match (module.part, destination.names) {
             (_, Names::Fused) => vec![whole],
-            (Some(_), Names::Separate) => vec![tensor.clone()],
+            (Some(_), Names::Separate) => {
+                allowed.extend([first, second]);
+                vec![tensor.clone()]
+            }
             (None, Names::Separate) => vec![first, second],
         };
         for name in names {
@@ -51,7 +56,8 @@ pub(super) fn index_fault(source: &View<'_>, destination: &View<'_>) -> Option<S
             Some(_) => {}
         }
     }
-    if let Some(tensor) = after.weight_map.keys().find(|tensor| !wanted.contains_key(*tensor)) {
+    let may_be = |tensor: &&String| wanted.contains_key(*tensor) || allowed.contains(*tensor);
+    if let Some(tensor) = after.weight_map.keys().find(|tensor| !may_be(tensor)) {
         return Some(format!("it names '{tensor}', which it should not"));
     }
     let data = |view: &View<'_>| -> i128 {
