@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Context, bail};
-use gdn::{Layout, Packing, WeightMap};
+use gdn::{Heads, Layout, Packing, Projection, WeightMap};
 use safetensors::{Dtype, tensor::TensorInfo};
 use serde_json::Value;
 
@@ -300,12 +300,13 @@ impl Planner<'_> {
         names: Names,
         tensors: &mut Vec<Planned>,
     ) -> anyhow::Result<()> {
-        let map = WeightMap::new(&layout.heads, module.projection, packing);
-        let follow = self.follow(source, module, map.sources())?;
+        let all = module.projection.features(&layout.heads);
+        let follow = self.follow(source, module, all)?;
+        let map = map_of(&layout.heads, module.projection, packing, follow, &[source])?;
         if names == Names::Fused {
             let mut tensor = source.as_it_is(module.of(None));
-            if let Follow::Along { dim, grain } = follow {
-                match grain.of(&map) {
+            if let (Follow::Along { dim, grain }, Some(map)) = (follow, &map) {
+                match grain.of(map) {
                     Ok(map) => tensor.content = Content::Gather { dim, parts: vec![(source.place, map)] },
                     // All of it is the same, wherever it goes.
                     Err(_) if self.alike(source, dim, grain)?.is_some() => {}
@@ -321,10 +322,14 @@ impl Planner<'_> {
             match follow {
                 Follow::Keep => {}
                 Follow::Shape => {
-                    tensor.content = Content::Bytes(self.with_outputs(source, map.sources(), outputs)?);
+                    tensor.content = Content::Bytes(self.with_outputs(source, all, outputs)?);
                 }
                 Follow::Along { dim, grain } => {
                     tensor.set_dim(dim, grain.len(outputs))?;
+                    let Some(map) = &map else {
+                        tensors.push(tensor);
+                        continue;
+                    };
                     tensor.content = match grain.of(&map.destination_part(range)) {
                         Ok(map) => Content::Gather { dim, parts: vec![(source.place, map)] },
                         Err(error) => match self.alike(source, dim, grain)? {
@@ -348,7 +353,7 @@ impl Planner<'_> {
         module: &ModuleName<'_>,
         layout: Layout,
     ) -> anyhow::Result<Planned> {
-        let map = WeightMap::new(&layout.heads, module.projection, Packing::Interleaved);
+        let all = module.projection.features(&layout.heads);
         let ranges = module.projection.tensors(&layout.heads);
         let second = module.of(Some(1));
         let follows = [
@@ -376,21 +381,24 @@ impl Planner<'_> {
             }
             Follow::Shape => {
                 self.with_outputs(parts[1], ranges[1].len(), 0)?;
-                tensor.content =
-                    Content::Bytes(self.with_outputs(parts[0], ranges[0].len(), map.destinations())?);
+                tensor.content = Content::Bytes(self.with_outputs(parts[0], ranges[0].len(), all)?);
             }
             Follow::Along { dim, grain } => {
                 let without = |shape: &[usize]| [&shape[..dim], &shape[dim + 1..]].concat();
                 if without(&info.shape) != without(&other.shape) {
                     bail!("its shape is {:?}, that of '{second}' is {:?}", info.shape, other.shape);
                 }
-                tensor.set_dim(dim, grain.len(map.destinations()))?;
+                tensor.set_dim(dim, grain.len(all))?;
+                let to = Packing::Interleaved;
+                let Some(map) = map_of(&layout.heads, module.projection, to, follows[0], &parts)? else {
+                    return Ok(tensor);
+                };
                 let maps = ranges.map(|range| grain.of(&map.source_part(range)));
                 if let [Err(error), _] | [_, Err(error)] = &maps {
                     let [one, other] = [self.alike(parts[0], dim, grain)?, self.alike(parts[1], dim, grain)?];
                     tensor.content = match one {
                         Some(alike) if Some(&alike) == other.as_ref() => {
-                            Content::Bytes(alike.bytes(grain.len(map.destinations())))
+                            Content::Bytes(alike.bytes(grain.len(all)))
                         }
                         _ => return Err(error.clone().into()),
                     };
@@ -472,6 +480,23 @@ impl Planner<'_> {
         bytes[..size].copy_from_slice(&(new as u64).to_le_bytes()[..size]);
         Ok(bytes)
     }
+}
+
+/// Where the indices of tensors that follow go, once their shapes have been compared with the heads. None where nothing moves: a map takes
+/// memory for each head, of which a tensor without bytes can have as many as there are numbers.
+fn map_of(
+    heads: &Heads,
+    projection: Projection,
+    to: Packing,
+    follow: Follow,
+    parts: &[&Source<'_>],
+) -> anyhow::Result<Option<WeightMap>> {
+    let Follow::Along { dim, .. } = follow else { return Ok(None) };
+    if parts.iter().all(|part| part.place.bytes == 0) {
+        return Ok(None);
+    }
+    let indices = parts.iter().map(|part| part.info.shape[dim]).fold(0, usize::saturating_add);
+    Ok(Some(WeightMap::for_indices(heads, projection, to, indices)?))
 }
 
 impl Source<'_> {

@@ -135,3 +135,109 @@ fn more_files_than_may_be_open() {
     child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(child.wait().unwrap().success() && said.contains("the same as"), "{said}");
 }
+
+fn config(num_k_heads: u64, num_v_heads: u64, head_k_dim: u64, head_v_dim: u64) -> String {
+    json!({
+        "model_type": "qwen3_next", "linear_num_key_heads": num_k_heads, "linear_num_value_heads": num_v_heads,
+        "linear_key_head_dim": head_k_dim, "linear_value_head_dim": head_v_dim,
+    })
+    .to_string()
+}
+
+/// The most memory that any process of this test has had, in bytes.
+#[cfg(target_os = "linux")]
+fn most_memory() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: it fills in what it is given.
+    let usage = unsafe {
+        assert_eq!(libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr()), 0);
+        usage.assume_init()
+    };
+    usage.ru_maxrss as u64 * 1024
+}
+
+#[test]
+fn heads_are_not_believed_before_shapes_are_compared() {
+    let scene = Scene::new(&[]);
+    let layer = "model.layers.0.linear_attn";
+    let many: [[u64; 4]; 6] = [
+        [1 << 26, 1 << 26, 1, 1],
+        [1 << 40, 1 << 40, 1, 1],
+        [1 << 55, 1 << 55, 1, 1],
+        [2, 2, 1 << 55, 1 << 55],
+        [1, 1, 1 << 56, 1 << 56],
+        [1, 1 << 57, 1, 1],
+    ];
+    for (round, heads) in many.into_iter().enumerate() {
+        let [hk, hv, dk, dv] = heads;
+        let (qkvz, ba) = (2 * hk * dk + 2 * hv * dv, 2 * hv);
+        let source = format!("source{round}");
+        fs::create_dir(scene.path(&source)).unwrap();
+        let mut text: serde_json::Value = serde_json::from_str(&config(hk, hv, dk, dv)).unwrap();
+        // One block of all outputs: a scale of one row fits any heads.
+        text["quantization_config"] = json!({"weight_block_size": [1u64 << 60, 128]});
+        fs::write(scene.path(&source).join("config.json"), text.to_string()).unwrap();
+        let path = scene.path(&source).join("model.safetensors");
+        for (suffix, dtype, shape, bytes) in [
+            ("in_proj_qkvz.weight", "BF16", json!([12, 2]), 48),
+            ("in_proj_ba.weight", "BF16", json!([12, 2]), 48),
+            ("in_proj_ba.weight", "BF16", json!([ba, 0]), 0),
+            ("in_proj_qkvz.weight", "BF16", json!([qkvz, 0]), 0),
+            ("in_proj_qkvz.weight_scale_inv", "F32", json!([1, 2]), 8),
+            ("in_proj_ba.weight_scale_inv", "F32", json!([1, 2]), 8),
+            ("in_proj_qkvz.qzeros", "I32", json!([2, 1]), 8),
+            ("in_proj_qkvz.qzeros", "I32", json!([0, 1]), 0),
+        ] {
+            let header = json!({format!("{layer}.{suffix}"): {"dtype": dtype, "shape": shape, "data_offsets": [0, bytes]}});
+            fs::write(&path, file(&header, bytes)).unwrap();
+            for names in ["fused", "separate"] {
+                let started = Instant::now();
+                let output = scene.gdn(&["repack", &source, "-o", "out", "--names", names]);
+                let told = format!("{heads:?}, {suffix} {shape}, {names}: {output:?}");
+                match output.status.code() {
+                    Some(2) => refused(&output, "gdn: "),
+                    code => assert_eq!(code, Some(0), "{told}"),
+                }
+                assert!(started.elapsed() < Duration::from_secs(20), "{told}");
+                let _ = fs::remove_dir_all(scene.path("out"));
+            }
+        }
+        // What a file says of itself.
+        let header = json!({
+            "__metadata__": {"num_k_heads": hk.to_string(), "num_v_heads": hv.to_string(), "head_k_dim": dk.to_string(),
+                "head_v_dim": dv.to_string(), "packing": "interleaved"},
+            "mixed_qkvz": {"dtype": "F64", "shape": [0, qkvz], "data_offsets": [0, 0]},
+            "mixed_ba": {"dtype": "F64", "shape": [0, ba], "data_offsets": [0, 0]},
+        });
+        fs::write(scene.path("in"), file(&header, 0)).unwrap();
+        let output = scene.gdn(&["split", "in", "-o", "parts"]);
+        assert!(matches!(output.status.code(), Some(0 | 2)), "{heads:?}: {output:?}");
+        if output.status.success() {
+            scene.succeeds(&["merge", "parts", "-o", "back"]);
+        }
+        assert_eq!(scene.gdn(&["info", "--config", &format!("{source}/config.json")]).status.code(), Some(0));
+    }
+    #[cfg(target_os = "linux")]
+    assert!(most_memory() < 1 << 30, "{} bytes", most_memory());
+}
+
+#[test]
+fn numbers_at_the_end_of_their_range() {
+    let scene = Scene::new(&[("source", "repack/qwen3-next")]);
+    let path = scene.path("source/model.safetensors.index.json");
+    let mut index: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for total in [u64::MAX, u64::MAX - 1, 1 << 63, 0] {
+        index["metadata"]["total_size"] = json!(total);
+        fs::write(&path, index.to_string()).unwrap();
+        for names in ["fused", "separate"] {
+            let output = scene.gdn(&["repack", "source", "-o", "out", "--names", names]);
+            match output.status.code() {
+                Some(2) => refused(&output, "total_size"),
+                code => {
+                    assert_eq!(code, Some(0), "{total}, {names}: {output:?}");
+                    let _ = fs::remove_dir_all(scene.path("out"));
+                }
+            }
+        }
+    }
+}
