@@ -58,13 +58,15 @@ pub(super) fn names_gone(text: &str, now: Names) -> bool {
 }
 
 /// Patterns (`re:…`) that match other modules once these have other names, and do not follow.
-pub(super) fn patterns_left(text: &str, modules: &[(Vec<String>, Vec<String>)]) -> Vec<String> {
+pub(super) fn patterns_left(text: &str, to: Names, modules: &[(Vec<String>, Vec<String>)]) -> Vec<String> {
     let mut left = Vec::new();
     let Ok(tree) = parse(text) else { return left };
     tree.strings(&mut |string| {
-        let Some(pattern) = string.strip_prefix("re:").filter(|_| Mention::parse(string).is_none()) else {
+        let Some(pattern) = string.strip_prefix("re:") else { return };
+        // Those that follow as names do.
+        if Mention::parse(string).is_some_and(|mention| mention.part.is_none() == (to == Names::Separate)) {
             return;
-        };
+        }
         let follows = match Regex::new(&format!("^(?:{pattern})")) {
             Err(_) => !pattern.contains("in_proj_"),
             Ok(pattern) => modules.iter().all(|(before, after)| {
@@ -509,13 +511,15 @@ mod tests {
             ("re:.*in_proj.*", true),
             ("re:.*in_proj_[qz].*", true),
             ("re:.*in_proj_ba$", true),
+            ("re:.*\\.in_proj_qkv", false),
+            ("re:.*in_proj_qkv$", false),
             ("re:.*in_proj_(ba|qkvz)", false),
             ("re:.*in_proj_b[a]?$", false),
             ("re:.*out_proj", true),
             ("re:(?!x)in_proj_z", false),
         ] {
             let text = Value::from(vec![pattern]).to_string();
-            assert_eq!(patterns_left(&text, &modules).is_empty(), follows, "{pattern}");
+            assert_eq!(patterns_left(&text, Names::Separate, &modules).is_empty(), follows, "{pattern}");
         }
     }
 

@@ -245,7 +245,7 @@ fn followed(
     }
     let text = read_text(&source.dir.join(name), name)?;
     if is_json && text.contains("\"re:") {
-        for pattern in mentions::patterns_left(&text, &source.renamed()) {
+        for pattern in mentions::patterns_left(&text, names, &source.renamed()) {
             notes.push(format!(
                 "{name}: '{pattern}' matches other projections than before, as their names change: look at it"
             ));

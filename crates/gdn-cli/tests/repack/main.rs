@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod follows;
+mod formats;
 mod headers;
 mod projections;
 mod random;
