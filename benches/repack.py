@@ -20,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-HEADS = {
+CONFIG = {
+    "model_type": "qwen3_next",
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
     "linear_key_head_dim": 128,
@@ -34,7 +35,7 @@ LAYER = [("linear_attn.in_proj_ba", 64), ("linear_attn.in_proj_qkvz", 12288), ("
 
 def make(folder):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(HEADS))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     noise = os.urandom((16 << 20) + 4099)
     weight_map, total = {}, 0
     for shard in range(6):

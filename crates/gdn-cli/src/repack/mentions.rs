@@ -183,7 +183,7 @@ impl Renamer<'_> {
     fn after(&self, name: &str, before: &str) -> Option<String> {
         let Some(file_of) = self.file_of else { return Some(before.to_owned()) };
         let (colon, file) = before.split_once('"')?;
-        let (_, rest) = file.split_once('"')?;
+        let (_, rest) = file.rsplit_once('"')?;
         Some(format!("{colon}{}{rest}", Value::from(file_of(name)?)))
     }
 

@@ -125,6 +125,7 @@ fn goal(args: &Args, source: &Checkpoint) -> anyhow::Result<Goal> {
     if packing == args.to {
         match source.record {
             Some(_) => bail!("it was repacked before, and is {packing} already"),
+            None if part.is_some() => bail!("it is {packing} already, as {why}"),
             None => bail!(
                 "it is {packing} already ({why}); if its in_proj_qkvz and in_proj_ba are not, say so with --packing"
             ),

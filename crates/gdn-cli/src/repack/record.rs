@@ -123,7 +123,7 @@ impl Told {
                     "--packing interleaved goes with in_proj_qkvz and in_proj_ba, it has them in separate parts"
                 );
             }
-            return Ok(Some((Packing::Contiguous, "separate parts are")));
+            return Ok(Some((Packing::Contiguous, "separate parts are so")));
         }
         if let Some(given) = self.packing {
             return Ok(Some((given, "--packing says so")));

@@ -141,6 +141,15 @@ pub fn save(path: &Path, all: &[(String, Tensor)]) {
     serialize_to_file(views, Some(metadata), path).unwrap();
 }
 
+/// Writes a file anew with other tensors, and what it says of itself.
+pub fn rewrite(path: &Path, all: &BTreeMap<String, Tensor>) {
+    let metadata = SafeTensors::read_metadata(&fs::read(path).unwrap()).unwrap().1.metadata().clone();
+    let views = all.iter().map(|(name, Tensor { dtype, shape, data })| {
+        (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    serialize_to_file(views, metadata, path).unwrap();
+}
+
 /// A copy of a checkpoint that may be changed.
 pub fn copy_of(source: &Path, to: &Path) {
     fs::create_dir(to).unwrap();

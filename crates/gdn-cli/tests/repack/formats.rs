@@ -80,12 +80,7 @@ fn the_axis_is_what_the_format_says_where_the_shape_would_allow_both() {
             _ => (0..128).flat_map(|n| columns.iter().flat_map(move |c| c[2 * n..][..2].to_vec())).collect(),
         };
         all.insert(name.clone(), transposed);
-        let file = fs::read(wrong.join("model.safetensors")).unwrap();
-        let metadata = safetensors::SafeTensors::read_metadata(&file).unwrap().1.metadata().clone();
-        let views = all.iter().map(|(name, t)| {
-            (name, safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap())
-        });
-        safetensors::serialize_to_file(views, metadata, &wrong.join("model.safetensors")).unwrap();
+        rewrite(&wrong.join("model.safetensors"), &all);
         fails(
             &["verify", text(&wrong), "--against", text(&at("source"))],
             &["in_proj_qkvz.scales", "differs"],

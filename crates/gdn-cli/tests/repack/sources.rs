@@ -129,12 +129,7 @@ fn the_index_decides_which_copy_counts() {
                 for (name, tensor) in tensors(&there.join(other)) {
                     all.insert(name, tensor);
                 }
-                let metadata = safetensors::SafeTensors::read_metadata(&fs::read(there.join(one)).unwrap());
-                let metadata = metadata.unwrap().1.metadata().clone();
-                let views = all.iter().map(|(name, t)| {
-                    (name, safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap())
-                });
-                safetensors::serialize_to_file(views, metadata, &wrong.join(one)).unwrap();
+                rewrite(&wrong.join(one), &all);
                 fails(&["verify", text(&wrong), "--against", text(&source)], &[one]);
             }
         });
@@ -414,4 +409,26 @@ fn files_that_were_added_are_named() {
     fs::remove_dir(there.join("folder")).unwrap();
     fs::write(there.join("pytorch_model.bin"), "old").unwrap();
     fails(&args, &["pytorch_model.bin", "should not be there"]);
+    fs::remove_file(there.join("pytorch_model.bin")).unwrap();
+    // Tensors too, of whatever name, and a whole beside its parts.
+    let separate = temp.path().join("separate");
+    repack(&source, &separate, &["--names", "separate"]);
+    for (dir, more) in
+        [(&there, "norm.weight"), (&there, "in_proj_qkvz.bias"), (&separate, "in_proj_qkvz.weight")]
+    {
+        let path = dir.join("model.safetensors");
+        let kept = fs::read(&path).unwrap();
+        let mut all = tensors(&path);
+        let (name, added) = tensor(more, &[96, 4], 77);
+        all.insert(name.clone(), added);
+        rewrite(&path, &all);
+        fails(&["verify", text(dir), "--against", text(&source)], &[&name, "should not be there"]);
+        // And what is missing.
+        all.remove(&name);
+        all.pop_first().unwrap();
+        rewrite(&path, &all);
+        fails(&["verify", text(dir), "--against", text(&source)], &["in_proj_ba.weight", "missing"]);
+        fs::write(&path, kept).unwrap();
+        verify(dir, &source);
+    }
 }

@@ -92,15 +92,17 @@ impl All {
             for name in file.input.names() {
                 let file = (!view.checkpoint.counts(shard, &name)).then(|| file.name.clone());
                 let piece = Piece { shard, name: name.clone() };
+                let is_whole = view.names == Names::Fused;
                 match ModuleName::parse(&name) {
-                    None => {
-                        all.plain.insert((name, file), piece);
-                    }
-                    Some(module) => {
+                    Some(module) if module.part.is_none() == is_whole => {
                         let part = module.part.unwrap_or(0);
                         let entry = all.projections.entry((module.of(None), file));
                         let (_, pieces) = entry.or_insert_with(|| (module.projection, BTreeMap::new()));
                         pieces.insert(part, piece);
+                    }
+                    // A whole beside parts belongs to nothing.
+                    _ => {
+                        all.plain.insert((name, file), piece);
                     }
                 }
             }
