@@ -1,5 +1,7 @@
 //! The project's own chores: `cargo xtask test`, `cargo xtask record`, `cargo xtask ptx`.
 
+#[cfg(test)]
+mod arrows;
 mod ascend;
 mod examples;
 mod neon;

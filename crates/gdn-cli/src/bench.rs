@@ -13,7 +13,8 @@ use serde_json::json;
 use crate::{
     device::{Backend, Device},
     layout::{CpuArgs, LayoutArgs},
-    plot, print,
+    plot::{self, Point},
+    terminal::print,
 };
 
 #[derive(clap::Args)]
@@ -102,18 +103,18 @@ enum StoresArg {
 }
 
 /// One line of the table.
-pub(crate) struct Record {
-    pub(crate) tokens: usize,
-    pub(crate) bytes: usize,
-    pub(crate) seconds: f64,
-    pub(crate) copy_seconds: f64,
+struct Record {
+    tokens: usize,
+    bytes: usize,
+    seconds: f64,
+    copy_seconds: f64,
     /// Of the CPU; 0 on a GPU.
     threads: usize,
 }
 
 impl Record {
     /// Bytes read and written in a second.
-    pub(crate) fn bytes_per_second(&self, seconds: f64) -> f64 {
+    fn bytes_per_second(&self, seconds: f64) -> f64 {
         2.0 * self.bytes as f64 / seconds
     }
 
@@ -164,10 +165,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         records.push(record);
     }
     if let Some(path) = &args.plot {
+        let points: Vec<Point> = records
+            .iter()
+            .map(|record| Point {
+                tokens: record.tokens,
+                op: record.bytes_per_second(record.seconds),
+                copy: record.bytes_per_second(record.copy_seconds),
+            })
+            .collect();
         plot::throughput(
             path,
             &format!("split, {heads}, {}, {}", layout.packing, args.dtype.name()),
-            &records,
+            &points,
         )?;
     }
     Ok(())

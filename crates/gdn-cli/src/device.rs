@@ -41,14 +41,14 @@ impl fmt::Display for Device {
 
 /// A device that was found, ready for work.
 pub(crate) enum Backend {
-    Cpu(Cpu),
+    Cpu(Cpu<'static>),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Gpu),
 }
 
 impl Backend {
     /// The device, with `cpu` where that is the CPU.
-    pub(crate) fn new(device: Device, cpu: Cpu) -> anyhow::Result<Self> {
+    pub(crate) fn new(device: Device, cpu: Cpu<'static>) -> anyhow::Result<Self> {
         match device {
             Device::Cpu => Ok(Self::Cpu(cpu)),
             #[cfg(feature = "cuda")]

@@ -10,7 +10,7 @@ use gdn::{
 use crate::{
     device,
     layout::{LayoutArgs, start_threads},
-    print,
+    terminal::print,
 };
 
 #[derive(clap::Args)]

@@ -149,7 +149,7 @@ pub(crate) struct CpuArgs {
 
 impl CpuArgs {
     /// The choices, with the threads ready that were asked for or that work on so many bytes will ask for.
-    pub(crate) fn cpu(&self, bytes: usize) -> anyhow::Result<Cpu> {
+    pub(crate) fn cpu(&self, bytes: usize) -> anyhow::Result<Cpu<'static>> {
         let mut cpu = Cpu::new();
         if let Some(threads) = self.threads {
             let threads = usize::from(threads);

@@ -5,27 +5,29 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use plotters::prelude::*;
 
-use crate::bench::Record;
+/// Bytes read and written in a second, for one number of tokens.
+pub(crate) struct Point {
+    pub(crate) tokens: usize,
+    pub(crate) op: f64,
+    pub(crate) copy: f64,
+}
 
 /// Draws bytes per second over tokens, of the op and of the copy, as SVG.
-pub(crate) fn throughput(path: &Path, title: &str, records: &[Record]) -> anyhow::Result<()> {
+pub(crate) fn throughput(path: &Path, title: &str, measured: &[Point]) -> anyhow::Result<()> {
     let mut svg = String::new();
-    draw(&mut svg, title, records).map_err(|e| anyhow!("cannot draw: {e}"))?;
+    draw(&mut svg, title, measured).map_err(|e| anyhow!("cannot draw: {e}"))?;
     std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn draw(svg: &mut String, title: &str, records: &[Record]) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(svg: &mut String, title: &str, measured: &[Point]) -> Result<(), Box<dyn std::error::Error>> {
     let root = SVGBackend::with_string(svg, (800, 450)).into_drawing_area();
     root.fill(&WHITE)?;
-    let points = |seconds: fn(&Record) -> f64| {
-        records
-            .iter()
-            .map(move |r| (r.tokens as f64, r.bytes_per_second(seconds(r)) / 1e9))
-            .collect::<Vec<_>>()
+    let points = |bytes_per_second: fn(&Point) -> f64| {
+        measured.iter().map(move |p| (p.tokens as f64, bytes_per_second(p) / 1e9)).collect::<Vec<_>>()
     };
-    let (split, copy) = (points(|r| r.seconds), points(|r| r.copy_seconds));
+    let (split, copy) = (points(|p| p.op), points(|p| p.copy));
     let most = split.iter().chain(&copy).map(|(_, y)| *y).fold(1.0, f64::max);
-    let tokens = records.iter().map(|r| r.tokens as f64);
+    let tokens = measured.iter().map(|p| p.tokens as f64);
     let (first, last) = (tokens.clone().fold(f64::MAX, f64::min), tokens.fold(1.0, f64::max));
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 18))

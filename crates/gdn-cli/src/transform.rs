@@ -11,8 +11,8 @@ use crate::{
     header::FileMetadata,
     interrupts::{catch_interrupts, check_interrupted},
     layout::{CpuArgs, LayoutArgs, metadata_of},
-    note,
     progress::Progress,
+    terminal::note,
 };
 
 #[derive(clap::Args)]

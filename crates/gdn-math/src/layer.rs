@@ -1,7 +1,7 @@
 //! The formulas of the layer, token by token. Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), as the Qwen3-Next layer has them.
 
 use crate::{
-    Lanes,
+    lanes::Lanes,
     special::{exp, sigmoid, silu, softplus},
 };
 

@@ -1,6 +1,6 @@
 //! Exponential and logarithm out of fused multiply-adds: the same bits on every machine, within 1 to 3 units in the last place (the tests say which).
 
-use crate::Lanes;
+use crate::lanes::Lanes;
 
 /// Adding it to a number of magnitude below 2^22 rounds that number to a whole one, which then stands in the last bits.
 const ROUNDER: f32 = 12_582_912.0;

@@ -203,6 +203,43 @@ fn views() {
 }
 
 #[test]
+fn rows_to_be_written() {
+    let mut data = [[1u8, 2, 3, 4], [5, 6, 7, 8]];
+    let mut rows = RowsMut::new(data.as_flattened_mut(), 2, 3).unwrap();
+    for (row, offset, bytes) in [(2, 0, 1), (usize::MAX, 0, 0), (1, 3, 1), (0, usize::MAX, 2), (1, 0, 4)] {
+        let result = rows.write(row, offset, &[9; 4][..bytes]);
+        assert!(matches!(result, Err(ArgumentError::Range { .. })), "{row} {offset} {bytes}: {result:?}");
+    }
+    rows.write(1, 3, &[]).unwrap();
+    rows.reborrow().write(1, 1, &[9, 10]).unwrap();
+    assert_eq!(data, [[1, 2, 3, 4], [9, 10, 7, 8]]);
+}
+
+#[test]
+fn memory_that_was_never_written_is_an_output_too() {
+    // Under a tool that looks for reads of such memory (miri, valgrind) this finds any that safe code could make.
+    use std::mem::MaybeUninit;
+    let case = case(5);
+    let heads = layout().heads;
+    let [.., qkv, z, b, a] = heads.features();
+    let mut memory = [(qkv, 2), (z, 2), (b, 4), (a, 4)].map(|(features, size)| {
+        let bytes = vec![MaybeUninit::<u8>::uninit(); 5 * features * size];
+        (bytes, features, size)
+    });
+    // SAFETY: so many bytes, which may be written, and which nobody else has.
+    let [mixed_qkv, z, b, a] = memory.each_mut().map(|(bytes, features, size)| unsafe {
+        RowsMut::from_raw(bytes.as_mut_ptr().cast(), *size, 5, *features, *features).unwrap()
+    });
+    gdn::split(&layout(), case.read_packed(), Unpacked { mixed_qkv, z, b, a }, &Cpu::new()).unwrap();
+    // SAFETY: the split wrote every byte.
+    let [mixed_qkv, z, b, a] = memory.each_ref().map(|(bytes, features, size)| unsafe {
+        Rows::from_raw(bytes.as_ptr().cast(), *size, 5, *features, *features).unwrap()
+    });
+    let unpacked = Unpacked { mixed_qkv, z, b, a };
+    gdn::reference::check(&heads, layout().packing, &case.read_packed(), &unpacked).unwrap();
+}
+
+#[test]
 fn no_such_instructions() {
     for isa in Isa::ALL {
         match Cpu::new().isa(isa) {

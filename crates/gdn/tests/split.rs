@@ -35,7 +35,7 @@ fn there_and_back(layout: &Layout, num_rows: usize, sizes: [usize; 2], shapes: [
 }
 
 /// Every way of doing the work there is on this machine.
-fn every_cpu() -> Vec<Cpu> {
+fn every_cpu() -> Vec<Cpu<'static>> {
     let mut cpus = Vec::new();
     for isa in Isa::ALL {
         let Ok(cpu) = Cpu::new().isa(isa) else {
@@ -108,20 +108,22 @@ fn automatic_choices() {
 
 #[test]
 fn threads_that_are_not_ours() {
-    let each: Executor = |chunks, work| (0..chunks).for_each(work);
-    let backwards: Executor = |chunks, work| (0..chunks).rev().for_each(work);
-    let scoped: Executor = |chunks, work| {
+    type Work<'a> = &'a (dyn Fn(usize) + Sync);
+    let each = |chunks: usize, work: Work<'_>| (0..chunks).for_each(work);
+    let backwards = |chunks: usize, work: Work<'_>| (0..chunks).rev().for_each(work);
+    let scoped = |chunks: usize, work: Work<'_>| {
         std::thread::scope(|scope| (0..chunks).for_each(|i| drop(scope.spawn(move || work(i)))));
     };
     // What an executor should not do, and what must not matter: nothing, everything at the same time as somebody else, too much.
-    let idle: Executor = |_, _| {};
-    let crowded: Executor = |chunks, work| {
+    let idle = |_: usize, _: Work<'_>| {};
+    let crowded = |chunks: usize, work: Work<'_>| {
         std::thread::scope(|scope| {
             (0..3).for_each(|_| drop(scope.spawn(move || (0..chunks + 2).for_each(work))))
         });
     };
     let layout = Layout::new(Heads::new(2, 6, 32, 32).unwrap(), Packing::Interleaved);
-    for executor in [each, backwards, scoped, idle, crowded] {
+    let executors: [&dyn Executor; 5] = [&each, &backwards, &scoped, &idle, &crowded];
+    for executor in executors {
         for threads in [1, 2, 3, 7] {
             for num_rows in [0, 1, 2, 3, 8, 17] {
                 let cpu = Cpu::new().threads(threads).executor(executor);
@@ -133,15 +135,27 @@ fn threads_that_are_not_ours() {
 
 #[test]
 fn an_executor_is_asked_once_for_each_chunk() {
-    static CALLS: AtomicUsize = AtomicUsize::new(0);
-    let counted: Executor = |chunks, work| {
-        CALLS.fetch_add(chunks, Ordering::Relaxed);
-        (0..chunks).for_each(work);
-    };
+    /// An engine's own threads, and a count of what they were given.
+    struct Pool {
+        threads: rayon::ThreadPool,
+        chunks: AtomicUsize,
+    }
+
+    impl Executor for Pool {
+        fn execute(&self, chunks: usize, work: &(dyn Fn(usize) + Sync)) {
+            self.chunks.fetch_add(chunks, Ordering::Relaxed);
+            self.threads.scope(|scope| {
+                (0..chunks).for_each(|i| scope.spawn(move |_| work(i)));
+            });
+        }
+    }
+
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    let pool = Pool { threads, chunks: AtomicUsize::new(0) };
     let layout = Layout::new(Heads::new(2, 2, 8, 8).unwrap(), Packing::Contiguous);
-    let cpu = Cpu::new().threads(3).executor(counted);
+    let cpu = Cpu::new().threads(3).executor(&pool);
     there_and_back(&layout, 9, [2, 2], [Shape::default(); 6], &cpu);
-    assert_eq!(CALLS.load(Ordering::Relaxed), 2 * 3, "a split and a merge of three chunks");
+    assert_eq!(pool.chunks.load(Ordering::Relaxed), 2 * 3, "a split and a merge of three chunks");
 }
 
 fn shape() -> impl Strategy<Value = Shape> {

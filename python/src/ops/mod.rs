@@ -67,10 +67,17 @@ const WORTH_A_THREAD: usize = 64 << 10;
 /// The least bytes to be read for which they are called at all.
 const WORTH_CALLING: usize = 256 << 10;
 
+/// Threads of a framework's own.
+pub(crate) struct Threads {
+    /// The most to be used.
+    pub(crate) most: fn() -> usize,
+    pub(crate) executor: &'static dyn Executor,
+}
+
 /// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or others.
 pub(crate) struct Place {
-    /// For tensors of the CPU: the most threads, and who has them. `None` for [`threads`].
-    pub(crate) threads: Option<(fn() -> usize, Executor)>,
+    /// For tensors of the CPU: the framework's threads. `None` for those of [`threads`].
+    pub(crate) threads: Option<Threads>,
     /// The stream of a CUDA device to work on.
     pub(crate) stream: fn(Device) -> PyResult<*mut std::ffi::c_void>,
 }
@@ -86,12 +93,12 @@ impl Place {
         bytes: usize,
         work: impl FnOnce(&Cpu) -> PyResult<T> + Send,
     ) -> PyResult<T> {
-        match self.threads {
+        match &self.threads {
             None => threads::with(bytes, work),
             Some(_) if bytes < WORTH_CALLING => work(&Cpu::new().threads(1)),
-            Some((threads, executor)) => {
-                let threads = threads().min(bytes / WORTH_A_THREAD);
-                work(&Cpu::new().threads(threads).executor(executor))
+            Some(Threads { most, executor }) => {
+                let threads = most().min(bytes / WORTH_A_THREAD);
+                work(&Cpu::new().threads(threads).executor(*executor))
             }
         }
     }

@@ -25,7 +25,7 @@ use self::{
 use crate::{
     dlpack::Exchange,
     memory,
-    ops::Place,
+    ops::{Place, Threads},
     tensor::{DType, Device, Shape, Tensor, too_many_dims},
 };
 
@@ -364,7 +364,8 @@ unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
 }
 
 /// PyTorch's threads and streams.
-pub(crate) const PLACE: Place = Place { threads: Some((num_threads, parallel_for)), stream };
+pub(crate) const PLACE: Place =
+    Place { threads: Some(Threads { most: num_threads, executor: &parallel_for }), stream };
 
 /// The threads that PyTorch would use. After a fork one: its threads stayed with the parent, and would be waited for.
 fn num_threads() -> usize {

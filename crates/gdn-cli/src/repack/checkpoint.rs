@@ -13,12 +13,14 @@ use serde_json::Value;
 use super::{
     names::{ModuleName, Names},
     record::Record,
-    write::LOCK,
 };
 use crate::{
     files::{Input, Stamp, read_text},
     header::FileMetadata,
 };
+
+/// The file that is held while a run writes, in the folder that it writes: no part of a checkpoint.
+pub(super) const LOCK: &str = ".gdn-lock";
 
 /// One safetensors file of a checkpoint.
 pub(super) struct Shard {

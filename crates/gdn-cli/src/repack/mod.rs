@@ -9,6 +9,7 @@ mod order;
 mod plan;
 mod record;
 mod resume;
+mod told;
 pub(crate) mod verify;
 mod write;
 
@@ -21,15 +22,15 @@ use self::{
     checkpoint::Checkpoint,
     names::{ModuleName, Names},
     plan::{Goal, Plan, PlannedShard},
-    record::Told,
+    told::Told,
     write::Folder,
 };
 use crate::{
     files::{Input, available, open, read_text},
     interrupts::{Interrupted, catch_interrupts, check_interrupted},
     layout::LayoutArgs,
-    note,
     progress::Progress,
+    terminal::note,
 };
 
 #[derive(clap::Args)]

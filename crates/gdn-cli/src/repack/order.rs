@@ -4,11 +4,14 @@ use std::{cmp::Ordering, collections::HashSet};
 
 use safetensors::Dtype;
 
-use super::{names::ModuleName, plan::ALIGNMENT};
+use super::names::ModuleName;
 use crate::{
     files::Input,
     header::{Entry, head},
 };
+
+/// Where data begins, as in files that safetensors itself writes.
+pub(super) const ALIGNMENT: usize = 8;
 
 /// A tensor in the order of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]

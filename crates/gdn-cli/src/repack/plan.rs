@@ -13,13 +13,10 @@ use super::{
     format::Declared,
     mentions::{self, FileOf},
     names::{ModuleName, Names},
-    order::{Listed, is_in_usual_order, is_written_as_usual, undone},
+    order::{ALIGNMENT, Listed, is_in_usual_order, is_written_as_usual, undone},
     record::Record,
 };
 use crate::header::{Entry, head};
-
-/// Where data begins, as in files that safetensors itself writes.
-pub(super) const ALIGNMENT: usize = 8;
 
 /// What a checkpoint is to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use tempfile::NamedTempFile;
 
 use super::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, LOCK},
     plan::{Copy, LARGE, Plan, Planned, PlannedShard},
 };
 use crate::{
@@ -21,9 +21,6 @@ use crate::{
     interrupts::check_interrupted,
     progress::Progress,
 };
-
-/// Held while a run writes, in the folder that it writes.
-pub(super) const LOCK: &str = ".gdn-lock";
 
 /// The folder in which a destination grows, until it is whole and gets its name.
 pub(super) struct Folder {

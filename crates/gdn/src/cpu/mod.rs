@@ -4,8 +4,9 @@ mod cache;
 mod copy;
 mod isa;
 mod split;
+mod threads;
 
-use std::num::NonZeroUsize;
+use std::{fmt, num::NonZeroUsize};
 
 use rayon::prelude::*;
 
@@ -14,6 +15,7 @@ use self::copy::{Copier, LINE};
 pub use cache::{Cache, caches, last_level_bytes};
 pub use isa::{Isa, IsaError};
 pub use split::{merge, merge_fresh, split, split_fresh};
+pub use threads::Executor;
 
 /// How results are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -27,10 +29,6 @@ pub enum Stores {
     Streaming,
 }
 
-/// Threads that are not rayon's: calls its second argument for each number below the first, on as many threads at a time as it likes,
-/// and returns when all calls have. The same number is best given to the same thread each time, whose cache may still have the rows.
-pub type Executor = fn(usize, &(dyn Fn(usize) + Sync));
-
 /// How the CPU is to do the work: a small value, made once or for each call.
 ///
 /// The default chooses everything by itself. Every choice gives the same bits.
@@ -40,10 +38,10 @@ pub type Executor = fn(usize, &(dyn Fn(usize) + Sync));
 /// let cpu = Cpu::new().threads(2).isa(Isa::Scalar)?;
 /// # Ok::<(), gdn::cpu::IsaError>(())
 /// ```
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Cpu {
+#[derive(Clone, Copy, Default)]
+pub struct Cpu<'a> {
     threads: Option<NonZeroUsize>,
-    executor: Option<Executor>,
+    executor: Option<&'a dyn Executor>,
     isa: Option<Isa>,
     rows_per_iter: Option<NonZeroUsize>,
     stores: Stores,
@@ -54,7 +52,20 @@ const BYTES_PER_THREAD: usize = 1 << 20;
 /// What a thread may count on having of a last-level cache that others share. Measured: from here on streaming was never slower.
 const CACHE_BYTES_PER_THREAD: usize = 8 << 20;
 
-impl Cpu {
+impl fmt::Debug for Cpu<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { threads, executor, isa, rows_per_iter, stores } = self;
+        f.debug_struct("Cpu")
+            .field("threads", threads)
+            .field("executor", &executor.map(|_| "the caller's"))
+            .field("isa", isa)
+            .field("rows_per_iter", rows_per_iter)
+            .field("stores", stores)
+            .finish()
+    }
+}
+
+impl<'a> Cpu<'a> {
     /// Everything automatic.
     pub fn new() -> Self {
         Self::default()
@@ -68,19 +79,22 @@ impl Cpu {
         self
     }
 
-    /// The work of more than one thread goes through `executor` instead of rayon: for engines that have threads of their own, which would
-    /// otherwise stand in the way of rayon's. To be used with [`threads`](Self::threads), which rayon's pool says nothing of.
+    /// The work of more than one thread goes through `executor` instead of rayon: for engines with threads of their own,
+    /// which would otherwise compete with rayon's. To be used with [`threads`](Self::threads), as only the caller knows how
+    /// many threads the executor has.
     ///
     /// ```
-    /// use gdn::{Cpu, cpu::Executor};
-    /// let scoped: Executor = |chunks, work| std::thread::scope(|scope| {
-    ///     (0..chunks).for_each(|i| { scope.spawn(move || work(i)); });
-    /// });
-    /// let cpu = Cpu::new().threads(2).executor(scoped);
+    /// use gdn::Cpu;
+    /// let scoped = |chunks: usize, work: &(dyn Fn(usize) + Sync)| {
+    ///     std::thread::scope(|scope| {
+    ///         (0..chunks).for_each(|i| { scope.spawn(move || work(i)); });
+    ///     });
+    /// };
+    /// let cpu = Cpu::new().threads(2).executor(&scoped);
     /// # let _ = cpu;
     /// ```
     #[must_use]
-    pub fn executor(mut self, executor: Executor) -> Self {
+    pub fn executor(mut self, executor: &'a dyn Executor) -> Self {
         self.executor = Some(executor);
         self
     }

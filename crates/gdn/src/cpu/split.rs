@@ -1,15 +1,10 @@
 //! Split and merge on the CPU: the functions to call, and a checked plan, cut into chunks of rows for threads and tiles of rows for their caches, as runs
 //! of byte copies.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicBool, Ordering},
-};
-
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::{
-    Cpu, Executor,
+    Cpu,
     copy::{Copier, LINE, Lane},
 };
 use crate::{
@@ -154,23 +149,7 @@ fn run(plan: &Plan<'_, *mut u8>, cpu: &Cpu) {
         // SAFETY: chunks have no row in common.
         unsafe { work.do_rows(rows) }
     };
-    match (tiling.grid, cpu.executor) {
-        (1, _) => chunk(0),
-        (grid, None) => (0..grid).into_par_iter().with_max_len(1).for_each(chunk),
-        (grid, Some(executor)) => once_each(grid, executor, chunk),
-    }
-}
-
-/// Has `chunk` called once for each number below `grid`, whatever an executor makes of its task: twice at a time would be a race.
-fn once_each(grid: usize, executor: Executor, chunk: impl Fn(usize) + Sync) {
-    let taken: Vec<AtomicBool> = (0..grid).map(|_| AtomicBool::new(false)).collect();
-    let work = |i: usize| {
-        if taken.get(i).is_some_and(|taken| !taken.swap(true, Ordering::Relaxed)) {
-            chunk(i);
-        }
-    };
-    executor(grid, &work);
-    (0..grid).for_each(work);
+    cpu.share(tiling.grid, written.saturating_mul(2), chunk);
 }
 
 /// How what is written gets to memory.

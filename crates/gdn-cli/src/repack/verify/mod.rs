@@ -18,9 +18,18 @@ use gdn::Packing;
 
 use self::view::{Tensors, View};
 use super::{
-    checkpoint::Checkpoint, format::Declared, names::Names, record::Told, resume::same_bytes, write::LOCK,
+    checkpoint::{Checkpoint, LOCK},
+    format::Declared,
+    names::Names,
+    resume::same_bytes,
+    told::Told,
 };
-use crate::{Faults, interrupts::catch_interrupts, layout::LayoutArgs, note, print, progress::Progress};
+use crate::{
+    interrupts::catch_interrupts,
+    layout::LayoutArgs,
+    progress::Progress,
+    terminal::{Faults, note, print},
+};
 
 #[derive(clap::Args)]
 #[command(after_help = "\
