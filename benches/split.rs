@@ -1,5 +1,5 @@
-//! What `gdn bench` does not show: the cost of a call by itself (N = 0), and every instruction set side by side.
-//! `cargo bench` compares with its last run, for work on the kernels.
+//! What `gdn bench` does not show: the cost of a call by itself (N = 0), and every instruction set side by
+//! side. `cargo bench` compares with its last run, for work on the kernels.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gdn::{Cpu, Layout, PackedBuf, Packing, UnpackedBuf, cpu::Isa};

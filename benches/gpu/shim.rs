@@ -61,11 +61,12 @@ unsafe fn launch(call: &Call, stream: u64, programmatic: bool) -> Result<(), Err
     Ok(())
 }
 
-/// Does `calls` calls one after the other. Nanoseconds of the host for each; negative where one failed, with a sentence in `message`.
+/// Does `calls` calls one after the other. Nanoseconds of the host for each; negative where one failed, with
+/// a sentence in `message`.
 ///
 /// # Safety
-/// `call` describes tensors as `Gpu::split_raw` wants them, on device 0; `stream` is a `CUstream` of its primary context;
-/// `message` has room for `room` bytes.
+/// `call` describes tensors as `Gpu::split_raw` wants them, on device 0; `stream` is a `CUstream` of its
+/// primary context; `message` has room for `room` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gdn_run(
     call: &Call,

@@ -1,6 +1,6 @@
-//! Any bytes as a safetensors file for `gdn split`, and what comes out of it for `gdn merge`: done or refused, never a panic,
-//! and nothing is left behind where it is refused. Bytes after a zero byte of their own become the data, so that a
-//! header need not say how long it is.
+//! Any bytes as a safetensors file for `gdn split`, and what comes out of it for `gdn merge`: done or
+//! refused, never a panic, and nothing is left behind where it is refused. Bytes after a zero byte of their
+//! own become the data, so that a header need not say how long it is.
 
 #![no_main]
 

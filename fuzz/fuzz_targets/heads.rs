@@ -1,4 +1,5 @@
-//! Any text as a config.json, a model name, a packing: an error or a layout whose numbers add up, never a panic.
+//! Any text as a config.json, a model name, a packing: an error or a layout whose numbers add up, never a
+//! panic.
 
 #![no_main]
 

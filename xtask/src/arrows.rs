@@ -1,4 +1,5 @@
-//! Which file of a crate uses which: a test that no circle forms, and that nothing imports what `lib.rs` re-exports.
+//! Which file of a crate uses which: a test that no circle forms, and that nothing imports what `lib.rs`
+//! re-exports.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,7 +1,8 @@
-//! `cargo xtask ascend`: the Triton kernel lowered by triton-ascend, and what comes out run on the CPU through MLIR's own tools.
+//! `cargo xtask ascend`: the Triton kernel lowered by triton-ascend, and what comes out run on the CPU
+//! through MLIR's own tools.
 //!
-//! triton-ascend stands in Triton's place, so it gets a folder of its own under `target/`, beside the Python package as it is in the
-//! repository. Neither an NPU nor CANN nor PyTorch is needed.
+//! triton-ascend stands in Triton's place, so it gets a folder of its own under `target/`, beside the Python
+//! package as it is in the repository. Neither an NPU nor CANN nor PyTorch is needed.
 
 use std::{
     env, fs,

@@ -1,7 +1,8 @@
 //! `cargo xtask examples`: compiles the examples that are packages of their own.
 //!
-//! candle's build calls nvcc and links CUDA's libraries. Where there is no nvcc, a stand-in that makes empty files and empty libraries
-//! are enough to build the example and to see that it fits candle and that both want the same cudarc; what comes out is never run.
+//! candle's build calls nvcc and links CUDA's libraries. Where there is no nvcc, a stand-in that makes empty
+//! files and empty libraries are enough to build the example and to see that it fits candle and that both
+//! want the same cudarc; what comes out is never run.
 
 use std::{env, fs, path::PathBuf};
 

@@ -1,7 +1,9 @@
-//! The tests of the op on 64-bit Arm, run by an emulator: another processor's instructions are tested on every machine.
+//! The tests of the op on 64-bit Arm, run by an emulator: another processor's instructions are tested on
+//! every machine.
 //!
-//! rustup's own standard library for that target needs rustup and the network. Debian has both a compiler and that library as
-//! packages; they are unpacked under `target/`, beside whatever the machine has, and installed nowhere.
+//! rustup's own standard library for that target needs rustup and the network. Debian has both a compiler and
+//! that library as packages; they are unpacked under `target/`, beside whatever the machine has, and
+//! installed nowhere.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
@@ -65,7 +67,8 @@ fn unpack(toolchain: &Path) -> anyhow::Result<()> {
         command
     };
     run(&mut apt(&["update", "-qq"]))?;
-    // All that the compiler needs on a machine with nothing installed, less what every machine with a C compiler has.
+    // All that the compiler needs on a machine with nothing installed, less what every machine with a C
+    // compiler has.
     let nothing = format!("-oDir::State::status={}", toolchain.join("nothing").display());
     fs::write(toolchain.join("nothing"), "")?;
     let plan = apt(&[&nothing, "install", "--simulate", "--no-install-recommends", "rustc-web"]).output()?;

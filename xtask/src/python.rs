@@ -1,4 +1,5 @@
-//! The Python package, as its users get it: the release wheel, installed in a virtual environment of its own, and its tests.
+//! The Python package, as its users get it: the release wheel, installed in a virtual environment of its own,
+//! and its tests.
 
 use std::{
     env, fs,
@@ -50,7 +51,8 @@ struct Environment {
 }
 
 impl Environment {
-    /// The environment with what the tests require. Made and filled once; filled again where the requirements are others.
+    /// The environment with what the tests require. Made and filled once; filled again where the requirements
+    /// are others.
     fn ready(folder: &Path) -> anyhow::Result<Self> {
         let environment = Self { folder: folder.to_owned() };
         let wanted = fs::read_to_string(root().join(REQUIREMENTS)).context(REQUIREMENTS)?;
@@ -96,7 +98,8 @@ impl Environment {
         pip
     }
 
-    /// The wheel that is released: linked by zig against the glibc of [`PLATFORM`], whatever this machine has.
+    /// The wheel that is released: linked by zig against the glibc of [`PLATFORM`], whatever this machine
+    /// has.
     fn build(&self, wheels: &Path) -> anyhow::Result<PathBuf> {
         if wheels.exists() {
             fs::remove_dir_all(wheels)?;

@@ -1,4 +1,5 @@
-//! `cargo xtask record`: the figures that README and docs/benchmarks.md speak of, measured by `gdn bench` and committed.
+//! `cargo xtask record`: the figures that README and docs/benchmarks.md speak of, measured by `gdn bench` and
+//! committed.
 
 use std::{
     fs::{self, File},

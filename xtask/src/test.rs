@@ -106,7 +106,8 @@ fn licences() -> anyhow::Result<()> {
 /// This machine's target, which the compiler's flags below are for.
 const HOST: &str = env!("XTASK_HOST");
 
-/// The copy code with a red zone around every allocation. The sanitizer is in the stable compiler, behind its own lock.
+/// The copy code with a red zone around every allocation. The sanitizer is in the stable compiler, behind its
+/// own lock.
 fn sanitizer() -> anyhow::Result<()> {
     if !HOST.ends_with("-linux-gnu") {
         println!("skipped: no sanitizer for {HOST}");

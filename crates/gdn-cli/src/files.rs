@@ -20,7 +20,8 @@ use crate::{
     interrupts::check_interrupted,
 };
 
-/// What tells whether a file is still the one that was read: which file it is, its size, and when it last changed.
+/// What tells whether a file is still the one that was read: which file it is, its size, and when it last
+/// changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
     #[cfg(unix)]
@@ -49,7 +50,8 @@ impl Stamp {
     }
 }
 
-/// Opens a file for reading. A pipe or a device is refused before anybody waits for what may never come out of it.
+/// Opens a file for reading. A pipe or a device is refused before anybody waits for what may never come out
+/// of it.
 pub(crate) fn open(path: &Path) -> anyhow::Result<File> {
     // Asked first, as the mere opening of a device may do something.
     if !fs::metadata(path)?.is_file() {
@@ -88,8 +90,8 @@ pub(crate) fn read_text(path: &Path, name: &str) -> anyhow::Result<String> {
 pub(crate) struct Input {
     path: PathBuf,
     stamp: Stamp,
-    /// Open between the first [`read_at`](Self::read_at) or [`file`](Self::file) and [`close`](Self::close): a checkpoint may have more files
-    /// than a process may have open.
+    /// Open between the first [`read_at`](Self::read_at) or [`file`](Self::file) and [`close`](Self::close):
+    /// a checkpoint may have more files than a process may have open.
     file: RefCell<Option<File>>,
     map: Mmap,
     header: Header,
@@ -112,8 +114,8 @@ impl Input {
     fn open_here(path: &Path) -> anyhow::Result<Self> {
         let file = open(path)?;
         let stamp = Stamp::of(&file.metadata()?);
-        // SAFETY: a map of a file that another process cuts short while it is read ends this process with SIGBUS, as it does
-        // for every reader of mapped files; nothing here writes to it.
+        // SAFETY: a map of a file that another process cuts short while it is read ends this process with
+        // SIGBUS, as it does for every reader of mapped files; nothing here writes to it.
         let map = unsafe { Mmap::map(&file) }?;
         let (header, data_start) = Header::parse(&map)?;
         Ok(Self { path: path.to_owned(), stamp, file: RefCell::new(None), map, header, data_start })
@@ -223,7 +225,8 @@ pub(crate) struct NewTensor {
     pub(crate) bytes: usize,
 }
 
-/// A safetensors file in the making, under a temporary name beside its final one. Dropped, it leaves nothing behind.
+/// A safetensors file in the making, under a temporary name beside its final one. Dropped, it leaves nothing
+/// behind.
 pub(crate) struct Output {
     file: NamedTempFile,
     path: PathBuf,
@@ -274,7 +277,8 @@ impl Output {
             data.and_then(|data| data.checked_add(data_start)).context("the file would be too large")?;
         let mut file = temporary(parent_of(&path), bytes as u64)?;
         file.write_all(&head)?;
-        // SAFETY: the file is new, its name is random, and it is this process that writes to it. Its space was reserved.
+        // SAFETY: the file is new, its name is random, and it is this process that writes to it. Its space
+        // was reserved.
         let map = unsafe { MmapMut::map_mut(file.as_file()) }?;
         Ok(Self { file, path, map, data_start, tensors })
     }
@@ -307,8 +311,8 @@ impl Output {
     }
 }
 
-/// The one rule for links as outputs. Those in a Hugging Face cache lead to files that other links share, so none is written
-/// through; and none is replaced, as it was made by somebody.
+/// The one rule for links as outputs. Those in a Hugging Face cache lead to files that other links share, so
+/// none is written through; and none is replaced, as it was made by somebody.
 pub(crate) fn check_no_link(output: &Path, there: &Metadata) -> anyhow::Result<()> {
     if there.is_symlink() {
         bail!("cannot write {}: it is a symbolic link, name what is to be written itself", output.display());
@@ -357,8 +361,8 @@ pub(crate) fn available(directory: &Path) -> Option<u64> {
     }
 }
 
-/// Makes the file that long, with its blocks allocated where the system can, so that writing through a map cannot run out of
-/// space.
+/// Makes the file that long, with its blocks allocated where the system can, so that writing through a map
+/// cannot run out of space.
 fn reserve(file: &File, directory: &Path, bytes: u64) -> anyhow::Result<()> {
     if bytes == 0 {
         return Ok(());

@@ -1,4 +1,5 @@
-//! The head of a safetensors file, as every command reads and writes it: eight bytes of length, and the header in JSON.
+//! The head of a safetensors file, as every command reads and writes it: eight bytes of length, and the
+//! header in JSON.
 
 use std::{collections::HashSet, fmt};
 
@@ -148,8 +149,8 @@ pub(crate) struct Entry<'a> {
     pub(crate) bytes: u64,
 }
 
-/// The head of a file, as safetensors itself writes it: the same tensors and metadata give the same bytes. Data begins at a
-/// multiple of `alignment`.
+/// The head of a file, as safetensors itself writes it: the same tensors and metadata give the same bytes.
+/// Data begins at a multiple of `alignment`.
 pub(crate) fn head<'a>(
     tensors: impl IntoIterator<Item = Entry<'a>>,
     metadata: &FileMetadata,

@@ -1,4 +1,5 @@
-//! Signals that ask the command to end. They are noticed between two pieces of work, so that what is half-written goes with it.
+//! Signals that ask the command to end. They are noticed between two pieces of work, so that what is
+//! half-written goes with it.
 
 use std::sync::{
     Arc, LazyLock,
@@ -22,7 +23,8 @@ impl Interrupted {
     }
 }
 
-/// Ctrl-C, a polite kill, a terminal that goes away, and no more time. SIGQUIT still ends the command where it stands, for a dump of it.
+/// Ctrl-C, a polite kill, a terminal that goes away, and no more time. SIGQUIT still ends the command where
+/// it stands, for a dump of it.
 #[cfg(unix)]
 const ENDING: [i32; 4] = [consts::SIGINT, consts::SIGTERM, consts::SIGHUP, consts::SIGXCPU];
 #[cfg(not(unix))]
@@ -31,8 +33,9 @@ const ENDING: [i32; 2] = [consts::SIGINT, consts::SIGTERM];
 /// The last such signal, or 0.
 static SIGNAL: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
 
-/// From here on those signals are noticed by [`check_interrupted`] instead of ending the process where it stands, and a file that grows past
-/// `ulimit -f` is an error of the write. What is ignored, as by `nohup`, stays ignored.
+/// From here on those signals are noticed by [`check_interrupted`] instead of ending the process where it
+/// stands, and a file that grows past `ulimit -f` is an error of the write. What is ignored, as by `nohup`,
+/// stays ignored.
 pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
     static CAUGHT: AtomicBool = AtomicBool::new(false);
     if CAUGHT.swap(true, Ordering::Relaxed) {

@@ -41,8 +41,8 @@ pub(crate) struct HeadsArgs {
 pub(crate) struct LayoutArgs {
     #[command(flatten)]
     pub(crate) heads: HeadsArgs,
-    /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6); a preset or a config with a
-    /// known model_type says it too
+    /// Order of the packed features: interleaved (Qwen3-Next) or contiguous (Qwen3.5, Qwen3.6); a preset or a
+    /// config with a known model_type says it too
     #[arg(long, help_heading = "Heads")]
     pub(crate) packing: Option<Packing>,
 }
@@ -78,7 +78,8 @@ impl HeadsArgs {
 }
 
 impl LayoutArgs {
-    /// The heads that the arguments name, if they name any, and the packing, if they or what they name say it.
+    /// The heads that the arguments name, if they name any, and the packing, if they or what they name say
+    /// it.
     pub(crate) fn named(&self) -> anyhow::Result<(Option<Heads>, Option<Packing>)> {
         let (heads, packing) = self.heads.named()?;
         Ok((heads, self.packing.or(packing)))
@@ -168,8 +169,8 @@ impl CpuArgs {
 /// Below this the library never asks for a second thread.
 const BYTES_OF_ONE_THREAD: usize = 1 << 20;
 
-/// Has a thread ready for each core, where work on so many bytes may be shared. (The library would start them when it needs them, and
-/// where it gets none it has no one to tell.)
+/// Has a thread ready for each core, where work on so many bytes may be shared. (The library would start them
+/// when it needs them, and where it gets none it has no one to tell.)
 pub(crate) fn start_threads(bytes: usize) -> anyhow::Result<()> {
     static STARTED: AtomicBool = AtomicBool::new(false);
     if bytes > BYTES_OF_ONE_THREAD && !STARTED.swap(true, Ordering::Relaxed) {

@@ -35,7 +35,8 @@ enum Command {
     Split(transform::Args),
     /// Put them together again, the exact inverse of split
     Merge(transform::Args),
-    /// Put a checkpoint's projections into contiguous order once, after which the split is a view; or undo that
+    /// Put a checkpoint's projections into contiguous order once, after which the split is a view; or undo
+    /// that
     Repack(repack::Args),
     /// Prove by reading back that a checkpoint is another one repacked
     Verify(repack::verify::Args),
@@ -57,8 +58,9 @@ enum BenchOp {
     Split(bench::Args),
 }
 
-/// Runs the command with these arguments, the first of which is its own name. Exit codes: 0 done, 2 not done (one line on
-/// standard error says why), 128 and the number of the signal where one ended it: 130 for Ctrl-C.
+/// Runs the command with these arguments, the first of which is its own name. Exit codes: 0 done, 2 not done
+/// (one line on standard error says why), 128 and the number of the signal where one ended it: 130 for
+/// Ctrl-C.
 pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitCode {
     let args = match Args::try_parse_from(args) {
         Ok(args) => args,

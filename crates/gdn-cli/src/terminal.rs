@@ -37,8 +37,8 @@ pub(crate) fn to_stderr(before: &str, text: &str) {
 /// The longest line that is printed, in characters.
 const LONGEST_LINE: usize = 4000;
 
-/// The text as one line that a terminal can show: names from files may have anything in them, and be of any length. What is no
-/// printable character is escaped; of a line that is too long the middle is left out.
+/// The text as one line that a terminal can show: names from files may have anything in them, and be of any
+/// length. What is no printable character is escaped; of a line that is too long the middle is left out.
 fn one_line(text: &str) -> String {
     let mut line = String::new();
     for char in text.chars() {

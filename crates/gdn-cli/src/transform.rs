@@ -188,8 +188,8 @@ impl Source<'_> {
     }
 }
 
-/// Input and output bytes of the rows that are handed to the op at a time: enough for every thread, little enough to notice
-/// Ctrl-C and to move the progress bar.
+/// Input and output bytes of the rows that are handed to the op at a time: enough for every thread, little
+/// enough to notice Ctrl-C and to move the progress bar.
 const TILE_BYTES: usize = 256 << 20;
 
 /// Writes the output, the rows of a tile at a time.

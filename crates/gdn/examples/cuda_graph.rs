@@ -1,4 +1,5 @@
-//! For engines: the split captured in a CUDA graph, on the engine's own stream and memory, and replayed for new inputs.
+//! For engines: the split captured in a CUDA graph, on the engine's own stream and memory, and replayed for
+//! new inputs.
 //!
 //!     cargo run --release -p gdn --features cuda --example cuda_graph
 
@@ -51,8 +52,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
 
     stream.begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    // SAFETY: six dense tensors of these shapes on the stream's device, which outlive every replay and which nothing else uses
-    // meanwhile.
+    // SAFETY: six dense tensors of these shapes on the stream's device, which outlive every replay and which
+    // nothing else uses meanwhile.
     unsafe { gpu.split_raw(&layout, from, to, stream.cu_stream())? };
     let graph = stream.end_capture(CUgraphInstantiate_flags(0))?.ok_or("nothing was captured")?;
 

@@ -1,7 +1,8 @@
 //! [`UnpackedBuf`] and [`PackedBuf`]: fresh tensors, one block of memory for all of them.
 //!
-//! A fresh page costs a fault and a clearing at its first touch. At 4 KiB a page that is several times the cost of
-//! the copy itself, so a large block asks the system for huge pages (2 MiB on x86-64 Linux), one fault for 512 small ones.
+//! A fresh page costs a fault and a clearing at its first touch. At 4 KiB a page that is several times the
+//! cost of the copy itself, so a large block asks the system for huge pages (2 MiB on x86-64 Linux), one
+//! fault for 512 small ones.
 
 use std::ops::Range;
 
@@ -19,7 +20,8 @@ use crate::{
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BufError {
-    /// An argument is wrong: elements of no bytes, more bytes than the address space has, or what the op refuses.
+    /// An argument is wrong: elements of no bytes, more bytes than the address space has, or what the op
+    /// refuses.
     #[error(transparent)]
     Argument(#[from] ArgumentError),
     /// The system has no block of that size.
@@ -57,7 +59,8 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: an array of bytes without padding: the alignment equals the size.
 unsafe impl bytemuck::Pod for Line {}
 
-/// A zeroed block of bytes that begins on a cache line; from 2 MiB on it is mapped from the system, with pages as asked for.
+/// A zeroed block of bytes that begins on a cache line; from 2 MiB on it is mapped from the system, with
+/// pages as asked for.
 pub struct Block(Memory);
 
 enum Memory {
@@ -149,7 +152,8 @@ impl<const TENSORS: usize> Tensors<TENSORS> {
 
     fn rows(&self, tensor: usize) -> Rows<'_> {
         let Place { offset, geometry } = self.places[tensor];
-        // SAFETY: `new` made the block large enough for every place, and the block is borrowed as long as the view.
+        // SAFETY: `new` made the block large enough for every place, and the block is borrowed as long as the
+        // view.
         unsafe { Rows::at(self.block.bytes().as_ptr().wrapping_add(offset), geometry) }
     }
 }
@@ -161,8 +165,8 @@ macro_rules! tensors {
         pub struct $name(Tensors<$count>);
 
         impl $name {
-            /// Zeroed tensors of `num_rows` rows, for elements of `element_size` bytes (`ba_element_size` for what
-            /// belongs to `mixed_ba`).
+            /// Zeroed tensors of `num_rows` rows, for elements of `element_size` bytes (`ba_element_size` for
+            /// what belongs to `mixed_ba`).
             ///
             /// # Errors
             /// [`BufError`].
@@ -192,8 +196,8 @@ macro_rules! tensors {
             pub fn as_mut(&mut self) -> $view<RowsMut<'_>> {
                 let block = self.0.block.bytes_mut().as_mut_ptr();
                 let rows = |Place { offset, geometry }: Place| {
-                    // SAFETY: `Tensors::new` made the block large enough for every place, and no two places have a byte in
-                    // common; the block is borrowed exclusively as long as the views.
+                    // SAFETY: `Tensors::new` made the block large enough for every place, and no two places
+                    // have a byte in common; the block is borrowed exclusively as long as the views.
                     unsafe { RowsMut::at(block.wrapping_add(offset), geometry) }
                 };
                 $view { $($tensor: rows(self.0.places[$index])),+ }
@@ -228,10 +232,12 @@ macro_rules! tensors {
 }
 
 tensors! {
-    /// The four parts of the projections in one block of memory: what [`split_fresh`](crate::split_fresh) returns.
+    /// The four parts of the projections in one block of memory: what [`split_fresh`](crate::split_fresh)
+    /// returns.
     ///
-    /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements. Keep the value and
-    /// hand its [`as_mut`](Self::as_mut) to [`split()`](crate::split()) again: memory that was touched before is faster.
+    /// Each tensor is dense and begins on a cache line, so `bytemuck::cast_slice` gives its elements. Keep
+    /// the value and hand its [`as_mut`](Self::as_mut) to [`split()`](crate::split()) again: memory that was
+    /// touched before is faster.
     UnpackedBuf, 4, Unpacked,
     [
         /// The bytes of `mixed_qkv [N, 2*HK*DK + HV*DV]`.

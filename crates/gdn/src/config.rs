@@ -28,10 +28,12 @@ pub enum ConfigError {
     Json(String),
 }
 
-/// The models whose layout is known by name, each with its four numbers in the order of [`Heads::new`], and its packing.
+/// The models whose layout is known by name, each with its four numbers in the order of [`Heads::new`], and
+/// its packing.
 ///
-/// From the `config.json` or the model card that the publisher released on Hugging Face. A name also matches with an
-/// organisation in front and a suffix behind: `Qwen/Qwen3-Next-80B-A3B-Instruct-FP8` is `Qwen3-Next-80B-A3B`.
+/// From the `config.json` or the model card that the publisher released on Hugging Face. A name also matches
+/// with an organisation in front and a suffix behind: `Qwen/Qwen3-Next-80B-A3B-Instruct-FP8` is
+/// `Qwen3-Next-80B-A3B`.
 pub const PRESETS: &[(&str, [usize; 4], Packing)] = &[
     ("Qwen3-Next-80B-A3B", [16, 32, 128, 128], Packing::Interleaved),
     ("Qwen3-Coder-Next", [16, 32, 128, 128], Packing::Interleaved),
@@ -48,7 +50,8 @@ pub const PRESETS: &[(&str, [usize; 4], Packing)] = &[
 ];
 
 impl Heads {
-    /// The heads of a published model, by the name it has on Hugging Face (see [`PRESETS`]), in any letter case.
+    /// The heads of a published model, by the name it has on Hugging Face (see [`PRESETS`]), in any letter
+    /// case.
     ///
     /// ```
     /// let heads = gdn::Heads::preset("Qwen/Qwen3-Next-80B-A3B-Instruct")?;
@@ -97,7 +100,8 @@ fn parse(json: &str) -> Result<serde_json::Value, ConfigError> {
 const KEYS: [&str; 4] =
     ["linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"];
 
-/// The level of a config that speaks of the language model: the first that has one of the numbers, else the top.
+/// The level of a config that speaks of the language model: the first that has one of the numbers, else the
+/// top.
 fn text_level(config: &serde_json::Value) -> &serde_json::Value {
     let levels = ["", "/text_config", "/thinker_config/text_config"];
     let has =
@@ -106,7 +110,8 @@ fn text_level(config: &serde_json::Value) -> &serde_json::Value {
 }
 
 impl Layout {
-    /// The layout of a published model, by the name it has on Hugging Face (see [`PRESETS`]), in any letter case.
+    /// The layout of a published model, by the name it has on Hugging Face (see [`PRESETS`]), in any letter
+    /// case.
     ///
     /// ```
     /// let layout = gdn::Layout::preset("Qwen/Qwen3.6-27B")?;
@@ -131,12 +136,13 @@ impl Layout {
         }
     }
 
-    /// Reads the heads from the text of a Hugging Face `config.json` (see [`Heads::from_config`]), and the packing from its
-    /// `model_type`: `qwen3_next` is interleaved, `qwen3_5` and its kin are contiguous. Where the top level's says neither, that
-    /// of the level with the heads does.
+    /// Reads the heads from the text of a Hugging Face `config.json` (see [`Heads::from_config`]), and the
+    /// packing from its `model_type`: `qwen3_next` is interleaved, `qwen3_5` and its kin are contiguous.
+    /// Where the top level's says neither, that of the level with the heads does.
     ///
     /// # Errors
-    /// Those of [`Heads::from_config`], and [`ConfigError::Json`] for a `model_type` that is missing or not known.
+    /// Those of [`Heads::from_config`], and [`ConfigError::Json`] for a `model_type` that is missing or not
+    /// known.
     pub fn from_config(json: &str) -> Result<Self, ConfigError> {
         let heads = Heads::from_config(json)?;
         let config = parse(json)?;

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-/// The type of a tensor's elements, for ops that compute with them. Ops that only move elements take any size.
+/// The type of a tensor's elements, for ops that compute with them. Ops that only move elements take any
+/// size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE 754 single precision.
@@ -34,8 +35,8 @@ impl Dtype {
         }
     }
 
-    /// The dtype of a name that safetensors (`BF16`), PyTorch (`torch.bfloat16`), NumPy (`float32`) or this library
-    /// gives it; `None` for other names.
+    /// The dtype of a name that safetensors (`BF16`), PyTorch (`torch.bfloat16`), NumPy (`float32`) or this
+    /// library gives it; `None` for other names.
     ///
     /// ```
     /// use gdn::Dtype;

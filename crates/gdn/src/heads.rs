@@ -67,8 +67,8 @@ impl Heads {
     /// The heads that one of `tp_size` tensor-parallel ranks holds.
     ///
     /// # Errors
-    /// [`ArgumentError::Zero`] for `tp_size = 0`; [`ArgumentError::Multiple`] where the key heads (and with them the value
-    /// heads) do not divide.
+    /// [`ArgumentError::Zero`] for `tp_size = 0`; [`ArgumentError::Multiple`] where the key heads (and with
+    /// them the value heads) do not divide.
     pub fn shard(&self, tp_size: usize) -> Result<Self, ArgumentError> {
         if tp_size == 0 {
             return Err(ArgumentError::Zero { argument: "tp_size" });

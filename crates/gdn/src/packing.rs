@@ -71,8 +71,8 @@ impl Layout {
         self.map(&[r, r], self.heads.num_v_heads())
     }
 
-    /// `kinds` are the features of each kind that one key head has, in the order of the packed row; unpacked, each kind has
-    /// all its heads side by side. `boundary` is where the second tensor begins there.
+    /// `kinds` are the features of each kind that one key head has, in the order of the packed row; unpacked,
+    /// each kind has all its heads side by side. `boundary` is where the second tensor begins there.
     #[inline(always)]
     fn map(&self, kinds: &[usize], boundary: usize) -> FeatureMap {
         let hk = self.heads.num_k_heads();
@@ -105,8 +105,9 @@ impl Layout {
     }
 }
 
-/// The segments of one kind (queries, keys, values, gates), [`FeatureMap::count`] of them and all of `len` features.
-/// Segment `i` ties the features from `packed + i * packed_step` on to those from `unpacked + i * len` on.
+/// The segments of one kind (queries, keys, values, gates), [`FeatureMap::count`] of them and all of `len`
+/// features. Segment `i` ties the features from `packed + i * packed_step` on to those from `unpacked + i *
+/// len` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// First feature of segment 0 in the packed row.
@@ -134,10 +135,11 @@ pub struct Segment {
 
 /// The bijection between the features of a packed row and those of the unpacked row, as coalesced segments.
 ///
-/// The unpacked row is two tensors' rows one after the other: `[mixed_qkv | z]` or `[b | a]`. No segment crosses from
-/// one into the other. Split reads the segments from packed to unpacked, merge from unpacked to packed, and repacking a
-/// checkpoint applies them once to the rows of a weight. As heads are all alike, the segments come as at most four [`Run`]s, whatever the number of
-/// heads: a map is a small `Copy` value, and making one allocates nothing.
+/// The unpacked row is two tensors' rows one after the other: `[mixed_qkv | z]` or `[b | a]`. No segment
+/// crosses from one into the other. Split reads the segments from packed to unpacked, merge from unpacked to
+/// packed, and repacking a checkpoint applies them once to the rows of a weight. As heads are all alike, the
+/// segments come as at most four [`Run`]s, whatever the number of heads: a map is a small `Copy` value, and
+/// making one allocates nothing.
 ///
 /// ```
 /// use gdn::{Heads, Layout, Packing};
@@ -162,7 +164,8 @@ impl FeatureMap {
         self.features
     }
 
-    /// The features of the unpacked row that make up its first (`mixed_qkv`, `b`) and second (`z`, `a`) tensor.
+    /// The features of the unpacked row that make up its first (`mixed_qkv`, `b`) and second (`z`, `a`)
+    /// tensor.
     pub fn tensors(&self) -> [Range<usize>; 2] {
         [0..self.boundary, self.boundary..self.features]
     }

@@ -1,7 +1,8 @@
 //! Repacking: the permutation of features, applied once to the weights that make them.
 //!
-//! A weight of an input projection is `[out, hidden]`, a row for each feature of `mixed_qkvz` or `mixed_ba`. Once its rows are in
-//! contiguous order the GEMM's own output is `[Q | K | V | Z]` or `[B | A]`, and the split is a view.
+//! A weight of an input projection is `[out, hidden]`, a row for each feature of `mixed_qkvz` or `mixed_ba`.
+//! Once its rows are in contiguous order the GEMM's own output is `[Q | K | V | Z]` or `[B | A]`, and the
+//! split is a view.
 
 use std::ops::Range;
 
@@ -111,10 +112,11 @@ pub struct Move {
 
 /// Where each output of a projection's weight goes: what [`repack_weight`] applies.
 ///
-/// A map is made for whole weights, `[out, hidden]` with `out` outputs. From it come those for whatever else has a dim that
-/// follows the outputs: [`blocks`](Self::blocks) for scales that several outputs share, [`groups`](Self::groups) for elements
-/// that hold several outputs, [`destination_part`](Self::destination_part) and [`source_part`](Self::source_part) where the contiguous side is two
-/// tensors. A bias, a scale for each output, or the `B` of a LoRA adapter takes the map as it is.
+/// A map is made for whole weights, `[out, hidden]` with `out` outputs. From it come those for whatever else
+/// has a dim that follows the outputs: [`blocks`](Self::blocks) for scales that several outputs share,
+/// [`groups`](Self::groups) for elements that hold several outputs,
+/// [`destination_part`](Self::destination_part) and [`source_part`](Self::source_part) where the contiguous
+/// side is two tensors. A bias, a scale for each output, or the `B` of a LoRA adapter takes the map as it is.
 ///
 /// ```
 /// use gdn::{Heads, Packing, Projection, WeightMap};
@@ -147,8 +149,9 @@ impl WeightMap {
         Self::of(moves.collect(), map.features(), map.features())
     }
 
-    /// The same for a tensor with so many `indices` along the outputs: rows of a weight, blocks of scales, packed elements. Heads often
-    /// come out of files, and a map takes memory for each of them: what no tensor of that length can follow is refused first.
+    /// The same for a tensor with so many `indices` along the outputs: rows of a weight, blocks of scales,
+    /// packed elements. Heads often come out of files, and a map takes memory for each of them: what no
+    /// tensor of that length can follow is refused first.
     ///
     /// # Errors
     /// [`RepackError::Heads`].
@@ -214,8 +217,8 @@ impl WeightMap {
         Self::of(cut.collect(), self.sources, end.saturating_sub(start))
     }
 
-    /// The map from a weight that has the outputs `part` alone: what `in_proj_z` gives to `in_proj_qkvz`. It fills some of the
-    /// outputs; the other part's map fills the rest.
+    /// The map from a weight that has the outputs `part` alone: what `in_proj_z` gives to `in_proj_qkvz`. It
+    /// fills some of the outputs; the other part's map fills the rest.
     ///
     /// What lies past the last output counts for nothing.
     pub fn source_part(&self, part: Range<usize>) -> Self {
@@ -226,10 +229,12 @@ impl WeightMap {
         swap(&swap(self).destination_part(part))
     }
 
-    /// The map of scales that `size` outputs share, the last block perhaps by fewer: fp8's `weight_scale_inv` with blocks of 128.
+    /// The map of scales that `size` outputs share, the last block perhaps by fewer: fp8's `weight_scale_inv`
+    /// with blocks of 128.
     ///
     /// # Errors
-    /// [`RepackError::Block`] where outputs of two blocks would come to lie in one; [`RepackError::Argument`] for a size of 0.
+    /// [`RepackError::Block`] where outputs of two blocks would come to lie in one; [`RepackError::Argument`]
+    /// for a size of 0.
     pub fn blocks(&self, size: usize) -> Result<Self, RepackError> {
         if size == 0 {
             return Err(ArgumentError::Zero { argument: "size" }.into());
@@ -260,8 +265,8 @@ impl WeightMap {
         Ok(Self::of(moves.collect(), self.sources.div_ceil(size), self.destinations.div_ceil(size)))
     }
 
-    /// The map of elements that each hold `size` outputs: the eight 4-bit numbers in an `int32` of GPTQ's `qzeros` or of AWQ's
-    /// `qweight`.
+    /// The map of elements that each hold `size` outputs: the eight 4-bit numbers in an `int32` of GPTQ's
+    /// `qzeros` or of AWQ's `qweight`.
     ///
     /// # Errors
     /// [`RepackError::Group`] where such outputs would part; [`RepackError::Argument`] for a size of 0.
@@ -280,11 +285,13 @@ impl WeightMap {
     }
 }
 
-/// Repacks a weight in memory: outputs are rows (`dim = 0`, `[out, hidden]`) or columns (`dim = 1`, `[hidden, out]`).
+/// Repacks a weight in memory: outputs are rows (`dim = 0`, `[out, hidden]`) or columns (`dim = 1`, `[hidden,
+/// out]`).
 ///
-/// Elements are opaque, of any size. A vector over the outputs (a bias, a scale for each) is a weight of one column. What
-/// `map` does not fill (see [`WeightMap::source_part`]) stays as it is. Of a tensor-parallel rank's weight the map is that of the
-/// rank's [heads](Heads::shard): the shard of a repacked weight equals the repacked shard.
+/// Elements are opaque, of any size. A vector over the outputs (a bias, a scale for each) is a weight of one
+/// column. What `map` does not fill (see [`WeightMap::source_part`]) stays as it is. Of a tensor-parallel
+/// rank's weight the map is that of the rank's [heads](Heads::shard): the shard of a repacked weight equals
+/// the repacked shard.
 ///
 /// ```
 /// use gdn::{Heads, Packing, Projection, Rows, RowsMut, WeightMap, repack_weight};

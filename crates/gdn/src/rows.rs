@@ -1,5 +1,5 @@
-//! [`Rows`] and [`RowsMut`]: N rows of opaque elements in the host's memory, each row in one piece, any distance from row
-//! to row.
+//! [`Rows`] and [`RowsMut`]: N rows of opaque elements in the host's memory, each row in one piece, any
+//! distance from row to row.
 
 use std::{marker::PhantomData, ops::Range};
 
@@ -12,8 +12,8 @@ use crate::{
 
 /// A shared view of N rows. Elements are opaque: only their size is known.
 ///
-/// Strides are in elements and go from the start of a row to the start of the next. A view may be a slice of columns of a
-/// wider buffer ([`Rows::columns`]): both projections may be views of one merged GEMM output.
+/// Strides are in elements and go from the start of a row to the start of the next. A view may be a slice of
+/// columns of a wider buffer ([`Rows::columns`]): both projections may be views of one merged GEMM output.
 ///
 /// ```
 /// let gemm = vec![0u16; 3 * 100];                        // three rows of 100 features
@@ -30,8 +30,8 @@ pub struct Rows<'a> {
 
 /// An exclusive view of N rows, to be written. See [`Rows`].
 ///
-/// Safe code writes through it and never reads, so what lies under it need not be initialised ([`RowsMut::from_raw`]).
-/// Bytes between the rows of a strided view are never touched.
+/// Safe code writes through it and never reads, so what lies under it need not be initialised
+/// ([`RowsMut::from_raw`]). Bytes between the rows of a strided view are never touched.
 #[derive(Debug)]
 pub struct RowsMut<'a> {
     pub(crate) view: View<*mut u8>,
@@ -57,7 +57,8 @@ impl<'a> Rows<'a> {
     /// `num_rows` rows of `features` elements, one directly after the other from the start of `data`.
     ///
     /// # Errors
-    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no bytes.
+    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no
+    /// bytes.
     pub fn new<T: Pod>(data: &'a [T], num_rows: usize, features: usize) -> Result<Self, ArgumentError> {
         Self::with_stride(data, num_rows, features, features)
     }
@@ -80,7 +81,8 @@ impl<'a> Rows<'a> {
     /// Dense rows of elements of `element_size` bytes out of raw bytes, at any alignment.
     ///
     /// # Errors
-    /// Those of [`Rows::new`], and [`ArgumentError::Multiple`] where the bytes are no whole number of elements.
+    /// Those of [`Rows::new`], and [`ArgumentError::Multiple`] where the bytes are no whole number of
+    /// elements.
     pub fn from_bytes(
         data: &'a [u8],
         element_size: usize,
@@ -95,11 +97,12 @@ impl<'a> Rows<'a> {
     /// For engines: rows at a pointer, of any alignment.
     ///
     /// # Errors
-    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no bytes.
+    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no
+    /// bytes.
     ///
     /// # Safety
-    /// `ptr` is not null, and for `'a` each of the rows' bytes is initialised, can be read and is written by nobody. With
-    /// `num_rows = 0` the pointer is not looked at.
+    /// `ptr` is not null, and for `'a` each of the rows' bytes is initialised, can be read and is written by
+    /// nobody. With `num_rows = 0` the pointer is not looked at.
     pub unsafe fn from_raw(
         ptr: *const u8,
         element_size: usize,
@@ -135,7 +138,8 @@ impl<'a> Rows<'a> {
     /// The bytes of row `row`; `None` past the last row.
     pub fn row(&self, row: usize) -> Option<&'a [u8]> {
         let View { address, geometry } = self.view;
-        // SAFETY: the constructors saw to it that every row lies in initialised memory that is readable for `'a`.
+        // SAFETY: the constructors saw to it that every row lies in initialised memory that is readable for
+        // `'a`.
         (row < geometry.num_rows).then(|| unsafe {
             std::slice::from_raw_parts(address.add(row * geometry.row_stride), geometry.row_bytes())
         })
@@ -213,9 +217,9 @@ impl<'a> RowsMut<'a> {
     /// Those of [`Rows::from_raw`].
     ///
     /// # Safety
-    /// `ptr` is not null, and for `'a` each of the rows' bytes can be written, and is neither read nor written by anybody
-    /// but the holder of this view. (Views handed to one op that overlap are found and refused before anything is
-    /// written.) With `num_rows = 0` the pointer is not looked at.
+    /// `ptr` is not null, and for `'a` each of the rows' bytes can be written, and is neither read nor
+    /// written by anybody but the holder of this view. (Views handed to one op that overlap are found and
+    /// refused before anything is written.) With `num_rows = 0` the pointer is not looked at.
     pub unsafe fn from_raw(
         ptr: *mut u8,
         element_size: usize,
@@ -268,8 +272,8 @@ impl<'a> RowsMut<'a> {
                 }
             });
         }
-        // SAFETY: the constructors saw to it that every row lies in writable memory that is this view's alone, so that
-        // `bytes`, a borrow of something else, does not overlap it.
+        // SAFETY: the constructors saw to it that every row lies in writable memory that is this view's
+        // alone, so that `bytes`, a borrow of something else, does not overlap it.
         unsafe {
             let to = address.add(row * geometry.row_stride + offset);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
@@ -277,8 +281,8 @@ impl<'a> RowsMut<'a> {
         Ok(())
     }
 
-    /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices of one wider
-    /// buffer.
+    /// Two views of the same rows, the features before `column` and those from it on: outputs may be slices
+    /// of one wider buffer.
     ///
     /// # Errors
     /// [`ArgumentError::Range`] where there are fewer than `column` features.

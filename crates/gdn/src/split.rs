@@ -1,7 +1,8 @@
-//! The split of the packed projections and its inverse, the merge: which tensors go where, and the check of a call.
+//! The split of the packed projections and its inverse, the merge: which tensors go where, and the check of a
+//! call.
 //!
-//! Everything a caller can get wrong is checked here, once, before the first byte is written; a backend gets a [`Plan`]
-//! that is known to be right. No backend is named here.
+//! Everything a caller can get wrong is checked here, once, before the first byte is written; a backend gets
+//! a [`Plan`] that is known to be right. No backend is named here.
 
 use std::ops::Range;
 
@@ -40,8 +41,8 @@ impl Direction {
         }
     }
 
-    /// The place in [`TENSORS`] of the first tensor that is read of the projection of `tensor`: its elements have the
-    /// size, and in Python the dtype, of that one's.
+    /// The place in [`TENSORS`] of the first tensor that is read of the projection of `tensor`: its elements
+    /// have the size, and in Python the dtype, of that one's.
     ///
     /// ```
     /// use gdn::{Direction, TENSORS};

@@ -1,8 +1,8 @@
 //! The plan of the work: how many workers, how many rows for each, and how many rows at a time.
 //!
-//! The seed of this library, a Triton kernel for Ascend NPUs, runs a grid of at most `cores` workers, gives each a
-//! contiguous chunk of rows and lets it take `rows_per_iter` rows at a time, so that a tile of inputs and outputs fits the
-//! on-chip buffer:
+//! The seed of this library, a Triton kernel for Ascend NPUs, runs a grid of at most `cores` workers, gives
+//! each a contiguous chunk of rows and lets it take `rows_per_iter` rows at a time, so that a tile of inputs
+//! and outputs fits the on-chip buffer:
 //!
 //! ```text
 //! grid          = max(1, min(cores, rows))
@@ -10,9 +10,10 @@
 //! rows_per_iter = min(next_pow2(max(1, buffer / row_bytes)), rows_per_core, MAX_ROWS_PER_ITER)
 //! ```
 //!
-//! [`plan`] keeps its shape and mends its rounding: the seed rounds *up*, so that its tile can be nearly twice the buffer,
-//! and its last `min` can leave a number that is no power of two, which its compiler refuses as an extent. Here
-//! `rows_per_iter` is always a power of two, and a tile exceeds the buffer only where a single row does.
+//! [`plan`] keeps its shape and mends its rounding: the seed rounds *up*, so that its tile can be nearly
+//! twice the buffer, and its last `min` can leave a number that is no power of two, which its compiler
+//! refuses as an extent. Here `rows_per_iter` is always a power of two, and a tile exceeds the buffer only
+//! where a single row does.
 
 /// What a device offers to the planner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

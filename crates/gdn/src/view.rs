@@ -1,12 +1,12 @@
-//! What every view of tensors has in common, whoever owns the memory: [`Packed`] and [`Unpacked`], the six tensors over any
-//! kind of view; where N rows lie; and addresses of a device's memory.
+//! What every view of tensors has in common, whoever owns the memory: [`Packed`] and [`Unpacked`], the six
+//! tensors over any kind of view; where N rows lie; and addresses of a device's memory.
 
 use std::ops::Range;
 
 use crate::argument::ArgumentError;
 
-/// The six tensors of the split and the merge, in the one order of this library: the packed projections, then what they
-/// come apart into.
+/// The six tensors of the split and the merge, in the one order of this library: the packed projections, then
+/// what they come apart into.
 ///
 /// | | shape | view type |
 /// |---|---|---|
@@ -20,8 +20,8 @@ pub const TENSORS: [&str; 6] = ["mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b",
 /// The packed projections, as the GEMMs put them out.
 ///
 /// `V` and `W` are views: [`Rows`](crate::Rows) to read and [`RowsMut`](crate::RowsMut) to write on the CPU,
-/// `cuda::Rows`, `cuda::RowsMut` and `cuda::RawRows` on a GPU. Elements of `mixed_ba` may have another size than those of
-/// `mixed_qkvz`.
+/// `cuda::Rows`, `cuda::RowsMut` and `cuda::RawRows` on a GPU. Elements of `mixed_ba` may have another size
+/// than those of `mixed_qkvz`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed<V, W = V> {
     /// `[N, 2*HK*DK + 2*HV*DV]`
@@ -122,7 +122,8 @@ pub(crate) struct View<A> {
 
 /// Where N rows lie, relative to the first.
 ///
-/// Kept by every constructor: `row_bytes() <= row_stride`, `(num_rows - 1) * row_stride + row_bytes() <= isize::MAX`.
+/// Kept by every constructor: `row_bytes() <= row_stride`, `(num_rows - 1) * row_stride + row_bytes() <=
+/// isize::MAX`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     pub(crate) num_rows: usize,
@@ -222,8 +223,8 @@ pub(crate) fn overlap<A: Address>(x: &View<A>, y: &View<A>) -> Option<(usize, us
     if apart { None } else { overlap_of_rows(x, y) }
 }
 
-/// The same for tensors within one another's reach, exactly: slices of the columns of one wider buffer share no byte.
-/// Walks both sequences of rows, each in order of address, side by side.
+/// The same for tensors within one another's reach, exactly: slices of the columns of one wider buffer share
+/// no byte. Walks both sequences of rows, each in order of address, side by side.
 #[cold]
 fn overlap_of_rows<A: Address>(x: &View<A>, y: &View<A>) -> Option<(usize, usize)> {
     let start = |view: &View<A>| view.address.number();

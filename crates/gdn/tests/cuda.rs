@@ -1,4 +1,5 @@
-//! The CUDA backend through its public doors. Where there is no GPU, the tests that need one say that they are skipped.
+//! The CUDA backend through its public doors. Where there is no GPU, the tests that need one say that they
+//! are skipped.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -397,7 +398,8 @@ fn what_is_wrong_is_said() {
     there.check(second.stream(), 5);
 }
 
-/// To be run by itself in a fresh process, with `CUDA_CACHE_PATH` in an empty folder: `--ignored --exact --nocapture`.
+/// To be run by itself in a fresh process, with `CUDA_CACHE_PATH` in an empty folder: `--ignored --exact
+/// --nocapture`.
 #[test]
 #[ignore = "a measurement"]
 fn time_to_first_result() {
@@ -465,7 +467,8 @@ fn the_probe_on_the_gpu() {
     }
 }
 
-/// A call that reads past the end of its input, to see that compute-sanitizer would find one: run it under `--tool memcheck` alone.
+/// A call that reads past the end of its input, to see that compute-sanitizer would find one: run it under
+/// `--tool memcheck` alone.
 #[test]
 #[ignore = "wrong on purpose"]
 fn a_planted_fault() {

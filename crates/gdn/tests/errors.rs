@@ -217,7 +217,8 @@ fn rows_to_be_written() {
 
 #[test]
 fn memory_that_was_never_written_is_an_output_too() {
-    // Under a tool that looks for reads of such memory (miri, valgrind) this finds any that safe code could make.
+    // Under a tool that looks for reads of such memory (miri, valgrind) this finds any that safe code could
+    // make.
     use std::mem::MaybeUninit;
     let case = case(5);
     let heads = layout().heads;

@@ -1,5 +1,5 @@
-//! Held to Hugging Face transformers: what its own Qwen3-Next and Qwen3.5 layers made of real hidden states (see
-//! testdata/README.md), bit for bit, both ways, with every instruction set.
+//! Held to Hugging Face transformers: what its own Qwen3-Next and Qwen3.5 layers made of real hidden states
+//! (see testdata/README.md), bit for bit, both ways, with every instruction set.
 
 use std::{fs, path::Path};
 

@@ -3,7 +3,8 @@
 use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, Unpacked, reference};
 use memmap2::MmapMut;
 
-/// Rows 2 GiB apart: addresses that no 32-bit offset reaches, in memory that is mapped but, but for a few pages, never there.
+/// Rows 2 GiB apart: addresses that no 32-bit offset reaches, in memory that is mapped but, but for a few
+/// pages, never there.
 #[test]
 fn offsets_past_four_gigabytes() {
     const STRIDE: usize = (2 << 30) + 4096 + 24;
@@ -40,8 +41,8 @@ fn offsets_past_four_gigabytes() {
     reference::check(&heads, Packing::Interleaved, &packed, &unpacked).unwrap();
 }
 
-/// 2^31 elements and some more, dense. The input is one page of memory mapped over and over in effect: only the rows that are
-/// looked at were ever written.
+/// 2^31 elements and some more, dense. The input is one page of memory mapped over and over in effect: only
+/// the rows that are looked at were ever written.
 #[test]
 fn more_than_two_to_the_31_elements() {
     let heads = Heads::new(16, 32, 128, 128).unwrap();

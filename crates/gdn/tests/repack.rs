@@ -145,7 +145,8 @@ proptest! {
         let shard = heads.shard(tp_size).unwrap();
         let whole = applied(&WeightMap::new(&heads, projection, Packing::Contiguous));
         let of_shard = applied(&WeightMap::new(&shard, projection, Packing::Contiguous));
-        // What a loader of contiguous weights takes for a rank: its share of each of [Q | K | V | Z] or [B | A].
+        // What a loader of contiguous weights takes for a rank: its share of each of [Q | K | V | Z] or [B |
+        // A].
         let kinds = match projection {
             Projection::Qkvz => vec![heads.num_k_heads() * dk, heads.num_k_heads() * dk, heads.z_features(), heads.z_features()],
             Projection::Ba => vec![heads.num_v_heads(); 2],

@@ -1,5 +1,5 @@
-//! The op on the CPU against the oracle: every instruction set this machine has, every road to memory, poisoned outputs and
-//! guards around and between all rows.
+//! The op on the CPU against the oracle: every instruction set this machine has, every road to memory,
+//! poisoned outputs and guards around and between all rows.
 
 mod support;
 
@@ -114,7 +114,8 @@ fn threads_that_are_not_ours() {
     let scoped = |chunks: usize, work: Work<'_>| {
         std::thread::scope(|scope| (0..chunks).for_each(|i| drop(scope.spawn(move || work(i)))));
     };
-    // What an executor should not do, and what must not matter: nothing, everything at the same time as somebody else, too much.
+    // What an executor should not do, and what must not matter: nothing, everything at the same time as
+    // somebody else, too much.
     let idle = |_: usize, _: Work<'_>| {};
     let crowded = |chunks: usize, work: Work<'_>| {
         std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Conformance: for each op one table of cases and one bound, and every backend held to them: every instruction set, the
-//! emulator wherever tests run, and a GPU where there is one.
+//! Conformance: for each op one table of cases and one bound, and every backend held to them: every
+//! instruction set, the emulator wherever tests run, and a GPU where there is one.
 
 mod split;

@@ -6,8 +6,8 @@ use thiserror::Error;
 
 use crate::argument::ArgumentError;
 
-/// An instruction set that the ops were written for. Each promises every feature that its documentation lists: code for a
-/// level may use all of them.
+/// An instruction set that the ops were written for. Each promises every feature that its documentation
+/// lists: code for a level may use all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {
@@ -15,8 +15,8 @@ pub enum Isa {
     Scalar,
     /// 32-byte registers and streaming stores on x86-64: `avx2`, `fma` and `f16c`.
     Avx2,
-    /// 64-byte registers, a cache line each, and streaming stores on x86-64: `avx512f`, `avx512bw`, `avx512vl`, `avx512dq`,
-    /// and all of [`Avx2`](Self::Avx2).
+    /// 64-byte registers, a cache line each, and streaming stores on x86-64: `avx512f`, `avx512bw`,
+    /// `avx512vl`, `avx512dq`, and all of [`Avx2`](Self::Avx2).
     Avx512,
     /// 16-byte registers on 64-bit Arm: `neon`.
     Neon,

@@ -49,7 +49,8 @@ pub struct Cpu<'a> {
 
 /// The least bytes (read and written together) worth a thread's waking up.
 const BYTES_PER_THREAD: usize = 1 << 20;
-/// What a thread may count on having of a last-level cache that others share. Measured: from here on streaming was never slower.
+/// What a thread may count on having of a last-level cache that others share. Measured: from here on
+/// streaming was never slower.
 const CACHE_BYTES_PER_THREAD: usize = 8 << 20;
 
 impl fmt::Debug for Cpu<'_> {
@@ -71,17 +72,17 @@ impl<'a> Cpu<'a> {
         Self::default()
     }
 
-    /// At most this many threads, those of the rayon pool the call is made in (the global one, else); 0 is automatic: as
-    /// many as the pool has, and one where there is too little work to share.
+    /// At most this many threads, those of the rayon pool the call is made in (the global one, else); 0 is
+    /// automatic: as many as the pool has, and one where there is too little work to share.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = NonZeroUsize::new(threads);
         self
     }
 
-    /// The work of more than one thread goes through `executor` instead of rayon: for engines with threads of their own,
-    /// which would otherwise compete with rayon's. To be used with [`threads`](Self::threads), as only the caller knows how
-    /// many threads the executor has.
+    /// The work of more than one thread goes through `executor` instead of rayon: for engines with threads of
+    /// their own, which would otherwise compete with rayon's. To be used with [`threads`](Self::threads), as
+    /// only the caller knows how many threads the executor has.
     ///
     /// ```
     /// use gdn::Cpu;
@@ -108,7 +109,8 @@ impl<'a> Cpu<'a> {
         Ok(self)
     }
 
-    /// So many rows at a time instead of as many as [`tiling::plan`](crate::tiling::plan) finds to fit the cache; 0 is automatic.
+    /// So many rows at a time instead of as many as [`tiling::plan`](crate::tiling::plan) finds to fit the
+    /// cache; 0 is automatic.
     #[must_use]
     pub fn rows_per_iter(mut self, rows: usize) -> Self {
         self.rows_per_iter = NonZeroUsize::new(rows);
@@ -137,8 +139,8 @@ impl<'a> Cpu<'a> {
         }
     }
 
-    /// Whether a call that writes `bytes` will stream them: automatically where they are more than the last-level cache
-    /// has, or than the 8 MiB a thread of it that are likely to stay there.
+    /// Whether a call that writes `bytes` will stream them: automatically where they are more than the
+    /// last-level cache has, or than the 8 MiB a thread of it that are likely to stay there.
     pub fn chosen_streaming(&self, bytes: usize) -> bool {
         match self.stores {
             Stores::Streaming => true,
@@ -152,8 +154,8 @@ impl<'a> Cpu<'a> {
     }
 }
 
-/// A plain copy of bytes by as many threads as `cpu` says, with `memcpy` or with streaming stores: what the ops are measured
-/// against. Copies as many bytes as the shorter slice has.
+/// A plain copy of bytes by as many threads as `cpu` says, with `memcpy` or with streaming stores: what the
+/// ops are measured against. Copies as many bytes as the shorter slice has.
 pub fn copy_bytes(src: &[u8], dst: &mut [u8], cpu: &Cpu) {
     let bytes = src.len().min(dst.len());
     let stream = cpu.chosen_streaming(bytes);

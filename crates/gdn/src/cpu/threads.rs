@@ -6,7 +6,8 @@ use rayon::prelude::*;
 
 use super::Cpu;
 
-/// Threads of the caller's own, as an engine's pool: an object, lent to a [`Cpu`] for as long as that is used.
+/// Threads of the caller's own, as an engine's pool: an object, lent to a [`Cpu`] for as long as that is
+/// used.
 ///
 /// A function or closure of the same arguments is an executor too.
 ///
@@ -29,11 +30,12 @@ use super::Cpu;
 /// # Ok::<(), rayon::ThreadPoolBuildError>(())
 /// ```
 pub trait Executor: Sync {
-    /// Calls `work` for each number below `chunks`, on as many threads at a time as it likes, and returns when all calls
-    /// have. The same number is best given to the same thread each time, whose cache may still have the rows.
+    /// Calls `work` for each number below `chunks`, on as many threads at a time as it likes, and returns
+    /// when all calls have. The same number is best given to the same thread each time, whose cache may still
+    /// have the rows.
     ///
-    /// What an executor makes of this is no matter of safety: a number that it calls twice is worked on once, and one that
-    /// it leaves out is worked on by the thread of the call.
+    /// What an executor makes of this is no matter of safety: a number that it calls twice is worked on once,
+    /// and one that it leaves out is worked on by the thread of the call.
     fn execute(&self, chunks: usize, work: &(dyn Fn(usize) + Sync));
 }
 
@@ -44,7 +46,8 @@ impl<F: Fn(usize, &(dyn Fn(usize) + Sync)) + Sync> Executor for F {
 }
 
 impl Cpu<'_> {
-    /// Has `task` called once for each number below `tasks`, on the threads of a call that reads and writes `bytes` in all.
+    /// Has `task` called once for each number below `tasks`, on the threads of a call that reads and writes
+    /// `bytes` in all.
     pub(super) fn share(&self, tasks: usize, bytes: usize, task: impl Fn(usize) + Sync) {
         match (self.chosen_threads(bytes).min(tasks), self.executor) {
             (0 | 1, _) => (0..tasks).for_each(&task),

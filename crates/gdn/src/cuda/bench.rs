@@ -18,8 +18,8 @@ use crate::{
     view::{Packed, Unpacked},
 };
 
-/// A split within a GPU's memory, and a copy of as many bytes as it reads, each captured in a CUDA graph of [`Bench::CALLS`] calls: so
-/// many that starting the graph does not count.
+/// A split within a GPU's memory, and a copy of as many bytes as it reads, each captured in a CUDA graph of
+/// [`Bench::CALLS`] calls: so many that starting the graph does not count.
 pub struct Bench {
     stream: Arc<CudaStream>,
     /// The split's, then the copy's.

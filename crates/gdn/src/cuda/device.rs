@@ -58,7 +58,8 @@ impl fmt::Display for DeviceInfo {
 /// Every device of this machine, those too old for the kernels included.
 ///
 /// # Errors
-/// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::Driver`]. A driver without devices gives an empty list.
+/// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::Driver`]. A driver without devices
+/// gives an empty list.
 pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
     (0..start_driver()?).map(info).collect()
 }
@@ -110,7 +111,8 @@ fn info(ordinal: usize) -> Result<DeviceInfo, CudaError> {
 
 /// A GPU, a stream of it, and how it is to do the work: what [`Cpu`](crate::Cpu) is for the CPU.
 ///
-/// Cheap to clone, and to be made anew for another stream: the kernels are loaded once for each context, whoever asks first.
+/// Cheap to clone, and to be made anew for another stream: the kernels are loaded once for each context,
+/// whoever asks first.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     stream: Arc<CudaStream>,
@@ -121,17 +123,19 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Device `cuda:ordinal`, its primary context (the one PyTorch and the CUDA runtime use too) and default stream.
+    /// Device `cuda:ordinal`, its primary context (the one PyTorch and the CUDA runtime use too) and default
+    /// stream.
     ///
     /// # Errors
-    /// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::NoDevice`], [`CudaError::DeviceTooOld`],
-    /// [`CudaError::Driver`].
+    /// [`CudaError::NoDriver`], [`CudaError::DriverTooOld`], [`CudaError::NoDevice`],
+    /// [`CudaError::DeviceTooOld`], [`CudaError::Driver`].
     pub fn new(ordinal: usize) -> Result<Self, CudaError> {
         let count = start_driver()?;
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
-        // cudarc makes a new context the thread's current one, which is for the caller to choose: PyTorch's current device is that.
+        // cudarc makes a new context the thread's current one, which is for the caller to choose: PyTorch's
+        // current device is that.
         let current = result::ctx::get_current().map_err(driver(ordinal, "cuCtxGetCurrent"))?;
         let context = CudaContext::new(ordinal).map_err(driver(ordinal, "cuDevicePrimaryCtxRetain"));
         // SAFETY: the context that was current a moment ago, or none.
@@ -160,8 +164,8 @@ impl Gpu {
         })
     }
 
-    /// Loads all kernels now rather than each family at its first call: some milliseconds, in which the driver compiles them. To be
-    /// done before calls are captured in a CUDA graph.
+    /// Loads all kernels now rather than each family at its first call: some milliseconds, in which the
+    /// driver compiles them. To be done before calls are captured in a CUDA graph.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
@@ -169,17 +173,17 @@ impl Gpu {
         self.kernels.warmup(self.stream.context())
     }
 
-    /// Whether a launch may overlap the end of the kernel before it in the stream (programmatic dependent launch). On by default
-    /// where the device can (compute capability 9.0 and later). The kernel still waits for everything before it to be done and
-    /// seen before it reads or writes a byte.
+    /// Whether a launch may overlap the end of the kernel before it in the stream (programmatic dependent
+    /// launch). On by default where the device can (compute capability 9.0 and later). The kernel still waits
+    /// for everything before it to be done and seen before it reads or writes a byte.
     #[must_use]
     pub fn programmatic(mut self, programmatic: bool) -> Self {
         self.programmatic = programmatic;
         self
     }
 
-    /// Whether raw calls ask the driver whose memory each pointer is. On by default. Without, a pointer of another device is the
-    /// caller's responsibility like everything else about it.
+    /// Whether raw calls ask the driver whose memory each pointer is. On by default. Without, a pointer of
+    /// another device is the caller's responsibility like everything else about it.
     #[must_use]
     pub fn check_pointers(mut self, check: bool) -> Self {
         self.check_pointers = check;

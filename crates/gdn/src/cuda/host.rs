@@ -66,8 +66,9 @@ impl Staged {
         let stream = gpu.stream();
         let (address, _ordered) = self.memory.device_ptr(stream);
         for (ptr, range) in stretches(&to.view) {
-            // SAFETY: so many bytes are there on the device, and rows of the host that the view has for itself, initialised
-            // or not. The call is over, and the view still borrowed, when the stream has been waited for.
+            // SAFETY: so many bytes are there on the device, and rows of the host that the view has for
+            // itself, initialised or not. The call is over, and the view still borrowed, when the stream has
+            // been waited for.
             unsafe {
                 sys::cuMemcpyDtoHAsync_v2(
                     ptr.cast(),

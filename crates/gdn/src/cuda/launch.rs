@@ -23,12 +23,12 @@ pub(super) struct Launch {
 }
 
 impl Gpu {
-    /// Launches a kernel that takes one argument, `args`. It may overlap the end of the kernel before it where the GPU was
-    /// told so ([`Gpu::programmatic`]).
+    /// Launches a kernel that takes one argument, `args`. It may overlap the end of the kernel before it
+    /// where the GPU was told so ([`Gpu::programmatic`]).
     ///
     /// # Safety
-    /// The context is the thread's current one, `stream` is a stream of it, and the kernel, which is loaded there, takes an
-    /// `A`. What the kernel does with `args` and the grid is the caller's responsibility.
+    /// The context is the thread's current one, `stream` is a stream of it, and the kernel, which is loaded
+    /// there, takes an `A`. What the kernel does with `args` and the grid is the caller's responsibility.
     pub(super) unsafe fn launch<A>(
         &self,
         launch: Launch,

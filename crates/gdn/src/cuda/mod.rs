@@ -1,8 +1,8 @@
 //! NVIDIA GPUs: the op as one kernel launch, on the caller's stream and memory.
 //!
-//! The kernels are Rust, compiled to PTX beforehand, embedded, and compiled by the driver for the device when they are first used
-//! ([`Gpu::warmup`]). Nothing but the driver is needed, and that only when a device is asked for: a build with the feature `cuda` runs
-//! everywhere.
+//! The kernels are Rust, compiled to PTX beforehand, embedded, and compiled by the driver for the device when
+//! they are first used ([`Gpu::warmup`]). Nothing but the driver is needed, and that only when a device is
+//! asked for: a build with the feature `cuda` runs everywhere.
 //!
 //! Layers, each over the one below:
 //!

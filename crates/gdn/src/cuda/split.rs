@@ -1,5 +1,5 @@
-//! Split and merge on a GPU: the functions to call, on addresses, on cudarc's slices and on the host's rows, and the kernel's
-//! arguments and grid for a checked plan.
+//! Split and merge on a GPU: the functions to call, on addresses, on cudarc's slices and on the host's rows,
+//! and the kernel's arguments and grid for a checked plan.
 
 use cudarc::driver::sys::CUstream;
 use gdn_kernels::split::{Args, Divisor, Part, Projection, Shape, Tensor};
@@ -20,8 +20,9 @@ use crate::{
 };
 
 impl Gpu {
-    /// Takes packed projections apart: one kernel launch on `stream`, and nothing else. The call returns before the work is done. It
-    /// allocates nothing and waits for nothing, so it can be captured in a CUDA graph once [`Gpu::warmup`] was called.
+    /// Takes packed projections apart: one kernel launch on `stream`, and nothing else. The call returns
+    /// before the work is done. It allocates nothing and waits for nothing, so it can be captured in a CUDA
+    /// graph once [`Gpu::warmup`] was called.
     ///
     /// Shapes, element sizes and overlaps are checked as on the CPU. With no rows nothing is launched.
     ///
@@ -29,9 +30,9 @@ impl Gpu {
     /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
     ///
     /// # Safety
-    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel starts until it is done, all
-    /// rows are in memory that the device can reach, those of `from` are not written and those of `to` neither read nor
-    /// written by anything else.
+    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel
+    /// starts until it is done, all rows are in memory that the device can reach, those of `from` are not
+    /// written and those of `to` neither read nor written by anything else.
     pub unsafe fn split_raw(
         &self,
         layout: &Layout,
@@ -82,15 +83,15 @@ pub(crate) unsafe fn run(
     let function = gpu.kernels.kernel(gpu.context(), job.kernel())?;
     let [x, y] = job.shape.blocks;
     let launch = Launch { function, blocks: [x, y, 1], threads: job.shape.threads };
-    // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The caller answers for
-    // the memory and the stream.
+    // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
+    // caller answers for the memory and the stream.
     unsafe { gpu.launch(launch, job.args, stream) }
 }
 
 /// Takes packed projections apart, on the GPU's stream: the counterpart of [`gdn::split`](crate::split()).
 ///
-/// One kernel launch; the call returns before the work is done. cudarc orders it after whatever was done to the slices before, and
-/// what is done to them later after it.
+/// One kernel launch; the call returns before the work is done. cudarc orders it after whatever was done to
+/// the slices before, and what is done to them later after it.
 ///
 /// # Errors
 /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooLarge`], [`CudaError::Driver`].
@@ -108,8 +109,8 @@ pub fn split<T, U>(
     let (a, _f) = to.a.on("a", gpu)?;
     let (from, to) = (Packed { mixed_qkvz, mixed_ba }, Unpacked { mixed_qkv, z, b, a });
     let gpu = gpu.clone().check_pointers(false);
-    // SAFETY: the rows lie within slices of this context, the written ones borrowed exclusively; cudarc orders what comes before and
-    // after on the stream, which is the context's.
+    // SAFETY: the rows lie within slices of this context, the written ones borrowed exclusively; cudarc
+    // orders what comes before and after on the stream, which is the context's.
     unsafe { gpu.split_raw(layout, from, to, gpu.stream().cu_stream()) }
 }
 
@@ -135,7 +136,8 @@ pub fn merge<T, U>(
     unsafe { gpu.merge_raw(layout, from, to, gpu.stream().cu_stream()) }
 }
 
-/// [`gdn::split`](crate::split()) by a GPU, for tensors in the memory of the host. Returns when they are written.
+/// [`gdn::split`](crate::split()) by a GPU, for tensors in the memory of the host. Returns when they are
+/// written.
 ///
 /// # Errors
 /// [`CudaError::Argument`], before anything is written; [`CudaError::TooLarge`], [`CudaError::Driver`].
@@ -160,12 +162,14 @@ pub fn split_host(
         b: written[2].rows_mut(gpu)?,
         a: written[3].rows_mut(gpu)?,
     };
-    // SAFETY: tensors of this device, made above for this call, on the stream that they were made and filled on.
+    // SAFETY: tensors of this device, made above for this call, on the stream that they were made and filled
+    // on.
     unsafe { gpu.split_raw(layout, from, to, gpu.stream().cu_stream())? };
     written.iter().zip(&mut host).try_for_each(|(staged, rows)| staged.download(rows, gpu))
 }
 
-/// [`gdn::merge`](crate::merge()) by a GPU, for tensors in the memory of the host. Returns when they are written.
+/// [`gdn::merge`](crate::merge()) by a GPU, for tensors in the memory of the host. Returns when they are
+/// written.
 ///
 /// # Errors
 /// Those of [`split_host`].
@@ -386,8 +390,9 @@ fn choose(num_rows: u64, columns: u32, wide: bool, profile: Profile) -> Choice {
     if let Some(choice) = profile.choice.filter(|_| wide) {
         return choice;
     }
-    // The number of threads that leaves the fewest without a column; rows of few words take fewer. The device starts a block every
-    // 1.2 ns, whatever its size: below 160 threads a row, that and not the memory would be the limit.
+    // The number of threads that leaves the fewest without a column; rows of few words take fewer. The device
+    // starts a block every 1.2 ns, whatever its size: below 160 threads a row, that and not the memory would
+    // be the limit.
     let idle = |threads: u32| columns.div_ceil(threads) * threads - columns;
     let threads = [192, 224, 256].into_iter().min_by_key(|threads| idle(*threads)).unwrap_or(192);
     let threads = threads.min(columns.next_multiple_of(32));

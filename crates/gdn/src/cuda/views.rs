@@ -15,11 +15,13 @@ pub struct RawRows {
 }
 
 impl RawRows {
-    /// `num_rows` rows of `features` elements of `element_size` bytes, `row_stride` elements from a row to the next, from `address`
-    /// on, at any alignment. Accesses are as wide as the alignment allows, 16 bytes at most.
+    /// `num_rows` rows of `features` elements of `element_size` bytes, `row_stride` elements from a row to
+    /// the next, from `address` on, at any alignment. Accesses are as wide as the alignment allows, 16 bytes
+    /// at most.
     ///
     /// # Errors
-    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no bytes.
+    /// [`ArgumentError::RowStride`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for elements of no
+    /// bytes.
     pub fn new(
         address: impl Into<DeviceAddress>,
         element_size: usize,
@@ -55,10 +57,12 @@ fn geometry<T>(
 }
 
 impl<'a, T> Rows<'a, T> {
-    /// `num_rows` rows of `features` elements, one directly after the other from the start of `slice`, a `CudaSlice` or a view.
+    /// `num_rows` rows of `features` elements, one directly after the other from the start of `slice`, a
+    /// `CudaSlice` or a view.
     ///
     /// # Errors
-    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no bytes.
+    /// [`ArgumentError::TooShort`], [`ArgumentError::TooLarge`], [`ArgumentError::Zero`] for a `T` of no
+    /// bytes.
     pub fn new(
         slice: &'a impl DevicePtr<T>,
         num_rows: usize,
@@ -82,7 +86,8 @@ impl<'a, T> Rows<'a, T> {
 }
 
 impl<'a, T> RowsMut<'a, T> {
-    /// `num_rows` rows of `features` elements, one directly after the other from the start of `slice`, a `CudaSlice` or a view.
+    /// `num_rows` rows of `features` elements, one directly after the other from the start of `slice`, a
+    /// `CudaSlice` or a view.
     ///
     /// # Errors
     /// Those of [`Rows::new`].
@@ -110,8 +115,8 @@ impl<'a, T> RowsMut<'a, T> {
 }
 
 impl<T> Rows<'_, T> {
-    /// The rows as an address on the GPU's stream, which orders the call after what was done to the slice on other streams.
-    /// What comes with it is to be dropped once the kernel is launched.
+    /// The rows as an address on the GPU's stream, which orders the call after what was done to the slice on
+    /// other streams. What comes with it is to be dropped once the kernel is launched.
     pub(super) fn on<'g>(
         &'g self,
         argument: &'static str,

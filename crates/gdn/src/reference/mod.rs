@@ -1,4 +1,5 @@
-//! The oracles, slow and obvious: tests and benchmarks hold every backend to them, and `gdn verify` files; nothing else uses them.
+//! The oracles, slow and obvious: tests and benchmarks hold every backend to them, and `gdn verify` files;
+//! nothing else uses them.
 
 pub mod layer;
 mod split;

@@ -7,7 +7,8 @@ use crate::{
     view::{Packed, Unpacked},
 };
 
-/// Where a feature of a packed row goes: the tensor (`0` is `mixed_qkv` or `b`, `1` is `z` or `a`) and the feature there.
+/// Where a feature of a packed row goes: the tensor (`0` is `mixed_qkv` or `b`, `1` is `z` or `a`) and the
+/// feature there.
 pub type Place = (usize, usize);
 
 /// Where feature `f` of a row of `mixed_qkvz` goes.
@@ -38,7 +39,8 @@ pub fn place_of_ba(heads: &Heads, packing: Packing, f: usize) -> Place {
     }
 }
 
-/// Whether `unpacked` is `packed` taken apart, looked at element by element; else where the first difference is.
+/// Whether `unpacked` is `packed` taken apart, looked at element by element; else where the first difference
+/// is.
 ///
 /// # Errors
 /// A sentence that names the row and the feature. Shapes are taken to be right.

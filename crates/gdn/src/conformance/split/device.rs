@@ -157,7 +157,8 @@ fn more_than_2_31_elements_on_the_gpu() {
     }
 }
 
-/// Microseconds of a split by rows of a thread and threads of a block, replayed from a graph: what `choose` was chosen by.
+/// Microseconds of a split by rows of a thread and threads of a block, replayed from a graph: what `choose`
+/// was chosen by.
 #[test]
 #[ignore = "a measurement"]
 fn measure_choices() {

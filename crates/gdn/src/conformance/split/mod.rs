@@ -127,8 +127,8 @@ impl Tensor {
         if self.num_rows == 0 { 0 } else { (self.num_rows - 1) * self.row_stride() + self.row_bytes() }
     }
 
-    /// So many bytes of memory in which the tensor begins at `start`: its rows, or poison in their place, and poison before,
-    /// between and after them.
+    /// So many bytes of memory in which the tensor begins at `start`: its rows, or poison in their place, and
+    /// poison before, between and after them.
     fn image(&self, bytes: usize, start: usize, poison: bool) -> Vec<u8> {
         let mut image = vec![POISON; bytes];
         if !poison && !self.rows.is_empty() {
@@ -158,8 +158,8 @@ impl Case {
         })
     }
 
-    /// The six tensors: packed ones full of numbers, and the unpacked ones that the oracle makes of them. Read from the
-    /// other end they are a merge.
+    /// The six tensors: packed ones full of numbers, and the unpacked ones that the oracle makes of them.
+    /// Read from the other end they are a merge.
     fn tensors(&self) -> [Tensor; 6] {
         let Layout { heads, packing } = self.layout();
         let mut tensors = self.shapes();
@@ -185,8 +185,8 @@ impl Case {
     }
 }
 
-/// The oracle's places, with those side by side on both sides taken together: first feature, tensor, feature there, and how
-/// many.
+/// The oracle's places, with those side by side on both sides taken together: first feature, tensor, feature
+/// there, and how many.
 fn stretches(places: impl Iterator<Item = (usize, reference::Place)>) -> Vec<(usize, usize, usize, usize)> {
     let mut stretches: Vec<(usize, usize, usize, usize)> = Vec::new();
     for (feature, (second, target)) in places {
