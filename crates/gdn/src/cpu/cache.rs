@@ -40,6 +40,27 @@ pub fn last_level_bytes() -> Option<usize> {
     caches().iter().filter(|cache| cache.kind != "Instruction").map(|cache| cache.bytes).next_back()
 }
 
+/// Whether memory is read fastest strictly in the order of its addresses. AMD's Zen 4 fetches ahead of such
+/// reads by itself, as fast as its memory is, and hardly of any others: with 256 bytes of each 1536 read at a
+/// time a copy takes 1.3 to 1.5 times as long, and 2.3 times without prefetches. Intel's Xeons read several
+/// rows side by side faster. No instruction tells which of them a processor is like, so its maker has to.
+pub(super) fn reads_best_in_order() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static MAKER: OnceLock<[u32; 3]> = OnceLock::new();
+        // Asking costs a virtual machine thousands of cycles.
+        let maker = MAKER.get_or_init(|| {
+            #[allow(unused_unsafe, reason = "safe in later versions of Rust")]
+            // SAFETY: every x86-64 processor has the instruction.
+            let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
+            [leaf.ebx, leaf.edx, leaf.ecx]
+        });
+        maker.map(u32::to_le_bytes).concat() == *b"AuthenticAMD"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// As in `480K` or `32M`.
 fn bytes(size: &str) -> Option<usize> {
     let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -293,10 +293,15 @@ impl Work<'_> {
             *slot = lane;
         }
         let cached = self.roads[projection] == [Road::Cached; 2];
-        let copy = if cached { self.copier.copy_cached } else { self.copier.copy_past };
+        let (lanes, count) = (&lanes[..map.runs().len()], map.count());
         // SAFETY: the plan was checked: the tile's rows are there in every tensor, each lane lies within its rows on both
         // sides, and what is written overlaps nothing. A stage has room for a tile of rows.
-        unsafe { copy(&lanes[..map.runs().len()], map.count(), tile.len()) }
+        unsafe {
+            match cached {
+                true => (self.copier.copy_cached)(lanes, count, tile.len()),
+                false => self.copier.copy_past(lanes, count, tile.len()),
+            }
+        }
     }
 
     /// # Safety

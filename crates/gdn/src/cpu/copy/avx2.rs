@@ -4,7 +4,7 @@ use std::arch::x86_64 as x86;
 
 use super::{Copier, Lane, Vector};
 
-pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence };
+pub(super) static COPIER: Copier = Copier { copy_cached, copy_side_by_side, copy_in_order, stream, fence };
 
 impl Vector for x86::__m256i {
     const BYTES: usize = 32;
@@ -48,11 +48,19 @@ unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
 }
 
 /// # Safety
-/// As `Copier::copy_past`; the machine has AVX2.
+/// As `Copier::copy_side_by_side`; the machine has AVX2.
 #[target_feature(enable = "avx2")]
-unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
+unsafe fn copy_side_by_side(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_past::<x86::__m256i>(lanes, count, rows) }
+    unsafe { super::copy_side_by_side::<x86::__m256i>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::copy_in_order`; the machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn copy_in_order(lanes: &[Lane], count: usize, rows: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::copy_in_order::<x86::__m256i>(lanes, count, rows) }
 }
 
 /// # Safety

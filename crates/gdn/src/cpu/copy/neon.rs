@@ -4,7 +4,8 @@ use std::arch::aarch64 as arm;
 
 use super::{Copier, Lane, Vector};
 
-pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence: || {} };
+pub(super) static COPIER: Copier =
+    Copier { copy_cached, copy_side_by_side, copy_in_order, stream, fence: || {} };
 
 impl Vector for arm::uint8x16_t {
     const BYTES: usize = 16;
@@ -43,11 +44,19 @@ unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
 }
 
 /// # Safety
-/// As `Copier::copy_past`; the machine has NEON.
+/// As `Copier::copy_side_by_side`; the machine has NEON.
 #[target_feature(enable = "neon")]
-unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
+unsafe fn copy_side_by_side(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_past::<arm::uint8x16_t>(lanes, count, rows) }
+    unsafe { super::copy_side_by_side::<arm::uint8x16_t>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::copy_in_order`; the machine has NEON.
+#[target_feature(enable = "neon")]
+unsafe fn copy_in_order(lanes: &[Lane], count: usize, rows: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::copy_in_order::<arm::uint8x16_t>(lanes, count, rows) }
 }
 
 /// # Safety

@@ -2,7 +2,8 @@
 
 use super::{Copier, Lane, Vector};
 
-pub(super) static COPIER: Copier = Copier { copy_cached, copy_past, stream, fence: || {} };
+pub(super) static COPIER: Copier =
+    Copier { copy_cached, copy_side_by_side, copy_in_order, stream, fence: || {} };
 
 impl Vector for u64 {
     const BYTES: usize = 8;
@@ -40,10 +41,17 @@ unsafe fn copy_cached(lanes: &[Lane], count: usize, rows: usize) {
 }
 
 /// # Safety
-/// As `Copier::copy_past`.
-unsafe fn copy_past(lanes: &[Lane], count: usize, rows: usize) {
+/// As `Copier::copy_side_by_side`.
+unsafe fn copy_side_by_side(lanes: &[Lane], count: usize, rows: usize) {
     // SAFETY: the caller's promises.
-    unsafe { super::copy_past::<u64>(lanes, count, rows) }
+    unsafe { super::copy_side_by_side::<u64>(lanes, count, rows) }
+}
+
+/// # Safety
+/// As `Copier::copy_in_order`.
+unsafe fn copy_in_order(lanes: &[Lane], count: usize, rows: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { super::copy_in_order::<u64>(lanes, count, rows) }
 }
 
 /// # Safety
