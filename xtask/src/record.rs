@@ -41,6 +41,17 @@ const RUNS: &[&[&str]] = &[
         "--packing",
         "interleaved",
     ],
+    &["--preset", "Qwen3-Next-80B-A3B", "--tokens", "4096,16384,65536", "--threads", "1"],
+    &[
+        "--preset",
+        "Qwen3-Next-80B-A3B",
+        "--tokens",
+        "4096,16384,65536",
+        "--threads",
+        "1",
+        "--packing",
+        "contiguous",
+    ],
 ];
 
 /// Fresh outputs, with huge pages and with ordinary ones.
