@@ -2,7 +2,10 @@
 
 // A build for the device is of one op.
 #[allow(unused_imports)]
-use crate::{probe, split};
+use crate::{
+    gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
+    probe, split,
+};
 
 /// Kernels of an op: `name(arguments) = function;` or, with shared memory of a size that is known, `name(arguments) shared bytes = function;`.
 /// A function takes a GPU and a reference to the arguments.
@@ -63,7 +66,6 @@ kernels! { "split":
     gdn_merge_narrow(split::Args) = split::run::<false, true, 4>;
 }
 
-#[cfg(target_arch = "nvptx64")]
 kernels! { "convergence":
     gdn_convergence_barrier_and_shuffle(probe::Args) = probe::convergence::barrier_and_shuffle;
     gdn_convergence_product(probe::Args) = probe::convergence::product;
@@ -73,6 +75,28 @@ kernels! { "convergence":
 kernels! { "probe":
     gdn_probe_block_sums(probe::Args) = probe::block_sums;
     gdn_probe_block_sums_static(probe::Args) shared 128 = probe::block_sums;
+    gdn_probe_lanes(probe::Args) = probe::warp::lanes;
+    gdn_probe_pairs_of_warps(probe::Args) = probe::warp::pairs_of_warps;
+    gdn_probe_math(probe::Args) = probe::math::functions;
+    gdn_probe_product_bf16(probe::Args) = probe::tensor_core::product::<Bf16, _>;
+    gdn_probe_product_f16(probe::Args) = probe::tensor_core::product::<F16, _>;
+    gdn_probe_matrices_bf16(probe::Args) shared 1536 = probe::tensor_core::products_of_matrices::<Bf16, _>;
+    gdn_probe_matrices_f16(probe::Args) shared 1536 = probe::tensor_core::products_of_matrices::<F16, _>;
+    gdn_probe_pipeline(probe::Args) = probe::async_copy::pipeline;
+}
+
+kernels! { "probe_hopper":
+    gdn_probe_bulk(probe::Args) = probe::hopper::bulk;
+    gdn_probe_cluster(probe::Args) = probe::hopper::cluster;
+}
+
+kernels! { "probe_wgmma":
+    gdn_probe_wgmma_bf16_n32(probe::Args) = probe::wgmma::product::<Bf16, K_MAJOR, K_MAJOR, 16, _>;
+    gdn_probe_wgmma_f16_n64(probe::Args) = probe::wgmma::product::<F16, K_MAJOR, K_MAJOR, 32, _>;
+    gdn_probe_wgmma_bf16_n128(probe::Args) = probe::wgmma::product::<Bf16, K_MAJOR, OTHER_MAJOR, 64, _>;
+    gdn_probe_wgmma_f16_n128(probe::Args) = probe::wgmma::product::<F16, OTHER_MAJOR, K_MAJOR, 64, _>;
+    gdn_probe_wgmma_bf16_n192(probe::Args) = probe::wgmma::product::<Bf16, OTHER_MAJOR, OTHER_MAJOR, 96, _>;
+    gdn_probe_wgmma_f16_n256(probe::Args) = probe::wgmma::product::<F16, K_MAJOR, OTHER_MAJOR, 128, _>;
 }
 
 /// Not reached: `cargo xtask ptx` refuses PTX that calls a function.

@@ -23,6 +23,9 @@
     allow(internal_features)
 )]
 
+#[cfg(feature = "emulator")]
+extern crate std;
+
 #[cfg(any(feature = "emulator", target_arch = "nvptx64"))]
 pub mod entries;
 pub mod gpu;

@@ -91,6 +91,18 @@ impl Kernel {
         }
     }
 
+    const fn threads(self, threads: u32) -> Self {
+        Self { threads, ..self }
+    }
+
+    const fn hmma(self, hmma: u32) -> Self {
+        Self { hmma, ..self }
+    }
+
+    const fn hgmma(self, hgmma: u32) -> Self {
+        Self { hgmma, ..self }
+    }
+
     const fn wide(self, loads: u32, stores: u32) -> Self {
         Self { wide: [loads, stores], ..self }
     }
@@ -135,6 +147,18 @@ pub static PROBES: &[Module] = &[
         families: CONVERGENCE,
     },
     Module { op: "probe", target: Target::Sm80, ptx: text!("probe.sm_80.ptx"), families: PROBE },
+    Module {
+        op: "probe_hopper",
+        target: Target::Sm90,
+        ptx: text!("probe_hopper.sm_90.ptx"),
+        families: PROBE_HOPPER,
+    },
+    Module {
+        op: "probe_wgmma",
+        target: Target::Sm90a,
+        ptx: text!("probe_wgmma.sm_90a.ptx"),
+        families: PROBE_WGMMA,
+    },
 ];
 
 const SPLIT: &[&[Kernel]] = &[
@@ -158,5 +182,26 @@ const CONVERGENCE: &[&[Kernel]] = &[&[
     }),
 ]];
 
-const PROBE: &[&[Kernel]] =
-    &[&[Kernel::new("gdn_probe_block_sums"), Kernel::new("gdn_probe_block_sums_static")]];
+const PROBE: &[&[Kernel]] = &[&[
+    Kernel::new("gdn_probe_block_sums"),
+    Kernel::new("gdn_probe_block_sums_static"),
+    Kernel::new("gdn_probe_lanes").collectives(Collectives { shuffles: 7, ..Collectives::NONE }),
+    Kernel::new("gdn_probe_pairs_of_warps"),
+    Kernel::new("gdn_probe_math").collectives(Collectives::NONE),
+    Kernel::new("gdn_probe_product_bf16").collectives(Collectives { products: 1, ..Collectives::NONE }),
+    Kernel::new("gdn_probe_product_f16").collectives(Collectives { products: 1, ..Collectives::NONE }),
+    Kernel::new("gdn_probe_matrices_bf16").hmma(2),
+    Kernel::new("gdn_probe_matrices_f16").hmma(2),
+    Kernel::new("gdn_probe_pipeline"),
+]];
+
+const PROBE_HOPPER: &[&[Kernel]] = &[&[Kernel::new("gdn_probe_bulk"), Kernel::new("gdn_probe_cluster")]];
+
+const PROBE_WGMMA: &[&[Kernel]] = &[&[
+    Kernel::new("gdn_probe_wgmma_bf16_n32").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_f16_n64").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_bf16_n128").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_f16_n128").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_bf16_n192").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_f16_n256").threads(128).hgmma(4),
+]];

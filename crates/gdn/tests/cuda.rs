@@ -4,13 +4,13 @@
 
 mod support;
 
-use std::{ffi::CString, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use gdn::{
     ArgumentError, Heads, Layout, Packed, Packing, Unpacked,
     cuda::{
         self, CudaError, Gpu, RawRows,
-        cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, result, sys},
+        cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, sys},
     },
     reference,
 };
@@ -421,50 +421,6 @@ fn time_to_first_result() {
         "the driver's own start {driver:.1?}, first result {first:.1?} after it, the other kernels {:.1?}",
         start.elapsed()
     );
-}
-
-/// The kernel of barriers, shuffles and shared memory, on the device as on the emulator.
-#[test]
-fn the_probe_on_the_gpu() {
-    let Some(gpu) = gpu() else { return };
-    let stream = gpu.stream();
-    let probes = gdn_kernels::modules::PROBES.iter().find(|module| module.op == "probe").unwrap();
-    let (ptx, name) = (CString::new(probes.ptx).unwrap(), c"gdn_probe_block_sums".to_owned());
-    stream.context().bind_to_thread().unwrap();
-    // SAFETY: PTX that ends with a zero, and a kernel of it.
-    let kernel = unsafe {
-        let module = result::module::load_data(ptx.as_ptr().cast()).unwrap();
-        result::module::get_function(module, name).unwrap()
-    };
-    for (blocks, threads) in [(1u32, 32u32), (3, 64), (200, 1024)] {
-        let words: Vec<u32> = (0..blocks * threads).map(|i| i.wrapping_mul(i) + 7).collect();
-        let from = stream.clone_htod(&words).unwrap();
-        let mut to = stream.clone_htod(&vec![0u32; (blocks * (threads + 1)) as usize]).unwrap();
-        let mut args = gdn_kernels::probe::Args {
-            from: from.device_ptr(stream).0,
-            to: to.device_ptr_mut(stream).0,
-            count: 0,
-        };
-        let mut params = [(&raw mut args).cast()];
-        // SAFETY: two addresses of as many words as `block_sums` asks for.
-        unsafe {
-            let launched = sys::cuLaunchKernel(
-                kernel,
-                blocks,
-                1,
-                1,
-                threads,
-                1,
-                1,
-                threads / 8,
-                stream.cu_stream(),
-                params.as_mut_ptr(),
-                std::ptr::null_mut(),
-            );
-            launched.result().unwrap();
-        }
-        assert_eq!(stream.clone_dtoh(&to).unwrap(), gdn_kernels::probe::expected(&words, threads as usize));
-    }
 }
 
 /// A call that reads past the end of its input, to see that compute-sanitizer would find one: run it under

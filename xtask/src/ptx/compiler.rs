@@ -23,6 +23,10 @@ pub(super) const CRATES: [(&str, &str); 2] =
 const CONVERGENT: [&str; 2] =
     ["-Zmir-enable-passes=-JumpThreading", "-Cllvm-args=-simplifycfg-max-small-block-size=0"];
 
+/// Loops of known length are unrolled up to so many instructions, by default 300: an array that a loop walks stays in registers only
+/// where every index is a constant. The table's gate on stacks finds those that are too long all the same.
+const UNROLLED: &str = "-Cllvm-args=-unroll-threshold=5000";
+
 /// What is compiled: the kernels of an op for a target.
 #[derive(Clone, Copy)]
 pub(super) struct Job<'a> {
@@ -121,6 +125,7 @@ impl Compiler {
         for earlier in before {
             rustc.arg("--extern").arg(earlier);
         }
+        rustc.arg(UNROLLED);
         if job.convergent {
             rustc.args(CONVERGENT);
         }

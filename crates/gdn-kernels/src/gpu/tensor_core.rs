@@ -32,7 +32,8 @@ impl Float16 for F16 {
 pub trait TensorCore: Warp {
     /// `d = a b + c`, m16n8k16, in f32, with `a` and `b` of type `T`.
     ///
-    /// The products are exact; how the hardware adds them is in `docs/gpu-kernels.md`.
+    /// The products are exact. An H100 brings all 16 and `c` to the largest exponent among them, cuts off what lies below two bits past
+    /// an f32, adds, and cuts the sum to an f32: `docs/gpu-kernels.md`.
     fn mma<T: Float16>(&self, a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4];
 
     /// Reads four 8 x 8 matrices of 16-bit elements. Lane `8 * m + r` says where row `r` of matrix `m` is: 16 bytes of shared memory.

@@ -50,7 +50,7 @@ pub const K_MAJOR: bool = false;
 /// m of `a` or n of `b` runs along the rows of the atoms.
 pub const OTHER_MAJOR: bool = true;
 
-/// A matrix in shared memory, as `wgmma` takes it.
+/// A matrix in shared memory, as `wgmma` takes it. Probed on a device with [`Swizzle::Bytes128`] alone, both ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
     /// First byte.
@@ -93,7 +93,7 @@ impl Operand {
 /// Warp `w` of the four holds rows `16 * w` to `16 * w + 15`; lane `4 * g + t` of it, for `j` in `0..N / 8`, at `4 * j`: rows `g, g, g + 8, g + 8` and columns
 /// `8 * j + 2 * t + [0, 1, 0, 1]`.
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code)]
+#[cfg_attr(not(feature = "emulator"), allow(dead_code))]
 pub struct Accumulators<const REGISTERS: usize> {
     pub(super) values: [f32; REGISTERS],
     /// The emulator's: which product was the last to write them.

@@ -50,7 +50,9 @@ pub unsafe fn product(gpu: &impl TensorCore, args: &Args) {
     // SAFETY: the caller's promise.
     unsafe {
         guarded(gpu, args, |gpu, thread| {
-            let [a, ..] = gpu.mma::<Bf16>([thread; 4], [thread; 2], [0.0; 4]);
+            // 1 + thread / 128, and 1.
+            let word = 0x3f80_3f80 | thread;
+            let [a, ..] = gpu.mma::<Bf16>([word; 4], [word; 2], [0.0; 4]);
             a.to_bits()
         });
     }

@@ -1,10 +1,15 @@
 //! Kernels that use what a GPU can do, one thing at a time. Tests hold the GPU and the emulator to them, and `cargo xtask ptx` counts
 //! their instructions.
 
+pub mod async_copy;
 #[cfg(feature = "emulator")]
-extern crate std;
-
+pub mod cases;
 pub mod convergence;
+pub mod hopper;
+pub mod math;
+pub mod tensor_core;
+pub mod warp;
+pub mod wgmma;
 
 use crate::gpu::Warp;
 

@@ -1,28 +1,51 @@
-//! [`Gpu`] on the host: whole grids, thread by thread, every access checked.
+//! The capabilities on the host: whole grids, thread by thread, every access checked.
 //!
-//! Kernels run as they are. An access outside every buffer, at a wrong alignment, to memory nobody wrote, or a store to a byte that
-//! another thread has stored to already, stops the test with a sentence that names the thread and the address. Buffers know which of
-//! their bytes were stored to, so that a test can tell what a kernel left out.
+//! Kernels run as they are. What they do wrong stops the test with a sentence that names the thread and the address:
 //!
-//! Each thread is a coroutine with its own stack. Those of a block take turns, from one barrier or shuffle to the next; a thread that
-//! does not come to a barrier or shuffle the others wait at is reported, and so are shared words that two threads touch without a
-//! barrier between.
+//! - an access outside every buffer or outside shared memory, at a wrong alignment, or to memory nobody wrote;
+//! - a second store to a byte of an output or of a state;
+//! - a byte of a state that one block writes and another one touches: blocks run in any order, here in a random one that
+//!   [`Launch::seed`] chooses;
+//! - a race: two threads touch the same memory, one of them writes, and no barrier orders the two;
+//! - a touch of memory to which an asynchronous copy is on its way, or a write to memory that a product or a bulk store still
+//!   reads; copies land as late as the waits allow;
+//! - a barrier, shuffle, product or mbarrier that threads wait at in vain.
+//!
+//! Buffers know which of their bytes were stored to, so that a test can tell what a kernel left out.
+//!
+//! Each thread is a coroutine with its own stack, and goes on until it waits. Everything that a warp or four of them do together is one
+//! mechanism: all bring their registers, a function runs over all of them, all go on.
+//!
+//! What the hardware does and this does not show: time, the order of stores of different threads to different places, and how far a
+//! block may run ahead of another one.
 
-extern crate std;
+mod async_copy;
+mod hopper;
+mod memory;
+mod order;
+mod schedule;
+mod shared;
+pub mod sums;
+mod tensor_core;
+mod warp;
+mod wgmma;
 
-use core::cell::{Cell, RefCell};
-use std::{format, string::String, vec, vec::Vec};
+use core::cell::RefCell;
+use std::vec::Vec;
 
-use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
+use corosensei::Yielder;
 
-use super::{Bytes16, Gpu, Warp};
+pub use memory::{Memory, POISON, Place};
 
-/// What fills a buffer before anything is stored to it.
-pub const POISON: u8 = 0xA5;
-/// No two buffers are nearer to one another than this.
-const GAP: u64 = 1 << 20;
+use self::{
+    async_copy::Copies,
+    hopper::Stores,
+    schedule::{Cluster, Random, Wait},
+    shared::Act,
+};
+use super::{Bytes16, Gpu};
+
 const WARP: usize = 32;
-const STACK_BYTES: usize = 64 << 10;
 
 /// A grid to run.
 #[derive(Clone, Copy, Debug)]
@@ -33,388 +56,153 @@ pub struct Launch {
     pub threads: u32,
     /// Bytes of shared memory of a block.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, neighbours along x.
+    pub cluster: u32,
+    /// Chooses the order in which blocks run and threads take turns.
+    pub seed: u64,
 }
 
-/// Global memory: buffers at addresses of their own, which are no addresses of the host.
-#[derive(Default)]
-pub struct Memory {
-    buffers: RefCell<Vec<Buffer>>,
-    last: Cell<usize>,
-}
-
-/// Rows of bytes, and nothing between them: the gap between two rows belongs to nobody and takes no memory.
-struct Buffer {
-    address: u64,
-    row_bytes: usize,
-    row_stride: u64,
-    bytes: Vec<u8>,
-    /// One a byte: how often it was stored to.
-    stored: Vec<u8>,
-    /// Whether it is there to be read. Else what was stored can be read.
-    input: bool,
-}
-
-/// How the bytes of a buffer lie.
-#[derive(Clone, Copy, Debug)]
-pub struct Place {
-    /// Bytes past a multiple of 256 at which the buffer begins.
-    pub misalignment: u64,
-    /// Bytes of a row.
-    pub row_bytes: usize,
-    /// Bytes from a row to the next, at least `row_bytes`.
-    pub row_stride: u64,
-}
-
-impl Place {
-    /// All in one piece.
-    pub fn dense(bytes: usize) -> Self {
-        Self { misalignment: 0, row_bytes: bytes, row_stride: bytes as u64 }
-    }
-}
-
-impl Buffer {
-    fn end(&self) -> u64 {
-        let rows = self.bytes.len().div_ceil(self.row_bytes.max(1)) as u64;
-        self.address + rows * self.row_stride
+impl Launch {
+    /// Without shared memory and clusters.
+    pub const fn new(blocks: [u32; 3], threads: u32) -> Self {
+        Self { blocks, threads, shared_bytes: 0, cluster: 1, seed: 0 }
     }
 
-    /// Where in `bytes` the bytes at an address are, if they all are in one row.
-    fn find(&self, at: u64, bytes: usize) -> Option<usize> {
-        let offset = at.checked_sub(self.address)?;
-        let (row, within) =
-            (offset.checked_div(self.row_stride)?, offset.checked_rem(self.row_stride)? as usize);
-        let start = usize::try_from(row).ok()?.checked_mul(self.row_bytes)?.checked_add(within)?;
-        (within + bytes <= self.row_bytes && start + bytes <= self.bytes.len()).then_some(start)
-    }
-}
-
-impl Memory {
-    /// No buffers.
-    pub fn new() -> Self {
-        Self::default()
+    /// With so much shared memory a block.
+    #[must_use]
+    pub const fn shared(self, shared_bytes: u32) -> Self {
+        Self { shared_bytes, ..self }
     }
 
-    /// A buffer that kernels read. Its address.
-    pub fn input(&self, bytes: &[u8], place: Place) -> u64 {
-        self.add(bytes.to_vec(), place, true)
+    /// With so many blocks a cluster.
+    #[must_use]
+    pub const fn cluster(self, cluster: u32) -> Self {
+        Self { cluster, ..self }
     }
 
-    /// A buffer that kernels write, full of [`POISON`]. Its address.
-    pub fn output(&self, bytes: usize, place: Place) -> u64 {
-        self.add(vec![POISON; bytes], place, false)
+    /// In another order.
+    #[must_use]
+    pub const fn seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
-    fn add(&self, bytes: Vec<u8>, place: Place, input: bool) -> u64 {
-        let mut buffers = self.buffers.borrow_mut();
-        // Past 2^32, so that an address cut to 32 bits hits nothing.
-        let end = buffers.last().map_or(1 << 33, Buffer::end);
-        let Place { misalignment, row_bytes, row_stride } = place;
-        let address = (end + GAP).next_multiple_of(256) + misalignment;
-        buffers.push(Buffer { address, row_bytes, row_stride, stored: vec![0; bytes.len()], bytes, input });
-        address
-    }
-
-    /// The rows of the buffer at `address` one after the other, and how often each byte was stored to.
-    ///
-    /// # Panics
-    /// Where no buffer begins at `address`.
-    pub fn read(&self, address: u64) -> (Vec<u8>, Vec<u8>) {
-        let buffers = self.buffers.borrow();
-        let buffer =
-            buffers.iter().find(|b| b.address == address).expect("the address a buffer was made with");
-        (buffer.bytes.clone(), buffer.stored.clone())
-    }
-
-    fn access<R>(
-        &self,
-        at: u64,
-        bytes: usize,
-        act: impl FnOnce(&mut Buffer, usize) -> Result<R, String>,
-    ) -> Result<R, String> {
-        if !at.is_multiple_of(bytes as u64) {
-            return Err(format!("not a multiple of {bytes}"));
+    /// Runs every cluster, in a random order.
+    fn each_cluster(&self, memory: &Memory, mut act: impl FnMut(&Cluster<'_>)) {
+        let Self { blocks: [x, y, z], threads, shared_bytes, cluster, .. } = *self;
+        assert!((1..=1024).contains(&threads), "{threads} threads in a block, there can be 1 to 1024");
+        assert!(x > 0 && y > 0 && z > 0, "an empty grid is refused by the driver: {:?}", self.blocks);
+        assert!(x < 1 << 31 && y <= 65_535 && z <= 65_535, "too large a grid: {:?}", self.blocks);
+        assert!(shared_bytes <= 227 << 10, "{shared_bytes} bytes of shared memory, there are 227 KiB");
+        assert!((1..=8).contains(&cluster), "{cluster} blocks in a cluster, there can be 1 to 8");
+        assert!(x.is_multiple_of(cluster), "{x} blocks are not made of clusters of {cluster}");
+        memory.begin();
+        let across = u64::from(x / cluster);
+        let mut order: Vec<u64> = (0..across * u64::from(y) * u64::from(z)).collect();
+        Random::new(self.seed).shuffle(&mut order);
+        let mut state = Cluster::new(memory, self);
+        for i in order {
+            let (row, i) = (i / across, i % across);
+            let (z, y) = (row / u64::from(y), row % u64::from(y));
+            state.restart([i as u32 * cluster, y as u32, z as u32]);
+            act(&state);
         }
-        let mut buffers = self.buffers.borrow_mut();
-        let last = self.last.get();
-        let found = buffers.get(last).and_then(|b| Some((last, b.find(at, bytes)?)));
-        let search = || buffers.iter().enumerate().find_map(|(i, b)| Some((i, b.find(at, bytes)?)));
-        let Some((i, offset)) = found.or_else(search) else {
-            return Err(String::from("outside every row of every buffer"));
-        };
-        self.last.set(i);
-        let buffer = &mut buffers[i];
-        act(buffer, offset)
     }
-
-    fn load<const BYTES: usize>(&self, at: u64) -> Result<[u8; BYTES], String> {
-        self.access(at, BYTES, |buffer, offset| {
-            let range = offset..offset + BYTES;
-            if !buffer.input && buffer.stored[range.clone()].contains(&0) {
-                return Err(String::from("of bytes that nobody has written"));
-            }
-            let mut value = [0; BYTES];
-            value.copy_from_slice(&buffer.bytes[range]);
-            Ok(value)
-        })
-    }
-
-    fn store<const BYTES: usize>(&self, at: u64, value: [u8; BYTES]) -> Result<(), String> {
-        self.access(at, BYTES, |buffer, offset| {
-            if buffer.input {
-                return Err(String::from("into an input"));
-            }
-            let range = offset..offset + BYTES;
-            if buffer.stored[range.clone()] != [0; BYTES] {
-                return Err(String::from("of a byte that was stored already"));
-            }
-            buffer.stored[range.clone()].fill(1);
-            buffer.bytes[range].copy_from_slice(&value);
-            Ok(())
-        })
-    }
-}
-
-/// What a thread waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wait {
-    Barrier,
-    BarrierOf { number: u32, threads: u32 },
-    Warp { value: u32, op: WarpOp },
-}
-
-/// What a warp does together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WarpOp {
-    Xor(u32),
-    From(u32),
-    Up(u32),
-    Down(u32),
-    Ballot,
-    Sync,
-}
-
-/// Two bytes of shared memory: their value, who touched it last, and in which stretch between two barriers.
-#[derive(Clone, Copy, Default)]
-struct SharedHalf {
-    value: u16,
-    writer: Option<(u32, u32)>,
-    reader: Option<(u32, u32)>,
-}
-
-struct Block {
-    shared: RefCell<Vec<SharedHalf>>,
-    /// Barriers passed so far.
-    stretch: Cell<u32>,
 }
 
 /// One thread of the grid, as its kernel sees it.
 pub struct Thread<'a> {
-    memory: &'a Memory,
-    launch: Launch,
-    block: [u32; 3],
+    cluster: &'a Cluster<'a>,
+    /// Within the cluster.
+    id: usize,
+    block: usize,
     thread: u32,
-    of_block: &'a Block,
-    /// How it gives way to the others of its block; `None` in a grid whose threads run one after the other.
-    yielder: Option<&'a Yielder<u32, Wait>>,
+    copies: RefCell<Copies>,
+    stores: RefCell<Stores>,
+    /// How it gives way to the others; `None` in a grid whose threads run one after the other.
+    yielder: Option<&'a Yielder<(), Wait>>,
 }
 
-/// Runs a kernel that has no barriers and no shuffles over a whole grid, thread after thread.
+/// Runs a kernel whose threads do not wait for one another over a whole grid, thread after thread.
 ///
 /// # Panics
 /// At the first thing a kernel does wrong, and where `launch` is none that a driver takes.
 pub fn run(memory: &Memory, launch: Launch, kernel: impl Fn(&Thread<'_>)) {
-    for_each_block(launch, |block, of_block| {
-        for thread in 0..launch.threads {
-            kernel(&Thread { memory, launch, block, thread, of_block, yielder: None });
+    launch.each_cluster(memory, |cluster| {
+        for id in 0..(launch.threads * launch.cluster) as usize {
+            let thread = Thread::new(cluster, id, None);
+            kernel(&thread);
+            thread.ends();
         }
     });
 }
 
-/// Runs any kernel over a whole grid, the threads of a block in turns.
+/// Runs any kernel over a whole grid, the threads of a cluster in turns.
 ///
 /// # Panics
 /// As [`run`], and where threads wait for one another in vain.
 pub fn run_in_step(memory: &Memory, launch: Launch, kernel: impl Fn(&Thread<'_>) + Copy) {
-    for_each_block(launch, |block, of_block| {
-        let coroutines = (0..launch.threads).map(|thread| {
-            let stack = DefaultStack::new(STACK_BYTES).expect("memory for a stack");
-            let body = move |yielder: &Yielder<u32, Wait>, _: u32| {
-                kernel(&Thread { memory, launch, block, thread, of_block, yielder: Some(yielder) });
-            };
-            // SAFETY: `in_step` takes the coroutines and drops them before anything they borrow goes.
-            unsafe { Coroutine::with_stack_unchecked(stack, body) }
-        });
-        in_step(of_block, coroutines.collect());
-    });
+    launch.each_cluster(memory, |cluster| cluster.run(&kernel));
 }
 
-fn for_each_block(launch: Launch, act: impl Fn([u32; 3], &Block)) {
-    let Launch { blocks: [x, y, z], threads, shared_bytes } = launch;
-    assert!((1..=1024).contains(&threads), "{threads} threads in a block, there can be 1 to 1024");
-    assert!(x > 0 && y > 0 && z > 0, "an empty grid is refused by the driver: {:?}", launch.blocks);
-    assert!(x < 1 << 31 && y <= 65_535 && z <= 65_535, "too large a grid: {:?}", launch.blocks);
-    for z in 0..z {
-        for y in 0..y {
-            for x in 0..x {
-                let shared = RefCell::new(vec![SharedHalf::default(); shared_bytes as usize / 2]);
-                act([x, y, z], &Block { shared, stretch: Cell::new(0) });
-            }
-        }
+impl<'a> Thread<'a> {
+    fn new(cluster: &'a Cluster<'a>, id: usize, yielder: Option<&'a Yielder<(), Wait>>) -> Self {
+        let threads = cluster.launch.threads as usize;
+        let (block, thread) = (id / threads, (id % threads) as u32);
+        Self { cluster, id, block, thread, copies: RefCell::default(), stores: RefCell::default(), yielder }
     }
-}
 
-/// Runs the threads of one block to their ends, from wait to wait.
-fn in_step(block: &Block, mut coroutines: Vec<Coroutine<u32, Wait, (), DefaultStack>>) {
-    let mut waits: Vec<Option<Wait>> = vec![None; coroutines.len()];
-    let mut resume = |i: usize, input: u32, waits: &mut [Option<Wait>]| {
-        waits[i] = match coroutines[i].resume(input) {
-            CoroutineResult::Yield(wait) => Some(wait),
-            CoroutineResult::Return(()) => None,
-        };
-    };
-    for i in 0..waits.len() {
-        resume(i, 0, &mut waits);
+    /// The kernel has returned.
+    fn ends(&self) {
+        let waited = self.copies.borrow().is_empty() && self.stores.borrow().is_empty();
+        assert!(
+            waited,
+            "{} has returned, and copies of it are in flight that it has not waited for",
+            self.name()
+        );
     }
-    while waits.iter().any(Option::is_some) {
-        let mut moved = false;
-        for start in (0..waits.len()).step_by(WARP) {
-            let warp = start..(start + WARP).min(waits.len());
-            if !waits[warp.clone()].iter().any(|wait| matches!(wait, Some(Wait::Warp { .. }))) {
-                continue;
-            }
-            let values: Vec<(u32, WarpOp)> = waits[warp.clone()]
-                .iter()
-                .enumerate()
-                .map(|(lane, wait)| match wait {
-                    Some(Wait::Warp { value, op }) => (*value, *op),
-                    other => panic!(
-                        "a shuffle that lane {lane} of the warp at thread {start} is not part of: {other:?}"
-                    ),
-                })
-                .collect();
-            assert!(values.len() == WARP, "a shuffle in a warp of {} lanes", values.len());
-            let ballot = values.iter().enumerate().fold(0, |all, (lane, (value, _))| all | value << lane);
-            for (lane, (_, op)) in values.iter().enumerate() {
-                let from = match *op {
-                    WarpOp::Xor(mask) => lane ^ mask as usize & (WARP - 1),
-                    WarpOp::From(other) => other as usize % WARP,
-                    WarpOp::Up(distance) => lane.checked_sub(distance as usize).unwrap_or(lane),
-                    WarpOp::Down(distance) if lane + (distance as usize) < WARP => lane + distance as usize,
-                    _ => lane,
-                };
-                let value = if *op == WarpOp::Ballot { ballot } else { values[from].0 };
-                resume(start + lane, value, &mut waits);
-            }
-            moved = true;
-        }
-        for number in 1..16 {
-            let come = |wait: &Option<Wait>| match wait {
-                Some(Wait::BarrierOf { number: at, threads }) if *at == number => Some(*threads),
-                _ => None,
-            };
-            let threads: Vec<u32> = waits.iter().filter_map(come).collect();
-            if threads.first().is_some_and(|first| *first as usize == threads.len()) {
-                block.stretch.set(block.stretch.get() + 1);
-                for i in 0..waits.len() {
-                    if come(&waits[i]).is_some() {
-                        resume(i, 0, &mut waits);
-                    }
-                }
-                moved = true;
-            }
-        }
-        // Everybody who is left waits at the barrier.
-        if !moved {
-            assert!(
-                waits.iter().flatten().all(|wait| *wait == Wait::Barrier),
-                "threads wait for one another in vain: {waits:?}"
-            );
-            block.stretch.set(block.stretch.get() + 1);
-            for i in 0..waits.len() {
-                if waits[i].is_some() {
-                    resume(i, 0, &mut waits);
-                }
-            }
-        }
-    }
-}
 
-impl Thread<'_> {
-    fn wait(&self, wait: Wait) -> u32 {
-        match self.yielder {
-            Some(yielder) => yielder.suspend(wait),
-            None => panic!("{wait:?} in a grid whose threads run one after the other: use run_in_step"),
-        }
+    fn name(&self) -> std::string::String {
+        self.cluster.name(self.id)
     }
 
     fn wrong(&self, what: &str, bytes: usize, at: u64, why: &str) -> ! {
-        let (Self { block, thread, .. }, memory) = (self, self.memory.buffers.borrow());
-        let nearest = memory.iter().rev().find(|b| b.address <= at).map_or(String::new(), |b| {
-            format!(", {} bytes into a buffer of {} bytes", at - b.address, b.bytes.len())
-        });
-        panic!("thread {thread} of block {block:?} {what} {bytes} bytes at {at:#x}{nearest}: {why}")
+        let nearest = self.cluster.memory.nearest(at);
+        panic!("{} {what} {bytes} bytes at {at:#x}{nearest}: {why}", self.name())
     }
 
     fn load<const BYTES: usize>(&self, at: u64) -> [u8; BYTES] {
-        match self.memory.load(at) {
-            Ok(value) => value,
+        let mut value = [0; BYTES];
+        match self.cluster.memory.load(&self.cluster.who(self.id), at, BYTES as u64, &mut value) {
+            Ok(()) => value,
             Err(why) => self.wrong("loads", BYTES, at, &why),
         }
     }
 
     fn store<const BYTES: usize>(&self, at: u64, value: [u8; BYTES]) {
-        if let Err(why) = self.memory.store(at, value) {
+        if let Err(why) = self.cluster.memory.store(&self.cluster.who(self.id), at, BYTES as u64, &value) {
             self.wrong("stores", BYTES, at, &why)
         }
     }
 
-    /// The halfwords of an access.
-    fn shared<const BYTES: usize>(&self, at: u32, mut act: impl FnMut(&mut SharedHalf, (u32, u32), usize)) {
-        let mut shared = self.of_block.shared.borrow_mut();
-        let bytes = shared.len() * 2;
-        let first = at as usize / 2;
-        let Some(halves) =
-            shared.get_mut(first..first + BYTES / 2).filter(|_| at.is_multiple_of(BYTES as u32))
-        else {
-            panic!("thread {} touches word {at} of {bytes} bytes of shared memory", self.thread);
-        };
-        for (i, half) in halves.iter_mut().enumerate() {
-            act(half, (self.thread, self.of_block.stretch.get()), i);
-        }
+    fn wrong_shared(&self, act: Act, bytes: usize, at: u32, why: &str) -> ! {
+        let what = if act == Act::Load { "loads" } else { "stores" };
+        panic!("{} {what} {bytes} bytes at {at} of shared memory, {why}", self.name())
     }
 
-    fn load_shared<const BYTES: usize>(&self, at: u32) -> [u8; BYTES] {
+    fn load_shared<const BYTES: usize>(&self, block: usize, at: u32) -> [u8; BYTES] {
         let mut value = [0; BYTES];
-        self.shared::<BYTES>(at, |half, me, i| {
-            assert!(
-                half.writer.is_some(),
-                "thread {} reads word {at} of shared memory, which nobody has written",
-                me.0
-            );
-            assert!(
-                !self.races(half.writer),
-                "threads {} and {:?} race for word {at} of shared memory",
-                me.0,
-                half.writer
-            );
-            half.reader = Some(me);
-            value[2 * i..][..2].copy_from_slice(&half.value.to_ne_bytes());
-        });
+        let mut shared = self.cluster.blocks[block].shared.borrow_mut();
+        if let Err(why) = shared.load(&self.cluster.clocks.borrow(), self.id, at, &mut value) {
+            self.wrong_shared(Act::Load, BYTES, at, &why)
+        }
         value
     }
 
-    fn store_shared<const BYTES: usize>(&self, at: u32, value: [u8; BYTES]) {
-        self.shared::<BYTES>(at, |half, me, i| {
-            let races = self.races(half.writer) || self.races(half.reader);
-            assert!(!races, "thread {} writes word {at} of shared memory, which another one uses", me.0);
-            let value = u16::from_ne_bytes([value[2 * i], value[2 * i + 1]]);
-            *half = SharedHalf { value, writer: Some(me), reader: None };
-        });
-    }
-
-    /// Whether somebody else did that in this stretch.
-    fn races(&self, other: Option<(u32, u32)>) -> bool {
-        other.is_some_and(|(thread, stretch)| thread != self.thread && stretch == self.of_block.stretch.get())
+    fn store_shared<const BYTES: usize>(&self, block: usize, at: u32, value: [u8; BYTES]) {
+        let mut shared = self.cluster.blocks[block].shared.borrow_mut();
+        if let Err(why) = shared.store(&self.cluster.clocks.borrow(), self.id, at, &value) {
+            self.wrong_shared(Act::Store, BYTES, at, &why)
+        }
     }
 }
 
@@ -424,23 +212,24 @@ impl Gpu for Thread<'_> {
     }
 
     fn threads(&self) -> u32 {
-        self.launch.threads
+        self.cluster.launch.threads
     }
 
     fn block(&self) -> [u32; 3] {
-        self.block
+        self.cluster.blocks[self.block].index
     }
 
     fn blocks(&self) -> [u32; 3] {
-        self.launch.blocks
+        self.cluster.launch.blocks
     }
 
     fn barrier(&self) {
-        self.wait(Wait::Barrier);
+        self.wait(Wait::Barrier { number: 0, threads: 0 });
     }
 
     fn barrier_of(&self, number: u32, threads: u32) {
-        self.wait(Wait::BarrierOf { number, threads });
+        assert!((1..16).contains(&number), "{} waits at barrier {number}, there are 1 to 15", self.name());
+        self.wait(Wait::Barrier { number, threads });
     }
 
     fn let_next_start(&self) {}
@@ -448,8 +237,7 @@ impl Gpu for Thread<'_> {
     fn wait_for_previous(&self) {}
 
     unsafe fn load16(&self, address: u64) -> Bytes16 {
-        let bytes: [u8; 16] = self.load(address);
-        sixteen(bytes)
+        sixteen(self.load(address))
     }
 
     unsafe fn load8(&self, address: u64) -> u64 {
@@ -490,61 +278,35 @@ impl Gpu for Thread<'_> {
     }
 
     unsafe fn load_shared16(&self, at: u32) -> Bytes16 {
-        sixteen(self.load_shared(at))
+        sixteen(self.load_shared(self.block, at))
     }
 
     unsafe fn store_shared16(&self, at: u32, value: Bytes16) {
-        self.store_shared(at, bytes(value));
+        self.store_shared(self.block, at, bytes(value));
     }
 
     unsafe fn load_shared8(&self, at: u32) -> u64 {
-        u64::from_ne_bytes(self.load_shared(at))
+        u64::from_ne_bytes(self.load_shared(self.block, at))
     }
 
     unsafe fn store_shared8(&self, at: u32, value: u64) {
-        self.store_shared(at, value.to_ne_bytes());
+        self.store_shared(self.block, at, value.to_ne_bytes());
     }
 
     unsafe fn load_shared4(&self, at: u32) -> u32 {
-        u32::from_ne_bytes(self.load_shared(at))
+        u32::from_ne_bytes(self.load_shared(self.block, at))
     }
 
     unsafe fn store_shared4(&self, at: u32, value: u32) {
-        self.store_shared(at, value.to_ne_bytes());
+        self.store_shared(self.block, at, value.to_ne_bytes());
     }
 
     unsafe fn load_shared2(&self, at: u32) -> u16 {
-        u16::from_ne_bytes(self.load_shared(at))
+        u16::from_ne_bytes(self.load_shared(self.block, at))
     }
 
     unsafe fn store_shared2(&self, at: u32, value: u16) {
-        self.store_shared(at, value.to_ne_bytes());
-    }
-}
-
-impl Warp for Thread<'_> {
-    fn shuffle_xor(&self, value: u32, mask: u32) -> u32 {
-        self.wait(Wait::Warp { value, op: WarpOp::Xor(mask) })
-    }
-
-    fn shuffle(&self, value: u32, lane: u32) -> u32 {
-        self.wait(Wait::Warp { value, op: WarpOp::From(lane) })
-    }
-
-    fn shuffle_up(&self, value: u32, distance: u32) -> u32 {
-        self.wait(Wait::Warp { value, op: WarpOp::Up(distance) })
-    }
-
-    fn shuffle_down(&self, value: u32, distance: u32) -> u32 {
-        self.wait(Wait::Warp { value, op: WarpOp::Down(distance) })
-    }
-
-    fn ballot(&self, yes: bool) -> u32 {
-        self.wait(Wait::Warp { value: u32::from(yes), op: WarpOp::Ballot })
-    }
-
-    fn sync_warp(&self) {
-        self.wait(Wait::Warp { value: 0, op: WarpOp::Sync });
+        self.store_shared(self.block, at, value.to_ne_bytes());
     }
 }
 

@@ -45,7 +45,7 @@ fn emulate(case: &Case, tensors: &[Tensor; 6], direction: Direction, profile: Pr
         return;
     };
     let [x, y] = job.shape.blocks;
-    let launch = emulator::Launch { blocks: [x, y, 1], threads: job.shape.threads, shared_bytes: 0 };
+    let launch = emulator::Launch::new([x, y, 1], job.shape.threads);
     // SAFETY: the emulator checks every access.
     emulator::run(&memory, launch, |gpu| unsafe {
         match (job.wide, job.shape.rows, job.merge) {

@@ -1,0 +1,453 @@
+//! The threads of a cluster, each a coroutine, and when each may go on.
+
+use core::{
+    any::TypeId,
+    cell::{Cell, RefCell},
+    ptr::NonNull,
+};
+use std::{format, string::String, vec, vec::Vec};
+
+use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
+
+use super::{
+    Launch, Thread, WARP,
+    memory::{Memory, Who},
+    order::Clocks,
+    shared::Shared,
+    wgmma::Products,
+};
+
+const STACK_BYTES: usize = 256 << 10;
+
+/// What a thread waits for.
+#[derive(Clone, Copy)]
+pub(super) enum Wait {
+    /// A barrier of the block; all threads of it where `threads` is 0.
+    Barrier { number: u32, threads: u32 },
+    /// All threads of the cluster.
+    Cluster,
+    /// The others of its warp or warpgroup.
+    Collective(Call),
+    /// A phase of an mbarrier of its own block.
+    Mbarrier { at: u32, parity: u32 },
+}
+
+/// What a thread brings to a collective: registers on its stack, which stay where they are until all have come and the function has run.
+#[derive(Clone, Copy)]
+pub(super) struct Call {
+    name: &'static str,
+    lanes: usize,
+    registers: NonNull<()>,
+    kind: TypeId,
+    /// Runs the function of the first over the registers of all.
+    ///
+    /// # Safety
+    /// All registers are of this call's kind, and nobody else touches them.
+    run: unsafe fn(&Company<'_>, &[NonNull<()>]),
+}
+
+/// The threads that do something together.
+pub(super) struct Company<'a> {
+    pub(super) cluster: &'a Cluster<'a>,
+    /// Their block within the cluster.
+    pub(super) block: usize,
+    /// The first of them within the cluster.
+    pub(super) first: usize,
+}
+
+struct Task<R> {
+    registers: R,
+    act: fn(&Company<'_>, &mut [&mut R]),
+}
+
+unsafe fn run<R>(company: &Company<'_>, tasks: &[NonNull<()>]) {
+    // SAFETY: the caller's promise; they are on different stacks.
+    let mut tasks: Vec<&mut Task<R>> =
+        tasks.iter().map(|task| unsafe { task.cast::<Task<R>>().as_mut() }).collect();
+    let Some(act) = tasks.first().map(|task| task.act) else { return };
+    let mut registers: Vec<&mut R> = tasks.iter_mut().map(|task| &mut task.registers).collect();
+    act(company, &mut registers);
+}
+
+/// Random numbers, the same ones for a seed.
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// One below `end`.
+    pub(super) fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 32) as usize * end) >> 32
+    }
+
+    pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// A bulk copy on its way.
+pub(super) struct Flight {
+    pub(super) block: usize,
+    pub(super) thread: usize,
+    pub(super) to: u32,
+    pub(super) from: u64,
+    pub(super) bytes: u32,
+    pub(super) mbarrier: u32,
+}
+
+/// A block as it runs.
+pub(super) struct Block {
+    /// Within the grid.
+    pub(super) index: [u32; 3],
+    pub(super) shared: RefCell<Shared>,
+    /// Those of each warpgroup.
+    pub(super) products: RefCell<Vec<Products>>,
+}
+
+/// Blocks that run together; one, where the launch names no clusters.
+pub(super) struct Cluster<'a> {
+    pub(super) memory: &'a Memory,
+    pub(super) launch: &'a Launch,
+    pub(super) blocks: Vec<Block>,
+    /// Its number, of all that ever ran.
+    pub(super) number: u32,
+    pub(super) clocks: RefCell<Clocks>,
+    pub(super) flights: RefCell<Vec<Flight>>,
+    /// Threads that have not returned.
+    pub(super) running: RefCell<Vec<bool>>,
+    pub(super) random: RefCell<Random>,
+}
+
+impl<'a> Cluster<'a> {
+    pub(super) fn new(memory: &'a Memory, launch: &'a Launch) -> Self {
+        let threads = launch.threads as usize;
+        let all = threads * launch.cluster as usize;
+        let block = |_| Block {
+            index: [0; 3],
+            shared: RefCell::new(Shared::new(launch.shared_bytes as usize)),
+            products: RefCell::new((0..threads.div_ceil(4 * WARP)).map(|_| Products::default()).collect()),
+        };
+        Self {
+            memory,
+            launch,
+            blocks: (0..launch.cluster).map(block).collect(),
+            number: 0,
+            clocks: RefCell::new(Clocks::new(all)),
+            flights: RefCell::default(),
+            running: RefCell::new(vec![true; all]),
+            random: RefCell::new(Random::new(launch.seed)),
+        }
+    }
+
+    /// Becomes the cluster whose first block has this index.
+    pub(super) fn restart(&mut self, [x, y, z]: [u32; 3]) {
+        self.number = self.memory.next_cluster();
+        self.clocks.get_mut().reset();
+        self.flights.get_mut().clear();
+        self.running.get_mut().fill(true);
+        for (rank, block) in (0..).zip(&mut self.blocks) {
+            block.index = [x + rank, y, z];
+            block.shared.get_mut().reset();
+            block.products.get_mut().iter_mut().for_each(|products| *products = Products::default());
+        }
+    }
+
+    pub(super) fn who(&self, thread: usize) -> Who<'_> {
+        Who { cluster: self.number, thread, clocks: &self.clocks }
+    }
+
+    fn threads(&self) -> usize {
+        self.launch.threads as usize
+    }
+
+    /// A thread for a message.
+    pub(super) fn name(&self, thread: usize) -> String {
+        let (block, thread) = (thread / self.threads(), thread % self.threads());
+        format!("thread {thread} of block {:?}", self.blocks[block].index)
+    }
+
+    /// Runs its threads to their ends.
+    pub(super) fn run(&self, kernel: &(impl Fn(&Thread<'_>) + Copy)) {
+        let all = self.running.borrow().len();
+        let coroutines: Vec<_> = (0..all)
+            .map(|id| {
+                let body = move |yielder: &Yielder<(), Wait>, (): ()| {
+                    let thread = Thread::new(self, id, Some(yielder));
+                    kernel(&thread);
+                    thread.ends();
+                };
+                // SAFETY: the coroutines are dropped below, before anything they borrow goes.
+                unsafe { Coroutine::with_stack_unchecked(stack(), body) }
+            })
+            .collect();
+        let mut turns = Turns {
+            cluster: self,
+            coroutines,
+            waits: vec![None; all],
+            come: vec![0; all.div_ceil(WARP)],
+            ready: (0..all).collect(),
+        };
+        turns.take();
+        for coroutine in turns.coroutines {
+            STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
+        }
+    }
+
+    /// Lands a bulk copy, one at random. Whether there was one.
+    fn land_one(&self) -> bool {
+        let flight = {
+            let mut flights = self.flights.borrow_mut();
+            if flights.is_empty() {
+                return false;
+            }
+            let i = self.random.borrow_mut().below(flights.len());
+            flights.swap_remove(i)
+        };
+        let Flight { block, thread, to, from, bytes, mbarrier } = flight;
+        let mut value = vec![0; bytes as usize];
+        if let Err(why) = self.memory.load(&self.who(thread), from, 16, &mut value) {
+            panic!("a bulk copy of {} reads {bytes} bytes at {from:#x}: {why}", self.name(thread));
+        }
+        let (mut shared, mut clocks) = (self.blocks[block].shared.borrow_mut(), self.clocks.borrow_mut());
+        let engine = clocks.engine();
+        shared.land(&clocks, engine, to, &value);
+        shared.landed(&mut clocks, mbarrier, bytes);
+        true
+    }
+}
+
+std::thread_local! {
+    /// Stacks of threads that have ended, for the next ones.
+    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+fn stack() -> DefaultStack {
+    let old = STACKS.with_borrow_mut(Vec::pop);
+    old.unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"))
+}
+
+/// The threads of a cluster and what they wait for.
+struct Turns<'a> {
+    cluster: &'a Cluster<'a>,
+    coroutines: Vec<Coroutine<(), Wait, (), DefaultStack>>,
+    waits: Vec<Option<Wait>>,
+    /// By warps: lanes that wait at a collective.
+    come: Vec<usize>,
+    ready: Vec<usize>,
+}
+
+impl Turns<'_> {
+    fn take(&mut self) {
+        loop {
+            let mut now = std::mem::take(&mut self.ready);
+            self.cluster.random.borrow_mut().shuffle(&mut now);
+            for thread in now {
+                self.waits[thread] = match self.coroutines[thread].resume(()) {
+                    CoroutineResult::Yield(wait) => Some(wait),
+                    CoroutineResult::Return(()) => {
+                        self.cluster.running.borrow_mut()[thread] = false;
+                        None
+                    }
+                };
+                if let Some(Wait::Collective(_)) = self.waits[thread] {
+                    self.come[thread / WARP] += 1;
+                }
+            }
+            self.collectives();
+            self.barriers();
+            self.mbarriers();
+            if self.ready.is_empty() {
+                if self.waits.iter().all(Option::is_none) {
+                    let left = self.cluster.flights.borrow();
+                    assert!(
+                        left.is_empty(),
+                        "{} has returned, and a bulk copy of it is in flight that nobody has waited for",
+                        left.first().map_or(String::new(), |flight| self.cluster.name(flight.thread))
+                    );
+                    return;
+                }
+                // Copies land as late as they can: when nobody can go on without.
+                if !self.cluster.land_one() {
+                    self.in_vain();
+                }
+            }
+        }
+    }
+
+    fn call(&self, thread: usize) -> Option<Call> {
+        match self.waits[thread] {
+            Some(Wait::Collective(call)) => Some(call),
+            _ => None,
+        }
+    }
+
+    /// Runs those for which all have come.
+    fn collectives(&mut self) {
+        for warp in 0..self.come.len() {
+            if self.come[warp] < WARP {
+                continue;
+            }
+            let start = warp * WARP;
+            let Some(call) = self.call(start) else { continue };
+            let within = start % self.cluster.threads();
+            let members = start..start + call.lanes;
+            let whole = within.is_multiple_of(call.lanes)
+                && (start / WARP..members.end.div_ceil(WARP)).all(|warp| self.come.get(warp) == Some(&WARP));
+            if !whole {
+                continue;
+            }
+            let registers: Vec<NonNull<()>> = members
+                .clone()
+                .map(|thread| {
+                    let other = self.call(thread).expect("those that have come");
+                    assert!(
+                        (other.name, other.kind, other.lanes) == (call.name, call.kind, call.lanes),
+                        "{} comes to {}, and {} to {}",
+                        self.cluster.name(start),
+                        call.name,
+                        self.cluster.name(thread),
+                        other.name
+                    );
+                    other.registers
+                })
+                .collect();
+            let block = start / self.cluster.threads();
+            // SAFETY: all of the same kind, on the stacks of threads that wait.
+            unsafe { (call.run)(&Company { cluster: self.cluster, block, first: start }, &registers) };
+            for warp in members.start / WARP..members.end / WARP {
+                self.come[warp] = 0;
+            }
+            self.go_on(members);
+        }
+    }
+
+    fn go_on(&mut self, threads: impl IntoIterator<Item = usize>) {
+        for thread in threads {
+            self.waits[thread] = None;
+            self.ready.push(thread);
+        }
+    }
+
+    /// Opens those at which all have come.
+    fn barriers(&mut self) {
+        let threads = self.cluster.threads();
+        let all = self.waits.len();
+        for start in (0..all).step_by(threads) {
+            let mut come = [const { Vec::new() }; 16];
+            for thread in start..start + threads {
+                if let Some(Wait::Barrier { number, threads }) = self.waits[thread] {
+                    assert!(
+                        number < 16,
+                        "{} waits at barrier {number}, there are 16",
+                        self.cluster.name(thread)
+                    );
+                    come[number as usize].push((thread, threads));
+                }
+            }
+            for (number, come) in come.into_iter().enumerate() {
+                let Some((first, expected)) = come.first().copied() else { continue };
+                for (thread, other) in &come {
+                    assert!(
+                        *other == expected,
+                        "{} waits at barrier {number} for {expected} threads, and {} for {other}",
+                        self.cluster.name(first),
+                        self.cluster.name(*thread)
+                    );
+                }
+                let expected = if number == 0 { threads } else { expected as usize };
+                assert!(
+                    number == 0 || expected.is_multiple_of(WARP) && come.len() <= expected,
+                    "{} threads wait at barrier {number} for {expected}, a multiple of 32",
+                    come.len()
+                );
+                if come.len() == expected {
+                    let members: Vec<usize> = come.into_iter().map(|(thread, _)| thread).collect();
+                    self.cluster.clocks.borrow_mut().meet(&members);
+                    self.go_on(members);
+                }
+            }
+        }
+        if self.waits.iter().all(|wait| matches!(wait, Some(Wait::Cluster))) {
+            let members: Vec<usize> = (0..all).collect();
+            self.cluster.clocks.borrow_mut().meet(&members);
+            self.go_on(members);
+        }
+    }
+
+    fn mbarriers(&mut self) {
+        for thread in 0..self.waits.len() {
+            let Some(Wait::Mbarrier { at, parity }) = self.waits[thread] else { continue };
+            let shared = &self.cluster.blocks[thread / self.cluster.threads()].shared;
+            let passed =
+                shared.borrow_mut().passed(&mut self.cluster.clocks.borrow_mut(), thread, at, parity);
+            match passed {
+                Ok(true) => self.go_on([thread]),
+                Ok(false) => {}
+                Err(why) => panic!("{} waits at {at} of shared memory, {why}", self.cluster.name(thread)),
+            }
+        }
+    }
+
+    /// Nobody can go on.
+    fn in_vain(&self) -> ! {
+        let mut lines = Vec::new();
+        let mut last = String::new();
+        for (thread, wait) in self.waits.iter().enumerate() {
+            let what = match wait {
+                None => String::from("has returned"),
+                Some(Wait::Barrier { number, .. }) => format!("waits at barrier {number}"),
+                Some(Wait::Cluster) => String::from("waits at the cluster's barrier"),
+                Some(Wait::Collective(call)) => format!("waits for the others at {}", call.name),
+                Some(Wait::Mbarrier { at, parity }) => {
+                    format!("waits for parity {parity} of the mbarrier at {at}")
+                }
+            };
+            if what != last {
+                lines.push(format!("from {} on: {what}", self.cluster.name(thread)));
+                last = what;
+            }
+        }
+        panic!("threads wait for one another in vain. {}", lines.join("; "))
+    }
+}
+
+impl Thread<'_> {
+    pub(super) fn wait(&self, wait: Wait) {
+        match self.yielder {
+            Some(yielder) => yielder.suspend(wait),
+            None => panic!("a wait in a grid whose threads run one after the other: use run_in_step"),
+        }
+    }
+
+    /// Comes together with the other lanes of the warp (32) or warpgroup (128); `act` runs once, over the registers of all, in the order
+    /// of the lanes. What it left in this thread's.
+    pub(super) fn collective<R: 'static>(
+        &self,
+        lanes: usize,
+        name: &'static str,
+        registers: R,
+        act: fn(&Company<'_>, &mut [&mut R]),
+    ) -> R {
+        assert!(
+            (self.cluster.launch.threads as usize).is_multiple_of(lanes),
+            "{name} in a block of {} threads, which is no multiple of {lanes}",
+            self.cluster.launch.threads
+        );
+        let task = Cell::new(Task { registers, act });
+        self.wait(Wait::Collective(Call {
+            name,
+            lanes,
+            registers: NonNull::from(&task).cast(),
+            kind: TypeId::of::<R>(),
+            run: run::<R>,
+        }));
+        task.into_inner().registers
+    }
+}

@@ -1,0 +1,81 @@
+//! Products by a warpgroup.
+
+use super::Args;
+use crate::gpu::{Accumulators, Float16, OTHER_MAJOR, Operand, Swizzle, Wgmma};
+
+/// Rows of `a`.
+pub const M: u32 = 64;
+/// Columns of `a` and rows of `b`.
+pub const K: u32 = 64;
+
+/// Brings a matrix of `rows` rows of `columns` elements into shared memory: stretches of 64 columns one after the other, rows of 128 bytes.
+///
+/// # Safety
+/// The matrix is readable at `from`; `at`, a multiple of 1024, begins as many bytes of shared memory.
+#[inline(always)]
+unsafe fn bring(gpu: &impl Wgmma, from: u64, at: u32, rows: u32, columns: u32) {
+    let pieces = columns / 8;
+    let mut i = gpu.thread();
+    while i < rows * pieces {
+        let (row, piece) = (i / pieces, i % pieces);
+        let to = at + piece / 8 * rows * 128 + row * 128 + piece % 8 * 16;
+        // SAFETY: a piece of the matrix, and one thread's place.
+        unsafe { gpu.store_shared16(Swizzle::Bytes128.place(to), gpu.load16(from + u64::from(i) * 16)) }
+        i += gpu.threads();
+    }
+}
+
+/// `d = a b`, 64 x 64 by 64 x n with n twice `N`, in four products one after the other. `a` is there as 64 rows of k, or where `A_MAJOR` is
+/// [`OTHER_MAJOR`] as 64 k of rows; `b` as n columns of k, or as 64 k of columns.
+///
+/// # Safety
+/// One block of 128 threads. `a` and then `b` are readable at `args.from`, a multiple of 16; `d`, 64 rows of n f32, is writable at
+/// `args.to`; there are 8192 bytes and `256 * N` of shared memory.
+#[inline(always)]
+pub unsafe fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const N: usize, G: Wgmma>(
+    gpu: &G,
+    args: &Args,
+) {
+    const A_BYTES: u32 = M * K * 2;
+    let n = 2 * N as u32;
+    let tile = |at: u32, major: bool| {
+        // k-major: 8 rows of m or n follow each other at 1024 bytes; the other way 8 k do, and stretches of 64 m or n at 64 k.
+        if major == OTHER_MAJOR {
+            Operand { at, swizzle: Swizzle::Bytes128, leading: K * 128, stride: 1024 }
+        } else {
+            Operand::k_major(at)
+        }
+    };
+    // From one k16 to the next.
+    let step = |major: bool| if major == OTHER_MAJOR { 16 * 128 } else { 32 };
+    let mut d = Accumulators::<N>::zero();
+    // SAFETY: tiles that lie in shared memory, seen by the products after the fence and the barrier.
+    unsafe {
+        bring(gpu, args.from, 0, M, K);
+        let (rows, columns) = if B_MAJOR == OTHER_MAJOR { (K, n) } else { (n, K) };
+        bring(gpu, args.from + u64::from(A_BYTES), A_BYTES, rows, columns);
+        gpu.fence_async();
+        gpu.barrier();
+        let (a, b) = (tile(0, A_MAJOR), tile(A_BYTES, B_MAJOR));
+        gpu.sums(&mut d);
+        gpu.wgmma_begin();
+        let mut k = 0;
+        while k < 4 {
+            let (a, b) = (a.further(k * step(A_MAJOR)), b.further(k * step(B_MAJOR)));
+            gpu.wgmma::<T, A_MAJOR, B_MAJOR, N>(&mut d, a, b, k > 0);
+            k += 1;
+        }
+        gpu.wgmma_commit();
+        gpu.wgmma_wait::<0>();
+        let thread = gpu.thread();
+        let (warp, g, t) = (thread / 32, thread % 32 / 4, thread % 4);
+        let sums = gpu.sums(&mut d);
+        let mut i = 0;
+        while i < N {
+            let j = i as u32;
+            let (row, column) = (16 * warp + g + 8 * (j / 2 % 2), 8 * (j / 4) + 2 * t + j % 2);
+            gpu.store4(args.to + u64::from(row * n + column) * 4, sums[i].to_bits());
+            i += 1;
+        }
+    }
+}
