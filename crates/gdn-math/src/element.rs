@@ -1,4 +1,5 @@
-//! bf16 and f16 to and from f32, by their bits. To the narrower type: to nearest, ties to even, overflow to infinity, NaN to a quiet NaN.
+//! bf16 and f16 to and from f32, by their bits. To the narrower type: to nearest, ties to even, overflow to
+//! infinity, NaN to a quiet NaN.
 
 /// The f32 of a bf16.
 #[inline(always)]
@@ -27,7 +28,8 @@ pub const fn f32_of_f16(bits: u16) -> f32 {
         let quiet = if magnitude > 0x7c00 { 0x0040_0000 } else { 0 };
         return f32::from_bits(sign | 0x7f80_0000 | ((magnitude & 0x3ff) << 13) | quiet);
     }
-    // With the exponent of an f16 read as one of an f32 the value is 2^-112 of what it should be, subnormal numbers included.
+    // With the exponent of an f16 read as one of an f32 the value is 2^-112 of what it should be, subnormal
+    // numbers included.
     let scaled = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23);
     f32::from_bits(sign | scaled.to_bits())
 }
@@ -46,7 +48,8 @@ pub const fn f16_of_f32(value: f32) -> u16 {
         return sign | 0x7c00;
     }
     if magnitude < 0x3880_0000 {
-        // Below 2^-14 the last place is 2^-24. Added to 0.5, whose last place that is, the sum is rounded as it should be.
+        // Below 2^-14 the last place is 2^-24. Added to 0.5, whose last place that is, the sum is rounded as
+        // it should be.
         let sum = f32::from_bits(magnitude) + 0.5;
         return sign | (sum.to_bits() - 0x3f00_0000) as u16;
     }

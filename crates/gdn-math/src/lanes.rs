@@ -2,10 +2,12 @@
 
 /// Some f32 that are computed side by side.
 ///
-/// Every operation is rounded once, to nearest, ties to even, lane by lane, and so gives the same bits whatever the width.
+/// Every operation is rounded once, to nearest, ties to even, lane by lane, and so gives the same bits
+/// whatever the width.
 ///
-/// A value of an implementing type shows that the machine has its instructions: there is no way to make one out of nothing but `unsafe`
-/// constructors of the types themselves, and [`splat`](Lanes::splat) takes a value for that reason alone.
+/// A value of an implementing type shows that the machine has its instructions: there is no way to make one
+/// out of nothing but `unsafe` constructors of the types themselves, and [`splat`](Lanes::splat) takes a
+/// value for that reason alone.
 pub trait Lanes: Copy {
     /// How many.
     const LEN: usize;
@@ -50,7 +52,8 @@ pub trait Lanes: Copy {
     #[must_use]
     fn at_most(self, most: Self) -> Self;
 
-    /// `then` in the lanes in which `self > other`, `otherwise` in the others and where one of the two is NaN.
+    /// `then` in the lanes in which `self > other`, `otherwise` in the others and where one of the two is
+    /// NaN.
     #[must_use]
     fn if_greater(self, other: Self, then: Self, otherwise: Self) -> Self;
 
@@ -73,7 +76,8 @@ pub trait Lanes: Copy {
     }
 }
 
-/// What [`Lanes::half_of_power`] adds to its whole number's bits: they are shifted to the exponent, whose bias is 127, less 1.
+/// What [`Lanes::half_of_power`] adds to its whole number's bits: they are shifted to the exponent, whose
+/// bias is 127, less 1.
 pub(crate) const EXPONENT_BITS: u32 = 23;
 pub(crate) const HALF: u32 = 126 << EXPONENT_BITS;
 

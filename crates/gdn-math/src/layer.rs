@@ -1,4 +1,5 @@
-//! The formulas of the layer, token by token. Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), as the Qwen3-Next layer has them.
+//! The formulas of the layer, token by token. Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), as the
+//! Qwen3-Next layer has them.
 
 use crate::{
     lanes::Lanes,
@@ -39,7 +40,8 @@ pub fn l2_scale<L: Lanes>(sum: L, eps: L, scale: L) -> L {
     scale.over(sum.plus(eps).root())
 }
 
-/// What an output is multiplied with, where `sum` is the sum of its `dim` squares: `1 / sqrt(sum / dim + eps)`.
+/// What an output is multiplied with, where `sum` is the sum of its `dim` squares: `1 / sqrt(sum / dim +
+/// eps)`.
 #[inline(always)]
 pub fn rms_scale<L: Lanes>(sum: L, dim: L, eps: L) -> L {
     sum.splat(1.0).over(sum.over(dim).plus(eps).root())

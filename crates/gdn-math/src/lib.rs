@@ -1,8 +1,10 @@
 //! The arithmetic that the CPU and the GPU share: numbers in, numbers out, no memory.
 //!
-//! Everything is written once over [`Lanes`]: a register of f32 on the CPU, one f32 of one thread on a GPU. Each formula is a fixed sequence of
-//! correctly rounded operations (add, multiply, fused multiply-add, divide, square root), which a compiler may not reorder, so the same inputs
-//! give the same bits on every instruction set and on a GPU. Sums over a head are the caller's: their order differs from machine to machine.
+//! Everything is written once over [`Lanes`]: a register of f32 on the CPU, one f32 of one thread on a GPU.
+//! Each formula is a fixed sequence of correctly rounded operations (add, multiply, fused multiply-add,
+//! divide, square root), which a compiler may not reorder, so the same inputs give the same bits on every
+//! instruction set and on a GPU. Sums over a head are the caller's: their order differs from machine to
+//! machine.
 //!
 //! | file | holds |
 //! |---|---|

@@ -1,8 +1,10 @@
-//! Exponential and logarithm out of fused multiply-adds: the same bits on every machine, within 1 to 3 units in the last place (the tests say which).
+//! Exponential and logarithm out of fused multiply-adds: the same bits on every machine, within 1 to 3 units
+//! in the last place (the tests say which).
 
 use crate::lanes::Lanes;
 
-/// Adding it to a number of magnitude below 2^22 rounds that number to a whole one, which then stands in the last bits.
+/// Adding it to a number of magnitude below 2^22 rounds that number to a whole one, which then stands in the
+/// last bits.
 const ROUNDER: f32 = 12_582_912.0;
 /// ln 2 in two parts. The first has few bits, so that its product with a whole number up to 2^8 is exact.
 const LN_2_HIGH: f32 = 355.0 / 512.0;
@@ -28,7 +30,8 @@ pub fn exp<L: Lanes>(x: L) -> L {
     p.plus(p).times(whole.half_of_power())
 }
 
-/// `ln(1 + u)` for u from 0 to 1: `2 artanh(s)` with `s = u / (2 + u)`, by its series, whose first term left out is below 2^-28.
+/// `ln(1 + u)` for u from 0 to 1: `2 artanh(s)` with `s = u / (2 + u)`, by its series, whose first term left
+/// out is below 2^-28.
 #[inline(always)]
 pub fn log1p<L: Lanes>(u: L) -> L {
     let c = |value: f32| u.splat(value);

@@ -94,7 +94,7 @@ impl From<u64> for DeviceAddress {
 }
 
 /// Where a tensor begins: a pointer of the host, or a [`DeviceAddress`].
-pub(crate) trait Address: Copy {
+pub trait Address: Copy {
     /// The address as a number, to compare it with others.
     fn number(self) -> usize;
 }

@@ -2,8 +2,15 @@
 
 mod cache;
 mod copy;
+mod decode;
 mod isa;
+mod lanes;
+mod prefill;
+mod recurrence;
+mod scratch;
+mod slots;
 mod split;
+mod stages;
 mod threads;
 
 use std::{fmt, num::NonZeroUsize};
@@ -13,7 +20,9 @@ use rayon::prelude::*;
 use self::copy::{Copier, LINE};
 
 pub use cache::{Cache, caches, last_level_bytes};
+pub use decode::decode;
 pub use isa::{Isa, IsaError};
+pub use prefill::prefill;
 pub use split::{merge, merge_fresh, split, split_fresh};
 pub use threads::Executor;
 

@@ -1,0 +1,343 @@
+//! Decode on the CPU: each state goes through the caches once, whatever the number of tokens.
+
+use gdn_math::special::exp;
+
+use super::{
+    Cpu,
+    lanes::{Bf16, F16, F32, Register, WIDEST, for_isa},
+    recurrence::{Place, Recurrence, scratch_len},
+    scratch::{self, Pieces, padded},
+    slots::{Named, Uses},
+    stages::{Group, Widths, at, clear, for_dtype, step},
+};
+use crate::{
+    argument::ArgumentError,
+    decode::{Decode, MAX_TOKENS, Plan},
+    dtype::Dtype,
+    state::Kept,
+    tensor::{Exclusive, Shared},
+};
+
+/// Computes the layer between its two GEMMs for T tokens of each of B sequences, and brings their states up
+/// to date.
+///
+/// T tokens at once give the same bits as T calls with one, and a sequence's results do not depend on its
+/// batch, its slot or the threads. On the CPU wrong indices are errors too: those past the slots there are,
+/// and a slot that two sequences write, or one writes and another reads. Nothing is allocated but each
+/// thread's scratch memory, once, and lists of slots for more than 128 sequences.
+///
+/// ```
+/// use gdn::{
+///     ConvState, Cpu, Decode, Heads, Keep, Layer, Layout, Packed, Packing, Projections, RecurrentState, Slots,
+///     Tensor, Weights,
+/// };
+///
+/// let layer = Layer::new(Layout::new(Heads::new(2, 4, 16, 16)?, Packing::Interleaved));
+/// let (batch, channels) = (3, layer.conv_channels());
+/// let (mixed_qkvz, mixed_ba) = (vec![0.1f32; batch * 192], vec![0.1f32; batch * 8]);   // from the GEMMs
+/// let (taps, per_head, norm) = (vec![0.5f32; channels * 4], [0.1f32; 4], [1f32; 16]);   // from the checkpoint
+/// let (mut conv, mut state) = (vec![0f32; batch * channels * 3], vec![0f32; batch * 4 * 16 * 16]);
+/// let mut out = vec![0f32; batch * 4 * 16];
+/// gdn::decode(
+///     &mut Decode {
+///         layer,
+///         tokens_per_sequence: 1,
+///         projections: Projections::Packed(Packed {
+///             mixed_qkvz: Tensor::new(&mixed_qkvz, [batch, 192])?,
+///             mixed_ba: Tensor::new(&mixed_ba, [batch, 8])?,
+///         }),
+///         weights: Weights {
+///             conv_weight: Tensor::new(&taps, [channels, 4])?,
+///             conv_bias: None,
+///             A_log: Tensor::new(&per_head, [4])?,
+///             dt_bias: Tensor::new(&per_head, [4])?,
+///             norm_weight: Tensor::new(&norm, [16])?,
+///         },
+///         conv_state: ConvState {
+///             state: Tensor::new_mut(&mut conv, [batch, channels, 3])?,
+///             keep: Keep::Last,
+///         },
+///         recurrent_state: RecurrentState {
+///             state: Tensor::new_mut(&mut state, [batch, 4, 16, 16])?,
+///             keep: Keep::Last,
+///         },
+///         slots: Slots::in_order(),
+///         num_accepted_tokens: None,
+///         out: Tensor::new_mut(&mut out, [batch, 4, 16])?,
+///     },
+///     &Cpu::new(),
+/// )?;
+/// assert!(out.iter().all(|y| *y > 0.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`ArgumentError`], before anything is written.
+pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result<(), ArgumentError> {
+    let plan = Plan::new(call)?;
+    check(&plan)?;
+    let num_sequences = plan.slots.num_sequences;
+    if num_sequences == 0 {
+        return Ok(());
+    }
+    let heads = plan.tokens.layer.heads();
+    let state =
+        heads.num_v_heads() * heads.head_v_dim() * heads.head_k_dim() * plan.recurrent.state.kind.size();
+    let bytes = 2 * state.saturating_mul(num_sequences);
+    // A head's weights are read once for all the sequences of a task, which are few enough for every thread
+    // to have some.
+    let tasks_wanted = TASKS_PER_THREAD * cpu.chosen_threads(bytes);
+    let blocks = tasks_wanted.div_ceil(heads.num_k_heads()).min(num_sequences);
+    let sequences = num_sequences.div_ceil(blocks);
+    let run = for_isa!(cpu.chosen_isa(), run(task: &Task<'_>, memory: &mut [f32]));
+    let scratch_len = Widths::new(&plan.tokens, plan.tokens_per_sequence, WIDEST).scratch(&plan.tokens)
+        + scratch_len(heads.head_k_dim());
+    let plan = &Sent(&plan);
+    cpu.share(heads.num_k_heads() * num_sequences.div_ceil(sequences), bytes, |i| {
+        let (head, first) = (i % heads.num_k_heads(), i / heads.num_k_heads() * sequences);
+        let task = Task { plan: plan.get(), head, sequences: first..(first + sequences).min(num_sequences) };
+        // SAFETY: `for_isa` looked at the machine. Tasks have no key head of a sequence in common, the plan
+        // was checked, and so were its slots.
+        scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+    });
+    Ok(())
+}
+
+/// Tasks for each thread, so that one which is late does not hold up the others for long.
+const TASKS_PER_THREAD: usize = 8;
+
+/// A plan that threads may see.
+struct Sent<'a>(&'a Plan<*mut u8>);
+
+impl Sent<'_> {
+    fn get(&self) -> &Plan<*mut u8> {
+        self.0
+    }
+}
+
+// SAFETY: addresses of a plan's tensors. Only tasks follow them, each of which answers for how.
+unsafe impl Sync for Sent<'_> {}
+
+/// One key head of some sequences.
+struct Task<'a> {
+    plan: &'a Plan<*mut u8>,
+    head: usize,
+    sequences: std::ops::Range<usize>,
+}
+
+/// Reads and checks the values of indices.
+fn check(plan: &Plan<*mut u8>) -> Result<(), ArgumentError> {
+    let (slots, n, tokens) = (&plan.slots, plan.slots.num_sequences, plan.tokens_per_sequence);
+    if let Some(accepted) = &plan.num_accepted_tokens {
+        let columns = slots.state_indices.map_or(1, |indices| indices.sizes[1]);
+        for r in 0..n {
+            // SAFETY: the plan was checked: an entry for each sequence.
+            let got = unsafe { accepted.read([r]) };
+            // SAFETY: as above.
+            let is_padding = unsafe { slots.slot(r, 0) }.is_none();
+            let most =
+                if slots.state_indices.is_some() && columns > 1 { tokens.min(columns) } else { tokens };
+            if !is_padding && !(1..=most as i64).contains(&got) {
+                return Err(ArgumentError::Value {
+                    argument: "num_accepted_tokens",
+                    got: format!("{got} for sequence {r}"),
+                    expected: format!("from 1 to {most}"),
+                });
+            }
+        }
+    }
+    let live = || (0..n).filter_map(|r| Some((r, Read::of(plan, r)?)));
+    let conv = Named { name: "conv_state", operand: &plan.conv.state };
+    Uses(|| {
+        live().flat_map(|(r, read)| {
+            // SAFETY: the plan was checked.
+            let kept = unsafe { slots.kept(&plan.conv, r, read.conv, tokens - 1, tokens) };
+            let kept = kept.filter(|_| !matches!(plan.conv.kept, Kept::EachIn(..)));
+            [Some((read.conv, r, false)), kept.map(|slot| (slot, r, true))].into_iter().flatten()
+        })
+    })
+    .check(conv, "state_indices", n)?;
+    let recurrent = Named { name: "recurrent_state", operand: &plan.recurrent.state };
+    Uses(|| {
+        live().flat_map(|(r, read)| {
+            let kept = (0..tokens).filter_map(move |t| {
+                // SAFETY: the plan was checked.
+                let kept = unsafe { slots.kept(&plan.recurrent, r, read.recurrent, t, tokens) };
+                kept.filter(|_| !matches!(plan.recurrent.kept, Kept::EachIn(..)))
+            });
+            std::iter::once((read.recurrent, r, false)).chain(kept.map(move |slot| (slot, r, true)))
+        })
+    })
+    .check(recurrent, "state_indices", n)?;
+    let other = |indices, r: usize| {
+        // SAFETY: the plan was checked.
+        unsafe { slots.other(indices, r) }.map(|slot| (slot, r, true))
+    };
+    if let Kept::EachIn(states, indices) = &plan.conv.kept {
+        let tensor = Named { name: "conv_state.keep.states", operand: states };
+        let uses = Uses(|| live().filter_map(|(r, _)| other(indices.as_ref(), r)));
+        uses.check(tensor, "conv_state.keep.indices", n)?;
+    }
+    if let Kept::EachIn(states, indices) = &plan.recurrent.kept {
+        let tensor = Named { name: "recurrent_state.keep.states", operand: states };
+        let uses = Uses(|| live().filter_map(|(r, _)| other(indices.as_ref(), r)));
+        uses.check(tensor, "recurrent_state.keep.indices", n)?;
+    }
+    Ok(())
+}
+
+/// Where the states of a sequence are read.
+#[derive(Clone, Copy)]
+struct Read {
+    conv: usize,
+    recurrent: usize,
+    /// Tokens of the last call that stay, where some may not.
+    accepted: Option<usize>,
+}
+
+impl Read {
+    /// `None` for padding.
+    fn of(plan: &Plan<*mut u8>, sequence: usize) -> Option<Self> {
+        // SAFETY: the plan was checked: a row of indices and an entry for each sequence. A column that is not
+        // there belongs to a number of accepted tokens that is an error.
+        unsafe {
+            let conv = plan.slots.slot(sequence, 0)?;
+            let accepted = plan.num_accepted_tokens.map(|indices| indices.read([sequence]).max(1) as usize);
+            let columns = plan.slots.state_indices.map_or(1, |indices| indices.sizes[1]);
+            let column = if columns > 1 { accepted.map_or(0, |n| n - 1) } else { 0 };
+            let recurrent = plan.slots.slot(sequence, column.min(columns - 1))?;
+            Some(Self { conv, recurrent, accepted })
+        }
+    }
+}
+
+/// # Safety
+/// No two tasks at a time have a key head of a sequence in common; the plan and its slots were checked; the
+/// machine has L's instruction set.
+#[inline(always)]
+unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
+    let Task { plan, head, ref sequences } = *task;
+    let (tokens, t) = (&plan.tokens, plan.tokens_per_sequence);
+    let dk = tokens.layer.heads().head_k_dim();
+    let widths = Widths::new(tokens, t, WIDEST);
+    {
+        let mut pieces = Pieces::of(memory);
+        // SAFETY: the caller's promises.
+        let mut group = unsafe { Group::new::<L>(tokens, head, widths, &mut pieces) };
+        let unkept = pieces.take(scratch_len(dk));
+        for r in sequences.clone() {
+            let rows = r * t..(r + 1) * t;
+            // SAFETY: rows and states of this sequence.
+            unsafe {
+                match Read::of(plan, r) {
+                    None => clear(tokens, head, rows),
+                    Some(read) => {
+                        let columns = plan.conv.state.sizes[2];
+                        let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
+                        group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
+                        group.prepare::<L>(rows.start, t);
+                        keep_window::<L>(plan, &mut group, r, read);
+                        recur::<L>(plan, &mut group, head, r, read, unkept);
+                        group.finish::<L>(rows.start, t);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The windows of the convolution that are kept.
+///
+/// # Safety
+/// As [`run`], for one sequence, whose tokens are prepared.
+#[inline(always)]
+unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, sequence: usize, read: Read) {
+    let (state, t) = (&plan.conv.state, plan.tokens_per_sequence);
+    let (columns, width) = (state.sizes[2], plan.tokens.layer.conv_width);
+    // SAFETY: the caller's promises.
+    unsafe {
+        if let Kept::EachIn(windows, _) = &plan.conv.kept {
+            for i in 0..t {
+                if let Some(slot) = plan.slots.kept(&plan.conv, sequence, read.conv, i, t) {
+                    let window = at(windows, [slot, i, 0, 0]);
+                    group.write_window::<L>(
+                        window,
+                        windows.kind,
+                        [step(windows, 2), step(windows, 3)],
+                        i + 1,
+                    );
+                }
+            }
+        } else {
+            let to = plan.slots.kept(&plan.conv, sequence, read.conv, t - 1, t);
+            let (old, kept, columns) = match read.accepted {
+                // All columns are the last inputs.
+                None => (t, columns.saturating_sub(t), columns),
+                // From column 0 on what a next call may go back to, of width 1 nothing.
+                Some(accepted) => {
+                    (accepted, width.saturating_sub(2), (width + t).saturating_sub(2).min(columns))
+                }
+            };
+            group.roll_window::<L>(state, [Some(read.conv), to], old, kept, columns, sequence * t, t);
+        }
+    }
+}
+
+/// The delta rule, for each value head.
+///
+/// # Safety
+/// As [`run`], for one sequence, whose tokens are prepared.
+#[inline(always)]
+unsafe fn recur<L: Register>(
+    plan: &Plan<*mut u8>,
+    group: &mut Group<'_>,
+    head: usize,
+    sequence: usize,
+    read: Read,
+    unkept: &mut [f32],
+) {
+    let heads = plan.tokens.layer.heads();
+    let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
+    let (state, t) = (&plan.recurrent.state, plan.tokens_per_sequence);
+    let by_rows = state.is_dense(3);
+    let along = if by_rows { 2 } else { 3 };
+    for j in 0..ratio {
+        let h = head * ratio + j;
+        let place = |slot: usize| Place {
+            at: at(state, [slot, h, 0, 0]),
+            step: step(state, along),
+            is_scratch: false,
+        };
+        let mut head = Recurrence {
+            dk,
+            dv,
+            q: group.q.as_ptr(),
+            k: group.k.as_ptr(),
+            v: group.v[j * group.head_width..].as_ptr(),
+            o: group.o[j * group.head_width..].as_mut_ptr(),
+            v_width: group.v_width,
+            num_tokens: t,
+            decay: [0.0; MAX_TOKENS],
+            beta: [0.0; MAX_TOKENS],
+            from: place(read.recurrent),
+            to: [Place::scratch(unkept, dk, by_rows); MAX_TOKENS],
+        };
+        let gates = j * padded(t);
+        for i in 0..t {
+            head.decay[i] = exp(group.g[gates + i]);
+            head.beta[i] = group.beta[gates + i];
+            // SAFETY: the plan was checked.
+            let kept = unsafe { plan.slots.kept(&plan.recurrent, sequence, read.recurrent, i, t) };
+            match (kept, &plan.recurrent.kept) {
+                (Some(slot), Kept::EachIn(states, _)) => {
+                    let at = at(states, [slot, i, h, 0, 0]);
+                    head.to[i] = Place { at, step: step(states, along + 1), is_scratch: false };
+                }
+                (Some(slot), _) => head.to[i] = place(slot),
+                (None, _) => {}
+            }
+        }
+        // SAFETY: the caller's promises.
+        for_dtype!(state.kind, E => unsafe { head.run::<L, E>(by_rows) });
+    }
+}

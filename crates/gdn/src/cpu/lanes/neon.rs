@@ -1,0 +1,179 @@
+//! Four f32, on 64-bit Arm.
+
+use std::arch::aarch64 as arm;
+
+use gdn_math::{
+    Lanes,
+    element::{f16_of_f32, f32_of_f16},
+};
+
+use super::Register;
+
+/// A register of four. There is one only where the machine has NEON.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct F32x4(arm::float32x4_t);
+
+/// Wraps intrinsics of NEON.
+macro_rules! op {
+    ($intrinsic:ident($($argument:expr),*)) => {
+        // SAFETY: a value of the type shows that the machine has the instructions.
+        Self(unsafe { arm::$intrinsic($($argument),*) })
+    };
+}
+
+impl F32x4 {
+    #[inline(always)]
+    fn select(mask: arm::uint32x4_t, then: Self, otherwise: Self) -> Self {
+        op!(vbslq_f32(mask, then.0, otherwise.0))
+    }
+}
+
+impl Lanes for F32x4 {
+    const LEN: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self {
+        op!(vdupq_n_f32(value))
+    }
+
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        op!(vaddq_f32(self.0, other.0))
+    }
+
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        op!(vsubq_f32(self.0, other.0))
+    }
+
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        op!(vmulq_f32(self.0, other.0))
+    }
+
+    #[inline(always)]
+    fn over(self, other: Self) -> Self {
+        op!(vdivq_f32(self.0, other.0))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        op!(vfmaq_f32(addend.0, self.0, factor.0))
+    }
+
+    #[inline(always)]
+    fn neg_mul_add(self, factor: Self, addend: Self) -> Self {
+        op!(vfmsq_f32(addend.0, self.0, factor.0))
+    }
+
+    #[inline(always)]
+    fn root(self) -> Self {
+        op!(vsqrtq_f32(self.0))
+    }
+
+    #[inline(always)]
+    fn at_least(self, least: Self) -> Self {
+        least.if_greater(self, least, self)
+    }
+
+    #[inline(always)]
+    fn at_most(self, most: Self) -> Self {
+        self.if_greater(most, most, self)
+    }
+
+    #[inline(always)]
+    fn if_greater(self, other: Self, then: Self, otherwise: Self) -> Self {
+        // SAFETY: a value of the type shows that the machine has the instructions.
+        let mask = unsafe { arm::vcgtq_f32(self.0, other.0) };
+        Self::select(mask, then, otherwise)
+    }
+
+    #[inline(always)]
+    fn half_of_power(self) -> Self {
+        // SAFETY: a value of the type shows that the machine has the instructions.
+        Self(unsafe {
+            let shifted = arm::vshlq_n_u32::<23>(arm::vreinterpretq_u32_f32(self.0));
+            arm::vreinterpretq_f32_u32(arm::vaddq_u32(shifted, arm::vdupq_n_u32(126 << 23)))
+        })
+    }
+
+    #[inline(always)]
+    fn negated(self) -> Self {
+        op!(vnegq_f32(self.0))
+    }
+}
+
+impl Register for F32x4 {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { arm::vdupq_n_f32(0.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(src: *const f32) -> Self {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        Self(unsafe { arm::vreinterpretq_f32_u8(arm::vld1q_u8(src.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, dst: *mut f32) {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        unsafe { arm::vst1q_u8(dst.cast(), arm::vreinterpretq_u8_f32(self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const u16) -> Self {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        unsafe {
+            let narrow = arm::vreinterpret_u16_u8(arm::vld1_u8(src.cast()));
+            Self(arm::vreinterpretq_f32_u32(arm::vshll_n_u16::<16>(narrow)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut u16) {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        unsafe {
+            let bits = arm::vreinterpretq_u32_f32(self.0);
+            let last = arm::vandq_u32(arm::vshrq_n_u32::<16>(bits), arm::vdupq_n_u32(1));
+            let rounded = arm::vaddq_u32(bits, arm::vaddq_u32(last, arm::vdupq_n_u32(0x7fff)));
+            let number = arm::vceqq_f32(self.0, self.0);
+            let quiet = arm::vorrq_u32(bits, arm::vdupq_n_u32(0x0040_0000));
+            let bits = arm::vbslq_u32(number, rounded, quiet);
+            let narrow = arm::vshrn_n_u32::<16>(bits);
+            arm::vst1_u8(dst.cast(), arm::vreinterpret_u8_u16(narrow));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(src: *const u16) -> Self {
+        let mut lanes = [0.0; 4];
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *lane = f32_of_f16(unsafe { src.add(i).read_unaligned() });
+        }
+        // SAFETY: four f32, and the caller's promise.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, dst: *mut u16) {
+        let mut lanes = [0.0; 4];
+        // SAFETY: four f32.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        for (i, lane) in lanes.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { dst.add(i).write_unaligned(f16_of_f32(lane)) };
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: a value of the type shows that the machine has the instructions.
+        unsafe {
+            let two = arm::vadd_f32(arm::vget_low_f32(self.0), arm::vget_high_f32(self.0));
+            arm::vget_lane_f32::<0>(two) + arm::vget_lane_f32::<1>(two)
+        }
+    }
+}

@@ -1,0 +1,616 @@
+//! Prefill on the CPU: [`CHUNK`] tokens at a time, as products of small matrices, on a state that stays in
+//! the second-level cache.
+//!
+//! For a chunk of one value head, with G the decays' logs summed from the chunk's start and D_ij = G_i - G_j
+//! (summed from j + 1 to i, so that it keeps its precision however small G is; D <= 0):
+//!
+//! ```text
+//! X = beta * (V - e^G * K S^T)                    what each key finds in the state, corrected
+//! (I + strictLower(beta * e^D * K K^T)) U = X     corrections, less what those before have changed
+//! O = e^G * Q S^T + lower(e^D * Q K^T) U          outputs
+//! S = e^G_last * S + (e^D_last * U)^T K           the state after the chunk
+//! ```
+//!
+//! (Yang et al., "Gated Delta Networks", 2024, section 3.3, before W and U are formed.) The triangular matrix
+//! is inverted by substitution in f32, once a head; the rest is done for a panel of columns of S^T at a time,
+//! which stays in the first-level cache. A chunk takes 3 DK DV + (16 to 20) DV multiplications a token, where
+//! the recurrence takes 4 DK DV.
+
+use gdn_math::{layer as math, special::exp};
+
+use super::{
+    Cpu,
+    lanes::{Bf16, Element, F16, F32, Register, for_isa},
+    scratch::{self, Pieces, padded},
+    slots::{Named, Uses},
+    stages::{Group, Widths, at, clear, for_dtype, step},
+};
+use crate::{
+    argument::ArgumentError,
+    dtype::Dtype,
+    prefill::{CHUNK, Plan, Prefill},
+    tensor::{Exclusive, Operand, Shared},
+};
+
+/// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
+/// date.
+///
+/// Sequences may have any length, 0 included. Cut at multiples of [`CHUNK`] tokens into several calls with
+/// f32 states, a sequence gives the same bits as in one, and its results do not depend on its batch, its slot
+/// or the threads. On the CPU wrong indices are errors too: `cu_seqlens` that does not ascend from 0 to N,
+/// slots past those there are, and a slot that two sequences have.
+///
+/// # Errors
+/// [`ArgumentError`], before anything is written.
+pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result<(), ArgumentError> {
+    let plan = Plan::new(call)?;
+    check(&plan)?;
+    let heads = plan.tokens.layer.heads();
+    let hk = heads.num_k_heads();
+    // Arithmetic, not memory, takes the time: as if every multiplication of the delta rule were bytes, any
+    // call is worth all threads.
+    let bytes =
+        plan.tokens.num_tokens.saturating_mul(heads.num_v_heads() * heads.head_k_dim() * heads.head_v_dim());
+    let run = for_isa!(cpu.chosen_isa(), tiled run(task: &Task<'_>, memory: &mut [f32]));
+    let lens = Lens::of(heads.head_k_dim(), heads.head_v_dim(), WIDEST_PANEL, heads.ratio());
+    let scratch_len = Widths::new(&plan.tokens, CHUNK, WIDEST_PANEL).scratch(&plan.tokens) + lens.scratch();
+    let plan = &Sent(&plan);
+    cpu.share(hk * plan.get().slots.num_sequences, bytes, |i| {
+        let task = Task { plan: plan.get(), head: i % hk, sequence: i / hk };
+        // SAFETY: `for_isa` looked at the machine. Tasks have no key head of a sequence in common, the plan
+        // was checked, and so were its slots.
+        scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+    });
+    Ok(())
+}
+
+/// Columns of the widest panel of any instruction set.
+const WIDEST_PANEL: usize = 32;
+
+/// A plan that threads may see.
+struct Sent<'a>(&'a Plan<*mut u8>);
+
+impl Sent<'_> {
+    fn get(&self) -> &Plan<*mut u8> {
+        self.0
+    }
+}
+
+// SAFETY: addresses of a plan's tensors. Only tasks follow them, each of which answers for how.
+unsafe impl Sync for Sent<'_> {}
+
+/// One key head of a sequence.
+struct Task<'a> {
+    plan: &'a Plan<*mut u8>,
+    head: usize,
+    sequence: usize,
+}
+
+/// Reads and checks the values of indices.
+fn check(plan: &Plan<*mut u8>) -> Result<(), ArgumentError> {
+    let (n, num_tokens) = (plan.slots.num_sequences, plan.tokens.num_tokens);
+    // SAFETY: the plan was checked: there are n + 1 entries.
+    let entry = |i: usize| unsafe { plan.cu_seqlens.read([i]) };
+    let error = |i: usize, expected: String| ArgumentError::Value {
+        argument: "cu_seqlens",
+        got: format!("{} at [{i}]", entry(i)),
+        expected,
+    };
+    if entry(0) != 0 {
+        return Err(error(0, "0 there".to_owned()));
+    }
+    if let Some(i) = (0..n).find(|i| entry(*i) > entry(i + 1)) {
+        return Err(error(i + 1, format!("at least the {} before it", entry(i))));
+    }
+    if usize::try_from(entry(n)) != Ok(num_tokens) {
+        return Err(error(n, format!("{num_tokens}, the number of rows, at the end")));
+    }
+    // SAFETY: the plan was checked.
+    let live = || (0..n).filter_map(|r| Some((unsafe { plan.slots.slot(r, 0) }?, r, true)));
+    if let Some(state) = &plan.conv {
+        Uses(live).check(Named { name: "conv_state", operand: &state.state }, "state_indices", n)?;
+    }
+    if let Some(state) = &plan.recurrent {
+        Uses(live).check(Named { name: "recurrent_state", operand: &state.state }, "state_indices", n)?;
+    }
+    let Some(checkpoints) = &plan.checkpoints else { return Ok(()) };
+    let places = || {
+        live().flat_map(|(_, r, _)| {
+            let len = (entry(r + 1) - entry(r)) as usize;
+            // SAFETY: the plan was checked: an entry for each sequence.
+            let start = unsafe { checkpoints.starts.read([r]) };
+            // A negative start lies past every slot.
+            (0..len / checkpoints.every).map(move |i| {
+                (usize::try_from(start).map_or(usize::MAX, |start| start.saturating_add(i)), r, true)
+            })
+        })
+    };
+    let named = Named { name: "checkpoints.recurrent_states", operand: &checkpoints.recurrent_states };
+    Uses(places).check(named, "checkpoints.starts", places().count())
+}
+
+/// # Safety
+/// No two tasks at a time have a key head of a sequence in common; the plan and its slots were checked; the
+/// machine has L's instruction set.
+#[inline(always)]
+unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memory: &mut [f32]) {
+    let Task { plan, head, sequence } = *task;
+    let tokens = &plan.tokens;
+    // SAFETY: the plan was checked: entries for each sequence, which ascend from 0.
+    let (start, end) =
+        unsafe { (plan.cu_seqlens.read([sequence]) as usize, plan.cu_seqlens.read([sequence + 1]) as usize) };
+    // SAFETY: as above.
+    let Some(slot) = (unsafe { plan.slots.slot(sequence, 0) }) else {
+        // SAFETY: rows of this sequence.
+        unsafe { clear(tokens, head, start..end) };
+        return;
+    };
+    // SAFETY: as above.
+    let is_initial = plan.has_initial_state.is_none_or(|flags| unsafe { flags.read([sequence]) } != 0);
+    let heads = tokens.layer.heads();
+    let (dk, ratio) = (heads.head_k_dim(), heads.ratio());
+    let panel = N * L::LEN;
+    let widths = Widths::new(tokens, CHUNK, panel);
+    let lens = Lens::of(dk, heads.head_v_dim(), panel, ratio);
+    {
+        let mut pieces = Pieces::of(memory);
+        // SAFETY: the caller's promises; all that follows is of this sequence and this key head.
+        unsafe {
+            let mut group = Group::new::<L>(tokens, head, widths, &mut pieces);
+            let mut heads = Heads::new(lens, ratio, &mut pieces);
+            let before = tokens.layer.conv_width - 1;
+            let window = plan.conv.as_ref().filter(|_| is_initial);
+            group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
+            match plan.recurrent.as_ref().filter(|_| is_initial) {
+                Some(recurrent) => heads.read::<L>(&recurrent.state, slot, head * ratio),
+                None => heads.states.fill(0.0),
+            }
+            let mut row = start;
+            while row < end {
+                let n = CHUNK.min(end - row);
+                group.prepare::<L>(row, n);
+                heads.chunk::<L, M, N>(&mut group);
+                group.finish::<L>(row, n);
+                group.keep_inputs(n);
+                row += n;
+                if let Some(checkpoints) = &plan.checkpoints
+                    && (row - start).is_multiple_of(checkpoints.every)
+                {
+                    let place =
+                        checkpoints.starts.read([sequence]) as usize + (row - start) / checkpoints.every - 1;
+                    heads.write::<L>(&checkpoints.recurrent_states, place, head * ratio);
+                    if let Some(windows) = &checkpoints.conv_states {
+                        let window = at(windows, [place, 0, windows.sizes[2] - before]);
+                        group.write_window::<L>(
+                            window,
+                            windows.kind,
+                            [step(windows, 1), step(windows, 2)],
+                            0,
+                        );
+                    }
+                }
+            }
+            if let Some(recurrent) = &plan.recurrent {
+                heads.write::<L>(&recurrent.state, slot, head * ratio);
+            }
+            if let Some(conv) = &plan.conv {
+                let (columns, len) = (conv.state.sizes[2], end - start);
+                let from = is_initial.then_some(slot);
+                // Without a token an initial state is what it was already.
+                if len > 0 || from.is_none() {
+                    let kept = columns.saturating_sub(len);
+                    group.roll_window::<L>(&conv.state, [from, Some(slot)], len, kept, columns, start, len);
+                }
+            }
+        }
+    }
+}
+
+/// Lengths of the scratch memory of [`Heads`].
+#[derive(Clone, Copy)]
+struct Lens {
+    dk: usize,
+    /// Panels of a head's S^T.
+    panels: usize,
+    /// Columns of a panel.
+    panel: usize,
+    ratio: usize,
+}
+
+impl Lens {
+    fn of(dk: usize, dv: usize, panel: usize, ratio: usize) -> Self {
+        Self { dk, panels: dv.div_ceil(panel), panel, ratio }
+    }
+
+    fn state(&self) -> usize {
+        self.panels * self.dk * self.panel
+    }
+
+    fn scratch(&self) -> usize {
+        self.ratio * self.state()
+            + padded(self.dk) * CHUNK
+            + 6 * CHUNK * CHUNK
+            + 3 * CHUNK
+            + 2 * CHUNK * self.panel
+    }
+}
+
+/// The states of a key head's value heads, and what a chunk needs beside them.
+struct Heads<'a> {
+    lens: Lens,
+    /// `[R][panels][DK][panel]`: S^T.
+    states: &'a mut [f32],
+    /// `[DK][CHUNK]`
+    k_transposed: &'a mut [f32],
+    /// `[CHUNK][CHUNK]` each: `K K^T` and `Q K^T`.
+    kk: &'a mut [f32],
+    qk: &'a mut [f32],
+    /// `e^D * Q K^T`
+    p: &'a mut [f32],
+    /// `beta * e^D * K K^T`, below the diagonal.
+    m: &'a mut [f32],
+    /// The inverse of `I + m`.
+    inverse: &'a mut [f32],
+    /// `p` times the inverse.
+    p_inverse: &'a mut [f32],
+    /// `e^G` of each token; `e^D` from each token to the last; D, of one token.
+    from_start: &'a mut [f32],
+    to_end: &'a mut [f32],
+    differences: &'a mut [f32],
+    /// `[CHUNK][panel]` each: X, and `e^D_last * U`.
+    x: &'a mut [f32],
+    u: &'a mut [f32],
+}
+
+/// The numbers of the lanes.
+static LANES: [f32; CHUNK] = {
+    let mut lanes = [0.0; CHUNK];
+    let mut i = 0;
+    while i < CHUNK {
+        lanes[i] = i as f32;
+        i += 1;
+    }
+    lanes
+};
+
+impl<'a> Heads<'a> {
+    fn new(lens: Lens, ratio: usize, memory: &mut Pieces<'a>) -> Self {
+        let square = CHUNK * CHUNK;
+        let x = CHUNK * lens.panel;
+        Self {
+            lens,
+            states: memory.take(ratio * lens.state()),
+            k_transposed: memory.take(padded(lens.dk) * CHUNK),
+            kk: memory.take(square),
+            qk: memory.take(square),
+            p: memory.take(square),
+            m: memory.take(square),
+            inverse: memory.take(square),
+            p_inverse: memory.take(square),
+            from_start: memory.take(CHUNK),
+            to_end: memory.take(CHUNK),
+            differences: memory.take(CHUNK),
+            x: memory.take(x),
+            u: memory.take(x),
+        }
+    }
+
+    /// Reads the states of value heads from `first` on out of a slot.
+    ///
+    /// # Safety
+    /// The slot can be read; the machine has L's instruction set.
+    #[inline(always)]
+    unsafe fn read<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
+        let Lens { dk, panels, panel, .. } = self.lens;
+        let (dv, steps) = (state.sizes[2], [step(state, 2), step(state, 3)]);
+        for (r, to) in self.states.chunks_exact_mut(panels * dk * panel).enumerate() {
+            let from = at(state, [slot, first + r, 0, 0]);
+            for (p, to) in to.chunks_exact_mut(dk * panel).enumerate() {
+                let (start, columns) = (p * panel, panel.min(dv - p * panel));
+                for_dtype!(state.kind, E => {
+                    // SAFETY: the caller's promises.
+                    unsafe { turn::<E, true>(from, steps, start, columns, to, dk, panel) }
+                });
+            }
+        }
+    }
+
+    /// Writes them.
+    ///
+    /// # Safety
+    /// The slot can be written; the machine has L's instruction set.
+    #[inline(always)]
+    unsafe fn write<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
+        let Lens { dk, panels, panel, .. } = self.lens;
+        let (dv, steps) = (state.sizes[2], [step(state, 2), step(state, 3)]);
+        for (r, from) in self.states.chunks_exact_mut(panels * dk * panel).enumerate() {
+            let to = at(state, [slot, first + r, 0, 0]);
+            for (p, from) in from.chunks_exact_mut(dk * panel).enumerate() {
+                let (start, columns) = (p * panel, panel.min(dv - p * panel));
+                for_dtype!(state.kind, E => {
+                    // SAFETY: the caller's promises.
+                    unsafe { turn::<E, false>(to, steps, start, columns, from, dk, panel) }
+                });
+            }
+        }
+    }
+
+    /// One chunk of all heads: from `group`'s q, k, v and gates to its o.
+    ///
+    /// # Safety
+    /// `group` has room for [`CHUNK`] tokens, all of which are prepared; the machine has L's instruction set.
+    #[inline(always)]
+    unsafe fn chunk<L: Register, const M: usize, const N: usize>(&mut self, group: &mut Group<'_>) {
+        let Lens { dk, panels, panel, ratio } = self.lens;
+        let row = padded(dk);
+        for (t, key) in group.k.chunks_exact(row).enumerate() {
+            for (d, value) in key[..dk].iter().enumerate() {
+                self.k_transposed[d * CHUNK + t] = *value;
+            }
+        }
+        // SAFETY: the caller's promises; rows of the scratch memory, as long as they are said to be.
+        unsafe {
+            for (rows, products) in [(&*group.k, &mut *self.kk), (&*group.q, &mut *self.qk)] {
+                for first in (0..CHUNK).step_by(M) {
+                    for column in (0..CHUNK).step_by(L::LEN) {
+                        let mut tile = [[L::zero()]; M];
+                        let a = rows.as_ptr().add(first * row);
+                        multiply(a, row, self.k_transposed.as_ptr().add(column), CHUNK, dk, &mut tile);
+                        for (m, [products_row]) in tile.into_iter().enumerate() {
+                            products_row.store(products.as_mut_ptr().add((first + m) * CHUNK + column));
+                        }
+                    }
+                }
+            }
+            for r in 0..ratio {
+                let decay =
+                    self.gates::<L, M>(&group.g[r * CHUNK..][..CHUNK], &group.beta[r * CHUNK..][..CHUNK]);
+                for p in 0..panels {
+                    let state = self.states[(r * panels + p) * dk * panel..][..dk * panel].as_mut_ptr();
+                    let column = r * group.head_width + p * panel;
+                    self.panel::<L, M, N>(group, r, column, state, decay);
+                }
+            }
+        }
+    }
+
+    /// What the gates of one head make of `K K^T` and `Q K^T`. Gives `e^G` of the whole chunk.
+    ///
+    /// # Safety
+    /// The machine has L's instruction set.
+    #[inline(always)]
+    unsafe fn gates<L: Register, const M: usize>(&mut self, g: &[f32], beta: &[f32]) -> f32 {
+        // SAFETY: the caller's promise; rows of the scratch memory.
+        unsafe {
+            let zero = L::zero();
+            let mut sum = 0.0;
+            self.differences.fill(0.0);
+            for i in 0..CHUNK {
+                sum += g[i];
+                self.from_start[i] = sum;
+                for column in (0..CHUNK).step_by(L::LEN) {
+                    let (at, lane) = (i * CHUNK + column, L::load(LANES.as_ptr().add(column)));
+                    let here = zero.splat(i as f32);
+                    let differences = L::load(self.differences.as_ptr().add(column)).plus(zero.splat(g[i]));
+                    let differences = here.if_greater(lane, differences, zero);
+                    differences.store(self.differences.as_mut_ptr().add(column));
+                    let decay = exp(differences);
+                    if i == CHUNK - 1 {
+                        decay.store(self.to_end.as_mut_ptr().add(column));
+                    }
+                    let p = decay.times(L::load(self.qk.as_ptr().add(at)));
+                    lane.if_greater(here, zero, p).store(self.p.as_mut_ptr().add(at));
+                    let m = decay.times(L::load(self.kk.as_ptr().add(at))).times(zero.splat(beta[i]));
+                    here.if_greater(lane, m, zero).store(self.m.as_mut_ptr().add(at));
+                }
+            }
+            for column in (0..CHUNK).step_by(L::LEN) {
+                let at = self.from_start.as_mut_ptr().add(column);
+                exp(L::load(at)).store(at);
+            }
+            for i in 0..CHUNK {
+                for column in (0..CHUNK).step_by(L::LEN) {
+                    let lane = L::load(LANES.as_ptr().add(column));
+                    // A row of the unit matrix.
+                    let (above, below) = (zero.splat(i as f32 + 0.5), zero.splat(i as f32 - 0.5));
+                    let mut row = above.if_greater(lane, lane.if_greater(below, zero.splat(1.0), zero), zero);
+                    for j in 0..i {
+                        let m = zero.splat(self.m[i * CHUNK + j]);
+                        row = m.neg_mul_add(L::load(self.inverse.as_ptr().add(j * CHUNK + column)), row);
+                    }
+                    row.store(self.inverse.as_mut_ptr().add(i * CHUNK + column));
+                }
+            }
+            for first in (0..CHUNK).step_by(M) {
+                for column in (0..CHUNK).step_by(L::LEN) {
+                    let mut tile = [[zero]; M];
+                    let (a, b) = (self.p.as_ptr().add(first * CHUNK), self.inverse.as_ptr().add(column));
+                    multiply(a, CHUNK, b, CHUNK, first + M, &mut tile);
+                    for (m, [row]) in tile.into_iter().enumerate() {
+                        row.store(self.p_inverse.as_mut_ptr().add((first + m) * CHUNK + column));
+                    }
+                }
+            }
+            self.from_start[CHUNK - 1]
+        }
+    }
+
+    /// One panel of one head.
+    ///
+    /// # Safety
+    /// As [`Heads::chunk`]; `state` is the panel's part of S^T.
+    #[inline(always)]
+    unsafe fn panel<L: Register, const M: usize, const N: usize>(
+        &mut self,
+        group: &mut Group<'_>,
+        r: usize,
+        column: usize,
+        state: *mut f32,
+        decay: f32,
+    ) {
+        let (dk, width) = (self.lens.dk, N * L::LEN);
+        let row = padded(dk);
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            let zero = L::zero();
+            for first in (0..CHUNK).step_by(M) {
+                let mut tile = [[zero; N]; M];
+                multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                for (m, registers) in tile.into_iter().enumerate() {
+                    let t = first + m;
+                    let (scale, beta) =
+                        (zero.splat(self.from_start[t]), zero.splat(group.beta[r * CHUNK + t]));
+                    for (n, register) in registers.into_iter().enumerate() {
+                        let v = L::load(group.v.as_ptr().add(t * group.v_width + column + n * L::LEN));
+                        let x = math::correction(beta, v, scale.times(register));
+                        x.store(self.x.as_mut_ptr().add(t * width + n * L::LEN));
+                    }
+                }
+            }
+            for first in (0..CHUNK).step_by(M) {
+                let mut tile = [[zero; N]; M];
+                multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                for (m, registers) in tile.iter_mut().enumerate() {
+                    let scale = zero.splat(self.from_start[first + m]);
+                    for register in registers {
+                        *register = scale.times(*register);
+                    }
+                }
+                let a = self.p_inverse.as_ptr().add(first * CHUNK);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+                for (m, registers) in tile.into_iter().enumerate() {
+                    let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
+                    for (n, register) in registers.into_iter().enumerate() {
+                        register.store(to.add(n * L::LEN));
+                    }
+                }
+            }
+            for first in (0..CHUNK).step_by(M) {
+                let mut tile = [[zero; N]; M];
+                let a = self.inverse.as_ptr().add(first * CHUNK);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+                for (m, registers) in tile.into_iter().enumerate() {
+                    let scale = zero.splat(self.to_end[first + m]);
+                    for (n, register) in registers.into_iter().enumerate() {
+                        let to = self.u.as_mut_ptr().add((first + m) * width + n * L::LEN);
+                        scale.times(register).store(to);
+                    }
+                }
+            }
+            let decay = zero.splat(decay);
+            let whole = dk / M * M;
+            for first in (0..whole).step_by(M) {
+                update::<L, M, N>(
+                    state.add(first * width),
+                    self.k_transposed.as_ptr().add(first * CHUNK),
+                    self.u.as_ptr(),
+                    decay,
+                );
+            }
+            for first in whole..dk {
+                update::<L, 1, N>(
+                    state.add(first * width),
+                    self.k_transposed.as_ptr().add(first * CHUNK),
+                    self.u.as_ptr(),
+                    decay,
+                );
+            }
+        }
+    }
+}
+
+/// `tile += a b`: M rows of a, `a_row` f32 apart, and `depth` rows of b, `b_row` apart, of N registers each.
+///
+/// # Safety
+/// All of them are readable; the machine has L's instruction set.
+#[inline(always)]
+unsafe fn multiply<L: Register, const M: usize, const N: usize>(
+    a: *const f32,
+    a_row: usize,
+    b: *const f32,
+    b_row: usize,
+    depth: usize,
+    tile: &mut [[L; N]; M],
+) {
+    for d in 0..depth {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut row = [L::zero(); N];
+            for (n, register) in row.iter_mut().enumerate() {
+                *register = L::load(b.add(d * b_row + n * L::LEN));
+            }
+            for (m, registers) in tile.iter_mut().enumerate() {
+                let factor = L::zero().splat(*a.add(m * a_row + d));
+                for (register, x) in registers.iter_mut().zip(row) {
+                    *register = factor.mul_add(x, *register);
+                }
+            }
+        }
+    }
+}
+
+/// `state = decay * state + k u`: M rows of the state, and of the transposed keys, and [`CHUNK`] rows of u.
+///
+/// # Safety
+/// All of them are readable and the state is writable; the machine has L's instruction set.
+#[inline(always)]
+unsafe fn update<L: Register, const M: usize, const N: usize>(
+    state: *mut f32,
+    k: *const f32,
+    u: *const f32,
+    decay: L,
+) {
+    let width = N * L::LEN;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut tile = [[L::zero(); N]; M];
+        for (m, registers) in tile.iter_mut().enumerate() {
+            for (n, register) in registers.iter_mut().enumerate() {
+                *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
+            }
+        }
+        multiply(k, CHUNK, u, width, CHUNK, &mut tile);
+        for (m, registers) in tile.into_iter().enumerate() {
+            for (n, register) in registers.into_iter().enumerate() {
+                register.store(state.add(m * width + n * L::LEN));
+            }
+        }
+    }
+}
+
+/// Moves rows `start..start + columns` of a state `[DV, DK]` to or from the columns of a panel `[DK][panel]`.
+/// Columns of the panel past `columns` become zeros.
+///
+/// # Safety
+/// The state's elements, at these steps in bytes along DV and DK, can be read or written.
+#[inline(always)]
+unsafe fn turn<E: Element, const READ: bool>(
+    state: *mut u8,
+    [v_step, k_step]: [usize; 2],
+    start: usize,
+    columns: usize,
+    panel: &mut [f32],
+    dk: usize,
+    width: usize,
+) {
+    // Blocks of either side that stay in the first-level cache.
+    const BLOCK: usize = 16;
+    if READ && columns < width {
+        panel.fill(0.0);
+    }
+    for d_block in (0..dk).step_by(BLOCK) {
+        for c in 0..columns {
+            let from = state.wrapping_add((start + c) * v_step);
+            for d in d_block..dk.min(d_block + BLOCK) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    if READ {
+                        panel[d * width + c] = E::read(from.add(d * k_step));
+                    } else {
+                        E::write(panel[d * width + c], from.add(d * k_step));
+                    }
+                }
+            }
+        }
+    }
+}

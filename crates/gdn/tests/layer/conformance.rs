@@ -1,0 +1,154 @@
+//! Both ops against the oracle: shapes, dtypes, hostile inputs, every instruction set.
+
+use gdn::{Dtype, Gate, IndexType, Packing};
+use proptest::prelude::*;
+
+use crate::{
+    batch::{Batch, Form, every_isa},
+    setup::{Inputs, Options},
+};
+
+/// Runs sequences through prefill, and as many tokens of each through decode.
+fn check(options: &Options, form: Form, lens: &[usize]) {
+    for (isa, cpu) in every_isa() {
+        let before = Batch::new(options, form, lens);
+        let mut after = before.clone();
+        after.prefill(&cpu);
+        after.check(&before, &format!("prefill of {lens:?}, {isa}, {options:?}, {form:?}"));
+        // A state of 16 bits is rounded after every token.
+        let most = if form.state_dtype == Dtype::F32 { 3 } else { 1 };
+        for tokens in 1..=most {
+            let before = Batch::new(options, form, &vec![tokens; lens.len()]);
+            let mut after = before.clone();
+            after.decode(&cpu);
+            after.check(&before, &format!("decode of {tokens}, {isa}, {options:?}, {form:?}"));
+        }
+    }
+}
+
+#[test]
+fn hostile_inputs() {
+    for inputs in Inputs::ALL {
+        for beta_scale in [1.0, 2.0] {
+            // Where keys are the same and beta is 2, each step mirrors the state: errors add up, as they do
+            // for the oracle's own f32 inputs.
+            let options = Options { inputs, beta_scale, ..Options::new([1, 2, 64, 64]) };
+            check(&options, Form::default(), &[70]);
+        }
+    }
+}
+
+#[test]
+fn lengths_around_every_edge() {
+    let lens = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129];
+    check(&Options::new([1, 2, 32, 32]), Form::default(), &lens);
+}
+
+#[test]
+fn heads_and_dims() {
+    for heads in [
+        [1, 1, 128, 128],
+        [2, 6, 64, 64],
+        [1, 3, 128, 128],
+        [1, 1, 256, 128],
+        [1, 2, 96, 192],
+        [2, 2, 80, 48],
+        [3, 21, 16, 16],
+        [1, 4, 128, 128],
+        [1, 2, 1, 1],
+        [2, 4, 7, 5],
+        [1, 2, 33, 17],
+        [1, 1, 3, 130],
+    ] {
+        for state_order in [[2, 3], [3, 2]] {
+            check(&Options::new(heads), Form { state_order, ..Form::default() }, &[19, 1]);
+        }
+    }
+}
+
+#[test]
+fn dtypes() {
+    for dtype in Dtype::ALL {
+        for state_dtype in Dtype::ALL {
+            let options =
+                Options { dtype, ba_dtype: dtype, weight_dtype: dtype, ..Options::new([1, 2, 64, 64]) };
+            for state_order in [[2, 3], [3, 2]] {
+                let form =
+                    Form { out_dtype: dtype, state_dtype, conv_dtype: dtype, state_order, ..Form::default() };
+                check(&options, form, &[35, 3]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_long_sequence() {
+    let options = Options { dtype: Dtype::BF16, ..Options::new([1, 1, 64, 32]) };
+    check(&options, Form { out_dtype: Dtype::BF16, ..Form::default() }, &[3000]);
+}
+
+prop_compose! {
+    fn any_options()(
+        (hk, ratio, dk, dv) in (1usize..4, 1usize..5, 1usize..40, 1usize..40),
+        interleaved: bool,
+        packed: bool,
+        (dtype, ba_dtype, weight_dtype) in (0usize..3, 0usize..3, 0usize..3),
+        conv_width in 1usize..7,
+        conv_bias: bool,
+        sigmoid: bool,
+        inputs in 0usize..10,
+        gap in 0usize..9,
+        misalignment in 0usize..5,
+        seed: u64,
+    ) -> Options {
+        Options {
+            heads: [hk, hk * ratio, dk, dv],
+            packing: if interleaved { Packing::Interleaved } else { Packing::Contiguous },
+            packed,
+            dtype: Dtype::ALL[dtype],
+            ba_dtype: Dtype::ALL[ba_dtype],
+            weight_dtype: Dtype::ALL[weight_dtype],
+            conv_width,
+            conv_bias,
+            gate: if sigmoid { Gate::Sigmoid } else { Gate::Silu },
+            beta_scale: 1.0,
+            inputs: Inputs::ALL[inputs],
+            gap,
+            misalignment,
+            seed,
+        }
+    }
+}
+
+prop_compose! {
+    fn any_form()(
+        (conv, state, out) in (0usize..3, 0usize..3, 0usize..3),
+        by_rows: bool,
+        channels_outside: bool,
+        more_columns in 0usize..3,
+        gap in 0usize..20,
+        wide: bool,
+        zero_is_padding: bool,
+    ) -> Form {
+        Form {
+            conv_dtype: Dtype::ALL[conv],
+            state_dtype: Dtype::ALL[state],
+            state_order: if by_rows { [2, 3] } else { [3, 2] },
+            conv_order: if channels_outside { [1, 2] } else { [2, 1] },
+            more_columns,
+            out_dtype: Dtype::ALL[out],
+            gap,
+            index_type: if wide { IndexType::I64 } else { IndexType::I32 },
+            pad_slot_id: if zero_is_padding { 0 } else { -1 },
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_layer(options in any_options(), form in any_form(), lens in prop::collection::vec(0usize..40, 0..4)) {
+        check(&options, form, &lens);
+    }
+}
