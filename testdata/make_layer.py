@@ -87,7 +87,9 @@ def run(case):
         else (Qwen3_5GatedDeltaNet, Qwen3_5TextConfig, "Qwen3.5", [PROJECTIONS[:2], PROJECTIONS[2:]])
     )
     torch.manual_seed(SEED)
-    config = config_of(config_cls, case.heads, hidden_size=HIDDEN, num_hidden_layers=1, layer_types=["linear_attention"])
+    config = config_of(
+        config_cls, case.heads, hidden_size=HIDDEN, num_hidden_layers=1, layer_types=["linear_attention"]
+    )
     layer = layer_cls(config, layer_idx=0)
     like_trained(layer)
     layer.to(case.dtype)
@@ -99,8 +101,10 @@ def run(case):
     }
 
     seen = {}
-    for name in (*sum(map(list, projections), []), "norm"):
-        getattr(layer, name).register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out))
+    for name in (*projections[0], *projections[1], "norm"):
+        getattr(layer, name).register_forward_hook(
+            lambda _, __, out, name=name: seen.setdefault(name, []).append(out)
+        )
     cache = DynamicCache(config=config)
     steps = [("", [PREFILL]), ("-decode", [1] * DECODE)] + [("-more", [MORE])] * case.more
     made = []
@@ -111,7 +115,9 @@ def run(case):
             layer(torch.randn(case.batch, num_tokens, HIDDEN).to(case.dtype), cache_params=cache)
         num_tokens = sum(calls)
         # [batch, tokens of the call, ...] of each call -> [batch * tokens, ...]
-        rows = lambda outs, *shape: torch.cat([out.reshape(case.batch, -1, *shape) for out in outs], 1).flatten(0, 1)
+        rows = lambda outs, *shape: torch.cat(
+            [out.reshape(case.batch, -1, *shape) for out in outs], 1
+        ).flatten(0, 1)
         tensors = {
             name: torch.cat([rows(seen[proj], seen[proj][0].shape[-1]) for proj in projs], dim=-1)
             for name, projs in zip(("mixed_qkvz", "mixed_ba"), projections)
