@@ -140,7 +140,7 @@ def definitions(path: Path, names: set[str], namespace: dict) -> dict:
 class Vllm:
     """`QwenGatedDeltaNetAttention.forward_cpu` of vLLM 0.32, with its own kernels, custom op and norm; projections as above.
 
-    Eager: compiled by Inductor it takes as long for prefill and a fifth longer for decode.
+    Eager: compiled by Inductor it takes as long for prefill and a fifth to a third longer for decode.
     """
 
     l2norm_eps = 1e-5
