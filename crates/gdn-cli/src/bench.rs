@@ -304,11 +304,12 @@ fn measure_on(layout: &Layout, tokens: usize, args: &Args, gpu: &gdn::cuda::Gpu)
     Ok(Record { tokens, bytes, seconds, copy_seconds, threads: 0 })
 }
 
-/// The least time a sample takes: shorter work is repeated within a sample, so that the clock's own cost is lost in it.
+/// The least time a sample takes: shorter work is repeated within a sample, so that the clock's own cost is
+/// lost in it.
 const SAMPLE_SECONDS: f64 = 100e-6;
 
-/// The median seconds of one run of each of `N` contenders, measured in turns for about `budget` seconds. `run` is given a
-/// contender and how often to run it.
+/// The median seconds of one run of each of `N` contenders, measured in turns for about `budget` seconds.
+/// `run` is given a contender and how often to run it.
 fn medians<const N: usize, E>(
     budget: f64,
     mut run: impl FnMut(usize, usize) -> Result<(), E>,

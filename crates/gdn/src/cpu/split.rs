@@ -1,5 +1,5 @@
-//! Split and merge on the CPU: the functions to call, and a checked plan, cut into chunks of rows for threads and tiles of rows for their caches, as runs
-//! of byte copies.
+//! Split and merge on the CPU: the functions to call, and a checked plan, cut into chunks of rows for threads
+//! and tiles of rows for their caches, as runs of byte copies.
 
 use std::ops::Range;
 
@@ -19,9 +19,10 @@ use crate::{
 
 /// Takes packed projections apart, into outputs the caller gives.
 ///
-/// For each row, features move as [`Layout::qkvz_map`] and [`Layout::ba_map`] say; nothing is computed, so elements
-/// are opaque and arrive bit for bit. Rows of any tensor may lie any distance apart and at any alignment. Inputs may
-/// overlap one another; an output may overlap nothing. With outputs given and work for one thread nothing is allocated.
+/// For each row, features move as [`Layout::qkvz_map`] and [`Layout::ba_map`] say; nothing is computed, so
+/// elements are opaque and arrive bit for bit. Rows of any tensor may lie any distance apart and at any
+/// alignment. Inputs may overlap one another; an output may overlap nothing. With outputs given and work for
+/// one thread nothing is allocated.
 ///
 /// ```
 /// use gdn::{Cpu, Heads, Layout, Packed, Packing, Rows, RowsMut, Unpacked};
@@ -62,7 +63,8 @@ pub fn split(
 
 /// Takes packed projections apart, into one fresh block of memory (see [`UnpackedBuf`]).
 ///
-/// Outputs that are kept and used again with [`split()`] are faster: fresh memory costs a page fault for every page.
+/// Outputs that are kept and used again with [`split()`] are faster: fresh memory costs a page fault for
+/// every page.
 ///
 /// # Errors
 /// [`BufError`]: what is wrong with an argument, or that there is no memory.
@@ -78,7 +80,8 @@ pub fn split_fresh(layout: &Layout, from: Packed<Rows<'_>>, cpu: &Cpu) -> Result
     Ok(buf)
 }
 
-/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of [`split()`].
+/// Puts the four parts together again, into packed projections the caller gives: the exact inverse of
+/// [`split()`].
 ///
 /// # Errors
 /// [`ArgumentError`], before anything is written.
@@ -109,13 +112,13 @@ pub fn merge_fresh(layout: &Layout, from: Unpacked<Rows<'_>>, cpu: &Cpu) -> Resu
 const TILE_BYTES: usize = 512 << 10;
 /// The most rows of such a tile.
 const CACHED_TILE_ROWS: usize = 64;
-/// The rows after which a copy past the caches turns from `mixed_qkvz` to `mixed_ba`: the short rows of the second are read best
-/// many at a time.
+/// The rows after which a copy past the caches turns from `mixed_qkvz` to `mixed_ba`: the short rows of the
+/// second are read best many at a time.
 const STREAMED_TILE_ROWS: usize = 512;
 /// The largest tile a caller can ask for.
 const MAX_TILE_BYTES: usize = 64 << 20;
-/// Bytes of the rows that are worth streaming: a row of a few lines has as many that are shared with its neighbours as that
-/// are its own, and one that no cache holds would not stay on a stage.
+/// Bytes of the rows that are worth streaming: a row of a few lines has as many that are shared with its
+/// neighbours as that are its own, and one that no cache holds would not stay on a stage.
 const STREAMED_ROWS: std::ops::RangeInclusive<usize> = 8 * LINE..=4 << 20;
 
 /// Does what was checked.
@@ -149,7 +152,11 @@ fn run(plan: &Plan<'_, *mut u8>, cpu: &Cpu) {
         // SAFETY: chunks have no row in common.
         unsafe { work.do_rows(rows) }
     };
-    cpu.share(tiling.grid, written.saturating_mul(2), chunk);
+    // A call for one row is short enough for the way through `share` to be seen.
+    match tiling.grid {
+        1 => chunk(0),
+        grid => cpu.share(grid, written.saturating_mul(2), chunk),
+    }
 }
 
 /// How what is written gets to memory.
@@ -159,13 +166,13 @@ enum Road {
     Cached,
     /// Streaming stores, straight from the source: every segment is made of whole lines.
     Streamed,
-    /// Put together on a stage that stays in the cache, and streamed from there: a line that is streamed in parts would cost
-    /// more than one that is not streamed at all.
+    /// Put together on a stage that stays in the cache, and streamed from there: a line that is streamed in
+    /// parts would cost more than one that is not streamed at all.
     Staged,
 }
 
-/// Everything a thread needs to copy any of the rows. Small, and the rest made where it is needed: a call for one row finds
-/// its inputs and outputs in the first-level cache if little else is there.
+/// Everything a thread needs to copy any of the rows. Small, and the rest made where it is needed: a call for
+/// one row finds its inputs and outputs in the first-level cache if little else is there.
 struct Work<'a> {
     plan: &'a Plan<'a, *mut u8>,
     copier: &'static Copier,
@@ -178,7 +185,8 @@ struct Work<'a> {
 unsafe impl Sync for Work<'_> {}
 
 impl Work<'_> {
-    /// One run of a projection's map as a lane from row 0 of its source to row 0 of its target, and which target that is.
+    /// One run of a projection's map as a lane from row 0 of its source to row 0 of its target, and which
+    /// target that is.
     #[inline(always)]
     fn lane(&self, projection: usize, map: &FeatureMap, run: &Run) -> (Lane, usize) {
         let (packed, unpacked) = (self.plan.packed(projection), self.plan.unpacked(projection));
@@ -294,8 +302,8 @@ impl Work<'_> {
         }
         let cached = self.roads[projection] == [Road::Cached; 2];
         let (lanes, count) = (&lanes[..map.runs().len()], map.count());
-        // SAFETY: the plan was checked: the tile's rows are there in every tensor, each lane lies within its rows on both
-        // sides, and what is written overlaps nothing. A stage has room for a tile of rows.
+        // SAFETY: the plan was checked: the tile's rows are there in every tensor, each lane lies within its
+        // rows on both sides, and what is written overlaps nothing. A stage has room for a tile of rows.
         unsafe {
             match cached {
                 true => (self.copier.copy_cached)(lanes, count, tile.len()),

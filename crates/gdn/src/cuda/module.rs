@@ -15,7 +15,8 @@ use super::error::{CudaError, driver};
 
 /// The kernels of one context. Never unloaded: they go with the context.
 ///
-/// They are loaded in families, so that a first call waits for the driver to compile what it needs and no more.
+/// They are loaded in families, so that a first call waits for the driver to compile what it needs and no
+/// more.
 #[derive(Debug)]
 pub(super) struct Kernels {
     context_id: u64,
@@ -45,7 +46,8 @@ impl Kernels {
     pub(super) fn of(context: &CudaContext, compute_capability: (i32, i32)) -> Result<Arc<Self>, CudaError> {
         static ALL: Mutex<Vec<Arc<Kernels>>> = Mutex::new(Vec::new());
         let mut context_id = 0;
-        // SAFETY: a context that `context` keeps alive, and a place for a number. Unlike the handle, the number is never used again.
+        // SAFETY: a context that `context` keeps alive, and a place for a number. Unlike the handle, the
+        // number is never used again.
         unsafe { sys::cuCtxGetId(context.cu_ctx(), &raw mut context_id) }
             .result()
             .map_err(driver(context.ordinal(), "cuCtxGetId"))?;
@@ -134,7 +136,8 @@ impl Family {
 /// Bytes of dynamic shared memory that a launch may ask for without having said so before.
 const SHARED_BY_DEFAULT: u32 = 48 << 10;
 
-/// The PTX of some of the kernels: what comes before the first, and each of them up to the brace that ends it. Kernels share nothing.
+/// The PTX of some of the kernels: what comes before the first, and each of them up to the brace that ends
+/// it. Kernels share nothing.
 fn only(ptx: &str, kernels: &[Kernel]) -> String {
     const ENTRY: &str = ".visible .entry ";
     let mut parts = ptx.split(ENTRY);

@@ -1,4 +1,5 @@
-//! Moving bytes: the algorithms, written once over [`Vector`]. Each instruction set has a file that instantiates them.
+//! Moving bytes: the algorithms, written once over [`Vector`]. Each instruction set has a file that
+//! instantiates them.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -16,21 +17,21 @@ pub(super) const LINE: usize = 64;
 /// How far ahead of its loads one long copy prefetches, in bytes.
 const AHEAD: usize = 2048;
 
-/// How far ahead of its stores a copy within the caches asks for the lines to write, in bytes: a store that misses the first-level
-/// cache waits for its line, and few such waits fit the store buffer. Measured on 1.5 MB, of a split: 15.5 us, and 17.4 with a half or
-/// double of it, 20.9 without.
+/// How far ahead of its stores a copy within the caches asks for the lines to write, in bytes: a store that
+/// misses the first-level cache waits for its line, and few such waits fit the store buffer. Measured on 1.5
+/// MB, of a split: 15.5 us, and 17.4 with a half or double of it, 20.9 without.
 const AHEAD_OF_STORES: usize = 1024;
 
 /// How far ahead of its loads a copy in the order of memory prefetches, in bytes, where each segment goes
 /// elsewhere. Measured on Zen 4: 256 to 512 are alike, more is up to a tenth slower.
 const AHEAD_IN_ORDER: usize = 512;
 
-/// Rows that a copy past the caches moves side by side: several pages of memory are read at a time, as the large `memcpy` of
-/// glibc does.
+/// Rows that a copy past the caches moves side by side: several pages of memory are read at a time, as the
+/// large `memcpy` of glibc does.
 const ROWS_TOGETHER: usize = 4;
 
-/// The segments of one kind in some rows. Segment `i` of row `n` goes from `src + n * src_stride + i * src_step` to
-/// `dst + n * dst_stride + i * dst_step`.
+/// The segments of one kind in some rows. Segment `i` of row `n` goes from `src + n * src_stride + i *
+/// src_step` to `dst + n * dst_stride + i * dst_step`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lane {
     pub(super) src: *const u8,
@@ -41,8 +42,9 @@ pub(super) struct Lane {
     pub(super) dst_step: usize,
     /// Bytes of a segment.
     pub(super) len: usize,
-    /// From where on this lane prefetches for a row to come, at the same stride, as many bytes as it copies. Lanes of one source
-    /// share its row out among themselves, so that memory is read in one sweep, whatever the segments' order.
+    /// From where on this lane prefetches for a row to come, at the same stride, as many bytes as it copies.
+    /// Lanes of one source share its row out among themselves, so that memory is read in one sweep, whatever
+    /// the segments' order.
     pub(super) ahead: *const u8,
     /// Whether it is written past the caches, where the instruction set can.
     pub(super) streamed: bool,
@@ -71,8 +73,8 @@ pub(super) struct Copier {
     /// For rows that the caches hold: a row goes lane by lane. Nothing is streamed.
     ///
     /// # Safety
-    /// Every segment of every lane and row is readable at its source and writable at its destination, and nothing written
-    /// overlaps anything read.
+    /// Every segment of every lane and row is readable at its source and writable at its destination, and
+    /// nothing written overlaps anything read.
     pub(super) copy_cached: CopyLanes,
     /// [`copy_past`](Self::copy_past) with some rows at a time, lane by lane, and those after them
     /// prefetched.
@@ -80,7 +82,8 @@ pub(super) struct Copier {
     /// [`copy_past`](Self::copy_past) with one row after the other, segment by segment as the source has
     /// them.
     copy_in_order: CopyLanes,
-    /// Copies bytes of any number to any address: whole lines past the caches, what is left at both ends through them.
+    /// Copies bytes of any number to any address: whole lines past the caches, what is left at both ends
+    /// through them.
     ///
     /// # Safety
     /// So many bytes are readable at the source and writable at the destination, and the two do not overlap.
@@ -140,7 +143,8 @@ trait Vector: Copy {
     fn prefetch_to_write(dst: *mut u8);
 }
 
-/// `prefetchw`, for which Rust has no stable intrinsic. Every x86-64 processor takes it; those before Broadwell do nothing.
+/// `prefetchw`, for which Rust has no stable intrinsic. Every x86-64 processor takes it; those before
+/// Broadwell do nothing.
 #[cfg(target_arch = "x86_64")]
 #[expect(clippy::pointers_in_nomem_asm_block, reason = "a hint reads and writes nothing")]
 #[inline(always)]
@@ -252,12 +256,13 @@ fn prefetch_to_write<V: Vector>(dst: *mut u8, len: usize) {
 /// Copies the segments of one row. The lengths that models have get loops of their own, unrolled.
 ///
 /// # Safety
-/// `count` of the lane's segments, from `src` and `dst` on, are readable and writable, the two sides do not overlap, and the machine has the
-/// instruction set.
+/// `count` of the lane's segments, from `src` and `dst` on, are readable and writable, the two sides do not
+/// overlap, and the machine has the instruction set.
 #[inline(always)]
 unsafe fn copy_run<V: Vector>(src: *const u8, dst: *mut u8, lane: &Lane, count: usize) {
     /// # Safety
-    /// As [`copy_run`], for segments of `N * size_of::<T>()` bytes. Of whole registers, lines are asked for ahead.
+    /// As [`copy_run`], for segments of `N * size_of::<T>()` bytes. Of whole registers, lines are asked for
+    /// ahead.
     #[inline(always)]
     unsafe fn fixed<V: Vector, T: Copy, const N: usize>(
         src: *const u8,
@@ -340,7 +345,8 @@ unsafe fn copy_short(src: *const u8, dst: *mut u8, len: usize) {
 /// Copies a segment of any length through the caches.
 ///
 /// # Safety
-/// `len` bytes are readable at `src` and writable at `dst`, the two do not overlap, and the machine has the instruction set.
+/// `len` bytes are readable at `src` and writable at `dst`, the two do not overlap, and the machine has the
+/// instruction set.
 #[inline(always)]
 unsafe fn copy_segment<V: Vector>(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: every access lies within `len` bytes.
@@ -385,7 +391,8 @@ unsafe fn stream_lines<V: Vector>(src: *const u8, dst: *mut u8, len: usize, ahea
     const { assert!(LINE.is_multiple_of(V::BYTES)) };
     let mut at = 0;
     while at < len {
-        // SAFETY: every access lies within `len` bytes, and `dst + at` is a multiple of a line, so of `V::BYTES`.
+        // SAFETY: every access lies within `len` bytes, and `dst + at` is a multiple of a line, so of
+        // `V::BYTES`.
         unsafe {
             V::prefetch(ahead.wrapping_add(at));
             let mut i = 0;

@@ -1,4 +1,5 @@
-//! 16-byte registers, on 64-bit Arm. Its non-temporal stores have no stable intrinsic, so it streams through the caches.
+//! 16-byte registers, on 64-bit Arm. Its non-temporal stores have no stable intrinsic, so it streams through
+//! the caches.
 
 use std::arch::aarch64 as arm;
 
