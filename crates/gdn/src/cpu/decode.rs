@@ -104,7 +104,7 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
 }
 
 /// Tasks for each thread, so that one which is late does not hold up the others for long.
-const TASKS_PER_THREAD: usize = 8;
+const TASKS_PER_THREAD: usize = 32;
 
 /// A plan that threads may see.
 struct Sent<'a>(&'a Plan<*mut u8>);
@@ -237,6 +237,12 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
                         group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
                         group.prepare::<L>(rows.start, t);
                         keep_window::<L>(plan, &mut group, r, read);
+                        // The delta rule takes longer than memory does to bring what the next sequence begins with.
+                        if let Some(next) =
+                            (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten()
+                        {
+                            group.prefetch::<L>(&plan.conv.state, next, rows.end);
+                        }
                         recur::<L>(plan, &mut group, head, r, read, unkept);
                         group.finish::<L>(rows.start, t);
                     }

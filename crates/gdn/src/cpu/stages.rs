@@ -6,6 +6,7 @@
 use gdn_math::layer as math;
 
 use super::{
+    copy::LINE,
     lanes::{Bf16, Element, F16, F32, Register, WIDEST},
     scratch::{Pieces, padded},
 };
@@ -392,6 +393,23 @@ impl<'a> Group<'a> {
                 }
             }
         }
+    }
+
+    /// Has what a sequence begins with brought near: its window of `conv_state`, where channels lie side by
+    /// side, and its first row of the projections.
+    #[inline(always)]
+    pub(super) fn prefetch<L: Register>(&self, state: &Operand<*mut u8, Dtype, 3>, slot: usize, row: usize) {
+        let lines = |start: *const u8, bytes: usize| {
+            for offset in (0..bytes + LINE - 1).step_by(LINE) {
+                L::prefetch(start.wrapping_add(offset));
+            }
+        };
+        for part in &self.parts {
+            lines(at(state, [slot, part.channel, 0]), part.len * step(state, 1));
+            lines(features(&part.field, self.head, row), part.len * part.field.dtype.size());
+        }
+        let z = &self.tokens.z;
+        lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
     }
 
     /// Keeps the last inputs as what lies before the tokens to come.

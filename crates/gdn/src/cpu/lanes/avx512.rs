@@ -160,6 +160,12 @@ impl Register for F32x16 {
     }
 
     #[inline(always)]
+    fn prefetch(src: *const u8) {
+        // SAFETY: a prefetch of any address is harmless, and every x86-64 machine has SSE, whose instruction it is.
+        unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T0 }>(src.cast()) }
+    }
+
+    #[inline(always)]
     fn sum(self) -> f32 {
         // SAFETY: a value of the type shows that the machine has the instructions.
         unsafe {

@@ -52,6 +52,12 @@ pub(super) trait Register: Lanes {
     /// `LEN` f16 are writable at `dst`, at any alignment.
     unsafe fn store_f16(self, dst: *mut u16);
 
+    /// Has the line of `src` brought near, where the instruction set can. Any address will do.
+    #[inline(always)]
+    fn prefetch(src: *const u8) {
+        let _ = src;
+    }
+
     /// The sum of the lanes, halves first: lane i and lane i + LEN/2, and so on.
     fn sum(self) -> f32;
 }
