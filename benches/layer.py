@@ -35,8 +35,9 @@ from layer_subjects import PEERS, SUBJECTS, Inputs, Unavailable
 
 HEADS = (16, 32, 128, 128)
 TURNS, TURN_SECONDS = 11, 0.02
-# OpenMP's threads go on spinning for up to 0.2 s after a call, on a core that the next subject needs.
-PAUSE_SECONDS = 0.25
+# OpenMP's threads go on spinning for some ms after a call, on a core that the next subject needs, and after a pause
+# the processor is slow: so each turn begins with calls that do not count.
+UNCOUNTED_SECONDS = 0.03
 DISTURBED = 1.5
 ROTATED_BYTES = 256 << 20
 # Relative error in the 2-norm of a peer that rounds c, q, k, beta, o and the normed o to bf16, or sums chunks in f32
@@ -111,9 +112,11 @@ def take_turns(subjects: dict, rotations: int) -> dict[str, list[float]]:
         repeats[name] = max(1, min(1000, int(TURN_SECONDS / (time.perf_counter() - start))))
     order = random.Random(0)
     for _ in range(TURNS):
-        # What one leaves behind in the caches and of threads still waiting is not always the same one's loss.
+        # What one leaves behind in the caches is not always the same one's loss.
         for name, subject in order.sample(list(subjects.items()), len(subjects)):
-            time.sleep(PAUSE_SECONDS)
+            start = time.perf_counter()
+            while time.perf_counter() < start + UNCOUNTED_SECONDS:
+                subject.run(next(sets))
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 subject.run(next(sets))
