@@ -1,5 +1,7 @@
 //! Decode on the CPU: each state goes through the caches once, whatever the number of tokens.
 
+use std::ops::Range;
+
 use gdn_math::special::exp;
 
 use super::{
@@ -8,7 +10,8 @@ use super::{
     recurrence::{Place, Recurrence, scratch_len},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
-    stages::{Group, Widths, at, clear, for_dtype, step},
+    stages::{Group, Widths, at, clear, for_dtype, in_head, step},
+    threads::{Sent, slices},
 };
 use crate::{
     argument::ArgumentError,
@@ -84,21 +87,49 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
     let state =
         heads.num_v_heads() * heads.head_v_dim() * heads.head_k_dim() * plan.recurrent.state.kind.size();
     let bytes = 2 * state.saturating_mul(num_sequences);
-    // A head's weights are read once for all the sequences of a task, which are few enough for every thread
-    // to have some.
-    let tasks_wanted = TASKS_PER_THREAD * cpu.chosen_threads(bytes);
-    let blocks = tasks_wanted.div_ceil(heads.num_k_heads()).min(num_sequences);
-    let sequences = num_sequences.div_ceil(blocks);
+    let threads = cpu.chosen_threads(bytes);
+    let (hk, rows) = (heads.num_k_heads(), heads.ratio() * heads.head_v_dim());
     let run = for_isa!(cpu.chosen_isa(), run(task: &Task<'_>, memory: &mut [f32]));
     let scratch_len = Widths::new(&plan.tokens, plan.tokens_per_sequence, WIDEST).scratch(&plan.tokens)
         + scratch_len(heads.head_k_dim());
-    let plan = &Sent(&plan);
-    cpu.share(heads.num_k_heads() * num_sequences.div_ceil(sequences), bytes, |i| {
-        let (head, first) = (i % heads.num_k_heads(), i / heads.num_k_heads() * sequences);
-        let task = Task { plan: plan.get(), head, sequences: first..(first + sequences).min(num_sequences) };
-        // SAFETY: `for_isa` looked at the machine. Tasks have no key head of a sequence in common, the plan
-        // was checked, and so were its slots.
-        scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+    let sent = &Sent::new(&raw const plan);
+    let share = |tasks: usize, task: &(dyn Fn(&'_ Plan<*mut u8>, usize) -> Task<'_> + Sync)| {
+        cpu.share(tasks, bytes, |i| {
+            // SAFETY: the plan lives until all tasks have ended.
+            let task = task(unsafe { &*sent.get() }, i);
+            // SAFETY: `for_isa` looked at the machine. Tasks have no rows of a key head of a sequence in
+            // common, the plan was checked, and so were its slots.
+            scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+        });
+    };
+    let (slices, len) = slices(rows, hk * num_sequences, threads);
+    if slices == 1 {
+        // A head's weights are read once for all the sequences of a task, which are few enough for every
+        // thread to have some.
+        let blocks = (TASKS_PER_THREAD * threads).div_ceil(hk).min(num_sequences);
+        let sequences = num_sequences.div_ceil(blocks);
+        share(hk * num_sequences.div_ceil(sequences), &|plan, i| {
+            let first = i / hk * sequences;
+            let sequences = first..(first + sequences).min(num_sequences);
+            Task { plan, head: i % hk, sequences, step: Step::All }
+        });
+        return Ok(());
+    }
+    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and no
+    // window may be written while a slice still reads it, so both come after.
+    scratch::with(plan.tokens.num_tokens * heads.num_v_heads() * heads.head_v_dim(), |outputs| {
+        let outputs = &Sent::new(outputs.as_mut_ptr());
+        share(hk * num_sequences * slices, &|plan, i| {
+            let (head, sequence, first) = (i % hk, i / hk % num_sequences, i / hk / num_sequences * len);
+            let step = Step::Slice(first..(first + len).min(rows), outputs.get());
+            Task { plan, head, sequences: sequence..sequence + 1, step }
+        });
+        share(hk * num_sequences, &|plan, i| Task {
+            plan,
+            head: i % hk,
+            sequences: i / hk..i / hk + 1,
+            step: Step::Rest(outputs.get()),
+        });
     });
     Ok(())
 }
@@ -106,23 +137,21 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
 /// Tasks for each thread, so that one which is late does not hold up the others for long.
 const TASKS_PER_THREAD: usize = 32;
 
-/// A plan that threads may see.
-struct Sent<'a>(&'a Plan<*mut u8>);
-
-impl Sent<'_> {
-    fn get(&self) -> &Plan<*mut u8> {
-        self.0
-    }
-}
-
-// SAFETY: addresses of a plan's tensors. Only tasks follow them, each of which answers for how.
-unsafe impl Sync for Sent<'_> {}
-
 /// One key head of some sequences.
 struct Task<'a> {
     plan: &'a Plan<*mut u8>,
     head: usize,
-    sequences: std::ops::Range<usize>,
+    sequences: Range<usize>,
+    step: Step,
+}
+
+/// What a task does of each of its sequences. Outputs that steps hand on are `[N, HV, DV]` in f32.
+enum Step {
+    All,
+    /// The delta rule for some rows of the key head's R * DV.
+    Slice(Range<usize>, *mut f32),
+    /// Everything else.
+    Rest(*const f32),
 }
 
 /// Reads and checks the values of indices.
@@ -216,9 +245,10 @@ impl Read {
 /// machine has L's instruction set.
 #[inline(always)]
 unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
-    let Task { plan, head, ref sequences } = *task;
+    let Task { plan, head, ref sequences, ref step } = *task;
     let (tokens, t) = (&plan.tokens, plan.tokens_per_sequence);
-    let dk = tokens.layer.heads().head_k_dim();
+    let heads = tokens.layer.heads();
+    let (dk, all_rows) = (heads.head_k_dim(), heads.ratio() * heads.head_v_dim());
     let widths = Widths::new(tokens, t, WIDEST);
     {
         let mut pieces = Pieces::of(memory);
@@ -229,23 +259,38 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
             let rows = r * t..(r + 1) * t;
             // SAFETY: rows and states of this sequence.
             unsafe {
-                match Read::of(plan, r) {
-                    None => clear(tokens, head, rows),
-                    Some(read) => {
-                        let columns = plan.conv.state.sizes[2];
-                        let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
-                        group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
-                        group.prepare::<L>(rows.start, t);
-                        keep_window::<L>(plan, &mut group, r, read);
-                        // The delta rule takes longer than memory does to bring what the next sequence begins with.
-                        if let Some(next) =
-                            (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten()
-                        {
-                            group.prefetch::<L>(&plan.conv.state, next, rows.end);
-                        }
-                        recur::<L>(plan, &mut group, head, r, read, unkept);
-                        group.finish::<L>(rows.start, t);
+                let Some(read) = Read::of(plan, r) else {
+                    if !matches!(step, Step::Slice(..)) {
+                        clear(tokens, head, rows);
                     }
+                    continue;
+                };
+                let columns = plan.conv.state.sizes[2];
+                let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
+                group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
+                group.take_inputs::<L>(rows.start, t);
+                if let Step::Rest(outputs) = step {
+                    group.take_outputs(*outputs, rows.start, t);
+                } else {
+                    group.prepare::<L>(rows.start, t);
+                }
+                if !matches!(step, Step::Slice(..)) {
+                    keep_window::<L>(plan, &mut group, r, read);
+                }
+                // The delta rule takes longer than memory does to bring what the next sequence begins with.
+                if let Some(next) = (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten() {
+                    group.prefetch::<L>(&plan.conv.state, next, rows.end);
+                }
+                match step {
+                    Step::All => recur::<L>(plan, &mut group, r, read, unkept, &(0..all_rows)),
+                    Step::Slice(slice, outputs) => {
+                        recur::<L>(plan, &mut group, r, read, unkept, slice);
+                        group.put_outputs(*outputs, rows.start, t, slice);
+                    }
+                    Step::Rest(_) => {}
+                }
+                if !matches!(step, Step::Slice(..)) {
+                    group.finish::<L>(rows.start, t);
                 }
             }
         }
@@ -289,7 +334,7 @@ unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, 
     }
 }
 
-/// The delta rule, for each value head.
+/// The delta rule, for some of the R * DV rows of the value heads' states.
 ///
 /// # Safety
 /// As [`run`], for one sequence, whose tokens are prepared.
@@ -297,10 +342,10 @@ unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, 
 unsafe fn recur<L: Register>(
     plan: &Plan<*mut u8>,
     group: &mut Group<'_>,
-    head: usize,
     sequence: usize,
     read: Read,
     unkept: &mut [f32],
+    rows: &Range<usize>,
 ) {
     let heads = plan.tokens.layer.heads();
     let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
@@ -308,7 +353,10 @@ unsafe fn recur<L: Register>(
     let by_rows = state.is_dense(3);
     let along = if by_rows { 2 } else { 3 };
     for j in 0..ratio {
-        let h = head * ratio + j;
+        let (h, rows) = (group.head() * ratio + j, in_head(rows, j, dv));
+        if rows.is_empty() {
+            continue;
+        }
         let place = |slot: usize| Place {
             at: at(state, [slot, h, 0, 0]),
             step: step(state, along),
@@ -316,7 +364,7 @@ unsafe fn recur<L: Register>(
         };
         let mut head = Recurrence {
             dk,
-            dv,
+            rows,
             q: group.q.as_ptr(),
             k: group.k.as_ptr(),
             v: group.v[j * group.head_width..].as_ptr(),

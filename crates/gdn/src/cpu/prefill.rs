@@ -16,6 +16,8 @@
 //! which stays in the first-level cache. A chunk takes 3 DK DV + (16 to 20) DV multiplications a token, where
 //! the recurrence takes 4 DK DV.
 
+use std::ops::Range;
+
 use gdn_math::{layer as math, special::exp};
 
 use super::{
@@ -23,7 +25,8 @@ use super::{
     lanes::{Bf16, Element, F16, F32, Register, for_isa},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
-    stages::{Group, Widths, at, clear, for_dtype, step},
+    stages::{Group, Widths, at, clear, for_dtype, in_head, step},
+    threads::{Sent, slices},
 };
 use crate::{
     argument::ArgumentError,
@@ -52,14 +55,42 @@ pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Resu
     let bytes =
         plan.tokens.num_tokens.saturating_mul(heads.num_v_heads() * heads.head_k_dim() * heads.head_v_dim());
     let run = for_isa!(cpu.chosen_isa(), tiled run(task: &Task<'_>, memory: &mut [f32]));
+    let num_sequences = plan.slots.num_sequences;
     let lens = Lens::of(heads.head_k_dim(), heads.head_v_dim(), WIDEST_PANEL, heads.ratio());
     let scratch_len = Widths::new(&plan.tokens, CHUNK, WIDEST_PANEL).scratch(&plan.tokens) + lens.scratch();
-    let plan = &Sent(&plan);
-    cpu.share(hk * plan.get().slots.num_sequences, bytes, |i| {
-        let task = Task { plan: plan.get(), head: i % hk, sequence: i / hk };
-        // SAFETY: `for_isa` looked at the machine. Tasks have no key head of a sequence in common, the plan
-        // was checked, and so were its slots.
-        scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+    let sent = &Sent::new(&raw const plan);
+    let share = |tasks: usize, task: &(dyn Fn(&'_ Plan<*mut u8>, usize) -> Task<'_> + Sync)| {
+        cpu.share(tasks, bytes, |i| {
+            // SAFETY: the plan lives until all tasks have ended.
+            let task = task(unsafe { &*sent.get() }, i);
+            // SAFETY: `for_isa` looked at the machine. Tasks have no rows of a key head of a sequence in
+            // common, the plan was checked, and so were its slots.
+            scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
+        });
+    };
+    // Slices of one value head's rows, so that they are whole panels.
+    let (slices, len) =
+        slices(heads.head_v_dim(), heads.num_v_heads() * num_sequences, cpu.chosen_threads(bytes));
+    if hk * num_sequences >= cpu.chosen_threads(bytes) {
+        share(hk * num_sequences, &|plan, i| Task { plan, head: i % hk, sequence: i / hk, step: Step::All });
+        return Ok(());
+    }
+    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and no
+    // window may be written while a slice still reads it, so both come after.
+    let mut outputs = vec![0f32; plan.tokens.num_tokens * heads.num_v_heads() * heads.head_v_dim()];
+    let outputs = &Sent::new(outputs.as_mut_ptr());
+    let (dv, ratio) = (heads.head_v_dim(), heads.ratio());
+    share(hk * num_sequences * ratio * slices, &|plan, i| {
+        let (head, sequence, part) = (i % hk, i / hk % num_sequences, i / hk / num_sequences);
+        let (r, first) = (part / slices, part % slices * len);
+        let rows = r * dv + first..r * dv + (first + len).min(dv);
+        Task { plan, head, sequence, step: Step::Slice(rows, outputs.get()) }
+    });
+    share(hk * num_sequences, &|plan, i| Task {
+        plan,
+        head: i % hk,
+        sequence: i / hk,
+        step: Step::Rest(outputs.get()),
     });
     Ok(())
 }
@@ -67,23 +98,21 @@ pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Resu
 /// Columns of the widest panel of any instruction set.
 const WIDEST_PANEL: usize = 32;
 
-/// A plan that threads may see.
-struct Sent<'a>(&'a Plan<*mut u8>);
-
-impl Sent<'_> {
-    fn get(&self) -> &Plan<*mut u8> {
-        self.0
-    }
-}
-
-// SAFETY: addresses of a plan's tensors. Only tasks follow them, each of which answers for how.
-unsafe impl Sync for Sent<'_> {}
-
 /// One key head of a sequence.
 struct Task<'a> {
     plan: &'a Plan<*mut u8>,
     head: usize,
     sequence: usize,
+    step: Step,
+}
+
+/// What a task does. Outputs that steps hand on are `[N, HV, DV]` in f32.
+enum Step {
+    All,
+    /// The delta rule for some rows of the key head's R * DV, within one value head, from a panel's start on.
+    Slice(Range<usize>, *mut f32),
+    /// Everything else.
+    Rest(*const f32),
 }
 
 /// Reads and checks the values of indices.
@@ -134,82 +163,96 @@ fn check(plan: &Plan<*mut u8>) -> Result<(), ArgumentError> {
 /// machine has L's instruction set.
 #[inline(always)]
 unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memory: &mut [f32]) {
-    let Task { plan, head, sequence } = *task;
+    let Task { plan, head, sequence, step: ref part } = *task;
     let tokens = &plan.tokens;
     // SAFETY: the plan was checked: entries for each sequence, which ascend from 0.
     let (start, end) =
         unsafe { (plan.cu_seqlens.read([sequence]) as usize, plan.cu_seqlens.read([sequence + 1]) as usize) };
     // SAFETY: as above.
     let Some(slot) = (unsafe { plan.slots.slot(sequence, 0) }) else {
-        // SAFETY: rows of this sequence.
-        unsafe { clear(tokens, head, start..end) };
+        if !matches!(part, Step::Slice(..)) {
+            // SAFETY: rows of this sequence.
+            unsafe { clear(tokens, head, start..end) };
+        }
         return;
     };
     // SAFETY: as above.
     let is_initial = plan.has_initial_state.is_none_or(|flags| unsafe { flags.read([sequence]) } != 0);
     let heads = tokens.layer.heads();
-    let (dk, ratio) = (heads.head_k_dim(), heads.ratio());
+    let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
     let panel = N * L::LEN;
     let widths = Widths::new(tokens, CHUNK, panel);
-    let lens = Lens::of(dk, heads.head_v_dim(), panel, ratio);
-    {
-        let mut pieces = Pieces::of(memory);
-        // SAFETY: the caller's promises; all that follows is of this sequence and this key head.
-        unsafe {
-            let mut group = Group::new::<L>(tokens, head, widths, &mut pieces);
-            let mut heads = Heads::new(lens, ratio, &mut pieces);
-            let before = tokens.layer.conv_width - 1;
-            let window = plan.conv.as_ref().filter(|_| is_initial);
-            group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
-            match plan.recurrent.as_ref().filter(|_| is_initial) {
-                Some(recurrent) => heads.read::<L>(&recurrent.state, slot, head * ratio),
-                None => heads.states.fill(0.0),
+    let rows = match part {
+        Step::Slice(rows, _) => rows.clone(),
+        Step::All => 0..ratio * dv,
+        Step::Rest(_) => 0..0,
+    };
+    let is_whole = !matches!(part, Step::Slice(..));
+    let mut pieces = Pieces::of(memory);
+    // SAFETY: the caller's promises; all that follows is of this sequence and this key head.
+    unsafe {
+        let mut group = Group::new::<L>(tokens, head, widths, &mut pieces);
+        let mut states = States::new(Lens::of(dk, dv, panel, ratio), rows, &mut pieces);
+        let before = tokens.layer.conv_width - 1;
+        let window = plan.conv.as_ref().filter(|_| is_initial);
+        group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
+        match plan.recurrent.as_ref().filter(|_| is_initial) {
+            Some(recurrent) => states.read::<L>(&recurrent.state, slot, head * ratio),
+            None => states.states.fill(0.0),
+        }
+        let mut row = start;
+        while row < end {
+            let n = CHUNK.min(end - row);
+            group.take_inputs::<L>(row, n);
+            match part {
+                Step::All => {
+                    group.prepare::<L>(row, n);
+                    states.chunk::<L, M, N>(&mut group);
+                }
+                Step::Slice(rows, outputs) => {
+                    group.prepare::<L>(row, n);
+                    states.chunk::<L, M, N>(&mut group);
+                    group.put_outputs(*outputs, row, n, rows);
+                }
+                Step::Rest(outputs) => group.take_outputs(*outputs, row, n),
             }
-            let mut row = start;
-            while row < end {
-                let n = CHUNK.min(end - row);
-                group.prepare::<L>(row, n);
-                heads.chunk::<L, M, N>(&mut group);
+            if is_whole {
                 group.finish::<L>(row, n);
-                group.keep_inputs(n);
-                row += n;
-                if let Some(checkpoints) = &plan.checkpoints
-                    && (row - start).is_multiple_of(checkpoints.every)
-                {
-                    let place =
-                        checkpoints.starts.read([sequence]) as usize + (row - start) / checkpoints.every - 1;
-                    heads.write::<L>(&checkpoints.recurrent_states, place, head * ratio);
-                    if let Some(windows) = &checkpoints.conv_states {
-                        let window = at(windows, [place, 0, windows.sizes[2] - before]);
-                        group.write_window::<L>(
-                            window,
-                            windows.kind,
-                            [step(windows, 1), step(windows, 2)],
-                            0,
-                        );
-                    }
+            }
+            group.keep_inputs(n);
+            row += n;
+            if let Some(checkpoints) = &plan.checkpoints
+                && (row - start).is_multiple_of(checkpoints.every)
+            {
+                let place =
+                    checkpoints.starts.read([sequence]) as usize + (row - start) / checkpoints.every - 1;
+                states.write::<L>(&checkpoints.recurrent_states, place, head * ratio);
+                if let (Some(windows), true) = (&checkpoints.conv_states, is_whole) {
+                    let window = at(windows, [place, 0, windows.sizes[2] - before]);
+                    group.write_window::<L>(window, windows.kind, [step(windows, 1), step(windows, 2)], 0);
                 }
             }
-            if let Some(recurrent) = &plan.recurrent {
-                heads.write::<L>(&recurrent.state, slot, head * ratio);
-            }
-            if let Some(conv) = &plan.conv {
-                let (columns, len) = (conv.state.sizes[2], end - start);
-                let from = is_initial.then_some(slot);
-                // Without a token an initial state is what it was already.
-                if len > 0 || from.is_none() {
-                    let kept = columns.saturating_sub(len);
-                    group.roll_window::<L>(&conv.state, [from, Some(slot)], len, kept, columns, start, len);
-                }
+        }
+        if let Some(recurrent) = &plan.recurrent {
+            states.write::<L>(&recurrent.state, slot, head * ratio);
+        }
+        if let (Some(conv), true) = (&plan.conv, is_whole) {
+            let (columns, len) = (conv.state.sizes[2], end - start);
+            let from = is_initial.then_some(slot);
+            // Without a token an initial state is what it was already.
+            if len > 0 || from.is_none() {
+                let kept = columns.saturating_sub(len);
+                group.roll_window::<L>(&conv.state, [from, Some(slot)], len, kept, columns, start, len);
             }
         }
     }
 }
 
-/// Lengths of the scratch memory of [`Heads`].
+/// Lengths of the scratch memory of [`States`].
 #[derive(Clone, Copy)]
 struct Lens {
     dk: usize,
+    dv: usize,
     /// Panels of a head's S^T.
     panels: usize,
     /// Columns of a panel.
@@ -219,7 +262,7 @@ struct Lens {
 
 impl Lens {
     fn of(dk: usize, dv: usize, panel: usize, ratio: usize) -> Self {
-        Self { dk, panels: dv.div_ceil(panel), panel, ratio }
+        Self { dk, dv, panels: dv.div_ceil(panel), panel, ratio }
     }
 
     fn state(&self) -> usize {
@@ -236,8 +279,10 @@ impl Lens {
 }
 
 /// The states of a key head's value heads, and what a chunk needs beside them.
-struct Heads<'a> {
+struct States<'a> {
     lens: Lens,
+    /// Those of the R * DV rows of the value heads' states that are computed.
+    rows: Range<usize>,
     /// `[R][panels][DK][panel]`: S^T.
     states: &'a mut [f32],
     /// `[DK][CHUNK]`
@@ -273,13 +318,14 @@ static LANES: [f32; CHUNK] = {
     lanes
 };
 
-impl<'a> Heads<'a> {
-    fn new(lens: Lens, ratio: usize, memory: &mut Pieces<'a>) -> Self {
+impl<'a> States<'a> {
+    fn new(lens: Lens, rows: Range<usize>, memory: &mut Pieces<'a>) -> Self {
         let square = CHUNK * CHUNK;
         let x = CHUNK * lens.panel;
         Self {
             lens,
-            states: memory.take(ratio * lens.state()),
+            rows,
+            states: memory.take(lens.ratio * lens.state()),
             k_transposed: memory.take(padded(lens.dk) * CHUNK),
             kk: memory.take(square),
             qk: memory.take(square),
@@ -295,21 +341,28 @@ impl<'a> Heads<'a> {
         }
     }
 
+    /// The panels of value head r that are computed.
+    fn panels(&self, r: usize) -> Range<usize> {
+        let rows = in_head(&self.rows, r, self.lens.dv);
+        if rows.is_empty() { 0..0 } else { rows.start / self.lens.panel..rows.end.div_ceil(self.lens.panel) }
+    }
+
     /// Reads the states of value heads from `first` on out of a slot.
     ///
     /// # Safety
     /// The slot can be read; the machine has L's instruction set.
     #[inline(always)]
     unsafe fn read<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
-        let Lens { dk, panels, panel, .. } = self.lens;
-        let (dv, steps) = (state.sizes[2], [step(state, 2), step(state, 3)]);
-        for (r, to) in self.states.chunks_exact_mut(panels * dk * panel).enumerate() {
-            let from = at(state, [slot, first + r, 0, 0]);
-            for (p, to) in to.chunks_exact_mut(dk * panel).enumerate() {
+        let Lens { dk, dv, panels, panel, ratio } = self.lens;
+        let steps = [step(state, 2), step(state, 3)];
+        for r in 0..ratio {
+            let memory = at(state, [slot, first + r, 0, 0]);
+            for p in self.panels(r) {
                 let (start, columns) = (p * panel, panel.min(dv - p * panel));
+                let own = &mut self.states[(r * panels + p) * dk * panel..][..dk * panel];
                 for_dtype!(state.kind, E => {
                     // SAFETY: the caller's promises.
-                    unsafe { turn::<E, true>(from, steps, start, columns, to, dk, panel) }
+                    unsafe { turn::<E, true>(memory, steps, start, columns, own, dk, panel) }
                 });
             }
         }
@@ -321,15 +374,16 @@ impl<'a> Heads<'a> {
     /// The slot can be written; the machine has L's instruction set.
     #[inline(always)]
     unsafe fn write<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
-        let Lens { dk, panels, panel, .. } = self.lens;
-        let (dv, steps) = (state.sizes[2], [step(state, 2), step(state, 3)]);
-        for (r, from) in self.states.chunks_exact_mut(panels * dk * panel).enumerate() {
-            let to = at(state, [slot, first + r, 0, 0]);
-            for (p, from) in from.chunks_exact_mut(dk * panel).enumerate() {
+        let Lens { dk, dv, panels, panel, ratio } = self.lens;
+        let steps = [step(state, 2), step(state, 3)];
+        for r in 0..ratio {
+            let memory = at(state, [slot, first + r, 0, 0]);
+            for p in self.panels(r) {
                 let (start, columns) = (p * panel, panel.min(dv - p * panel));
+                let own = &mut self.states[(r * panels + p) * dk * panel..][..dk * panel];
                 for_dtype!(state.kind, E => {
                     // SAFETY: the caller's promises.
-                    unsafe { turn::<E, false>(to, steps, start, columns, from, dk, panel) }
+                    unsafe { turn::<E, false>(memory, steps, start, columns, own, dk, panel) }
                 });
             }
         }
@@ -341,7 +395,7 @@ impl<'a> Heads<'a> {
     /// `group` has room for [`CHUNK`] tokens, all of which are prepared; the machine has L's instruction set.
     #[inline(always)]
     unsafe fn chunk<L: Register, const M: usize, const N: usize>(&mut self, group: &mut Group<'_>) {
-        let Lens { dk, panels, panel, ratio } = self.lens;
+        let Lens { dk, panels, panel, ratio, .. } = self.lens;
         let row = padded(dk);
         for (t, key) in group.k.chunks_exact(row).enumerate() {
             for (d, value) in key[..dk].iter().enumerate() {
@@ -363,9 +417,13 @@ impl<'a> Heads<'a> {
                 }
             }
             for r in 0..ratio {
+                let computed = self.panels(r);
+                if computed.is_empty() {
+                    continue;
+                }
                 let decay =
                     self.gates::<L, M>(&group.g[r * CHUNK..][..CHUNK], &group.beta[r * CHUNK..][..CHUNK]);
-                for p in 0..panels {
+                for p in computed {
                     let state = self.states[(r * panels + p) * dk * panel..][..dk * panel].as_mut_ptr();
                     let column = r * group.head_width + p * panel;
                     self.panel::<L, M, N>(group, r, column, state, decay);
@@ -438,7 +496,7 @@ impl<'a> Heads<'a> {
     /// One panel of one head.
     ///
     /// # Safety
-    /// As [`Heads::chunk`]; `state` is the panel's part of S^T.
+    /// As [`States::chunk`]; `state` is the panel's part of S^T.
     #[inline(always)]
     unsafe fn panel<L: Register, const M: usize, const N: usize>(
         &mut self,

@@ -1,6 +1,8 @@
 //! The delta rule token by token, on one value head's state: each row, or each column, goes through the
 //! registers once a token, and through memory once in all.
 
+use std::ops::Range;
+
 use gdn_math::layer as math;
 
 use super::{
@@ -42,7 +44,8 @@ pub(super) fn scratch_len(dk: usize) -> usize {
 /// A value head, and its tokens.
 pub(super) struct Recurrence {
     pub(super) dk: usize,
-    pub(super) dv: usize,
+    /// The part of DV that is computed. Every part gives the same bits as the whole.
+    pub(super) rows: Range<usize>,
     /// `[T][padded(DK)]`, zeros from DK on.
     pub(super) q: *const f32,
     /// As `q`.
@@ -69,28 +72,29 @@ impl Recurrence {
     /// All that the fields say is there, states of elements E; the machine has L's instruction set.
     #[inline(always)]
     pub(super) unsafe fn run<L: Register, E: Element>(&self, by_rows: bool) {
+        let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
             if by_rows {
-                let whole = self.dv / ROWS * ROWS;
-                for row in (0..whole).step_by(ROWS) {
+                let mut row = start;
+                while row + ROWS <= end {
                     self.rows::<L, E, ROWS>(row);
+                    row += ROWS;
                 }
-                for row in whole..self.dv {
+                for row in row..end {
                     self.rows::<L, E, 1>(row);
                 }
             } else {
-                let (wide, whole) = (COLUMNS * L::LEN, self.dv / L::LEN * L::LEN);
-                let mut column = 0;
-                while column + wide <= whole {
+                let mut column = start;
+                while column + COLUMNS * L::LEN <= end {
                     self.columns::<L, E, COLUMNS>(column);
-                    column += wide;
+                    column += COLUMNS * L::LEN;
                 }
-                while column < whole {
+                while column + L::LEN <= end {
                     self.columns::<L, E, 1>(column);
                     column += L::LEN;
                 }
-                for column in whole..self.dv {
+                for column in column..end {
                     self.columns::<f32, E, 1>(column);
                 }
             }

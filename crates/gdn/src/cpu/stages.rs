@@ -3,6 +3,8 @@
 //!
 //! Everything goes through rows of f32 in scratch memory, each padded with zeros to whole registers.
 
+use std::ops::Range;
+
 use gdn_math::layer as math;
 
 use super::{
@@ -421,7 +423,29 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on. Rows after them, up to the
+    /// Which key head it is.
+    pub(super) fn head(&self) -> usize {
+        self.head
+    }
+
+    /// Takes the inputs of `num_tokens` tokens from row `first` on, after those that lie before them.
+    ///
+    /// # Safety
+    /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
+    #[inline(always)]
+    pub(super) unsafe fn take_inputs<L: Register>(&mut self, first: usize, num_tokens: usize) {
+        let before = self.tokens.layer.conv_width - 1;
+        for part in &mut self.parts {
+            for t in 0..num_tokens {
+                let src = features(&part.field, self.head, first + t);
+                let dst = part.inputs[(before + t) * part.row..].as_mut_ptr();
+                // SAFETY: a row of the projections, and one of the scratch memory.
+                unsafe { load::<L>(part.field.dtype, src, part.field.dtype.size(), part.len, dst) };
+            }
+        }
+    }
+
+    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on, whose inputs were taken. Rows after them, up to the
     /// capacity, are made ones that change no state: zeros.
     ///
     /// # Safety
@@ -434,13 +458,7 @@ impl<'a> Group<'a> {
         let zero = unsafe { L::zero() };
         let qk = padded(dk);
         for (i, part) in self.parts.iter_mut().enumerate() {
-            let (row, before) = (part.row, self.tokens.layer.conv_width - 1);
-            for t in 0..num_tokens {
-                let src = features(&part.field, self.head, first + t);
-                let dst = part.inputs[(before + t) * row..].as_mut_ptr();
-                // SAFETY: a row of the projections, and one of the scratch memory.
-                unsafe { load::<L>(part.field.dtype, src, part.field.dtype.size(), part.len, dst) };
-            }
+            let row = part.row;
             // Where the convolved channels go: whole rows of q and k; value heads side by side, each with
             // room to its width.
             let (to, stride, len, step) = match i {
@@ -498,6 +516,50 @@ impl<'a> Group<'a> {
         }
     }
 
+    /// Puts some columns of `o`, of each value head those in `columns`, into rows of all value heads, from row
+    /// `first` on.
+    ///
+    /// # Safety
+    /// `all` has `[N, HV, DV]` f32, and nobody else has these.
+    pub(super) unsafe fn put_outputs(
+        &self,
+        all: *mut f32,
+        first: usize,
+        num_tokens: usize,
+        columns: &Range<usize>,
+    ) {
+        let heads = self.tokens.layer.heads();
+        let (dv, ratio) = (heads.head_v_dim(), heads.ratio());
+        for t in 0..num_tokens {
+            for r in 0..ratio {
+                let columns = in_head(columns, r, dv);
+                let from = &self.o[t * self.v_width + r * self.head_width..][columns.clone()];
+                let row = ((first + t) * heads.num_k_heads() + self.head) * ratio + r;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    all.add(row * dv + columns.start).copy_from_nonoverlapping(from.as_ptr(), from.len())
+                };
+            }
+        }
+    }
+
+    /// Takes `o` from there.
+    ///
+    /// # Safety
+    /// `all` has `[N, HV, DV]` f32, and nobody writes these.
+    pub(super) unsafe fn take_outputs(&mut self, all: *const f32, first: usize, num_tokens: usize) {
+        let heads = self.tokens.layer.heads();
+        let (dv, ratio) = (heads.head_v_dim(), heads.ratio());
+        for t in 0..num_tokens {
+            for r in 0..ratio {
+                let row = ((first + t) * heads.num_k_heads() + self.head) * ratio + r;
+                let to = &mut self.o[t * self.v_width + r * self.head_width..][..dv];
+                // SAFETY: the caller's promise.
+                unsafe { to.as_mut_ptr().copy_from_nonoverlapping(all.add(row * dv), dv) };
+            }
+        }
+    }
+
     /// The gated norm of `num_tokens` tokens of `o`, into rows of `out` from row `first` on.
     ///
     /// # Safety
@@ -534,11 +596,17 @@ impl<'a> Group<'a> {
     }
 }
 
+/// What of a key head's R * DV rows is in value head r, as rows of that head.
+pub(super) fn in_head(rows: &Range<usize>, r: usize, dv: usize) -> Range<usize> {
+    let within = |row: usize| row.clamp(r * dv, (r + 1) * dv) - r * dv;
+    within(rows.start)..within(rows.end)
+}
+
 /// Zeros in rows of `out`, for one key head's value heads.
 ///
 /// # Safety
 /// The rows can be written.
-pub(super) unsafe fn clear(tokens: &Tokens<*mut u8>, head: usize, rows: std::ops::Range<usize>) {
+pub(super) unsafe fn clear(tokens: &Tokens<*mut u8>, head: usize, rows: Range<usize>) {
     let (heads, out) = (tokens.layer.heads(), &tokens.out);
     let zero = 0f32;
     for row in rows {

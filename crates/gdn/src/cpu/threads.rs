@@ -66,3 +66,30 @@ impl Cpu<'_> {
         }
     }
 }
+
+/// What threads may see of a call: addresses, which only its tasks follow, each of which answers for how.
+pub(super) struct Sent<T>(T);
+
+// SAFETY: as above.
+unsafe impl<T> Sync for Sent<T> {}
+
+impl<T: Copy> Sent<T> {
+    pub(super) fn new(addresses: T) -> Self {
+        Self(addresses)
+    }
+
+    pub(super) fn get(&self) -> T {
+        self.0
+    }
+}
+
+/// Rows of a state that are worth a task of their own: whole panels of every instruction set.
+const SLICE: usize = 32;
+
+/// How many slices the `rows` of a state are cut into where there are `tasks` for `threads`, and the rows of
+/// one.
+pub(super) fn slices(rows: usize, tasks: usize, threads: usize) -> (usize, usize) {
+    let wanted = if tasks == 0 || tasks >= threads { 1 } else { threads.div_ceil(tasks) };
+    let len = rows.div_ceil(wanted).next_multiple_of(SLICE);
+    (rows.div_ceil(len), len)
+}

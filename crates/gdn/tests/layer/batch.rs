@@ -58,8 +58,9 @@ pub struct Batch {
     pub has_initial_state: Option<Vec<i64>>,
 }
 
+/// Every instruction set, with more threads than small calls have key heads: those are cut into slices of rows.
 pub fn every_isa() -> impl Iterator<Item = (Isa, Cpu<'static>)> {
-    Isa::available().map(|isa| (isa, Cpu::new().isa(isa).unwrap().threads(2)))
+    Isa::available().map(|isa| (isa, Cpu::new().isa(isa).unwrap().threads(7)))
 }
 
 impl Batch {
