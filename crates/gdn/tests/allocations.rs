@@ -1,11 +1,14 @@
-//! A call for one row into outputs given allocates nothing.
+//! A call for one row into outputs given allocates nothing, and decode nothing after a thread's first call.
 
 use std::{
     alloc::{GlobalAlloc, Layout as Memory, System},
     cell::Cell,
 };
 
-use gdn::{Cpu, Heads, Layout, PackedBuf, Packing, UnpackedBuf, cpu::Isa};
+use gdn::{
+    ConvState, Cpu, Decode, Heads, Keep, Layer, Layout, Packed, PackedBuf, Packing, Projections,
+    RecurrentState, Slots, Tensor, UnpackedBuf, Weights, cpu::Isa,
+};
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
@@ -53,5 +56,49 @@ fn one_row_allocates_nothing() {
                 assert_eq!(allocations(merge), 0, "merge of {num_rows} rows, {isa}");
             }
         }
+    }
+}
+
+#[test]
+fn decode_allocates_nothing_after_a_threads_first_call() {
+    let layer = Layer::new(Layout::new(Heads::new(2, 4, 32, 32).unwrap(), Packing::Interleaved));
+    let (batch, channels) = (5, layer.conv_channels());
+    let (mixed_qkvz, mixed_ba) = (vec![0.1f32; batch * 384], vec![0.1f32; batch * 8]);
+    let (taps, per_head, norm) = (vec![0.5f32; channels * 4], [0.1f32; 4], [1f32; 32]);
+    let (mut conv, mut state) = (vec![0f32; batch * channels * 3], vec![0f32; batch * 4 * 32 * 32]);
+    let mut out = vec![0f32; batch * 4 * 32];
+    for isa in Isa::available() {
+        let cpu = Cpu::new().threads(1).isa(isa).unwrap();
+        let mut decode = || {
+            let mut call = Decode {
+                layer,
+                tokens_per_sequence: 1,
+                projections: Projections::Packed(Packed {
+                    mixed_qkvz: Tensor::new(&mixed_qkvz, [batch, 384]).unwrap(),
+                    mixed_ba: Tensor::new(&mixed_ba, [batch, 8]).unwrap(),
+                }),
+                weights: Weights {
+                    conv_weight: Tensor::new(&taps, [channels, 4]).unwrap(),
+                    conv_bias: None,
+                    A_log: Tensor::new(&per_head, [4]).unwrap(),
+                    dt_bias: Tensor::new(&per_head, [4]).unwrap(),
+                    norm_weight: Tensor::new(&norm, [32]).unwrap(),
+                },
+                conv_state: ConvState {
+                    state: Tensor::new_mut(&mut conv, [batch, channels, 3]).unwrap(),
+                    keep: Keep::Last,
+                },
+                recurrent_state: RecurrentState {
+                    state: Tensor::new_mut(&mut state, [batch, 4, 32, 32]).unwrap(),
+                    keep: Keep::Last,
+                },
+                slots: Slots::in_order(),
+                num_accepted_tokens: None,
+                out: Tensor::new_mut(&mut out, [batch, 4, 32]).unwrap(),
+            };
+            gdn::decode(&mut call, &cpu).unwrap();
+        };
+        decode();
+        assert_eq!(allocations(decode), 0, "{isa}");
     }
 }
