@@ -1,6 +1,6 @@
-//! Any bytes as a safetensors file for `gdn split`, and what comes out of it for `gdn merge`: done or
-//! refused, never a panic, and nothing is left behind where it is refused. Bytes after a zero byte of their
-//! own become the data, so that a header need not say how long it is.
+//! Any bytes as a safetensors file for `gdn forward` and `gdn split`, and what comes out of that for
+//! `gdn merge`: done or refused, never a panic, and nothing is left behind where it is refused. Bytes after a
+//! zero byte of their own become the data, so that a header need not say how long it is.
 
 #![no_main]
 
@@ -23,6 +23,8 @@ fuzz_target!(|bytes: &[u8]| {
             None => bytes.to_vec(),
         };
         fs::write(&input, file).expect("room for the input");
+        gdn_cli::run(["gdn", "forward", &input, "-o", &parts]);
+        let _ = fs::remove_file(&parts);
         gdn_cli::run(["gdn", "split", &input, "-o", &parts]);
         if fs::exists(&parts).expect("a folder that is there") {
             gdn_cli::run(["gdn", "merge", &parts, "-o", &back]);

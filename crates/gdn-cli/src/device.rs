@@ -2,7 +2,6 @@
 
 use std::{fmt, str::FromStr};
 
-#[cfg(not(feature = "cuda"))]
 use anyhow::bail;
 #[cfg(feature = "cuda")]
 use gdn::cuda;
@@ -26,6 +25,17 @@ impl FromStr for Device {
             (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
             _ => Err(format!("device is '{name}', it must be 'cpu', 'cuda' or 'cuda:N'")),
         }
+    }
+}
+
+impl Device {
+    /// # Errors
+    /// Where it is not the CPU, the only one on which `what` runs.
+    pub(crate) fn expect_cpu(self, what: &str) -> anyhow::Result<()> {
+        if self != Self::Cpu {
+            bail!("--device {self}: {what} runs on the CPU only so far, give --device cpu");
+        }
+        Ok(())
     }
 }
 

@@ -180,6 +180,15 @@ impl Input {
         self.header.names()
     }
 
+    /// The names of the tensors that are not among `used`.
+    pub(crate) fn names_but(&self, used: &[&str]) -> Vec<String> {
+        self.names().into_iter().filter(|name| !used.contains(&name.as_str())).collect()
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
+    }
+
     pub(crate) fn tensor<'a>(&'a self, name: &'a str) -> anyhow::Result<Tensor<'a>> {
         let Some(info) = self.header.info(name) else {
             let names = self.names();
@@ -196,11 +205,7 @@ impl Input {
 impl Tensor<'_> {
     /// Bytes of an element.
     pub(crate) fn element_size(&self) -> anyhow::Result<usize> {
-        let bits = self.dtype.bitsize();
-        if !bits.is_multiple_of(8) {
-            bail!("'{}' is {}: elements of {bits} bits do not move by bytes", self.name, self.dtype);
-        }
-        Ok(bits / 8)
+        element_size(self.name, self.dtype)
     }
 
     /// The shape but its last `last` dims, and the product of those: the rows.
@@ -217,12 +222,31 @@ impl Tensor<'_> {
     }
 }
 
+fn element_size(name: &str, dtype: Dtype) -> anyhow::Result<usize> {
+    let bits = dtype.bitsize();
+    if !bits.is_multiple_of(8) {
+        bail!("'{name}' is {dtype}: elements of {bits} bits do not move by bytes");
+    }
+    Ok(bits / 8)
+}
+
 /// A tensor that an [`Output`] will have.
 pub(crate) struct NewTensor {
     pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) bytes: usize,
+}
+
+impl NewTensor {
+    /// # Errors
+    /// Where it would have more bytes than the address space, or its elements are no whole bytes.
+    pub(crate) fn new(name: &str, dtype: Dtype, shape: Vec<usize>) -> anyhow::Result<Self> {
+        let size = element_size(name, dtype)?;
+        let bytes = shape.iter().try_fold(size, |bytes, dim| bytes.checked_mul(*dim));
+        let bytes = bytes.with_context(|| format!("'{name}' of shape {shape:?} would be too large"))?;
+        Ok(Self { name: name.to_owned(), dtype, shape, bytes })
+    }
 }
 
 /// A safetensors file in the making, under a temporary name beside its final one. Dropped, it leaves nothing

@@ -1,7 +1,10 @@
 //! The head of a safetensors file, as every command reads and writes it: eight bytes of length, and the
 //! header in JSON.
 
-use std::{collections::HashSet, fmt};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+};
 
 use anyhow::{Context, bail};
 use safetensors::{
@@ -35,6 +38,13 @@ impl FileMetadata {
             Self::Absent | Self::Null => &[],
             Self::Pairs(pairs) => pairs,
         }
+    }
+
+    /// The same with these pairs, in place of those it has of the same keys; in the order of the keys.
+    pub(crate) fn with(&self, pairs: impl IntoIterator<Item = (&'static str, String)>) -> Self {
+        let mut all: BTreeMap<String, String> = self.pairs().iter().cloned().collect();
+        all.extend(pairs.into_iter().map(|(key, value)| (key.to_owned(), value)));
+        Self::Pairs(all.into_iter().collect())
     }
 }
 

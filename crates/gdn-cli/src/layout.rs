@@ -134,21 +134,28 @@ pub(crate) fn metadata_of(layout: &Layout) -> [(&'static str, String); 5] {
     ]
 }
 
-/// How the CPU is to work.
+/// How the CPU is to compute.
 #[derive(clap::Args)]
-pub(crate) struct CpuArgs {
+pub(crate) struct ThreadsArgs {
     /// Threads [default: one for each core, and one alone where there is little to do]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = "CPU")]
     threads: Option<u16>,
     /// Instruction set: scalar, avx2, avx512 or neon [default: the best of this machine]
     #[arg(long, help_heading = "CPU")]
     isa: Option<Isa>,
+}
+
+/// How the CPU is to move rows.
+#[derive(clap::Args)]
+pub(crate) struct CpuArgs {
+    #[command(flatten)]
+    threads: ThreadsArgs,
     /// Rows that a thread takes at a time [default: as many as fit its cache]
     #[arg(long, value_name = "ROWS", help_heading = "CPU")]
     rows_per_iter: Option<usize>,
 }
 
-impl CpuArgs {
+impl ThreadsArgs {
     /// The choices, with the threads ready that were asked for or that work on so many bytes will ask for.
     pub(crate) fn cpu(&self, bytes: usize) -> anyhow::Result<Cpu<'static>> {
         let mut cpu = Cpu::new();
@@ -162,7 +169,14 @@ impl CpuArgs {
         if let Some(isa) = self.isa {
             cpu = cpu.isa(isa).context("--isa")?;
         }
-        Ok(cpu.rows_per_iter(self.rows_per_iter.unwrap_or(0)))
+        Ok(cpu)
+    }
+}
+
+impl CpuArgs {
+    /// As [`ThreadsArgs::cpu`].
+    pub(crate) fn cpu(&self, bytes: usize) -> anyhow::Result<Cpu<'static>> {
+        Ok(self.threads.cpu(bytes)?.rows_per_iter(self.rows_per_iter.unwrap_or(0)))
     }
 }
 

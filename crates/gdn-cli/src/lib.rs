@@ -3,12 +3,16 @@
 //! [`run`] is all there is to call; the binary does so, and the fuzz target.
 
 mod bench;
+mod call;
 mod device;
+mod figures;
 mod files;
+mod forward;
 mod header;
 mod info;
 mod interrupts;
 mod layout;
+mod numbers;
 mod plot;
 mod progress;
 mod repack;
@@ -35,6 +39,8 @@ enum Command {
     Split(transform::Args),
     /// Put them together again, the exact inverse of split
     Merge(transform::Args),
+    /// Compute a layer between its two GEMMs: convolution, gates, delta rule, gated norm
+    Forward(forward::Args),
     /// Put a checkpoint's projections into contiguous order once, after which the split is a view; or undo
     /// that
     Repack(repack::Args),
@@ -42,7 +48,7 @@ enum Command {
     Verify(repack::verify::Args),
     /// Show this machine and, for given heads, the row layouts before and after the split
     Info(info::Args),
-    /// Measure an op against a copy of the same bytes
+    /// Measure an op against the least that it could take: a copy of the same bytes, or bare arithmetic
     #[command(subcommand)]
     Bench(BenchOp),
     /// Print a script that completes gdn's arguments in a shell
@@ -55,7 +61,12 @@ enum Command {
 #[derive(Subcommand)]
 enum BenchOp {
     /// The split, over a range of tokens
-    Split(bench::Args),
+    Split(bench::split::Args),
+    /// A few tokens of each sequence, over a range of batches: against a copy of the states and of all else
+    /// that is read and written
+    Decode(bench::layer::DecodeArgs),
+    /// Many tokens, over a range of them: against fused multiply-adds that do nothing else
+    Prefill(bench::layer::PrefillArgs),
 }
 
 /// Runs the command with these arguments, the first of which is its own name. Exit codes: 0 done, 2 not done
@@ -73,16 +84,24 @@ pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitC
     let result = match args.command {
         Command::Split(args) => transform::split(&args),
         Command::Merge(args) => transform::merge(&args),
+        Command::Forward(args) => forward::run(&args),
         Command::Repack(args) => repack::run(&args),
         Command::Verify(args) => repack::verify::run(&args),
         Command::Info(args) => info::run(&args),
-        Command::Bench(BenchOp::Split(args)) => bench::run(&args),
+        Command::Bench(BenchOp::Split(args)) => bench::split::run(&args),
+        Command::Bench(BenchOp::Decode(args)) => bench::layer::decode(&args),
+        Command::Bench(BenchOp::Prefill(args)) => bench::layer::prefill(&args),
         Command::Completions { shell } => completions(shell),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(error) => {
+            // Wherever the signal came in, there is no more to say.
+            if let Some(interrupted) = error.downcast_ref::<interrupts::Interrupted>() {
+                note(&interrupted.to_string());
+                return ExitCode::from(interrupted.exit_code());
+            }
             match error.downcast_ref::<Faults>() {
                 Some(Faults { what, faults }) => {
                     note(&format!("{what}:"));
@@ -90,9 +109,7 @@ pub fn run(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> ExitC
                 }
                 None => note(&format!("{error:#}")),
             }
-            ExitCode::from(
-                error.downcast_ref::<interrupts::Interrupted>().map_or(2, |signal| signal.exit_code()),
-            )
+            ExitCode::from(2)
         }
     }
 }

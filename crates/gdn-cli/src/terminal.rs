@@ -39,7 +39,7 @@ const LONGEST_LINE: usize = 4000;
 
 /// The text as one line that a terminal can show: names from files may have anything in them, and be of any
 /// length. What is no printable character is escaped; of a line that is too long the middle is left out.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     let mut line = String::new();
     for char in text.chars() {
         match char {

@@ -1,6 +1,6 @@
 //! `gdn split` and `gdn merge`: the op over a safetensors file.
 
-use std::{collections::BTreeMap, ops::Range, path::PathBuf};
+use std::{ops::Range, path::PathBuf};
 
 use anyhow::{Context, bail};
 use gdn::{Layout, Packed, Rows, RowsMut, Unpacked};
@@ -8,7 +8,6 @@ use gdn::{Layout, Packed, Rows, RowsMut, Unpacked};
 use crate::{
     device::{Backend, Device},
     files::{Input, NewTensor, Output, Tensor},
-    header::FileMetadata,
     interrupts::{catch_interrupts, check_interrupted},
     layout::{CpuArgs, LayoutArgs, metadata_of},
     progress::Progress,
@@ -17,9 +16,10 @@ use crate::{
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-Heads and packing come from the arguments or, where they say nothing, from the metadata of IN (num_k_heads, num_v_heads, \
-head_k_dim, head_v_dim, packing). Tensors may have any number of leading dims, which are kept. OUT has the results, in the same \
-dtypes, and IN's metadata; it appears under its name when it is whole. OUT must not be a symbolic link.")]
+Heads and packing come from the arguments or, where they say nothing, from the metadata of IN (num_k_heads, \
+num_v_heads, head_k_dim, head_v_dim, packing). Tensors may have any number of leading dims, which are kept. \
+OUT has the results, in the same dtypes, and IN's metadata; it appears under its name when it is whole. OUT \
+must not be a symbolic link.")]
 pub(crate) struct Args {
     /// The safetensors file to read
     #[arg(value_name = "IN")]
@@ -166,9 +166,7 @@ impl Source<'_> {
     /// A tensor of the same rows and dtype, with other features.
     fn derived(&self, name: &str, row: &[usize]) -> anyhow::Result<NewTensor> {
         let shape = [&self.tensor.shape[..self.leading], row].concat();
-        let bytes = shape.iter().try_fold(self.element_size, |bytes, dim| bytes.checked_mul(*dim));
-        let bytes = bytes.with_context(|| format!("'{name}' of shape {shape:?} would be too large"))?;
-        Ok(NewTensor { name: name.to_owned(), dtype: self.tensor.dtype, shape, bytes })
+        NewTensor::new(name, self.tensor.dtype, shape)
     }
 
     fn rows(&self, rows: &Range<usize>) -> anyhow::Result<Rows<'_>> {
@@ -202,14 +200,11 @@ fn write(
     mut op: impl FnMut(&mut [&mut [u8]], &Range<usize>) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let used: Vec<&str> = inputs.iter().map(|source| source.tensor.name).collect();
-    let left_out: Vec<String> =
-        input.names().into_iter().filter(|name| !used.contains(&name.as_str())).collect();
+    let left_out = input.names_but(&used);
     if !left_out.is_empty() {
         note(&format!("not carried over: {}", left_out.join(", ")));
     }
-    let mut metadata: BTreeMap<String, String> = input.metadata().pairs().iter().cloned().collect();
-    metadata.extend(metadata_of(layout).map(|(key, value)| (key.to_owned(), value)));
-    let metadata = FileMetadata::Pairs(metadata.into_iter().collect());
+    let metadata = input.metadata().with(metadata_of(layout));
 
     catch_interrupts()?;
     let mut output = Output::create(&args.output, outputs, &metadata, &[&args.input])?;

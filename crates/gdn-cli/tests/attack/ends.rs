@@ -39,17 +39,21 @@ fn until_it_writes(scene: &Scene, child: &mut Child) {
 
 #[test]
 fn signals_that_ask_for_the_end_leave_nothing_behind() {
-    let scene = Scene::new(&[]);
-    large(&scene.path("in"), 10_000);
+    let split = Scene::new(&[]);
+    large(&split.path("in"), 10_000);
+    let forward = Scene::new(&[("in", "qwen3-next-layer-decode.safetensors")]);
     let signals = [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129), (Signal::XCPU, 152)];
-    for (signal, code) in signals {
-        let mut child = scene.command(&SPLIT).stderr(Stdio::piped()).spawn().unwrap();
-        until_it_writes(&scene, &mut child);
-        kill_process(Pid::from_child(&child), signal).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(code), "{signal:?}: {output:?}");
-        assert_eq!(output.stderr, b"gdn: interrupted, no output was written\n");
-        assert_eq!(scene.names(), ["in"]);
+    for (scene, args) in [(split, &SPLIT[..]), (forward, &["forward", "in", "-o", "out"])] {
+        for (signal, code) in signals {
+            let mut command = scene.command(args);
+            let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            until_it_writes(&scene, &mut child);
+            kill_process(Pid::from_child(&child), signal).unwrap();
+            let output = child.wait_with_output().unwrap();
+            assert_eq!(output.status.code(), Some(code), "{args:?}, {signal:?}: {output:?}");
+            assert_eq!(output.stderr, b"gdn: interrupted, no output was written\n");
+            assert_eq!(scene.names(), ["in"]);
+        }
     }
 }
 
@@ -68,10 +72,15 @@ fn what_is_ignored_stays_ignored() {
 
 #[test]
 fn files_that_may_not_be_so_large() {
-    let scene = Scene::new(&[("in", "r3-bf16.safetensors"), ("source", "repack/qwen3-next")]);
+    let scene = Scene::new(&[
+        ("in", "r3-bf16.safetensors"),
+        ("layer", "r1-f32-layer-decode.safetensors"),
+        ("source", "repack/qwen3-next"),
+    ]);
     let before = scene.files();
     // In blocks of 512 bytes or of 1024.
     refused(&scene.shell("ulimit -f 1", "split in -o out"), "ulimit -f");
+    refused(&scene.shell("ulimit -f 1", "forward layer -o out"), "ulimit -f");
     refused(&scene.shell("ulimit -f 20", "repack source -o out"), "ulimit -f");
     assert_eq!(scene.files(), before);
     scene.succeeds(&["repack", "source", "-o", "out"]);
@@ -79,7 +88,11 @@ fn files_that_may_not_be_so_large() {
 
 #[test]
 fn streams_that_nobody_reads() {
-    let scene = Scene::new(&[("in", "r3-bf16.safetensors"), ("source", "repack/qwen3-next")]);
+    let scene = Scene::new(&[
+        ("in", "r3-bf16.safetensors"),
+        ("layer", "r1-f32-layer-decode.safetensors"),
+        ("source", "repack/qwen3-next"),
+    ]);
     // Something to say on the way: a folder is not carried over, and a tensor neither.
     fs::create_dir(scene.path("source/more")).unwrap();
     for (i, stream) in ["2>/dev/full", "2>&-", "2>/dev/full >/dev/full", ">&- 2>&-"].into_iter().enumerate() {
@@ -97,9 +110,14 @@ fn streams_that_nobody_reads() {
     let part = "cannot write to standard output";
     refused(&scene.shell("", "verify out0 --against source > /dev/full"), part);
     refused(&scene.shell("", "info > /dev/full"), part);
+    // What cannot be told is not done.
+    refused(&scene.shell("", "forward layer -o result > /dev/full"), part);
+    assert!(!scene.path("result").exists());
+    assert!(scene.shell("", "forward layer -o result | true").status.success());
+    assert!(scene.path("result").exists());
     assert_eq!(scene.shell("", "--help > /dev/full").status.code(), Some(2));
     // A pipe that nobody reads, and no error.
-    for args in ["--help", "info", "completions zsh", "verify out0 --against source"] {
+    for args in ["--help", "info", "completions zsh", "verify out0 --against source", "forward layer"] {
         let output = scene.shell("", &format!("{args} | true")).status;
         assert!(output.success(), "{args}");
     }
@@ -109,7 +127,11 @@ fn streams_that_nobody_reads() {
 #[test]
 fn no_thread_to_be_had_is_an_error() {
     use crate::syscalls::{self, Fate};
-    let scene = Scene::new(&[("small", "r3-bf16.safetensors"), ("source", "repack/fp8")]);
+    let scene = Scene::new(&[
+        ("small", "r3-bf16.safetensors"),
+        ("layer", "r1-f32-layer-decode.safetensors"),
+        ("source", "repack/fp8"),
+    ]);
     large(&scene.path("in"), 100);
     let before = scene.files();
     let without_threads = |args: &[&str]| {
@@ -118,9 +140,16 @@ fn no_thread_to_be_had_is_an_error() {
         })
     };
     let several = ["split", "small", "-o", "out", "--threads", "3"];
-    for args in
-        [&SPLIT[..6], &several, &["info"], &["bench", "split"], &["repack", "source", "-o", "new/out"]]
-    {
+    let forward = ["forward", "layer", "--threads", "3"];
+    for args in [
+        &SPLIT[..6],
+        &several,
+        &forward,
+        &["info"],
+        &["bench", "split"],
+        &["bench", "decode"],
+        &["repack", "source", "-o", "new/out"],
+    ] {
         let Ok((output, _)) = without_threads(args) else { return };
         refused(&output, "thread");
         assert_eq!(scene.files(), before, "{args:?}");

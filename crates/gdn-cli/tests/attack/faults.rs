@@ -33,10 +33,16 @@ const MERGE: Case = Case {
     args: &["merge", "in", "-o", "out"],
     takes_up: false,
 };
-const ALL: [Case; 4] = [REPACK, SEPARATE, SPLIT, MERGE];
+const FORWARD: Case = Case {
+    inputs: &[("in", "r1-f32-layer-decode.safetensors")],
+    args: &["forward", "in", "-o", "out", "--threads", "1", "--max-error", "1e-6"],
+    takes_up: false,
+};
+const ALL: [Case; 5] = [REPACK, SEPARATE, SPLIT, MERGE, FORWARD];
 
 impl Case {
-    /// What is there after a run that nothing happens to, and how many calls it makes. `None` where nobody may look at calls.
+    /// What is there after a run that nothing happens to, and how many calls it makes. `None` where nobody
+    /// may look at calls.
     fn whole(&self) -> Option<(Files, usize)> {
         let scene = Scene::new(self.inputs);
         let (output, calls) = match syscalls::run(&mut scene.command(self.args), |_, _| Fate::Done) {
@@ -52,7 +58,8 @@ impl Case {
         Some((scene.files(), calls))
     }
 
-    /// That what a run left, which had `fate` in its call `k`, is whole or not there, and that the same command goes on.
+    /// That what a run left, which had `fate` in its call `k`, is whole or not there, and that the same
+    /// command goes on.
     fn check(&self, scene: &Scene, whole: &Files, told: &str, done: bool) {
         let there = scene.files();
         let out = |files: &Files| -> Files {

@@ -41,13 +41,17 @@ fn ends(scene: &Scene, args: &[&str], part: &str) {
 #[cfg(unix)]
 #[test]
 fn pipes_and_devices_are_no_files() {
-    let scene = Scene::new(&[("in", "r3-bf16.safetensors"), ("source", "repack/fp8")]);
+    let scene = Scene::new(&[
+        ("in", "r3-bf16.safetensors"),
+        ("layer", "r1-f32-layer-decode.safetensors"),
+        ("source", "repack/fp8"),
+    ]);
     let fifo = |name: &str| {
         assert!(std::process::Command::new("mkfifo").arg(scene.path(name)).status().unwrap().success())
     };
     fifo("fifo");
     for input in ["fifo", "/dev/zero", "/dev/tty", "/dev/null", "/dev/full", "/proc/self/fd/0", "source"] {
-        for command in ["split", "merge"] {
+        for command in ["split", "merge", "forward"] {
             ends(&scene, &[command, input, "-o", "out"], "cannot read");
         }
         ends(&scene, &["split", "in", "-o", "out", "--config", input], "cannot read --config");
@@ -59,6 +63,7 @@ fn pipes_and_devices_are_no_files() {
     }
     for output in ["fifo", "/dev/full"] {
         ends(&scene, &["split", "in", "-o", output], "cannot write");
+        ends(&scene, &["forward", "layer", "-o", output], "cannot write");
         ends(&scene, &["repack", "source", "-o", output], "cannot write");
     }
     // In the place of files that a run goes on with.
@@ -119,7 +124,8 @@ fn names_from_files_are_shown_and_not_obeyed() {
 #[test]
 fn more_files_than_may_be_open() {
     let scene = Scene::new(&[("source", "repack/qwen3-next")]);
-    // Each a little checkpoint of its own, with tensors that are read piece by piece and ones that are carried over.
+    // Each a little checkpoint of its own, with tensors that are read piece by piece and ones that are
+    // carried over.
     for i in 0..200 {
         let header = json!({format!("more.{i}"): {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}});
         fs::write(scene.path(&format!("source/more-{i:03}.safetensors")), file(&header, 3)).unwrap();

@@ -187,10 +187,11 @@ fn no_output_is_a_link() {
         ("source", "repack/fp8"),
         ("in", "r3-bf16.safetensors"),
         ("parts", "r3-bf16.expected.safetensors"),
+        ("layer", "r1-f32-layer-decode.safetensors"),
     ]);
     fs::create_dir(scene.path("folder")).unwrap();
     fs::write(scene.path("file"), "precious").unwrap();
-    let commands = [&["repack", "source"], &["split", "in"], &["merge", "parts"]];
+    let commands = [&["repack", "source"], &["split", "in"], &["merge", "parts"], &["forward", "layer"]];
     for leads_to in ["file", "folder", "nothing", "in", "source", "/dev/null", "link"] {
         symlink(leads_to, scene.path("link")).unwrap();
         let before = scene.files();
@@ -203,14 +204,14 @@ fn no_output_is_a_link() {
     }
     // Links on the way are followed.
     symlink("folder", scene.path("way")).unwrap();
-    for (args, out) in commands.into_iter().zip(["way/a", "way/b", "way/c"]) {
+    for (args, out) in commands.into_iter().zip(["way/a", "way/b", "way/c", "way/d"]) {
         scene.succeeds(&[args[0], args[1], "-o", out]);
     }
     assert!(scene.path("folder/a").is_dir() && scene.path("folder/b").is_file());
 }
 
-/// A source is overwritten in place in the middle of a run, before each of its system calls: what comes out was made from what was there
-/// before, or after, or is nothing.
+/// A source is overwritten in place in the middle of a run, before each of its system calls: what comes out
+/// was made from what was there before, or after, or is nothing.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn sources_that_change() {
@@ -218,10 +219,12 @@ fn sources_that_change() {
 
     use crate::syscalls::{self, Fate};
 
+    const FORWARD: [&str; 6] = ["forward", "in", "-o", "out", "--threads", "1"];
     let repack = (("source", "repack/qwen3-next"), &REPACK[..], "source/model-00003-of-00004.safetensors");
     let split = (("in", "r3-bf16.safetensors"), &["split", "in", "-o", "out"][..], "in");
     let merge = (("in", "r3-bf16.expected.safetensors"), &["merge", "in", "-o", "out"][..], "in");
-    for (input, args, file) in [repack, split, merge] {
+    let forward = (("in", "r1-f32-layer-decode.safetensors"), &FORWARD[..], "in");
+    for (input, args, file) in [repack, split, merge, forward] {
         // Its last tensor gets other bytes, in place.
         let change = |path: &Path| {
             let file = File::options().write(true).open(path).unwrap();

@@ -1,26 +1,28 @@
 //! `gdn bench split`: the op against a copy of the same bytes, interleaved, behind a check of every element.
 
-use std::{fmt::Write as _, path::PathBuf, time::Instant};
+use std::fmt::Write as _;
 
 use anyhow::{Context, bail};
 use gdn::{
-    Cpu, Heads, Layout, PackedBuf, Packing, Pages, UnpackedBuf,
+    Cpu, Layout, PackedBuf, Pages, UnpackedBuf,
     cpu::{Stores, copy_bytes},
     reference,
 };
 use serde_json::json;
 
+use super::{Measuring, layout_of};
 use crate::{
     device::{Backend, Device},
+    figures::{available_memory, medians, time},
     layout::{CpuArgs, LayoutArgs},
-    plot::{self, Point},
+    plot::{self, Series},
     terminal::print,
 };
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-Times are medians over interleaved rounds. `copy` is the faster of memcpy and a streaming copy of one buffer of as many bytes as \
-the op reads, by as many threads. The ratio is the op's time over the copy's.")]
+Times are medians over interleaved rounds. `copy` is the faster of memcpy and a streaming copy of one \
+buffer of as many bytes as the op reads, by as many threads. The ratio is the op's time over the copy's.")]
 pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutArgs,
@@ -42,15 +44,8 @@ pub(crate) struct Args {
     /// How results are stored
     #[arg(long, default_value = "auto")]
     stores: StoresArg,
-    /// Seconds to spend on each number of tokens
-    #[arg(long, default_value_t = 2.0)]
-    seconds: f64,
-    /// One JSON object a line instead of a table
-    #[arg(long)]
-    json: bool,
-    /// Draw throughput over tokens, beside that of the copy
-    #[arg(long, value_name = "FILE.svg")]
-    plot: Option<PathBuf>,
+    #[command(flatten)]
+    measuring: Measuring,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -124,22 +119,16 @@ impl Record {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
-        bail!("--seconds is {}, it must be more than 0 and at most 3600", args.seconds);
-    }
-    let (heads, packing) = args.layout.named()?;
-    let heads = match heads {
-        Some(heads) => heads,
-        None => Heads::preset("Qwen3-Next-80B-A3B")?,
-    };
-    let layout = Layout::new(heads, packing.unwrap_or(Packing::Interleaved));
+    args.measuring.check()?;
+    let layout = layout_of(&args.layout)?;
+    let heads = layout.heads;
     let cpu = args.cpu.cpu(usize::MAX)?.stores(match args.stores {
         StoresArg::Auto => Stores::Auto,
         StoresArg::Cached => Stores::Cached,
         StoresArg::Streaming => Stores::Streaming,
     });
     let backend = Backend::new(args.device, cpu)?;
-    if !args.json {
+    if !args.measuring.json {
         print(&format!(
             "split, {heads}, {}, {}, {}\n{:>9} {:>12} {:>7} {:>12} {:>12} {:>8} {:>8}\n",
             layout.packing,
@@ -164,20 +153,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         print(&line(&record, &layout, args, &cpu))?;
         records.push(record);
     }
-    if let Some(path) = &args.plot {
-        let points: Vec<Point> = records
-            .iter()
-            .map(|record| Point {
-                tokens: record.tokens,
-                op: record.bytes_per_second(record.seconds),
-                copy: record.bytes_per_second(record.copy_seconds),
-            })
-            .collect();
-        plot::throughput(
-            path,
-            &format!("split, {heads}, {}, {}", layout.packing, args.dtype.name()),
-            &points,
-        )?;
+    if let Some(path) = &args.measuring.plot {
+        let series = |name: &str, seconds: fn(&Record) -> f64| Series {
+            name: name.to_owned(),
+            points: records
+                .iter()
+                .map(|record| (record.tokens as f64, record.bytes_per_second(seconds(record)) / 1e9))
+                .collect(),
+        };
+        let title = format!("split, {heads}, {}, {}", layout.packing, args.dtype.name());
+        let series = [series("split", |r| r.seconds), series("copy of the same bytes", |r| r.copy_seconds)];
+        plot::lines(path, &title, ["tokens", "GB/s, read and written"], &series)?;
     }
     Ok(())
 }
@@ -193,7 +179,7 @@ fn unit(device: Device, cpu: &Cpu) -> &'static str {
 fn line(record: &Record, layout: &Layout, args: &Args, cpu: &Cpu) -> String {
     let Record { tokens, bytes, seconds, copy_seconds, threads } = *record;
     let mut line = String::new();
-    if args.json {
+    if args.measuring.json {
         let heads = layout.heads;
         let object = json!({
             "op": "split", "device": args.device.to_string(), "isa": unit(args.device, cpu), "threads": threads, "tokens": tokens,
@@ -219,15 +205,6 @@ fn line(record: &Record, layout: &Layout, args: &Args, cpu: &Cpu) -> String {
         );
     }
     line
-}
-
-fn time(seconds: f64) -> String {
-    match seconds {
-        s if s < 1e-6 => format!("{:.0} ns", s * 1e9),
-        s if s < 1e-3 => format!("{:.2} us", s * 1e6),
-        s if s < 1.0 => format!("{:.2} ms", s * 1e3),
-        s => format!("{s:.2} s"),
-    }
 }
 
 /// Bytes that differ from their neighbours.
@@ -274,7 +251,7 @@ fn measure(layout: &Layout, tokens: usize, args: &Args, cpu: &Cpu) -> anyhow::Re
     };
     let plain = Cpu::new().threads(threads).stores(Stores::Cached);
     let streaming = plain.stores(Stores::Streaming);
-    let [seconds, plain, streaming] = medians(args.seconds, |contender, repeats| {
+    let [seconds, plain, streaming] = medians(args.measuring.seconds, |contender, repeats| {
         match contender {
             0 => (0..repeats).try_for_each(|_| split())?,
             1 => (0..repeats).for_each(|_| copy_bytes(packed.bytes(), copied.bytes_mut(), &plain)),
@@ -298,55 +275,8 @@ fn measure_on(layout: &Layout, tokens: usize, args: &Args, gpu: &gdn::cuda::Gpu)
         bail!("the split is wrong, nothing was measured: {difference}");
     }
     let [seconds, copy_seconds] =
-        medians(args.seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
+        medians(args.measuring.seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
             .map(|seconds| seconds / Bench::CALLS as f64);
     let bytes = tokens * (heads.qkvz_features() + heads.ba_features()) * size;
     Ok(Record { tokens, bytes, seconds, copy_seconds, threads: 0 })
-}
-
-/// The least time a sample takes: shorter work is repeated within a sample, so that the clock's own cost is
-/// lost in it.
-const SAMPLE_SECONDS: f64 = 100e-6;
-
-/// The median seconds of one run of each of `N` contenders, measured in turns for about `budget` seconds.
-/// `run` is given a contender and how often to run it.
-fn medians<const N: usize, E>(
-    budget: f64,
-    mut run: impl FnMut(usize, usize) -> Result<(), E>,
-) -> Result<[f64; N], E> {
-    let mut sample = |contender: usize, repeats: usize| {
-        let start = Instant::now();
-        run(contender, repeats)?;
-        Ok(start.elapsed().as_secs_f64() / repeats as f64)
-    };
-    let mut repeats = [1; N];
-    for (contender, repeats) in repeats.iter_mut().enumerate() {
-        sample(contender, 1)?;
-        let once = sample(contender, 1)?.max(1e-9);
-        *repeats = (SAMPLE_SECONDS / once).ceil().clamp(1.0, 1e6) as usize;
-    }
-    let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::new());
-    let start = Instant::now();
-    // What a contender leaves in the caches (of memcpy, lines that are yet to be written back) slows whoever
-    // comes next: in steps of 1, then of 2, each follows each of the others as often.
-    const { assert!(N == 2 || N == 3, "steps from 1 to N - 1 meet every contender where N is a prime") };
-    let (mut round, mut contender) = (0, 0);
-    while round < 11 || (start.elapsed().as_secs_f64() < budget && round < 2001) {
-        for _ in 0..N {
-            contender = (contender + 1 + round % (N - 1)) % N;
-            samples[contender].push(sample(contender, repeats[contender])?);
-        }
-        round += 1;
-    }
-    Ok(samples.map(|mut samples| {
-        samples.sort_by(f64::total_cmp);
-        samples[samples.len() / 2]
-    }))
-}
-
-/// Bytes that can be had without swapping, where the system tells.
-fn available_memory() -> Option<usize> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find(|line| line.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
 }

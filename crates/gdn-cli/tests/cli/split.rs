@@ -1,38 +1,16 @@
-//! The command as a user meets it.
+//! `split` and `merge`, and what every command has.
 
 use std::{
     fs,
     io::{Read, Write},
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use safetensors::SafeTensors;
-use tempfile::TempDir;
 
-fn gdn(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_gdn")).args(args).output().unwrap()
-}
-
-fn testdata(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(name)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// That the command ended with one clear line and exit code 2, and left nothing in `directory` but `files`.
-#[track_caller]
-fn refused(output: &Output, part: &str, directory: &TempDir, files: usize) {
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(error.starts_with("gdn: ") && error.trim_end().lines().count() == 1, "{error}");
-    assert!(error.contains(part), "'{error}' should say '{part}'");
-    let left: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left.len(), files, "{left:?}");
-}
+use crate::{gdn, refused, testdata, text};
 
 /// A file of zeros, its data a hole on the disk.
 fn zeros(path: &Path, num_rows: usize, metadata: &str) {
@@ -227,51 +205,6 @@ fn interrupted() {
     assert_eq!(status.code(), Some(130), "{error}");
     assert!(error.contains("interrupted"), "{error}");
     assert_eq!(fs::read_dir(&directory).unwrap().count(), 1, "only the input is there");
-}
-
-#[test]
-fn bench_gives_a_table_json_and_a_picture() {
-    let directory = tempfile::tempdir().unwrap();
-    let svg = directory.path().join("plot.svg");
-    let args = [
-        "bench",
-        "split",
-        "--tokens",
-        "1,3",
-        "--seconds",
-        "0.01",
-        "--preset",
-        "Qwen3.6-27B",
-        "--tp-size",
-        "8",
-    ];
-    let output =
-        gdn(&[&args[..], &["--json", "--dtype", "fp8", "--threads", "2", "--plot", text(&svg)]].concat());
-    assert!(output.status.success(), "{output:?}");
-    let lines: Vec<serde_json::Value> = String::from_utf8(output.stdout)
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    assert_eq!(lines.len(), 2);
-    for (line, tokens) in lines.iter().zip([1, 3]) {
-        assert_eq!(
-            (&line["op"], &line["device"], &line["packing"]),
-            (&"split".into(), &"cpu".into(), &"contiguous".into())
-        );
-        assert_eq!((line["tokens"].as_u64(), line["threads"].as_u64()), (Some(tokens), Some(2)));
-        assert_eq!((line["num_k_heads"].as_u64(), line["num_v_heads"].as_u64()), (Some(2), Some(6)));
-        assert_eq!((line["head_k_dim"].as_u64(), line["head_v_dim"].as_u64()), (Some(128), Some(128)));
-        assert_eq!((&line["dtype"], line["bytes"].as_u64()), (&"fp8".into(), Some(tokens * (2048 + 12))));
-        let number = |key: &str| line[key].as_f64().unwrap();
-        assert!(number("seconds") > 0.0 && number("copy_seconds") > 0.0);
-        assert!((number("ratio_to_copy") - number("seconds") / number("copy_seconds")).abs() < 1e-9);
-    }
-    assert!(fs::read_to_string(&svg).unwrap().contains("copy of the same bytes"));
-    let table = gdn(&args);
-    assert!(String::from_utf8_lossy(&table.stdout).contains("ratio"), "{table:?}");
-    let output = gdn(&["bench", "split", "--tokens", "4000000000"]);
-    assert_eq!(output.status.code(), Some(2), "{output:?}");
 }
 
 #[test]

@@ -1,0 +1,499 @@
+//! `gdn bench decode` and `gdn bench prefill`.
+
+use std::fmt::Write as _;
+
+use anyhow::{Context, bail};
+use gdn::{
+    ArgumentError, Cpu, Dtype, Layer, MAX_TOKENS, Tensor,
+    cpu::{Stores, copy_bytes, multiply_add},
+};
+use serde_json::json;
+
+use super::{
+    Measuring, layout_of,
+    oracle::{self, Made},
+};
+use crate::{
+    call::{Bytes, Inputs, Op, Results},
+    device::Device,
+    figures::{available_memory, medians, time},
+    layout::{LayoutArgs, ThreadsArgs},
+    numbers,
+    plot::{self, Series},
+    terminal::print,
+};
+
+#[derive(clap::Args)]
+#[command(after_help = "\
+Each line is one layer, measured in place on the same states again and again, after a check of some heads \
+of some sequences against an f64 oracle. Times are medians over rounds in which the op and what it is \
+measured against take turns.
+
+bytes: both states read and written, the projections read, out written; weights are left out. `copy` is the \
+faster of memcpy and a streaming copy that reads and writes as many bytes together, by as many threads. The \
+share is the copy's time over the op's: 1 is the speed of a copy.")]
+pub(crate) struct DecodeArgs {
+    /// Numbers of sequences to measure
+    #[arg(long, value_delimiter = ',', value_name = "B,…", default_value = "1,8,64",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Vec<u32>,
+    /// Tokens of each sequence
+    #[arg(long, value_delimiter = ',', value_name = "T,…", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=MAX_TOKENS as i64))]
+    tokens: Vec<u32>,
+    #[command(flatten)]
+    layer: LayerArgs,
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "\
+Each line is one layer, after a check of some heads of some sequences against an f64 oracle. Times are \
+medians over rounds in which the op and what it is measured against take turns.
+
+FLOPs: 6 * DK * DV for each token and value head, what every form of the delta rule takes at least (S k, \
+the correction of S, S q); all else counts as time lost. `peak` is the time that so many FLOPs take where \
+this machine, with the same instructions and as many threads, does fused multiply-adds in registers and \
+nothing else. The share is the peak's time over the op's.")]
+pub(crate) struct PrefillArgs {
+    /// Numbers of sequences to measure
+    #[arg(long, value_delimiter = ',', value_name = "B,…", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Vec<u32>,
+    /// Tokens of each sequence
+    #[arg(long, value_delimiter = ',', value_name = "T,…", default_value = "64,512,2048,8192",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: Vec<u32>,
+    #[command(flatten)]
+    layer: LayerArgs,
+}
+
+#[derive(clap::Args)]
+struct LayerArgs {
+    #[command(flatten)]
+    layout: LayoutArgs,
+    /// Types of the projections and of the output, each to be measured
+    #[arg(long, value_delimiter = ',', value_name = "DTYPE,…", default_value = "bf16", value_parser = dtype)]
+    dtype: Vec<Dtype>,
+    /// Types of the recurrent state, each to be measured
+    #[arg(long, value_delimiter = ',', value_name = "DTYPE,…", default_value = "f32", value_parser = dtype)]
+    state_dtype: Vec<Dtype>,
+    /// Where to measure: cpu
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
+    #[command(flatten)]
+    cpu: ThreadsArgs,
+    #[command(flatten)]
+    measuring: Measuring,
+}
+
+fn dtype(name: &str) -> Result<Dtype, String> {
+    Dtype::parse(name).ok_or_else(|| format!("dtype is '{name}', it must be 'f32', 'f16' or 'bf16'"))
+}
+
+pub(crate) fn decode(args: &DecodeArgs) -> anyhow::Result<()> {
+    run(Op::Decode, &args.batch, &args.tokens, &args.layer)
+}
+
+pub(crate) fn prefill(args: &PrefillArgs) -> anyhow::Result<()> {
+    run(Op::Prefill, &args.batch, &args.tokens, &args.layer)
+}
+
+/// What is measured in one line.
+#[derive(Clone, Copy)]
+struct Case {
+    op: Op,
+    layer: Layer,
+    batch: usize,
+    /// Of each sequence.
+    tokens: usize,
+    dtype: Dtype,
+    state_dtype: Dtype,
+}
+
+/// One line.
+struct Record {
+    case: Case,
+    threads: usize,
+    /// Bytes read and written, or FLOPs.
+    work: f64,
+    seconds: f64,
+    /// What the same work takes where there is nothing else.
+    least_seconds: f64,
+}
+
+impl Record {
+    fn share(&self) -> f64 {
+        self.least_seconds / self.seconds
+    }
+}
+
+fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Result<()> {
+    args.measuring.check()?;
+    args.device.expect_cpu(&format!("bench {}", op.name()))?;
+    let layer = Layer::new(layout_of(&args.layout)?);
+    let cpu = args.cpu.cpu(usize::MAX)?;
+    let title = format!("{}, {}, {}, {}", op.name(), layer.heads(), layer.layout.packing, cpu.chosen_isa());
+    if !args.measuring.json {
+        let [work, least, speed] = match op {
+            Op::Decode => ["bytes", "copy", "GB/s"],
+            Op::Prefill => ["FLOPs", "peak", "GFLOP/s"],
+        };
+        print(&format!(
+            "{title}\n{:>6} {:>7} {:>5} {:>5} {:>12} {:>7} {:>12} {:>12} {:>12} {speed:>8} {:>7}\n",
+            "batch",
+            "tokens",
+            "dtype",
+            "state",
+            work,
+            "threads",
+            op.name(),
+            least,
+            "tokens/s",
+            "share",
+        ))?;
+    }
+    let mut records: Vec<Record> = Vec::new();
+    for &dtype in &args.dtype {
+        for &state_dtype in &args.state_dtype {
+            for &batch in batches {
+                for &tokens in tokens {
+                    let (batch, tokens) = (batch as usize, tokens as usize);
+                    let case = Case { op, layer, batch, tokens, dtype, state_dtype };
+                    let record = measure(&case, args.measuring.seconds, &cpu)
+                        .with_context(|| format!("{} of {batch} times {tokens} tokens", op.name()))?;
+                    print(&line(&record, &cpu, args.measuring.json))?;
+                    records.push(record);
+                }
+            }
+        }
+    }
+    if let Some(path) = &args.measuring.plot {
+        draw(path, op, &title, &records)?;
+    }
+    Ok(())
+}
+
+fn line(record: &Record, cpu: &Cpu, as_json: bool) -> String {
+    let Record { case, threads, work, seconds, least_seconds } = record;
+    let Case { op, layer, batch, tokens, dtype, state_dtype } = case;
+    let tokens_per_second = (batch * tokens) as f64 / seconds;
+    let mut line = String::new();
+    if as_json {
+        let heads = layer.heads();
+        let mut object = json!({
+            "op": op.name(), "device": "cpu", "isa": cpu.chosen_isa().name(), "threads": threads, "batch": batch, "tokens": tokens,
+            "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
+            "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
+            "packing": layer.layout.packing.name(), "dtype": dtype.name(), "state_dtype": state_dtype.name(),
+            "seconds": seconds, "tokens_per_second": tokens_per_second,
+        });
+        let [work_key, least, share] = match op {
+            Op::Decode => ["bytes", "copy_seconds", "share_of_copy"],
+            Op::Prefill => ["flops", "peak_seconds", "share_of_peak"],
+        };
+        object[work_key] = json!(*work as u64);
+        object[least] = json!(least_seconds);
+        object[share] = json!(record.share());
+        let _ = writeln!(line, "{object}");
+    } else {
+        let _ = writeln!(
+            line,
+            "{batch:>6} {tokens:>7} {dtype:>5} {state_dtype:>5} {work:>12} {threads:>7} {:>12} {:>12} {tokens_per_second:>12.0} {:>8.1} {:>7.3}",
+            time(*seconds),
+            time(*least_seconds),
+            work / seconds / 1e9,
+            record.share(),
+        );
+    }
+    line
+}
+
+/// A line for each choice of dtypes and of the number that is not drawn over, beside that of what the op was
+/// measured against.
+fn draw(path: &std::path::Path, op: Op, title: &str, records: &[Record]) -> anyhow::Result<()> {
+    // Over the tokens of a batch, or over the batches where that is all there is.
+    let over_tokens = op == Op::Prefill;
+    let x = |case: &Case| if over_tokens { case.tokens } else { case.batch };
+    let name = |case: &Case| {
+        let rest = if over_tokens { format!("batch {}", case.batch) } else { format!("T = {}", case.tokens) };
+        format!("{}, {rest}, {}, state {}", op.name(), case.dtype, case.state_dtype)
+    };
+    let least = if op == Op::Decode { "copy of the same bytes" } else { "peak" };
+    let mut series: Vec<Series> = Vec::new();
+    for record in records {
+        let name = name(&record.case);
+        for (name, seconds) in
+            [(format!("{least}: {name}"), record.least_seconds), (name.clone(), record.seconds)]
+        {
+            let point = (x(&record.case) as f64, record.work / seconds / 1e9);
+            match series.iter_mut().find(|series| series.name == name) {
+                Some(series) => series.points.push(point),
+                None => series.push(Series { name, points: vec![point] }),
+            }
+        }
+    }
+    let axes = if over_tokens {
+        ["tokens of a sequence", "GFLOP/s"]
+    } else {
+        ["sequences", "GB/s, read and written"]
+    };
+    plot::lines(path, title, axes, &series)
+}
+
+/// Numbers that do not repeat: splitmix64, about normal.
+struct Random(u64);
+
+impl Iterator for Random {
+    type Item = f64;
+
+    fn next(&mut self) -> Option<f64> {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let bits = mixed ^ (mixed >> 31);
+        // The sum of four uniform numbers, of deviation 1.
+        let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
+        Some((sum as f64 / 65535.0 - 2.0) * 3f64.sqrt())
+    }
+}
+
+/// Numbers that repeat after so many; no row has as many features, so that rows differ.
+const PERIOD: usize = 65_537;
+
+/// Fills a tensor, each number times `size`.
+fn fill(dtype: Dtype, bytes: &mut [u8], size: f64, seed: u64) {
+    let first = bytes.len().min(PERIOD * dtype.size());
+    let (first, rest) = bytes.split_at_mut(first);
+    numbers::write(dtype, first, Random(seed).map(|x| x * size));
+    rest.chunks_mut(first.len().max(1)).for_each(|chunk| chunk.copy_from_slice(&first[..chunk.len()]));
+}
+
+/// The weights: `conv_weight`, `dt_bias` and `norm_weight` of the activations' dtype, `A_log` f32. Decays
+/// reach from a token to hundreds.
+fn weights(layer: &Layer, dtype: Dtype) -> [(Dtype, Vec<u8>); 4] {
+    let heads = layer.heads();
+    let tensor = |dtype: Dtype, len: usize, numbers: &mut dyn Iterator<Item = f64>| {
+        let mut bytes = vec![0; len * dtype.size()];
+        numbers::write(dtype, &mut bytes, numbers);
+        (dtype, bytes)
+    };
+    let hv = heads.num_v_heads();
+    [
+        tensor(dtype, layer.conv_channels() * layer.conv_width, &mut Random(1).map(|x| x * 0.5)),
+        tensor(Dtype::F32, hv, &mut Random(2).map(|x| x * 1.5 - 3.0)),
+        tensor(dtype, hv, &mut Random(3).map(|x| x * 0.5)),
+        tensor(dtype, heads.head_v_dim(), &mut Random(4).map(|x| 1.0 + x * 0.1)),
+    ]
+}
+
+/// What a call reads.
+struct Source {
+    case: Case,
+    weights: [(Dtype, Vec<u8>); 4],
+    mixed_qkvz: Bytes,
+    mixed_ba: Bytes,
+}
+
+/// What a call writes.
+struct Written {
+    out: Bytes,
+    /// `conv_state` and `recurrent_state`.
+    states: [Bytes; 2],
+}
+
+impl Source {
+    fn new(case: &Case) -> anyhow::Result<Self> {
+        let Case { layer, batch, tokens, dtype, .. } = *case;
+        let rows = batch * tokens;
+        let mut mixed_qkvz = Bytes::new(rows * layer.heads().qkvz_features() * dtype.size())?;
+        let mut mixed_ba = Bytes::new(rows * layer.heads().ba_features() * dtype.size())?;
+        fill(dtype, mixed_qkvz.all_mut(), 1.0, 5);
+        fill(dtype, mixed_ba.all_mut(), 1.0, 6);
+        Ok(Self { case: *case, weights: weights(&layer, dtype), mixed_qkvz, mixed_ba })
+    }
+
+    fn inputs(&self) -> Result<Inputs<'_>, ArgumentError> {
+        let Case { layer, dtype, state_dtype, .. } = self.case;
+        let [conv_weight, a_log, dt_bias, norm_weight] = &self.weights;
+        let taps = [layer.conv_channels(), layer.conv_width];
+        Ok(Inputs {
+            layer,
+            dtype,
+            mixed_qkvz: self.mixed_qkvz.all(),
+            ba_dtype: dtype,
+            mixed_ba: self.mixed_ba.all(),
+            weights: gdn::Weights {
+                conv_weight: Tensor::from_bytes(&conv_weight.1, conv_weight.0, taps)?,
+                conv_bias: None,
+                A_log: Tensor::from_bytes(&a_log.1, a_log.0, [layer.heads().num_v_heads()])?,
+                dt_bias: Tensor::from_bytes(&dt_bias.1, dt_bias.0, [layer.heads().num_v_heads()])?,
+                norm_weight: Tensor::from_bytes(&norm_weight.1, norm_weight.0, [layer.heads().head_v_dim()])?,
+            },
+            columns: layer.conv_width - 1,
+            conv_dtype: dtype,
+            state_dtype,
+        })
+    }
+
+    /// Memory for the results, the states as before the first call.
+    fn results(&self) -> anyhow::Result<Written> {
+        let Case { layer, batch, tokens, dtype, state_dtype, .. } = self.case;
+        let inputs = self.inputs()?;
+        let mut out = Bytes::new(batch * tokens * layer.heads().z_features() * dtype.size())?;
+        let mut conv_state = Bytes::new(batch * inputs.conv_len() * dtype.size())?;
+        let mut recurrent_state = Bytes::new(batch * inputs.state_len() * state_dtype.size())?;
+        out.all_mut().fill(0xA5);
+        fill(dtype, conv_state.all_mut(), 1.0, 7);
+        fill(state_dtype, recurrent_state.all_mut(), 0.1, 8);
+        Ok(Written { out, states: [conv_state, recurrent_state] })
+    }
+
+    fn run(&self, written: &mut Written, cpu: &Cpu) -> Result<(), ArgumentError> {
+        let Case { op, batch, tokens, .. } = self.case;
+        let Written { out, states: [conv_state, recurrent_state] } = written;
+        let mut results = Results {
+            out: out.all_mut(),
+            conv_state: conv_state.all_mut(),
+            recurrent_state: recurrent_state.all_mut(),
+        };
+        let cu_seqlens: Vec<i64> = (0..=batch).map(|r| (r * tokens) as i64).collect();
+        self.inputs()?.run(op, 0..batch, 0..batch * tokens, &cu_seqlens, &mut results, cpu)
+    }
+
+    /// Holds some key heads of some sequences to the oracle: first, middle and last.
+    fn check(&self, before: &Written, after: &Written) -> anyhow::Result<()> {
+        let Case { op, layer, batch, tokens, .. } = self.case;
+        let [conv_weight, a_log, dt_bias, norm_weight] =
+            self.weights.each_ref().map(|(dtype, bytes)| numbers::read(*dtype, bytes).collect());
+        let weights = oracle::Weights { conv_weight, a_log, dt_bias, norm_weight };
+        let made = Made {
+            op,
+            inputs: &self.inputs()?,
+            weights: &weights,
+            tokens,
+            before: before.states.each_ref().map(Bytes::all),
+            after: after.states.each_ref().map(Bytes::all),
+            out: after.out.all(),
+        };
+        let last_head = layer.heads().num_k_heads() - 1;
+        let mut pairs = vec![(0, 0), (batch / 2, last_head / 2), (batch - 1, last_head)];
+        pairs.dedup();
+        pairs.into_iter().try_for_each(|(sequence, head)| made.check(sequence, head))
+    }
+}
+
+/// Bytes that a case reads and writes: both states twice, the projections, `out`.
+fn moved(case: &Case) -> Option<usize> {
+    let Case { layer, batch, tokens, dtype, state_dtype, .. } = *case;
+    let heads = layer.heads();
+    let row = (heads.qkvz_features() + heads.ba_features() + heads.z_features()) * dtype.size();
+    let state = heads.num_v_heads() * heads.head_v_dim() * heads.head_k_dim() * state_dtype.size();
+    let conv_state = layer.conv_channels() * (layer.conv_width - 1) * dtype.size();
+    let rows = batch.checked_mul(tokens)?.checked_mul(row)?;
+    rows.checked_add(batch.checked_mul(2 * (state + conv_state))?)
+}
+
+/// Checks the op on this machine's own choices, then times it.
+fn measure(case: &Case, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
+    let moved = moved(case).context("--batch, --tokens: that many do not fit the address space")?;
+    // The call's own, the states before it, and what is copied in its place.
+    let needed = moved.saturating_mul(3);
+    if let Some(available) = available_memory().filter(|available| needed > *available) {
+        bail!("measuring takes {needed} bytes of memory, {available} are available");
+    }
+    let source = Source::new(case)?;
+    let mut written = source.results()?;
+    source.run(&mut written, cpu)?;
+    source.check(&source.results()?, &written)?;
+    match case.op {
+        Op::Decode => measure_bytes(&source, &mut written, moved, seconds, cpu),
+        Op::Prefill => measure_flops(&source, &mut written, seconds, cpu),
+    }
+}
+
+/// Beside a copy of the same bytes.
+fn measure_bytes(
+    source: &Source,
+    written: &mut Written,
+    moved: usize,
+    seconds: f64,
+    cpu: &Cpu,
+) -> anyhow::Result<Record> {
+    let threads = cpu.chosen_threads(moved);
+    let (mut src, mut dst) = (Bytes::new(moved / 2)?, Bytes::new(moved / 2)?);
+    src.all_mut().fill(0x5A);
+    dst.all_mut().fill(0xA5);
+    let plain = Cpu::new().threads(threads).stores(Stores::Cached);
+    let streaming = plain.stores(Stores::Streaming);
+    let [seconds, plain, streaming] = medians(seconds, |contender, repeats| {
+        match contender {
+            0 => (0..repeats).try_for_each(|_| source.run(written, cpu))?,
+            1 => (0..repeats).for_each(|_| copy_bytes(src.all(), dst.all_mut(), &plain)),
+            _ => (0..repeats).for_each(|_| copy_bytes(src.all(), dst.all_mut(), &streaming)),
+        }
+        Ok::<(), ArgumentError>(())
+    })?;
+    let least_seconds = plain.min(streaming);
+    Ok(Record { case: source.case, threads, work: moved as f64, seconds, least_seconds })
+}
+
+/// Beside bare multiply-adds.
+fn measure_flops(source: &Source, written: &mut Written, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
+    let Case { layer, batch, tokens, .. } = source.case;
+    // As `gdn::prefill` has it: multiplications are what takes the time, and a key head of a sequence is a
+    // task.
+    let multiply_adds = batch * tokens * source.inputs()?.multiply_adds();
+    let threads = cpu.chosen_threads(multiply_adds / 3).min(layer.heads().num_k_heads() * batch);
+    let peak = cpu.threads(threads);
+    let mut done = 1;
+    let [seconds, peak_seconds] = medians(seconds, |contender, repeats| {
+        match contender {
+            0 => (0..repeats).try_for_each(|_| source.run(written, cpu))?,
+            _ => (0..repeats).for_each(|_| done = multiply_add(&peak)),
+        }
+        Ok::<(), ArgumentError>(())
+    })?;
+    let least_seconds = peak_seconds * multiply_adds as f64 / done as f64;
+    Ok(Record { case: source.case, threads, work: 2.0 * multiply_adds as f64, seconds, least_seconds })
+}
+
+#[cfg(test)]
+mod tests {
+    use gdn::{Heads, Layout, Packing};
+
+    use super::*;
+
+    #[test]
+    fn a_wrong_result_is_not_measured() {
+        for op in [Op::Decode, Op::Prefill] {
+            for (dtype, state_dtype) in
+                [(Dtype::F32, Dtype::F32), (Dtype::BF16, Dtype::F32), (Dtype::F16, Dtype::BF16)]
+            {
+                for packing in Packing::ALL {
+                    let layer = Layer::new(Layout::new(Heads::new(2, 6, 16, 24).unwrap(), packing));
+                    let case = Case { op, layer, batch: 3, tokens: 4, dtype, state_dtype };
+                    let source = Source::new(&case).unwrap();
+                    let (before, mut after) = (source.results().unwrap(), source.results().unwrap());
+                    source.run(&mut after, &Cpu::new()).unwrap();
+                    source.check(&before, &after).unwrap();
+                    // The last element of each, which is of the last head of the last sequence.
+                    for (i, name) in ["out", "conv_state", "recurrent_state"].into_iter().enumerate() {
+                        let dtype = if i == 2 { state_dtype } else { dtype };
+                        for wrong in [f64::NAN, 3.0] {
+                            let Written { out, states: [conv_state, recurrent_state] } = &mut after;
+                            let bytes = [out, conv_state, recurrent_state][i].all_mut();
+                            let at = bytes.len() - dtype.size();
+                            let right = bytes[at..].to_vec();
+                            numbers::write(dtype, &mut bytes[at..], [wrong]);
+                            let said = source.check(&before, &after).unwrap_err().to_string();
+                            assert!(said.contains(&format!("{name} of sequence 2, key head 1")), "{said}");
+                            let Written { out, states: [conv_state, recurrent_state] } = &mut after;
+                            let bytes = [out, conv_state, recurrent_state][i].all_mut();
+                            bytes[at..].copy_from_slice(&right);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
