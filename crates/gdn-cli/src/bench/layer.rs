@@ -439,11 +439,10 @@ fn measure_bytes(
 
 /// Beside bare multiply-adds.
 fn measure_flops(source: &Source, written: &mut Written, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
-    let Case { layer, batch, tokens, .. } = source.case;
-    // As `gdn::prefill` has it: multiplications are what takes the time, and a key head of a sequence is a
-    // task.
+    let Case { batch, tokens, .. } = source.case;
+    // As `gdn::prefill` has it: arithmetic takes the time, as if every multiplication were a byte to be moved.
     let multiply_adds = batch * tokens * source.inputs()?.multiply_adds();
-    let threads = cpu.chosen_threads(multiply_adds / 3).min(layer.heads().num_k_heads() * batch);
+    let threads = cpu.chosen_threads(multiply_adds / 3);
     let peak = cpu.threads(threads);
     let mut done = 1;
     let [seconds, peak_seconds] = medians(seconds, |contender, repeats| {
