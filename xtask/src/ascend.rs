@@ -11,20 +11,10 @@ use std::{
 
 use anyhow::Context;
 
-use crate::shell::{apt_install, cargo, command, has, root, run as run_to_end};
+use crate::shell::{apt_install, cargo, command, has, root, run as run_to_end, skip};
 
-/// triton-ascend and what it imports, and what the tests are written with.
-const PACKAGES: [&str; 9] = [
-    "triton-ascend==3.2.0",
-    "attrs",
-    "decorator",
-    "numpy<3",
-    "psutil",
-    "pybind11",
-    "pytest<10",
-    "pyyaml",
-    "scipy",
-];
+/// triton-ascend, what it imports, and what the tests are written with, with the hashes of their files.
+const REQUIREMENTS: &str = "python/ascend/requirements.txt";
 /// triton-ascend 3.2.0 has wheels for it, as vllm-ascend has.
 const PYTHON: &str = "python3.11";
 /// In step with `VERSION` in python/ascend/execution.py.
@@ -36,13 +26,13 @@ const LLVM: u32 = 22;
 /// A test that fails, or something that could not be installed.
 pub(crate) fn run(pytest: &[String]) -> anyhow::Result<()> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")) || !has(PYTHON) {
-        println!("skipped: triton-ascend is for x86-64 Linux here, with {PYTHON}");
+        skip(format!("the Ascend kernel: triton-ascend is for x86-64 Linux here, with {PYTHON}"));
         return Ok(());
     }
     let tools = ["mlir-opt", "mlir-translate", "llc"].map(|tool| format!("{tool}-{LLVM}"));
     if !tools.iter().all(|tool| has(tool)) {
         if !has("apt-get") {
-            println!("skipped: {} of LLVM {LLVM} are not here, and there is no apt-get", tools.join(", "));
+            skip(format!("the Ascend kernel: {} are not here, and there is no apt-get", tools.join(", ")));
             return Ok(());
         }
         apt_install(&[&format!("mlir-{LLVM}-tools"), &format!("llvm-{LLVM}")])?;
@@ -62,7 +52,7 @@ pub(crate) fn run(pytest: &[String]) -> anyhow::Result<()> {
 /// Puts the packages into a folder of their own, once for each list of them.
 fn install(folder: &Path) -> anyhow::Result<PathBuf> {
     let (site, list) = (folder.join("site"), folder.join("site.txt"));
-    let wanted = PACKAGES.join("\n");
+    let wanted = fs::read_to_string(root().join(REQUIREMENTS)).context(REQUIREMENTS)?;
     if fs::read_to_string(&list).is_ok_and(|installed| installed == wanted) {
         return Ok(site);
     }
@@ -70,7 +60,8 @@ fn install(folder: &Path) -> anyhow::Result<PathBuf> {
         fs::remove_dir_all(&site).with_context(|| site.display().to_string())?;
     }
     let mut pip = command(PYTHON, &["-m", "pip", "install", "--quiet", "--no-compile", "--target"]);
-    pip.arg(&site).args(["--disable-pip-version-check", "--root-user-action=ignore"]).args(PACKAGES);
+    pip.arg(&site).args(["--disable-pip-version-check", "--root-user-action=ignore"]);
+    pip.args(["--require-hashes", "--no-deps", "--requirement", REQUIREMENTS]);
     run_to_end(&mut pip)?;
     fs::write(&list, wanted).with_context(|| list.display().to_string())?;
     Ok(site)

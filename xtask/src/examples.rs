@@ -31,7 +31,7 @@ const LIBRARIES: [&str; 6] = ["cuda", "nvrtc", "curand", "cublas", "cublasLt", "
 /// What cargo says.
 pub(crate) fn run() -> anyhow::Result<()> {
     let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let mut cargo = cargo(&["rustc", "--locked"]);
+    let mut cargo = cargo(&["rustc"]);
     cargo.current_dir(root().join("examples/candle"));
     cargo.env("CARGO_TARGET_DIR", target_dir.join("candle"));
     if !has("nvcc") {

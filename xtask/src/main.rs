@@ -3,7 +3,10 @@
 #[cfg(test)]
 mod arrows;
 mod ascend;
+mod deny;
 mod examples;
+mod fuzz;
+mod memory;
 mod neon;
 mod ptx;
 mod python;

@@ -9,7 +9,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use anyhow::{Context, bail};
 
-use crate::shell::{apt_install, cargo, command, has, root, run};
+use crate::shell::{apt_install, cargo, command, has, root, run, skip};
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
@@ -22,9 +22,9 @@ pub(crate) fn test() -> anyhow::Result<()> {
         return Ok(());
     }
     if !has("apt-get") {
-        println!(
-            "skipped: the compiler and emulator for {TARGET} come from Debian's packages, and there is no apt-get"
-        );
+        skip(format!(
+            "the compiler and emulator for {TARGET} come from Debian's packages, and there is no apt-get"
+        ));
         return Ok(());
     }
     if !has(LINKER) || !has(EMULATOR) {
@@ -82,6 +82,7 @@ fn unpack(toolchain: &Path) -> anyhow::Result<()> {
         .filter(|name| ["rust", "llvm", "z3"].iter().any(|part| name.contains(part)))
         .collect();
     names.push("libstd-rust-web-dev:arm64");
+    println!("fetching with apt-get, into {} alone: {}", toolchain.display(), names.join(" "));
     run(&mut apt(&[&["download", "-qq"], &names[..]].concat()))?;
     for package in fs::read_dir(&packages)? {
         let (package, to) = (package?.path(), toolchain.join("root"));

@@ -9,12 +9,13 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use crate::shell::{apt_install, command, has, root, run};
+use crate::shell::{apt_install, command, has, root, run, skip};
 
 /// The Python of the tests: the engines' wheels, which the integrations are held to, are for this one.
 const PYTHON: &str = "3.11";
 /// What the wheel asks of a system: the glibc of Debian 10, RHEL 8 and Ubuntu 20.04.
 const PLATFORM: &str = "manylinux_2_28";
+/// Every package that is installed, with the hashes of its files.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
 
 /// Builds the wheel, installs it, and runs the package's tests.
@@ -23,7 +24,7 @@ const REQUIREMENTS: &str = "python/tests/requirements.txt";
 /// What pip, maturin or the tests say.
 pub(crate) fn test() -> anyhow::Result<()> {
     if !cfg!(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))) {
-        println!("skipped: the wheel is built for Linux");
+        skip("the Python package: its wheel is built for Linux");
         return Ok(());
     }
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
@@ -68,7 +69,7 @@ impl Environment {
                 ensure!(make()?.success(), "{python} makes no virtual environment");
             }
         }
-        run(&mut environment.pip(&["--upgrade", "--requirement", REQUIREMENTS]))?;
+        run(&mut environment.pip(&["--require-hashes", "--no-deps", "--requirement", REQUIREMENTS]))?;
         fs::write(&installed, wanted)?;
         Ok(environment)
     }

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Mutex,
 };
 
 use anyhow::{Context, bail};
@@ -20,9 +21,17 @@ pub(crate) fn command(program: &str, args: &[&str]) -> Command {
     command
 }
 
-/// The cargo that runs this.
+/// The cargo that runs this, held to the lock file.
 pub(crate) fn cargo(args: &[&str]) -> Command {
-    command(&std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()), args)
+    let mut cargo = command(&std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()), &[]);
+    let (subcommand, rest) = args.split_at(args.len().min(1));
+    cargo.args(subcommand);
+    // It has no dependencies to look at.
+    if subcommand != ["fmt"] {
+        cargo.arg("--locked");
+    }
+    cargo.args(rest);
+    cargo
 }
 
 /// Runs to the end; an error where it fails.
@@ -39,15 +48,40 @@ pub(crate) fn has(program: &str) -> bool {
     Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
 }
 
-/// Installs Debian packages, as root or through sudo.
-pub(crate) fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
-    if !has("apt-get") {
-        bail!("{} must be installed first: there is no apt-get to do it", packages.join(", "));
+static SKIPPED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Says that something is not looked at here, and why: now, and at the end.
+pub(crate) fn skip(what: impl Into<String>) {
+    let what = what.into();
+    println!("skipped: {what}");
+    if let Ok(mut skipped) = SKIPPED.lock() {
+        skipped.push(what);
     }
+}
+
+/// What was skipped since this was last asked.
+pub(crate) fn skipped() -> Vec<String> {
+    SKIPPED.lock().map(|mut skipped| std::mem::take(&mut *skipped)).unwrap_or_default()
+}
+
+/// Installs Debian packages: as root, or else through sudo where it asks for no password.
+pub(crate) fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
+    let what = packages.join(" ");
+    if !has("apt-get") {
+        bail!("{what} must be installed first: there is no apt-get to do it");
+    }
+    let is_root = Command::new("id").arg("-u").output().is_ok_and(|id| id.stdout.trim_ascii() == b"0");
+    if !is_root && !has("sudo") {
+        bail!("as root, run: apt-get install --no-install-recommends {what}");
+    }
+    println!(
+        "installing on this machine, with apt-get{}: {what}",
+        if is_root { "" } else { " through sudo" }
+    );
     let apt = |args: &[&str]| {
-        let mut command = match has("sudo") {
-            true => command("sudo", &["-n", "apt-get"]),
-            false => command("apt-get", &[]),
+        let mut command = match is_root {
+            true => command("apt-get", &[]),
+            false => command("sudo", &["-n", "apt-get"]),
         };
         command.args(args).env("DEBIAN_FRONTEND", "noninteractive");
         run(&mut command)

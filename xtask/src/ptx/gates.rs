@@ -186,7 +186,9 @@ impl Tools {
             let mut pip = Command::new("python3");
             pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--upgrade"]);
             pip.args(["--disable-pip-version-check", "--root-user-action=ignore"]);
-            pip.arg("--target").arg(&tools).arg("triton==3.6.0");
+            pip.args(["--require-hashes", "--requirement"])
+                .arg(crate::shell::root().join("xtask/src/ptx/requirements.txt"));
+            pip.arg("--target").arg(&tools);
             let done = pip.output().context("python3, to fetch ptxas")?;
             ensure!(done.status.success(), "ptxas: {}", String::from_utf8_lossy(&done.stderr));
         }

@@ -24,7 +24,8 @@ use crate::{
 
 /// The folder in which a destination grows, until it is whole and gets its name.
 pub(super) struct Folder {
-    /// Where the files are: `OUT.partial` or, where a run ended between the renaming and the end of its lock, `OUT`.
+    /// Where the files are: `OUT.partial` or, where a run ended between the renaming and the end of its lock,
+    /// `OUT`.
     pub(super) path: PathBuf,
     destination: PathBuf,
     /// Folders that were made for this run.
@@ -127,8 +128,8 @@ impl Folder {
         }
     }
 
-    /// Refuses what is there and is not `planned`, as it would become part of the destination. Temporary files of a run that was killed
-    /// are removed.
+    /// Refuses what is there and is not `planned`, as it would become part of the destination. Temporary
+    /// files of a run that was killed are removed.
     pub(super) fn check_names<'n>(&self, planned: impl IntoIterator<Item = &'n str>) -> anyhow::Result<()> {
         let planned: HashSet<&OsStr> = planned.into_iter().chain([LOCK]).map(OsStr::new).collect();
         for entry in fs::read_dir(&self.path)? {
@@ -184,7 +185,8 @@ impl Drop for Folder {
     }
 }
 
-/// That neither the destination nor the folder it grows in is the source or within it, nor has it within itself.
+/// That neither the destination nor the folder it grows in is the source or within it, nor has it within
+/// itself.
 fn apart(destination: &Path, partial: &Path, source: &Path) -> anyhow::Result<()> {
     let there = fs::canonicalize(source).with_context(|| format!("cannot read {}", source.display()))?;
     // The nearest folder that is there already.

@@ -1,5 +1,5 @@
-//! What a user, a full disk, a kill or somebody hostile can do to the command's files: nothing half-written is ever published, every end is
-//! a clean one, and the same command goes on from there.
+//! What a user, a full disk, a kill or somebody hostile can do to the command's files: nothing half-written
+//! is ever published, every end is a clean one, and the same command goes on from there.
 
 mod ends;
 mod faults;

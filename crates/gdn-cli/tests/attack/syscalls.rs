@@ -1,5 +1,6 @@
-//! A process whose system calls on files are counted; one of them fails, or the process dies in it. The kernel asks the test before each
-//! call (seccomp's user notification), so the command itself is the one that users have.
+//! A process whose system calls on files are counted; one of them fails, or the process dies in it. The
+//! kernel asks the test before each call (seccomp's user notification), so the command itself is the one that
+//! users have.
 
 use std::{
     io,
@@ -133,8 +134,8 @@ fn install(program: &[libc::sock_filter]) -> io::Result<OwnedFd> {
     }
 }
 
-/// Runs a command; `fate` says what becomes of each call, by its number from 0 on and its name. With the output comes how many calls
-/// there were.
+/// Runs a command; `fate` says what becomes of each call, by its number from 0 on and its name. With the
+/// output comes how many calls there were.
 pub fn run(command: &mut Command, mut fate: impl FnMut(usize, &str) -> Fate) -> io::Result<(Output, usize)> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     let program = filter();

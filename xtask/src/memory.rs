@@ -1,0 +1,59 @@
+//! Tests whose every access to memory is looked at: under the address sanitizer, and in Miri.
+
+use crate::shell::{cargo, command, has, root, run, skip};
+
+/// This machine's target, which the compiler's flags are for.
+pub(crate) const HOST: &str = env!("XTASK_HOST");
+
+/// The library's copy code and the command, with a red zone around every allocation. The sanitizer is in the
+/// stable compiler, behind its own lock.
+pub(crate) fn sanitizer() -> anyhow::Result<()> {
+    if !HOST.ends_with("-linux-gnu") {
+        skip(format!("the address sanitizer: there is none for {HOST}"));
+        return Ok(());
+    }
+    let library = ["--package", "gdn", "--lib", "--test", "errors", "--test", "golden", "--test", "split"];
+    let the_command = ["--package", "gdn-cli"];
+    for packages in [&library[..], &the_command] {
+        let mut tests = cargo(&[&["test", "--target", HOST], packages].concat());
+        tests
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("RUSTFLAGS", "-Zsanitizer=address")
+            .env("CARGO_TARGET_DIR", root().join("target/asan"))
+            .env("CARGO_PROFILE_TEST_OPT_LEVEL", "1")
+            .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
+        run(&mut tests)?;
+    }
+    Ok(())
+}
+
+/// The compiler that Miri is of: not every night's has it.
+const NIGHTLY: &str = "nightly-2026-05-20";
+
+/// Views, maps, repacking and the portable copy code in an interpreter that knows what Rust leaves undefined.
+/// It cannot run what the package tests elsewhere: instruction sets (no intrinsics past AVX2), GPUs, huge
+/// pages and maps of files; and it takes a second for what takes a processor a millisecond, so that
+/// properties and conformance are left to the sanitizer.
+pub(crate) fn miri() -> anyhow::Result<()> {
+    if !has("rustup") {
+        skip("Miri: it comes with rustup, which is not here");
+        return Ok(());
+    }
+    let mut install = command("rustup", &["toolchain", "install", NIGHTLY, "--profile", "minimal"]);
+    install.args(["--component", "miri", "--component", "rust-src", "--no-self-update"]);
+    let installed = install.output()?;
+    if !installed.status.success() {
+        let said = String::from_utf8_lossy(&installed.stderr).into_owned();
+        let why = said.lines().find(|line| line.starts_with("error")).unwrap_or("rustup does not say why");
+        skip(format!("Miri: {NIGHTLY} cannot be installed: {why}"));
+        return Ok(());
+    }
+    let mut tests =
+        command("rustup", &["run", NIGHTLY, "cargo", "miri", "test", "--locked", "--package", "gdn"]);
+    tests.args(["--test", "small"]);
+    // The cargo that runs this is another's.
+    for name in ["CARGO", "RUSTC", "RUSTUP_TOOLCHAIN", "RUSTFLAGS"] {
+        tests.env_remove(name);
+    }
+    run(tests.env("CARGO_TARGET_DIR", root().join("target/miri")))
+}
