@@ -1,8 +1,14 @@
 //! The libFuzzer targets of `fuzz/`.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    num::NonZero,
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    thread::available_parallelism,
+};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use crate::{
     memory::HOST,
@@ -15,12 +21,6 @@ const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-leve
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-sanitizer-coverage-stack-depth --cfg fuzzing \
     -Cllvm-args=-simplifycfg-branch-fold-threshold=0 -Zsanitizer=address -Cdebug-assertions -Coverflow-checks \
     -Ccodegen-units=1";
-
-/// How long a target runs.
-enum Until {
-    Seconds(u32),
-    Runs(u32),
-}
 
 /// Any bytes for so many seconds each, and so many files that are valid but for a few changes.
 ///
@@ -38,29 +38,40 @@ pub(crate) fn run_all(seconds: u32, runs: u32) -> anyhow::Result<()> {
     let mut build = cargo(&["build", "--release", "--manifest-path", "fuzz/Cargo.toml", "--target", HOST]);
     build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS).env("CARGO_TARGET_DIR", &target);
     run(&mut build)?;
-    for (name, seeds, until) in [
-        ("heads", Some("config*.json"), Until::Seconds(seconds)),
-        ("files", Some("r*.safetensors"), Until::Seconds(seconds)),
-        ("structures", None, Until::Runs(runs)),
-    ] {
+    let fuzzer = |name: &str| -> anyhow::Result<Command> {
         let corpus = root().join("fuzz/corpus").join(name);
         fs::create_dir_all(&corpus)?;
         let program = target.join(HOST).join("release").join(name);
         let mut fuzzer = command(&program.display().to_string(), &[]);
-        fuzzer.arg(match until {
-            Until::Seconds(seconds) => format!("-max_total_time={seconds}"),
-            Until::Runs(runs) => format!("-runs={runs}"),
-        });
         // Without what the command itself says.
         fuzzer.args(["-max_len=65536", "-print_final_stats=1", "-close_fd_mask=3"]);
         // libFuzzer takes folders: the first is its own, with what it found before.
-        fuzzer.arg(&corpus).env("ASAN_OPTIONS", "detect_odr_violation=0");
-        if let Some(seeds) = seeds {
-            let seeded = root().join("fuzz/target/seeds").join(name);
-            seed(&seeded, seeds)?;
-            fuzzer.arg(&seeded);
+        fuzzer.arg(&corpus).env("ASAN_OPTIONS", "detect_odr_violation=0:malloc_context_size=1");
+        Ok(fuzzer)
+    };
+    for (name, seeds) in [("heads", "config*.json"), ("files", "r*.safetensors")] {
+        let seeded = root().join("fuzz/target/seeds").join(name);
+        seed(&seeded, seeds)?;
+        run(fuzzer(name)?.arg(&seeded).arg(format!("-max_total_time={seconds}")))?;
+    }
+    // Shared out: each does several hundred a second, and choosing by what is rare would cost it a third of that.
+    let processes = u32::try_from(available_parallelism().map_or(1, NonZero::get).min(8))?;
+    let started = (0..processes).map(|number| {
+        let mut fuzzer = fuzzer("structures")?;
+        fuzzer.args([format!("-runs={}", runs.div_ceil(processes)), format!("-seed={}", number + 1)]);
+        Ok(fuzzer.arg("-entropic=0").stderr(Stdio::piped()).spawn()?)
+    });
+    let started = started.collect::<anyhow::Result<Vec<_>>>()?;
+    let ended: Vec<_> = started.into_iter().map(Child::wait_with_output).collect::<Result<_, _>>()?;
+    for Output { status, stderr, .. } in ended {
+        let said = String::from_utf8_lossy(&stderr);
+        if !status.success() {
+            bail!("structures ended with {status}:\n{said}");
         }
-        run(&mut fuzzer)?;
+        println!(
+            "structures: {}",
+            said.lines().filter(|line| line.contains("stat::number")).collect::<String>()
+        );
     }
     Ok(())
 }

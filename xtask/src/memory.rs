@@ -31,9 +31,10 @@ pub(crate) fn sanitizer() -> anyhow::Result<()> {
 const NIGHTLY: &str = "nightly-2026-05-20";
 
 /// Views, maps, repacking and the portable copy code in an interpreter that knows what Rust leaves undefined.
-/// It cannot run what the package tests elsewhere: instruction sets (no intrinsics past AVX2), GPUs, huge
-/// pages and maps of files; and it takes a second for what takes a processor a millisecond, so that
-/// properties and conformance are left to the sanitizer.
+///
+/// It takes hundreds of times as long as a processor: property tests and conformance with every instruction set did
+/// not end within five minutes, and the sanitizer sees those. It has no GPU, no huge pages and no maps of files. So it
+/// gets a test of its own, of seconds.
 pub(crate) fn miri() -> anyhow::Result<()> {
     if !has("rustup") {
         skip("Miri: it comes with rustup, which is not here");
