@@ -34,8 +34,8 @@ const ENDING: [i32; 2] = [consts::SIGINT, consts::SIGTERM];
 static SIGNAL: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
 
 /// From here on those signals are noticed by [`check_interrupted`] instead of ending the process where it
-/// stands, and a file that grows past `ulimit -f` is an error of the write. What is ignored, as by `nohup`,
-/// stays ignored.
+/// stands, and a file that grows past `ulimit -f` is an error of the write. Under `nohup` a terminal that goes
+/// away is still nothing.
 pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
     static CAUGHT: AtomicBool = AtomicBool::new(false);
     if CAUGHT.swap(true, Ordering::Relaxed) {
@@ -43,7 +43,7 @@ pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
     }
     let what = "cannot watch for signals";
     for signal in ENDING {
-        if !is_ignored(signal) {
+        if !hang_up_is_ignored(signal) {
             flag::register_usize(signal, Arc::clone(&SIGNAL), signal as usize).context(what)?;
         }
     }
@@ -60,18 +60,20 @@ pub(crate) fn check_interrupted() -> Result<(), Interrupted> {
     }
 }
 
-/// Whether whoever started the process had it ignore the signal.
+/// Whether this is SIGHUP, and whoever started the process had it ignored, as `nohup` does. (A shell has Ctrl-C ignored
+/// in what a script starts in the background, of which nobody who sends it knows.)
 #[cfg(unix)]
-fn is_ignored(signal: i32) -> bool {
+fn hang_up_is_ignored(signal: i32) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: it only asks, and fills in what it is given where it returns 0.
     unsafe {
-        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
+        signal == consts::SIGHUP
+            && libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) == 0
             && action.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 
 #[cfg(not(unix))]
-fn is_ignored(_: i32) -> bool {
+fn hang_up_is_ignored(_: i32) -> bool {
     false
 }

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io::Write,
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Stdio},
     time::{Duration, Instant},
@@ -43,9 +44,17 @@ fn signals_that_ask_for_the_end_leave_nothing_behind() {
     large(&split.path("in"), 10_000);
     let forward = Scene::new(&[("in", "qwen3-next-layer-decode.safetensors")]);
     let signals = [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129), (Signal::XCPU, 152)];
+    // These tests may themselves be run under nohup.
+    let as_ever = || {
+        // SAFETY: it sets what a signal does back to what it does.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+        Ok(())
+    };
     for (scene, args) in [(split, &SPLIT[..]), (forward, &["forward", "in", "-o", "out"])] {
         for (signal, code) in signals {
             let mut command = scene.command(args);
+            // SAFETY: between fork and exec it makes a system call alone.
+            unsafe { command.pre_exec(as_ever) };
             let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
             until_it_writes(&scene, &mut child);
             kill_process(Pid::from_child(&child), signal).unwrap();
@@ -58,7 +67,7 @@ fn signals_that_ask_for_the_end_leave_nothing_behind() {
 }
 
 #[test]
-fn what_is_ignored_stays_ignored() {
+fn under_nohup_a_terminal_may_go_away() {
     let scene = Scene::new(&[]);
     large(&scene.path("in"), 4_000);
     let mut nohup = std::process::Command::new("sh");
