@@ -11,15 +11,22 @@ use signal_hook::{consts, flag};
 
 /// Somebody asked the command to end. The output's temporary file is removed on the way out.
 #[derive(Debug, thiserror::Error)]
-#[error("interrupted, no output was written")]
+#[error("interrupted, {left}")]
 pub(crate) struct Interrupted {
     signal: u8,
+    /// What there is of the output.
+    left: String,
 }
 
 impl Interrupted {
     /// What a shell reports of a command that the signal ended.
     pub(crate) fn exit_code(&self) -> u8 {
         128 + self.signal
+    }
+
+    /// The same, where something stays.
+    pub(crate) fn with_left(&self, left: String) -> Self {
+        Self { signal: self.signal, left }
     }
 }
 
@@ -56,7 +63,7 @@ pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
 pub(crate) fn check_interrupted() -> Result<(), Interrupted> {
     match SIGNAL.load(Ordering::Relaxed) {
         0 => Ok(()),
-        signal => Err(Interrupted { signal: signal as u8 }),
+        signal => Err(Interrupted { signal: signal as u8, left: "no output was written".to_owned() }),
     }
 }
 

@@ -82,19 +82,23 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     catch_interrupts()?;
     let folder = Folder::open(&args.output, &args.source)?;
     folder.check_names(names_of(&source, &plan))?;
-    let result = write(&folder, &source, &plan, &others);
-    if result.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
-        let partial = folder.path.display();
-        return result.with_context(|| {
-            format!("finished files stay in {partial}, and the same command goes on from there")
-        });
-    }
-    result?;
-    source.check_unchanged().with_context(|| {
-        format!("{} may be made of what there was before and after: delete it", folder.path.display())
-    })?;
-    folder.check_names(names_of(&source, &plan))?;
-    folder.finish()
+    let path = folder.path.clone();
+    let finish = || {
+        write(&folder, &source, &plan, &others)?;
+        source.check_unchanged().with_context(|| {
+            format!("{} may be made of what there was before and after: delete it", path.display())
+        })?;
+        folder.check_names(names_of(&source, &plan))?;
+        folder.finish()
+    };
+    finish().map_err(|error| match error.downcast_ref::<Interrupted>() {
+        Some(interrupted) => {
+            let path = path.display();
+            let left = format!("finished files stay in {path}, and the same command goes on from there");
+            interrupted.with_left(left).into()
+        }
+        None => error,
+    })
 }
 
 /// The files that a destination has.
