@@ -56,7 +56,7 @@ class Heads(NamedTuple):
 
     def shard(self, tp_size: int) -> Heads:
         """The heads of one tensor-parallel rank of ``tp_size``. Raises ``ValueError`` where they do not divide."""
-        return Heads(*_gdn.shard(tuple(self), tp_size))
+        return Heads(*_gdn.shard(self, tp_size))
 
 
 class Tiling(NamedTuple):
@@ -210,11 +210,10 @@ def repack_weight(
         TypeError: ``weight`` is no tensor.
     """
     if _torch is not None and not _torch.is_plain_cpu(weight):
-        moves = _gdn.weight_moves(
-            _torch.out_features(weight, dim), tuple(heads), projection, to, block, group
-        )
+        _torch.check_weight(weight)
+        moves = _gdn.weight_moves(tuple(weight.shape), heads, dim, projection, to, block, group)
         return _torch.moved(weight, dim, moves)
-    return _gdn.repack_weight(weight, tuple(heads), dim, projection, to, block, group)
+    return _gdn.repack_weight(weight, heads, dim, projection, to, block, group)
 
 
 def tiling(

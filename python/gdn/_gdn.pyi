@@ -31,11 +31,17 @@ def repack_weight(
     weight: Any, heads: tuple[int, ...], dim: int, projection: str | None, to: str, block: int, group: int
 ) -> Any: ...
 def weight_moves(
-    out_features: int, heads: tuple[int, ...], projection: str | None, to: str, block: int, group: int
+    shape: tuple[int, ...],
+    heads: tuple[int, ...],
+    dim: int,
+    projection: str | None,
+    to: str,
+    block: int,
+    group: int,
 ) -> list[tuple[int, int]]: ...
 def register(torch: ModuleType, without: list[str] = ...) -> None: ...
 def tiling(
-    rows: int, row_bytes: int, cores: int, buffer_bytes: int = 87040, max_rows_per_iter: int = 64
+    rows: int, row_bytes: int, cores: int, buffer_bytes: int, max_rows_per_iter: int
 ) -> tuple[int, int, int]: ...
 def features(heads: tuple[int, ...], packing: str) -> list[int]: ...
 def shard(heads: tuple[int, ...], tp_size: int) -> list[int]: ...

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling as is_compiling
 
 from . import _gdn, npu
 
-__all__ = ["is_compiling", "is_plain_cpu", "merge", "moved", "out_features", "split"]
+__all__ = ["check_memory", "check_weight", "is_compiling", "is_plain_cpu", "merge", "moved", "split"]
 
 _gdn.register(torch)
 
@@ -81,30 +82,175 @@ def _fake_merge(
     return mixed_qkv.new_empty((rows, qkvz)), b.new_empty((rows, ba))
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """What an out variant returns."""
+def _fake_out(*inputs: Any, **outputs: Tensor) -> None:
+    """Nothing, which is what an out variant returns. Its outputs are where its inputs are."""
+    read = _NAMES["merge" if len(outputs) == 2 else "split"]
+    _check_devices(**dict(zip(read, inputs)), **outputs)
 
 
-def _keep_heads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.heads = inputs[-5:]
-    ctx.z_shape = inputs[1].shape
+#: What the operators read.
+_NAMES = {"split": ("mixed_qkvz", "mixed_ba"), "merge": ("mixed_qkv", "z", "b", "a")}
 
 
-def _split_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.gdn.merge(*(grad.contiguous() for grad in grads), *ctx.heads), *[None] * 5)
+# ---- derivatives. The ops move elements, so they are linear: a tangent moves like its tensor, and a gradient moves back.
 
 
-def _merge_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    mixed_qkv, z, b, a = torch.ops.gdn.split(*(grad.contiguous() for grad in grads), *ctx.heads)
-    return (mixed_qkv, z.view(ctx.z_shape), b, a, *[None] * 5)
+class _Split(torch.autograd.Function):
+    """``gdn::split`` of tensors with gradients or tangents."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.gdn.split.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.heads = inputs[2:]
+        ctx.save_for_forward(*inputs[:2])
+        ctx.set_materialize_grads(True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (*_merge(*(grad.contiguous() for grad in grads), *ctx.heads), *[None] * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        qkvz, ba = tangents[:2]
+        parts = _split(*_tangents((qkvz, ba), ctx.saved_tensors), *ctx.heads)
+        return tuple(
+            part if moved is not None else None
+            for part, moved in zip(parts, (qkvz, qkvz, ba, ba), strict=True)
+        )
+
+
+class _Merge(torch.autograd.Function):
+    """``gdn::merge`` of such tensors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.gdn.merge.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.heads, ctx.z_shape = inputs[4:], inputs[1].shape
+        ctx.save_for_forward(*inputs[:4])
+        ctx.set_materialize_grads(True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        mixed_qkv, z, b, a = _split(*(grad.contiguous() for grad in grads), *ctx.heads)
+        return (mixed_qkv, z.view(ctx.z_shape), b, a, *[None] * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        packed = _merge(*_tangents(tangents[:4], ctx.saved_tensors), *ctx.heads)
+        pairs = (tangents[:2], tangents[2:4])
+        return tuple(
+            one if any(part is not None for part in pair) else None
+            for one, pair in zip(packed, pairs, strict=True)
+        )
+
+
+def _split(*arguments: Any) -> Any:
+    """The operator; for transforms of torch.func the function, as they do not see what an operator does for autograd."""
+    return (_Split.apply if _is_transformed() else torch.ops.gdn.split.default)(*arguments)
+
+
+def _merge(*arguments: Any) -> Any:
+    return (_Merge.apply if _is_transformed() else torch.ops.gdn.merge.default)(*arguments)
+
+
+def _is_transformed() -> bool:
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _tangents(tangents: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that there are, as the op takes them; zeros for the others."""
+    return [
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        if tangent is None
+        else tangent.contiguous()
+        for tangent, tensor in zip(tangents, tensors, strict=True)
+    ]
+
+
+def _autograd(name: str, function: Any) -> Any:
+    """An operator's kernel for autograd."""
+    operator, read = getattr(torch.ops.gdn, name).default, len(_NAMES[name])
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        has_gradient = torch._C.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        has_tangent = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        if has_gradient or (has_tangent and _has_tangent(arguments[:read])):
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    f"functorch transforms do not see into gdn::{name}, call gdn.{name} instead"
+                )
+            # The dispatcher leaves out what is the default.
+            packing = () if len(arguments) == read + 5 else ("interleaved",)
+            return function.apply(*arguments, *packing)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return kernel
+
+
+def _lazy_out(name: str) -> Any:
+    """An out variant's kernel for views that are negated or conjugated when they are read. (PyTorch's own cannot write to such outputs.)"""
+    operator = getattr(torch.ops.gdn, name).out
+
+    def kernel(*arguments: Any, **outputs: Tensor) -> None:
+        for argument, tensor in outputs.items():
+            if tensor.is_neg() or tensor.is_conj():
+                lazy = "is a view that is negated or conjugated when it is read"
+                raise ValueError(f"{argument} {lazy}, it cannot be written to")
+        operator(
+            *(one.resolve_neg().resolve_conj() if isinstance(one, Tensor) else one for one in arguments),
+            **outputs,
+        )
+
+    return kernel
+
+
+# ---- vmap: rows of all samples, one after the other
+
+
+def _rows(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
+    """A tensor whose samples lie along `dim`, or that is the same in all, as rows."""
+    tensor = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1).contiguous()
+
+
+def _vmap(name: str) -> Any:
+    """How an operator goes about samples."""
+    operator, names, read = getattr(torch.ops.gdn, name), _NAMES[name], len(_NAMES[name])
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        batch = info.batch_size
+        for argument, tensor, dim in zip(names, arguments, in_dims):
+            dims = tensor.dim() - (dim is not None)
+            if dims != 2 and not (argument == "z" and dims == 3):
+                raise ValueError(f"{argument} has {dims} dims, expected 2")
+        rows = [_rows(one, dim, batch) for one, dim in zip(arguments[:read], in_dims)]
+        results = operator(*rows, *arguments[read:])
+        return tuple(one.unflatten(0, (batch, -1)) for one in results), (0,) * len(results)
+
+    return rule
 
 
 torch.library.register_fake("gdn::split", _fake_split)
 torch.library.register_fake("gdn::merge", _fake_merge)
-torch.library.register_fake("gdn::split.out", _nothing)
-torch.library.register_fake("gdn::merge.out", _nothing)
-torch.library.register_autograd("gdn::split", _split_backward, setup_context=_keep_heads)
-torch.library.register_autograd("gdn::merge", _merge_backward, setup_context=_keep_heads)
+torch.library.register_fake("gdn::split.out", _fake_out)
+torch.library.register_fake("gdn::merge.out", _fake_out)
+_library = torch.library.Library("gdn", "IMPL")
+for _name, _function in (("split", _Split), ("merge", _Merge)):
+    _library.impl(_name, _autograd(_name, _function), "Autograd", with_keyset=True)
+    for _key in ("Negative", "Conjugate"):
+        _library.impl(f"{_name}.out", _lazy_out(_name), _key)
+    torch.library.register_vmap(f"gdn::{_name}", _vmap(_name))
 _npu = npu.register()
 
 
@@ -121,7 +267,7 @@ def split(
     """``gdn.split`` through the operator."""
     arguments = (mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
     if out is None:
-        return torch.ops.gdn.split.default(*arguments)
+        return _split(*arguments)
     mixed_qkv, z, b, a = _outputs(out, arguments[:2], "(mixed_qkv, z, b, a)", 4)
     torch.ops.gdn.split.out(*arguments, mixed_qkv=mixed_qkv, z=z, b=b, a=a)
     return mixed_qkv, z, b, a
@@ -142,7 +288,7 @@ def merge(
     """``gdn.merge`` through the operator."""
     arguments = (mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing)
     if out is None:
-        return torch.ops.gdn.merge.default(*arguments)
+        return _merge(*arguments)
     mixed_qkvz, mixed_ba = _outputs(out, arguments[:4], "(mixed_qkvz, mixed_ba)", 2)
     torch.ops.gdn.merge.out(*arguments, mixed_qkvz=mixed_qkvz, mixed_ba=mixed_ba)
     return mixed_qkvz, mixed_ba
@@ -150,10 +296,18 @@ def merge(
 
 def _outputs(out: Sequence[Tensor], inputs: Sequence[Any], expected: str, number: int) -> Sequence[Tensor]:
     if len(out) != number:
-        raise ValueError(f"out is {len(out)} of them, expected the tensors {expected}")
+        raise ValueError(f"out has {len(out)} tensors, expected {number}: {expected}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise ValueError("out cannot be given where an input requires grad: a written tensor has no gradient")
+    if _has_tangent((*inputs, *out)):
+        raise ValueError("out cannot be given where a tensor has a tangent: a written tensor has none")
     return out
+
+
+def _has_tangent(tensors: Sequence[Any]) -> bool:
+    """Whether a dual level of forward-mode AD is open, and one of the tensors has a tangent there."""
+    is_open = forward_ad._current_level >= 0
+    return is_open and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def is_plain_cpu(weight: Any) -> bool:
@@ -166,13 +320,31 @@ def is_plain_cpu(weight: Any) -> bool:
     return is_plain and weight.device.type == "cpu" and weight.is_contiguous() and not has_gradient
 
 
-def out_features(weight: Tensor, dim: int) -> int:
-    """The length of a weight's dim of outputs."""
-    if dim not in (0, 1) or dim >= weight.dim():
-        raise ValueError(f"dim is {dim}, it must be 0 or 1 and one of the weight's {weight.dim()}")
-    return weight.shape[dim]
+def check_weight(weight: Tensor) -> None:
+    """Raises where PyTorch cannot take a weight apart."""
+    if weight.layout is not torch.strided:
+        raise TypeError(f"weight has layout {weight.layout}, expected torch.strided")
+    check_memory(weight=weight)
+
+
+def check_memory(**tensors: Tensor) -> None:
+    """Raises where a tensor's storage was freed."""
+    for name, tensor in tensors.items():
+        # Others have no memory of the process, or not as PyTorch counts it.
+        is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type in ("cpu", "cuda")
+        if is_plain and tensor.layout is torch.strided and tensor.numel():
+            try:
+                is_freed = not tensor.untyped_storage().nbytes()
+            except (RuntimeError, NotImplementedError):  # a transform's wrapper has none
+                continue
+            if is_freed:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)} and no memory: was its storage freed?"
+                )
 
 
 def moved(weight: Tensor, dim: int, moves: list[tuple[int, int]]) -> Tensor:
     """Parts ``(start, length)`` of a dim, one after the other."""
+    if not moves:
+        return weight.clone()
     return torch.cat([weight.narrow(dim, start, length) for start, length in moves], dim)

@@ -362,44 +362,71 @@ class _Span(NamedTuple):
 NAMES = ("mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a")
 
 
+def check_read(inputs: Sequence[torch.Tensor], heads: tuple[int, int, int, int], merge: bool) -> None:
+    """Holds the tensors that are read against the heads and one another, before outputs are made for them.
+
+    Raises:
+        TypeError: another element type than its partner's, or elements of a size that the kernel does not take.
+        ValueError: a number of rows or features, a stride or a device that does not fit, or a tensor without memory.
+    """
+    _check_all(NAMES[2:] if merge else NAMES[:2], inputs, heads, inputs[0], NAMES[2 if merge else 0], False)
+
+
 def check_tensors(
     tensors: Sequence[torch.Tensor], heads: tuple[int, int, int, int], merge: bool, fresh: bool = False
 ) -> None:
     """Holds the six tensors, in the order of `NAMES`, against the heads, before anything is written.
 
-    `fresh` says that the outputs were just made for the inputs.
+    `fresh` says that the outputs were just made for the inputs, which were checked.
 
     Raises:
-        TypeError: no tensor, or another element type than its partner's.
-        ValueError: a number of rows or features, a stride, an element size or a device that does not fit, or
-            outputs that overlap anything.
+        TypeError, ValueError: as `check_read`, and where outputs overlap anything.
     """
-    hk, hv, dk, dv = heads
-    qkv, v = 2 * hk * dk + hv * dv, hv * dv
-    z_tail = (v,) if tensors[3].dim() == 2 else (hv, dv)
-    tails = ((qkv + v,), (2 * hv,), (qkv,), z_tail, (hv,), (hv,))
-    named = list(zip(NAMES, tensors, tails))
-    reads, writes = (named[2:], named[:2]) if merge else (named[:2], named[2:])
-    written = [name for name, *_ in writes]
-    first_name, first, _ = reads[0]
-    for name, tensor, tail in reads if fresh else reads + writes:
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first_name} is on {first.device}")
-        _check_rows(name, tensor, tail, heads, written=name in written)
-        if tensor.shape[0] != first.shape[0]:
-            raise ValueError(f"{name} has {tensor.shape[0]} rows, {first_name} has {first.shape[0]}")
-        if tensor.element_size() not in WORDS:
-            sizes = f"elements of {tensor.element_size()} bytes, they must have 1, 2, 4 or 8"
-            raise TypeError(f"{name} has dtype {tensor.dtype}: {sizes}")
+    if fresh:
+        return
+    inputs, outputs = (tensors[2:], tensors[:2]) if merge else (tensors[:2], tensors[2:])
+    first_name, written = NAMES[2 if merge else 0], NAMES[:2] if merge else NAMES[2:]
+    check_read(inputs, heads, merge)
+    _check_all(written, outputs, heads, inputs[0], first_name, True)
     for name, tensor, partner in zip(NAMES[2:], tensors[2:], (0, 0, 1, 1)):
         if tensor.dtype != tensors[partner].dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, {NAMES[partner]} has {tensors[partner].dtype}")
-    if first.shape[0] and not fresh:
+    if inputs[0].shape[0]:
         spans = {name: _Span.of(tensor) for name, tensor in zip(NAMES, tensors)}
         for name in written:
             for other, span in spans.items():
                 if other != name and spans[name].overlaps(span):
                     raise ValueError(f"{name} overlaps {other}")
+
+
+def _check_all(
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    heads: tuple[int, int, int, int],
+    first: torch.Tensor,
+    first_name: str,
+    written: bool,
+) -> None:
+    from gdn import _torch
+
+    hk, hv, dk, dv = heads
+    qkv, v = 2 * hk * dk + hv * dv, hv * dv
+    tails = dict(zip(NAMES, ((qkv + v,), (2 * hv,), (qkv,), (hv, dv), (hv,), (hv,))))
+    partners = {"z": "mixed_qkv", "a": "b"}
+    for name, tensor in zip(names, tensors):
+        tail = (v,) if name == "z" and tensor.dim() == 2 else tails[name]
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first_name} is on {first.device}")
+        _check_rows(name, tensor, tail, heads, written)
+        if tensor.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, {first_name} has {first.shape[0]}")
+        if tensor.element_size() not in WORDS:
+            sizes = f"elements of {tensor.element_size()} bytes, they must have 1, 2, 4 or 8"
+            raise TypeError(f"{name} has dtype {tensor.dtype}: {sizes}")
+        partner = dict(zip(names, tensors)).get(partners.get(name, ""))
+        if partner is not None and not written and tensor.dtype != partner.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, {partners[name]} has {partner.dtype}")
+        _torch.check_memory(**{name: tensor})
 
 
 # ---- launching
@@ -484,7 +511,7 @@ def _run(
     """Checks the outputs and all six tensors, and runs the kernel. What the outputs are."""
     names = NAMES[:2] if merge else NAMES[2:]
     if len(out) != len(names):
-        raise ValueError(f"out is {len(out)} of them, expected the tensors ({', '.join(names)})")
+        raise ValueError(f"out has {len(out)} tensors, expected {len(names)}: ({', '.join(names)})")
     check_inputs(*zip(names, out))
     tensors = (*out, *inputs) if merge else (*inputs, *out)
     check_tensors(tensors, heads, merge=merge, fresh=fresh)
@@ -519,6 +546,7 @@ def split(
     check_inputs(("mixed_qkvz", mixed_qkvz), ("mixed_ba", mixed_ba))
     fresh = out is None
     if out is None:
+        check_read((mixed_qkvz, mixed_ba), heads, False)
         n, (hk, hv, dk, dv) = mixed_qkvz.shape[0], heads
         qkv, z = mixed_qkvz.new_empty(n, 2 * hk * dk + hv * dv), mixed_qkvz.new_empty(n, hv, dv)
         out = (qkv, z, mixed_ba.new_empty(n, hv), mixed_ba.new_empty(n, hv))
@@ -547,6 +575,7 @@ def merge(
     check_inputs(("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a))
     fresh = out is None
     if out is None:
+        check_read((mixed_qkv, z, b, a), heads, True)
         n, (hk, hv, dk, dv) = mixed_qkv.shape[0], heads
         out = (mixed_qkv.new_empty(n, 2 * hk * dk + 2 * hv * dv), b.new_empty(n, 2 * hv))
     return _run((mixed_qkv, z, b, a), out, fresh, heads, packing, True, profile)

@@ -14,10 +14,15 @@ use pyo3::{
     exceptions::{PyBufferError, PyMemoryError, PyTypeError},
     ffi, intern,
     prelude::*,
+    sync::PyOnceLock,
     types::{PyCapsule, PyCapsuleMethods, PyDict, PyType},
 };
 
-use crate::tensor::{DType, Device, Tensor, too_many_dims, type_error, value_error};
+use crate::{
+    exit::Outside,
+    tensor::{DType, Device, Tensor, too_many_dims, type_error, value_error},
+    torch::type_name,
+};
 
 /// `DLTensor`
 #[repr(C)]
@@ -121,17 +126,25 @@ impl Exchange {
 }
 
 /// # Safety
-/// `tensor` has `ndim` numbers at `shape`, and at `strides` where that is not null.
+/// `tensor` has `ndim` numbers at `shape` and at `strides`, where those are not null.
 #[inline]
 unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str, into: &mut Tensor) -> PyResult<()> {
     let dims = usize::try_from(tensor.ndim).unwrap_or(0);
+    if dims > crate::tensor::MAX_DIMS {
+        return Err(too_many_dims(argument, dims));
+    }
+    if dims > 0 && tensor.shape.is_null() {
+        return Err(value_error(format!("{argument} has {dims} dims and no shape")));
+    }
     let numbers = |at: *mut i64| match dims {
         0 => &[][..],
         // SAFETY: the caller's promise.
         _ => unsafe { std::slice::from_raw_parts(at, dims) },
     };
     let strides = (!tensor.strides.is_null()).then(|| numbers(tensor.strides));
-    let address = (tensor.data as usize).wrapping_add(tensor.byte_offset as usize);
+    // An offset from nothing is nowhere.
+    let offset = if tensor.data.is_null() { 0 } else { tensor.byte_offset as usize };
+    let address = (tensor.data as usize).wrapping_add(offset);
     if into.fill(address, tensor.dtype, tensor.device, read_only, numbers(tensor.shape), strides) {
         return Ok(());
     }
@@ -145,7 +158,15 @@ pub(crate) fn borrow<'py>(
     into: &mut Tensor,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = object.py();
+    // What is asked of others' objects may be Python code.
+    let _outside = (!is_numpy(object)).then(|| Outside::new(py));
     let array = object.getattr(intern!(py, "__array_struct__"));
+    if is_masked(object)? {
+        return Err(type_error(format!(
+            "{argument} is a {}, whose mask would be lost: give its data",
+            type_name(object)
+        )));
+    }
     if let Some(capsule) = array.ok().and_then(|array| array.cast_into::<PyCapsule>().ok()) {
         // SAFETY: what the attribute of that name is.
         unsafe { read_array(object, &capsule, argument, into)? };
@@ -200,6 +221,27 @@ pub(crate) fn borrow<'py>(
     });
     into.read_only |= is_jax;
     Ok(Some(capsule))
+}
+
+/// Whether an object is an array of NumPy's.
+pub(crate) fn is_numpy(object: &Bound<'_, PyAny>) -> bool {
+    static ARRAY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let py = object.py();
+    let found = ARRAY.get(py).or_else(|| {
+        let array = module(py, "numpy")?.getattr(intern!(py, "ndarray")).ok()?;
+        let array = array.cast_into::<PyType>().ok()?;
+        Some(ARRAY.get_or_init(py, || array.unbind()))
+    });
+    found.is_some_and(|array| object.is_instance(array.bind(py)).unwrap_or(false))
+}
+
+/// Whether an object is an array of NumPy's with a mask.
+fn is_masked(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = object.py();
+    match module(py, "numpy.ma") {
+        Some(masked) if is_numpy(object) => object.is_instance(&masked.getattr(intern!(py, "MaskedArray"))?),
+        _ => Ok(false),
+    }
 }
 
 /// A module, if the program has imported it.
@@ -264,6 +306,9 @@ unsafe fn read_array(
     let dims = usize::try_from(array.nd).unwrap_or(0);
     if dims > crate::tensor::MAX_DIMS {
         return Err(too_many_dims(argument, dims));
+    }
+    if dims > 0 && (array.shape.is_null() || array.strides.is_null()) {
+        return Err(value_error(format!("{argument} has {dims} dims and no shape or strides")));
     }
     let (mut shape, mut strides) = ([1i64; crate::tensor::MAX_DIMS], [1i64; crate::tensor::MAX_DIMS]);
     for dim in 0..dims {

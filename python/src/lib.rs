@@ -4,6 +4,7 @@
 //! file there, and operators of PyTorch, in `torch`.
 
 mod dlpack;
+mod exit;
 mod memory;
 mod ops;
 mod outputs;
@@ -15,7 +16,7 @@ use gdn::Heads;
 use pyo3::prelude::*;
 
 use crate::{
-    ops::{numbers, repack, split},
+    ops::{numbers_of, repack, size, split, text},
     tensor::value_error,
 };
 
@@ -29,46 +30,41 @@ fn register(torch: &Bound<'_, PyModule>, without: Vec<String>) -> PyResult<()> {
 
 /// Plans `rows` rows of `row_bytes` bytes each, inputs and outputs together: `(grid, rows_per_core, rows_per_iter)`.
 #[pyfunction]
-#[pyo3(signature = (rows, row_bytes, cores, buffer_bytes = 87040, max_rows_per_iter = 64))]
 fn tiling(
-    rows: i64,
-    row_bytes: i64,
-    cores: i64,
-    buffer_bytes: i64,
-    max_rows_per_iter: i64,
+    rows: Bound<'_, PyAny>,
+    row_bytes: Bound<'_, PyAny>,
+    cores: Bound<'_, PyAny>,
+    buffer_bytes: Bound<'_, PyAny>,
+    max_rows_per_iter: Bound<'_, PyAny>,
 ) -> PyResult<(usize, usize, usize)> {
-    let number = |number: i64, name: &str| {
-        usize::try_from(number).map_err(|_| value_error(format!("{name} is {number}, it must be at least 0")))
-    };
+    let (rows, row_bytes) = (size(&rows, "rows", 0)?, size(&row_bytes, "row_bytes", 0)?);
     let profile = gdn::tiling::DeviceProfile {
-        cores: number(cores, "cores")?,
-        buffer_bytes: number(buffer_bytes, "buffer_bytes")?,
-        max_rows_per_iter: number(max_rows_per_iter, "max_rows_per_iter")?,
+        cores: size(&cores, "cores", 0)?,
+        buffer_bytes: size(&buffer_bytes, "buffer_bytes", 0)?,
+        max_rows_per_iter: size(&max_rows_per_iter, "max_rows_per_iter", 0)?,
     };
-    let plan = gdn::tiling::plan(number(rows, "rows")?, number(row_bytes, "row_bytes")?, &profile);
+    let plan = gdn::tiling::plan(rows, row_bytes, &profile);
     Ok((plan.grid, plan.rows_per_core, plan.rows_per_iter))
 }
 
 /// The features of a row of `mixed_qkvz`, `mixed_ba`, `mixed_qkv` and `z`, of heads and a packing that are right.
 #[pyfunction]
-fn features(heads: [Bound<'_, PyAny>; 4], packing: &str) -> PyResult<[usize; 4]> {
-    let heads = ops::layout(numbers(&heads)?, packing)?.heads;
+fn features(heads: Bound<'_, PyAny>, packing: Bound<'_, PyAny>) -> PyResult<[usize; 4]> {
+    let heads = ops::layout(numbers_of(&heads)?, &text(&packing, "packing")?)?.heads;
     Ok([heads.qkvz_features(), heads.ba_features(), heads.qkv_features(), heads.z_features()])
 }
 
 /// The heads of one tensor-parallel rank.
 #[pyfunction]
-fn shard(heads: [Bound<'_, PyAny>; 4], tp_size: i64) -> PyResult<[usize; 4]> {
-    let heads = ops::layout(numbers(&heads)?, "interleaved")?.heads;
-    let tp_size = usize::try_from(tp_size)
-        .map_err(|_| value_error(format!("tp_size is {tp_size}, it must be at least 1")))?;
-    Ok(four(&heads.shard(tp_size).map_err(|e| value_error(e.to_string()))?))
+fn shard(heads: Bound<'_, PyAny>, tp_size: Bound<'_, PyAny>) -> PyResult<[usize; 4]> {
+    let heads = ops::heads(numbers_of(&heads)?)?;
+    Ok(four(&heads.shard(size(&tp_size, "tp_size", 1)?).map_err(|e| value_error(e.to_string()))?))
 }
 
 /// The four numbers and the packing of a model known by name.
 #[pyfunction]
-fn preset(name: &str) -> PyResult<([usize; 4], &'static str)> {
-    let layout = gdn::Layout::preset(name).map_err(|e| value_error(e.to_string()))?;
+fn preset(name: Bound<'_, PyAny>) -> PyResult<([usize; 4], &'static str)> {
+    let layout = gdn::Layout::preset(&text(&name, "name")?).map_err(|e| value_error(e.to_string()))?;
     Ok((four(&layout.heads), layout.packing.name()))
 }
 
@@ -79,7 +75,7 @@ fn four(heads: &Heads) -> [usize; 4] {
 /// One line for each NVIDIA GPU of this machine; the reason where there are none to ask for.
 #[pyfunction]
 fn cuda_devices(py: Python<'_>) -> PyResult<Vec<String>> {
-    let devices = py.detach(gdn::cuda::devices).map_err(|e| ops::cuda_error(&e))?;
+    let devices = exit::detach(py, gdn::cuda::devices).map_err(|e| ops::cuda_error(&e))?;
     Ok(devices.iter().map(ToString::to_string).collect())
 }
 
@@ -97,6 +93,7 @@ fn isa() -> String {
 
 #[pymodule]
 fn _gdn(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    exit::register(module)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(split::split, module)?)?;
     module.add_function(wrap_pyfunction!(split::merge, module)?)?;

@@ -8,6 +8,7 @@ use pyo3::{
 
 use crate::{
     dlpack,
+    exit::Outside,
     tensor::{Tensor, type_error},
     torch::{Libtorch, type_name},
 };
@@ -25,9 +26,8 @@ pub(crate) fn fresh<'py>(
     if let Some(torch) = torch {
         return torch.empty_like(like, known, shape, argument);
     }
-    if let Some(numpy) = dlpack::module(py, "numpy")
-        && like.is_instance(&numpy.getattr(intern!(py, "ndarray"))?)?
-    {
+    if dlpack::is_numpy(like) {
+        let numpy = py.import(intern!(py, "numpy"))?;
         let kwargs = PyDict::new(py);
         kwargs.set_item(intern!(py, "dtype"), like.getattr(intern!(py, "dtype"))?)?;
         let made = numpy.call_method(intern!(py, "empty"), (PyTuple::new(py, shape)?,), Some(&kwargs))?;
@@ -35,11 +35,18 @@ pub(crate) fn fresh<'py>(
         dlpack::borrow(&made, argument, &mut tensor)?;
         return Ok((made, tensor));
     }
-    if !known.device.is_cpu() || !like.hasattr(intern!(py, "__array_namespace__"))? {
+    let like_what = || format!("{} on {}", type_name(like), known.device);
+    if !like.hasattr(intern!(py, "__array_namespace__"))? {
         return Err(type_error(format!(
-            "out: no {argument} can be made like a {} on {}, give tensors to write to",
-            type_name(like),
-            known.device
+            "out: no {argument} can be made like a {}, give tensors to write to",
+            like_what()
+        )));
+    }
+    if !known.device.is_cpu() {
+        return Err(type_error(format!(
+            "out: no {argument} can be made like a {}: outputs are made on the CPU, and on a GPU as PyTorch's. \
+             Give PyTorch tensors, which torch.from_dlpack makes of such arrays without a copy",
+            like_what()
         )));
     }
     let buffer = dlpack::Buffer::new(shape, known.dtype)?;
@@ -48,12 +55,20 @@ pub(crate) fn fresh<'py>(
     Ok((py.None().into_bound(py), tensor))
 }
 
+/// Whether two arrays that are not PyTorch's are of one framework.
+pub(crate) fn is_of(one: &Bound<'_, PyAny>, other: &Bound<'_, PyAny>) -> bool {
+    dlpack::is_numpy(one) == dlpack::is_numpy(other)
+        && (dlpack::is_numpy(one) || one.get_type().is(other.get_type()))
+}
+
 /// Buffers that were filled, as arrays of the framework that `like` is of.
 pub(crate) fn handed_over<'py>(
     like: &Bound<'py, PyAny>,
     buffers: Vec<dlpack::Buffer>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = like.py();
+    // What is asked of the framework may be Python code.
+    let _outside = Outside::new(py);
     let namespace = like.call_method0(intern!(py, "__array_namespace__"))?;
     let import = namespace.getattr(intern!(py, "from_dlpack"))?;
     buffers.into_iter().map(|buffer| import.call1((Bound::new(py, buffer)?,))).collect()

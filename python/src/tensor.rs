@@ -129,6 +129,10 @@ pub(crate) struct RowsOf {
     pub(crate) row_stride: usize,
 }
 
+impl RowsOf {
+    pub(crate) const NONE: Self = Self { num_rows: 0, features: 0, row_stride: 0 };
+}
+
 impl Tensor {
     /// The place of one that is not known yet.
     pub(crate) const NONE: Self = Self {
@@ -191,6 +195,18 @@ impl Tensor {
     /// Whether there are elements, and no memory for them: a tensor that only stands for one.
     pub(crate) fn is_hollow(&self) -> bool {
         self.address == 0 && self.shape().iter().all(|length| *length > 0)
+    }
+
+    /// Whether its lengths are lengths, and its elements have memory.
+    #[inline]
+    pub(crate) fn check(&self, argument: &str) -> PyResult<()> {
+        if self.shape().iter().any(|length| *length < 0) {
+            return Err(value_error(format!(
+                "{argument} has shape {:?}, expected none below 0",
+                self.shape()
+            )));
+        }
+        if self.is_hollow() { Err(no_memory(argument, self.shape())) } else { Ok(()) }
     }
 
     pub(crate) fn shape(&self) -> &[i64] {
@@ -262,6 +278,11 @@ pub(crate) fn value_error(message: String) -> PyErr {
 #[cold]
 pub(crate) fn type_error(message: String) -> PyErr {
     PyTypeError::new_err(message)
+}
+
+#[cold]
+pub(crate) fn no_memory(argument: &str, shape: &[i64]) -> PyErr {
+    value_error(format!("{argument} has shape {shape:?} and no memory: was its storage freed?"))
 }
 
 #[cold]

@@ -198,10 +198,7 @@ def test_capsules_are_not_consumed():
 @pytest.mark.parametrize("packing", ["interleaved", "contiguous"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "bool", "float16"])
 @pytest.mark.parametrize("n", [0, 1, 5, 70])
-def test_jax(n, name, packing):
-    jax = pytest.importorskip("jax")
-    if jax.default_backend() != "cpu":
-        pytest.skip("JAX's default is not the CPU")
+def test_jax(n, name, packing, jax):
     jnp = jax.numpy
     heads = (3, 9, 7, 5)
     qkvz, ba = (jnp.asarray(array) for array in oracle.packed(n, heads, jnp.dtype(name)))
@@ -211,8 +208,7 @@ def test_jax(n, name, packing):
     oracle.same(gdn.merge(*parts, *heads, packing), [np.asarray(qkvz), np.asarray(ba)])
 
 
-def test_jax_arrays_outlive_what_made_them():
-    jax = pytest.importorskip("jax")
+def test_jax_arrays_outlive_what_made_them(jax):
     qkvz, ba = (jax.numpy.asarray(array) for array in arrays("i4"))
     expected = oracle.split(np.asarray(qkvz), np.asarray(ba), HEADS, "interleaved")
     kept = [gdn.split(qkvz, ba, *HEADS) for _ in range(50)]
@@ -223,10 +219,88 @@ def test_jax_arrays_outlive_what_made_them():
     assert np.array_equal(np.asarray(doubled), expected[0] + expected[0])
 
 
-def test_jax_arrays_are_not_written():
-    jax = pytest.importorskip("jax")
+def test_jax_arrays_are_not_written(jax):
     qkvz, ba = (jax.numpy.asarray(array) for array in arrays())
     out = tuple(jax.numpy.zeros(shape, "float32") for shape in PARTS)
     with pytest.raises(ValueError, match="mixed_qkv is read-only"):
         gdn.split(qkvz, ba, *HEADS, out=out)
     assert all((np.asarray(one) == 0).all() for one in out)
+
+
+class OnGpu(Producer):
+    """What says that it is on a GPU, of a framework whose arrays cannot be written to."""
+
+    def __init__(self, array, **how):
+        super().__init__(array, device=(2, 0), **how)
+
+    def __array_namespace__(self):
+        raise AssertionError("no output is made")
+
+
+WHERE_TO = "no mixed_qkv can be made like a .* on cuda:0: .* Give PyTorch tensors, .* torch.from_dlpack"
+
+
+def test_outputs_on_a_gpu_are_made_for_pytorch_alone():
+    qkvz, ba = arrays()
+    with pytest.raises(TypeError, match=WHERE_TO):
+        gdn.split(OnGpu(qkvz), OnGpu(ba), *HEADS)
+
+
+@pytest.mark.gpus(1)
+def test_jax_on_a_gpu():
+    """A clear sentence, and what it says works."""
+    jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX has no GPU")
+    given = arrays()
+    qkvz, ba = (jax.device_put(array, jax.devices("gpu")[0]) for array in given)
+    with pytest.raises(TypeError, match=WHERE_TO):
+        gdn.split(qkvz, ba, *HEADS)
+    parts = gdn.split(torch.from_dlpack(qkvz), torch.from_dlpack(ba), *HEADS)
+    parts = [np.asarray(jax.dlpack.from_dlpack(part)) for part in parts]
+    oracle.same(tuple(parts), oracle.split(*given, HEADS, "interleaved"))
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+@pytest.mark.parametrize("wrong", ["data", "data with an offset", "shape", "negative"])
+@pytest.mark.parametrize("old", [True, False])
+def test_producers_without_memory_or_shape(old, wrong, where):
+    qkvz, ba = arrays()
+    made, out = outs(old=old)
+    given = [Producer(qkvz, old=old), Producer(ba, old=old)]
+    broken, name = (given[1], "mixed_ba") if where == "input" else (out[2], "b")
+    tensor = broken.managed.tensor
+    if wrong.startswith("data"):
+        tensor.data, tensor.byte_offset = None, 64 if "offset" in wrong else 0
+        message = f"{name} has shape \\[5, .\\] and no memory"
+    elif wrong == "shape":
+        tensor.shape, message = None, f"{name} has 2 dims and no shape"
+    else:
+        broken.shape[0], message = -5, f"{name} has shape \\[-5, .\\], expected none below 0"
+    with pytest.raises(ValueError, match=message):
+        gdn.split(*given, *HEADS, out=out)
+    assert all((one == 7).all() for one in made)
+    weight = Producer(np.zeros((160, 4), "f4"), old=old)
+    if wrong == "shape":
+        weight.managed.tensor.shape = None
+    elif wrong == "negative":
+        weight.shape[0] = -160
+    else:
+        weight.managed.tensor.data = None
+    with pytest.raises(ValueError, match="weight has "):
+        gdn.repack_weight(weight, HEADS)
+
+
+def test_arrays_of_two_frameworks(jax):
+    """Outputs would be of both. Each is right about which argument is the other's."""
+    qkvz, ba = arrays()
+    array, other = jax.numpy.asarray(qkvz), jax.numpy.asarray(ba)
+    for given, message in [
+        ((qkvz, other), "mixed_ba is a jax.*, mixed_qkvz is a numpy.ndarray"),
+        ((array, ba), "mixed_ba is a numpy.ndarray, mixed_qkvz is a jax"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            gdn.split(*given, *HEADS)
+        made, out = outs()
+        gdn.split(*given, *HEADS, out=out)
+        oracle.same(tuple(made), oracle.split(qkvz, ba, HEADS, "interleaved"))

@@ -277,11 +277,211 @@ def test_frameworks_are_not_mixed():
     numpy = pytest.importorskip("numpy")
     arguments = good()
     arrays = {name: one.numpy() for name, one in arguments.items()}
-    with pytest.raises(TypeError, match="mixed_ba is a numpy.ndarray, mixed_qkvz is a PyTorch tensor"):
+    with pytest.raises(TypeError, match="mixed_ba is a numpy.ndarray, mixed_qkvz is a torch.Tensor"):
         gdn.split(**(arguments | dict(mixed_ba=arrays["mixed_ba"])), **named(HEADS))
     out = tuple(numpy.empty(one.view.shape, "f4") for one in empty_parts(*arguments.values(), HEADS).values())
-    with pytest.raises(TypeError, match="mixed_qkv is a numpy.ndarray, mixed_qkvz is a PyTorch tensor"):
+    with pytest.raises(TypeError, match="mixed_qkv is a numpy.ndarray, mixed_qkvz is a torch.Tensor"):
         gdn.split(**arguments, **named(HEADS), out=out)
+
+
+def freed(tensor):
+    """A tensor whose storage was given up, as FSDP does between layers."""
+    made = tensor.clone()
+    made.untyped_storage().resize_(0)
+    return made
+
+
+def freed_part(tensor):
+    """The same of a part of a larger storage, whose address is an offset from nothing."""
+    whole = torch.zeros(2 * tensor.numel() + 4096, dtype=tensor.dtype, device=tensor.device)
+    part = whole[4096 : 4096 + tensor.numel()].view(tensor.shape)
+    whole.untyped_storage().resize_(0)
+    return part
+
+
+@pytest.mark.parametrize("free", [freed, freed_part])
+@pytest.mark.parametrize("name", ["mixed_qkvz", "mixed_ba", "mixed_qkv", "z", "b", "a"])
+def test_tensors_whose_storage_was_freed(name, free, device):
+    arguments, parts = good(device), good_parts(device)
+    sentence = f"{name} has shape \\[3, .*\\] and no memory: was its storage freed"
+    if name in arguments:
+        fails("split", arguments | {name: free(arguments[name])}, sentence)
+        fails("merge", parts, sentence, out={name: free(arguments[name])})
+    else:
+        fails("merge", parts | {name: free(parts[name])}, sentence)
+        fails("split", arguments, sentence, out={name: free(parts[name])})
+
+
+@pytest.mark.parametrize("free", [freed, freed_part])
+def test_weights_whose_storage_was_freed(free, device):
+    weight = free(torch.zeros(160, 3, device=device))
+    for given in (weight, torch.nn.Parameter(weight)):
+        with pytest.raises(ValueError, match="weight has shape .* and no memory: was its storage freed"):
+            gdn.repack_weight(given, HEADS)
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="mixed_qkvz has shape .* and no memory: was its storage freed"):
+        gdn.split(free(good(device)["mixed_qkvz"]), good(device)["mixed_ba"], *HEADS, backend="triton")
+
+
+@pytest.mark.parametrize("kind", ["meta", "subclass", "sparse", "complex", "negated", "list"])
+def test_outputs_that_cannot_be_written_to(kind, device):
+    """Each sentence is about the argument that is wrong, and about what is wrong with it."""
+    arguments = good(device)
+    out = [one.view for one in empty_parts(*arguments.values(), HEADS).values()]
+    subclass = type("Mine", (torch.Tensor,), {})
+    wrong, error, sentence = {
+        "meta": (lambda z: z.to("meta"), ValueError, "z is on meta, mixed_qkvz is on "),
+        "subclass": (lambda z: z.as_subclass(subclass), TypeError, "z is a .*Mine, expected a torch.Tensor"),
+        "sparse": (
+            lambda z: z.to_sparse(),
+            TypeError,
+            "z has layout torch.sparse_coo, expected torch.strided",
+        ),
+        "complex": (
+            lambda z: z.to(torch.complex64),
+            TypeError,
+            "z has dtype .*complex64, mixed_qkvz has .*float32",
+        ),
+        "negated": (
+            lambda z: torch.complex(z, z).conj().imag,
+            ValueError,
+            "z (is a view that is negated|has stride)",
+        ),
+        "list": (lambda z: z.tolist(), TypeError, "z is a list, mixed_qkvz is a torch.Tensor"),
+    }[kind]
+    before = [one.clone() for one in out]
+    with pytest.raises(error, match=sentence):
+        gdn.split(**arguments, **named(HEADS), out=(out[0], wrong(torch.zeros_like(out[1])), *out[2:]))
+    assert all(map(torch.equal, map(oracle.bits, out), map(oracle.bits, before)))
+
+
+def test_outputs_of_inference_mode(device):
+    """They may be written to in inference mode, as PyTorch has it, and nowhere else."""
+    arguments = good(device)
+    with torch.inference_mode():
+        made = {name: one.view.clone() for name, one in empty_parts(*arguments.values(), HEADS).items()}
+    before = oracle.bits(made["z"]).clone()
+    fails(
+        "split",
+        arguments,
+        "z was made in inference mode, it can be written to in inference mode",
+        out=dict(z=made["z"]),
+    )
+    assert torch.equal(oracle.bits(made["z"]), before)
+    with torch.no_grad(), pytest.raises(ValueError, match="mixed_qkv was made in inference mode"):
+        gdn.split(**arguments, **named(HEADS), out=tuple(made.values()))
+    with torch.inference_mode():
+        gdn.split(**arguments, **named(HEADS), out=tuple(made.values()))
+    oracle.same(tuple(made.values()), oracle.split_bits(*arguments.values(), HEADS, "interleaved"))
+
+
+HUGE = [(1, 1, 2**40, 2**40), (1, 1, 1, 2**55), (2**30, 2**30, 1, 1), (1, 2**32, 1, 1)]
+
+
+@pytest.mark.parametrize("heads", HUGE, ids=str)
+def test_wrong_heads_are_told_before_outputs_are_made(heads, device):
+    sentence = "mixed_qkvz has 160 features, .* need \\d+"
+    fails("split", good(device), sentence, heads=heads)
+    fails("merge", good_parts(device), "mixed_qkv has 96 features, .* need \\d+|z has shape", heads=heads)
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="mixed_qkvz has 160 features"):
+        gdn.split(**good(device), **named(heads), backend="triton")
+
+
+def test_expanded_inputs_are_told_before_outputs_are_made(device):
+    """As many rows as are asked for, and no memory behind them."""
+    arguments = good(device)
+    arguments = {name: one[:1].expand(2**40, -1) for name, one in arguments.items()}
+    fails("split", arguments, "mixed_qkvz: row_stride = 0 is shorter than a row of 160 features")
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.large
+@pytest.mark.parametrize("door", [gdn.split, torch.ops.gdn.split], ids=["function", "operator"])
+def test_no_memory_on_a_gpu(door):
+    """The function raises what PyTorch raises; the operator a RuntimeError, of which that is one."""
+    size = torch.cuda.get_device_properties(0).total_memory * 6 // 10 // 160
+    qkvz = torch.empty(size, 160, dtype=torch.uint8, device="cuda")
+    ba = torch.empty(size, 8, dtype=torch.uint8, device="cuda")
+    error = torch.OutOfMemoryError if door is gdn.split else RuntimeError
+    with pytest.raises(error, match="out of memory"):
+        door(qkvz, ba, *HEADS)
+    del qkvz, ba
+    torch.cuda.empty_cache()
+
+
+NUMBERS = [2**63, -(2**63) - 1, 10**30, -1, 10**5000]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: str(value.bit_length()))
+def test_numbers_of_any_size(value):
+    """Every whole number that an argument can be, and none is an OverflowError."""
+    weight, heads = torch.zeros(160, 2), gdn.Heads(*HEADS)
+    for name, call in {
+        "rows": lambda: gdn.tiling(value, 1, 1),
+        "row_bytes": lambda: gdn.tiling(1, value, 1),
+        "cores": lambda: gdn.tiling(1, 1, value),
+        "buffer_bytes": lambda: gdn.tiling(1, 1, 1, value),
+        "max_rows_per_iter": lambda: gdn.tiling(1, 1, 1, 1, value),
+        "tp_size": lambda: heads.shard(value),
+        "num_k_heads": lambda: gdn.Heads(value, 4, 8, 16).shard(1),
+        "dim": lambda: gdn.repack_weight(weight, HEADS, value),
+        "block": lambda: gdn.repack_weight(weight, HEADS, block=value),
+        "group": lambda: gdn.repack_weight(weight, HEADS, group=value),
+        "head_v_dim": lambda: gdn.repack_weight(weight, (2, 4, 8, value)),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is .*, it must be "):
+            call()
+    for weight in (torch.zeros(160, 2, requires_grad=True), torch.zeros(160, 2, device="meta")):
+        with pytest.raises(ValueError, match="dim is"):
+            gdn.repack_weight(weight, HEADS, value)
+        with pytest.raises(ValueError, match="block is"):
+            gdn.repack_weight(weight, HEADS, block=value)
+
+
+@pytest.mark.parametrize("value", [None, "2", 2.5, [2], b"2"], ids=str)
+def test_what_is_no_number_or_text(value):
+    weight = torch.zeros(160, 2)
+    for name, call in {
+        "rows": lambda: gdn.tiling(value, 1, 1),
+        "tp_size": lambda: gdn.Heads(*HEADS).shard(value),
+        "dim": lambda: gdn.repack_weight(weight, HEADS, value),
+        "group": lambda: gdn.repack_weight(weight, HEADS, group=value),
+        "num_v_heads": lambda: gdn.repack_weight(weight, (2, value, 8, 16)),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} is a .*, expected int"):
+            call()
+    if not isinstance(value, str):
+        with pytest.raises(TypeError, match="to is a .*, expected str"):
+            gdn.repack_weight(weight, HEADS, to=value)
+        with pytest.raises(TypeError, match="name is a .*, expected str"):
+            gdn.preset(value)
+        if value is not None:
+            with pytest.raises(TypeError, match="projection is a .*, expected str"):
+                gdn.repack_weight(weight, HEADS, projection=value)
+    for heads in (3, (2, 4, 8), (2, 4, 8, 16, 1), None):
+        with pytest.raises(
+            ValueError, match="heads is .*, expected \\(num_k_heads, num_v_heads, head_k_dim, head_v_dim"
+        ):
+            gdn.repack_weight(weight, heads)
+    with pytest.raises(ValueError, match="to is 'both', it must be 'interleaved' or 'contiguous'"):
+        gdn.repack_weight(weight, HEADS, to="both")
+    with pytest.raises(ValueError, match="packing is '.*', it must be"):
+        gdn.split(**good(), **named(HEADS), packing="\ud800")
+
+
+def test_weights_of_no_bytes_take_no_time():
+    """As many outputs as heads say, which may be billions, and nothing to move."""
+    for weight in (torch.zeros(2**34, 0), torch.zeros(2**34, 0, device="meta")):
+        got = gdn.repack_weight(weight, (2**32, 2**32, 1, 1))
+        assert got.shape == weight.shape and got.device == weight.device
+    with pytest.raises(ValueError, match="weight has 17179869184 outputs, .* need 64 or 16"):
+        gdn.repack_weight(torch.zeros(2**34, 0), (8, 8, 2, 2))
+
+
+def test_sparse_weights_are_refused():
+    with pytest.raises(TypeError, match="weight has layout torch.sparse_coo, expected torch.strided"):
+        gdn.repack_weight(torch.zeros(160, 2).to_sparse(), HEADS)
 
 
 def caught():

@@ -199,7 +199,7 @@ def test_overlaps_are_refused():
     assert qkvz.tobytes() == before.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["subclass", "memmap", "masked", "matrix"])
+@pytest.mark.parametrize("kind", ["subclass", "memmap", "matrix"])
 def test_kinds_of_arrays(kind, tmp_path):
     heads = (2, 4, 8, 16)
     qkvz, ba = oracle.packed(4, heads, "f4")
@@ -209,7 +209,7 @@ def test_kinds_of_arrays(kind, tmp_path):
         made[...] = qkvz
     else:
         subclass = type("Named", (np.ndarray,), {})
-        kinds = dict(subclass=subclass, masked=np.ma.MaskedArray, matrix=np.matrix)
+        kinds = dict(subclass=subclass, matrix=np.matrix)
         made = qkvz.view(kinds[kind])
     oracle.same(gdn.split(made, ba, *heads), expected)
 
@@ -229,3 +229,41 @@ def test_drop_ins():
     interleaved, contiguous = (oracle.split(qkvz, ba, heads, packing) for packing in PACKINGS)
     oracle.same(gdn.fused_qkvzba_split_reshape_cat(qkvz, ba, *heads), interleaved)
     oracle.same(gdn.fused_qkvzba_split_reshape_cat_contiguous(qkvz, ba, *heads), contiguous)
+
+
+def test_masks_are_not_lost():
+    """Masked arrays are refused as inputs and outputs, whatever their masks are."""
+    heads = (2, 4, 8, 16)
+    qkvz, ba = oracle.packed(4, heads, "f4")
+    out = [view for view, _ in outs(4, heads, "f4")]
+    for mask in (np.ma.nomask, True):
+        masked = np.ma.MaskedArray(qkvz, mask=mask), np.ma.MaskedArray(out[1], mask=mask)
+        sentence = "is a numpy.ma.*MaskedArray, whose mask would be lost: give its data"
+        with pytest.raises(TypeError, match=f"mixed_qkvz {sentence}"):
+            gdn.split(masked[0], ba, *heads)
+        with pytest.raises(TypeError, match=f"z {sentence}"):
+            gdn.split(qkvz, ba, *heads, out=(out[0], masked[1], *out[2:]))
+        with pytest.raises(TypeError, match=f"weight {sentence}"):
+            gdn.repack_weight(masked[0].T, heads)
+    oracle.same(gdn.split(masked[0].data, ba, *heads), oracle.split(qkvz, ba, heads, "interleaved"))
+
+
+def test_wrong_heads_are_not_memory_errors():
+    """Inputs are checked before outputs are made."""
+    qkvz, ba = oracle.packed(4, (2, 4, 8, 16), "f4")
+    for heads in [(1, 1, 2**40, 2**40), (1, 1, 1, 2**55), (2**30, 2**30, 1, 1)]:
+        with pytest.raises(ValueError, match="mixed_qkvz has 160 features, .* need \\d+"):
+            gdn.split(qkvz, ba, *heads)
+        with pytest.raises(ValueError, match="(mixed_qkv has 160 features|z has shape)"):
+            gdn.merge(qkvz, ba, ba, ba, *heads)
+
+
+def test_numpy_and_pytorch_are_not_mixed():
+    torch = pytest.importorskip("torch")
+    heads = (2, 4, 8, 16)
+    qkvz, ba = oracle.packed(4, heads, "f4")
+    with pytest.raises(TypeError, match="mixed_ba is a torch.Tensor, mixed_qkvz is a numpy.ndarray"):
+        gdn.split(qkvz, torch.from_numpy(ba), *heads)
+    out = [torch.from_numpy(view) for view, _ in outs(4, heads, "f4")]
+    with pytest.raises(TypeError, match="mixed_qkv is a torch.Tensor, mixed_qkvz is a numpy.ndarray"):
+        gdn.split(qkvz, ba, *heads, out=tuple(out))

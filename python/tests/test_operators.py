@@ -221,48 +221,163 @@ def test_tensors_of_two_devices_are_refused():
             gdn.split(*tensors, *HEADS)
 
 
-def test_functional_gradients_are_right_or_refused(device):
+@pytest.mark.parametrize("n", [0, 3])
+def test_one_of_several_tensors_on_meta(n):
+    qkvz, ba = inputs("cpu", n=n)
+    parts = dict(zip(PARTS, parts_of([qkvz, ba]), strict=True))
+    for name in PARTS:
+        wrong = parts | {name: parts[name].to("meta")}
+        for call in (
+            lambda: torch.ops.gdn.split.out(qkvz, ba, *HEADS, **wrong),
+            lambda: torch.ops.gdn.merge(*wrong.values(), *HEADS),
+            lambda: torch.ops.gdn.merge.out(*wrong.values(), *HEADS, mixed_qkvz=qkvz, mixed_ba=ba),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match="is on (meta|cpu), "):
+                call()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_functional_gradients(packing, device):
     qkvz, ba = inputs(device)
     weights = [torch.randn_like(part) for part in parts_of([qkvz, ba])]
 
-    def loss(qkvz, ba):
-        return sum(
-            (part * weight).sum() for part, weight in zip(gdn.split(qkvz, ba, *HEADS), weights, strict=True)
+    def loss(split, qkvz, ba):
+        parts = split(qkvz, ba, *HEADS, packing)
+        return sum((part.square() * weight).sum() for part, weight in zip(parts, weights, strict=True))
+
+    expected = torch.func.grad(lambda *t: loss(oracle.split, *t), argnums=(0, 1))(qkvz, ba)
+    got = torch.func.grad(lambda *t: loss(gdn.split, *t), argnums=(0, 1))(qkvz, ba)
+    assert all(map(torch.equal, got, expected))
+    with pytest.raises(RuntimeError, match="functorch transforms do not see into gdn::split, call gdn.split"):
+        torch.func.grad(lambda *t: loss(torch.ops.gdn.split, *t), argnums=(0, 1))(qkvz, ba)
+
+
+def batch_of(device, dim=0):
+    return [torch.stack([one, 2 * one, 3 * one], dim) for one in inputs(device)]
+
+
+@pytest.mark.parametrize("door", [gdn, torch.ops.gdn], ids=["functions", "operators"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap(dim, door, device):
+    batch = batch_of(device, dim)
+    got = torch.vmap(lambda *t: door.split(*t, *HEADS), in_dims=dim)(*batch)
+    expected = [
+        torch.stack(some)
+        for some in zip(*[parts_of([one.select(dim, i) for one in batch]) for i in range(3)])
+    ]
+    assert all(map(torch.equal, got, expected))
+    back = torch.vmap(lambda *t: door.merge(*t, *HEADS), out_dims=dim)(*got)
+    assert all(map(torch.equal, back, batch))
+    # One of the tensors is the same in all.
+    got = torch.vmap(lambda *t: door.split(*t, *HEADS), in_dims=(dim, None))(
+        batch[0], batch[1].select(dim, 1).contiguous()
+    )
+    assert all(map(torch.equal, got[:2], expected[:2]))
+    assert all(torch.equal(part, expected[i][1].expand_as(part)) for i, part in enumerate(got) if i > 1)
+
+
+def test_vmap_of_gradients(device):
+    batch = batch_of(device)
+
+    def loss(split, qkvz, ba):
+        return sum(part.pow(3).sum() for part in split(qkvz, ba, *HEADS, "interleaved"))
+
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        got, expected = (
+            torch.vmap(transform(lambda *t: loss(split, *t), argnums=(0, 1)))(*batch)
+            for split in (gdn.split, oracle.split)
         )
-
-    def expected(qkvz, ba):
-        return sum((part * weight).sum() for part, weight in zip(parts_of([qkvz, ba]), weights, strict=True))
-
-    try:
-        got = torch.func.grad(loss, argnums=(0, 1))(qkvz, ba)
-    except RuntimeError as error:
-        assert "functorch transforms" in str(error)
-        return
-    assert all(map(torch.equal, got, torch.func.grad(expected, argnums=(0, 1))(qkvz, ba)))
+        assert all(map(torch.allclose, got, expected))
 
 
-def test_vmap_is_right_or_refused(device):
-    batch = [torch.stack([one, 2 * one]) for one in inputs(device)]
-    try:
-        got = torch.vmap(lambda qkvz, ba: gdn.split(qkvz, ba, *HEADS))(*batch)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        assert str(error)
-    else:
-        expected = [torch.stack(pair) for pair in zip(*[parts_of(pair) for pair in zip(*batch)])]
-        assert all(map(torch.equal, got, expected))
+@pytest.mark.parametrize("door", [gdn, torch.ops.gdn], ids=["functions", "operators"])
+def test_vmap_says_what_is_wrong(door, device):
+    batch = batch_of(device)
+    for wrong, message in [
+        ((batch[0][:, 0], batch[1]), "mixed_qkvz has 1 dims, expected 2"),
+        ((batch[0][..., 1:], batch[1]), "mixed_qkvz has 51 features"),
+        ((batch[0], batch[1][:, 1:]), "mixed_ba has 6 rows, mixed_qkvz has 9"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.vmap(lambda *t: door.split(*t, *HEADS))(*wrong)
+    out = tuple(torch.zeros_like(part) for part in parts_of(inputs(device)))
+    with pytest.raises((ValueError, RuntimeError), match="Batching rule not implemented for gdn::split.out"):
+        torch.vmap(lambda *t: gdn.split(*t, *HEADS, out=out) and t[0])(*batch)
+    assert not any(part.any() for part in out)
 
 
-def test_forward_mode_is_right_or_refused(device):
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("door", [gdn, torch.ops.gdn], ids=["functions", "operators"])
+def test_forward_mode(door, packing, device):
+    """The op is linear: what it does to tensors it does to their tangents."""
+    fw = torch.autograd.forward_ad
     tensors = inputs(device)
     tangents = [torch.randn_like(one) for one in tensors]
-    try:
-        _, got = torch.func.jvp(lambda *given: gdn.split(*given, *HEADS), tuple(tensors), tuple(tangents))
-    except (RuntimeError, NotImplementedError) as error:
-        assert str(error)
-    else:
-        if not any(one.any() for one in got):
-            pytest.xfail("tangents are lost without a word, as at every operator of torch.library")
-        assert all(map(torch.equal, got, parts_of(tangents)))
+    parts, moved = parts_of(tensors, packing), parts_of(tangents, packing)
+    with fw.dual_level():
+        duals = [fw.make_dual(*pair) for pair in zip(tensors, tangents, strict=True)]
+        got = door.split(*duals, *HEADS, packing)
+        for one, part, tangent in zip(got, parts, moved, strict=True):
+            primal, found = fw.unpack_dual(one)
+            assert torch.equal(primal, part) and torch.equal(found, tangent)
+        back = [fw.unpack_dual(one) for one in door.merge(*got, *HEADS, packing)]
+        assert all(torch.equal(one.primal, other) for one, other in zip(back, tensors))
+        assert all(torch.equal(one.tangent, other) for one, other in zip(back, tangents))
+        # Of one tensor alone; that of the other's parts is zero.
+        got = [fw.unpack_dual(one).tangent for one in door.split(duals[0], tensors[1], *HEADS, packing)]
+        assert torch.equal(got[0], moved[0]) and torch.equal(got[1], moved[1])
+        assert not any(tangent is not None and tangent.any() for tangent in got[2:])
+        plain = door.split(*tensors, *HEADS, packing)
+        assert all(fw.unpack_dual(one).tangent is None for one in plain)
+    if door is gdn:
+        _, got = torch.func.jvp(lambda *t: gdn.split(*t, *HEADS, packing), tuple(tensors), tuple(tangents))
+        assert all(map(torch.equal, got, moved))
+
+
+@pytest.mark.parametrize("door", [gdn, torch.ops.gdn], ids=["functions", "operators"])
+def test_forward_mode_beside_integers_and_gradients(door, device):
+    fw = torch.autograd.forward_ad
+    qkvz, ba = inputs(device, torch.float64)
+    with fw.dual_level():
+        dual = fw.make_dual(qkvz, torch.ones_like(qkvz))
+        parts = door.split(dual, ba.to(torch.int32), *HEADS)
+        assert torch.equal(fw.unpack_dual(parts[0]).tangent, torch.ones_like(parts[0]))
+        assert fw.unpack_dual(parts[2]).tangent is None and parts[2].dtype == torch.int32
+    tensors = inputs(device, torch.float64, grad=True)
+    check = dict(check_forward_ad=True, check_batched_grad=False)
+    assert torch.autograd.gradcheck(lambda *t: door.split(*t, *HEADS), tensors, **check)
+    assert torch.autograd.gradgradcheck(lambda *t: door.split(*t, *HEADS), tensors, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("door", ["function", "operator"])
+@pytest.mark.parametrize("kind", ["negated", "conjugated"])
+def test_lazy_views_are_read_and_not_written(kind, door, device):
+    dtype = torch.float32 if kind == "negated" else torch.complex64
+    lazy = torch._neg_view if kind == "negated" else torch.conj
+    qkvz, ba = inputs(device, dtype)
+    out = tuple(torch.zeros_like(part) for part in parts_of([qkvz, ba]))
+    split_into(door, lazy(qkvz), ba, out)
+    assert all(map(torch.equal, out, parts_of([lazy(qkvz), ba])))
+    before = [one.clone() for one in out]
+    for i, name in enumerate(PARTS):
+        with pytest.raises(ValueError, match=f"{name} is a view that is negated or conjugated"):
+            split_into(door, qkvz, ba, (*out[:i], lazy(out[i]), *out[i + 1 :]))
+    assert all(map(torch.equal, out, before))
+
+
+def test_what_is_written_has_no_tangent(device):
+    fw = torch.autograd.forward_ad
+    qkvz, ba = inputs(device)
+    out = tuple(torch.zeros_like(part) for part in parts_of([qkvz, ba]))
+    with fw.dual_level():
+        with pytest.raises(ValueError, match="out cannot be given where a tensor has a tangent"):
+            gdn.split(fw.make_dual(qkvz, torch.ones_like(qkvz)), ba, *HEADS, out=out)
+        dual = (fw.make_dual(out[0], torch.ones_like(out[0])), *out[1:])
+        with pytest.raises(ValueError, match="out cannot be given where a tensor has a tangent"):
+            gdn.split(qkvz, ba, *HEADS, out=dual)
+        assert not any(one.any() for one in out)
+        gdn.split(qkvz, ba, *HEADS, out=out)
+    assert all(map(torch.equal, out, parts_of([qkvz, ba])))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

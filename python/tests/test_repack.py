@@ -168,7 +168,7 @@ def test_what_is_refused(make):
         ((make((160, 5)), heads, -1), {}, "dim is -1, it must be 0 or 1"),
         ((make((160,)), heads, 1), {}, "dim is 1, it must be 0 or 1 and one of the weight's 1"),
         ((make((160, 5)), (2, 3, 8, 16)), {}, "num_v_heads = 3 is not a multiple of num_k_heads = 2"),
-        ((make((160, 5)), heads), dict(to="flat"), "packing is 'flat'"),
+        ((make((160, 5)), heads), dict(to="flat"), "to is 'flat'"),
         ((make((4, 2)), heads), dict(block=0, projection="qkvz"), "0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ use gdn::{Cpu, Heads, Layout, Packing, cpu::Executor, cuda};
 use pyo3::{
     exceptions::{PyOverflowError, PyRuntimeError},
     prelude::*,
+    types::PyString,
 };
 
 use crate::{
@@ -21,37 +22,65 @@ use crate::{
 pub(crate) const HEADS: [&str; 4] = ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"];
 
 /// The layout that Python's numbers and packing mean.
-pub(crate) fn layout(heads: [i64; 4], packing: &str) -> PyResult<Layout> {
-    let mut numbers = [0; 4];
-    for ((number, got), name) in numbers.iter_mut().zip(heads).zip(HEADS) {
+pub(crate) fn layout(numbers: [i64; 4], packing: &str) -> PyResult<Layout> {
+    let heads = heads(numbers)?;
+    let packing: Packing = packing.parse().map_err(|e: gdn::ArgumentError| value_error(e.to_string()))?;
+    Ok(Layout::new(heads, packing))
+}
+
+/// The heads that Python's numbers mean.
+pub(crate) fn heads(numbers: [i64; 4]) -> PyResult<Heads> {
+    let mut heads = [0; 4];
+    for ((number, got), name) in heads.iter_mut().zip(numbers).zip(HEADS) {
         *number = usize::try_from(got)
             .map_err(|_| value_error(format!("{name} is {got}, it must be at least 1")))?;
     }
-    let [num_k_heads, num_v_heads, head_k_dim, head_v_dim] = numbers;
-    let heads = Heads::new(num_k_heads, num_v_heads, head_k_dim, head_v_dim)
-        .map_err(|e| value_error(e.to_string()))?;
-    let packing: Packing = packing.parse().map_err(|e: gdn::ArgumentError| value_error(e.to_string()))?;
-    Ok(Layout::new(heads, packing))
+    let [num_k_heads, num_v_heads, head_k_dim, head_v_dim] = heads;
+    Heads::new(num_k_heads, num_v_heads, head_k_dim, head_v_dim).map_err(|e| value_error(e.to_string()))
 }
 
 /// The heads as numbers.
 pub(crate) fn numbers(heads: &[Bound<'_, PyAny>; 4]) -> PyResult<[i64; 4]> {
     let mut numbers = [0; 4];
     for ((number, object), name) in numbers.iter_mut().zip(heads).zip(HEADS) {
-        *number = match object.extract::<i64>() {
-            Ok(number) => number,
-            // What fits none is as wrong as the largest that does.
-            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
-                if object.lt(0)? {
-                    i64::MIN
-                } else {
-                    i64::MAX
-                }
-            }
-            Err(_) => return Err(not_a(name, object, "int")),
-        };
+        *number = integer(object, name, 1)?;
     }
     Ok(numbers)
+}
+
+/// Four heads in one argument.
+pub(crate) fn numbers_of(heads: &Bound<'_, PyAny>) -> PyResult<[i64; 4]> {
+    let four: [Bound<'_, PyAny>; 4] = heads.extract().map_err(|_| {
+        let got = heads.repr().map_or_else(|_| type_name(heads), |text| text.to_string());
+        value_error(format!("heads is {got}, expected ({})", HEADS.join(", ")))
+    })?;
+    numbers(&four)
+}
+
+/// An argument that is a whole number, `least` or more.
+pub(crate) fn integer(object: &Bound<'_, PyAny>, argument: &str, least: i64) -> PyResult<i64> {
+    let is_above = match object.extract::<i64>() {
+        Ok(number) if number >= least => return Ok(number),
+        Ok(_) => false,
+        Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => object.gt(0)?,
+        Err(_) => return Err(not_a(argument, object, "int")),
+    };
+    // Python writes no number of more than some thousand digits.
+    let got = object.str().map_or_else(|_| "too long to be written".to_owned(), |text| text.to_string());
+    let expected = if is_above { format!("at most {}", i64::MAX) } else { format!("at least {least}") };
+    Err(value_error(format!("{argument} is {got}, it must be {expected}")))
+}
+
+/// The same as a size.
+pub(crate) fn size(object: &Bound<'_, PyAny>, argument: &str, least: i64) -> PyResult<usize> {
+    integer(object, argument, least)
+        .and_then(|size| usize::try_from(size).map_err(|e| value_error(format!("{argument}: {e}"))))
+}
+
+/// An argument that is a text.
+pub(crate) fn text(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<String> {
+    let text = object.cast::<PyString>().map_err(|_| not_a(argument, object, "str"))?;
+    Ok(text.to_string_lossy().into_owned())
 }
 
 #[cold]

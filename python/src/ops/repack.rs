@@ -1,10 +1,10 @@
 //! `gdn.repack_weight`: the permutation applied to a weight in memory.
 
-use gdn::{Heads, Packing, Projection, Rows, RowsMut, WeightMap};
+use gdn::{Layout, Projection, Rows, RowsMut, WeightMap};
 use pyo3::{PyErr, prelude::*};
 
 use crate::{
-    dlpack, ops,
+    dlpack, exit, ops,
     outputs::{fresh, handed_over},
     tensor::{Tensor, type_error, value_error},
     torch,
@@ -14,85 +14,126 @@ fn bad(error: impl std::fmt::Display) -> PyErr {
     value_error(error.to_string())
 }
 
-/// Where the `out_features` outputs of a weight, or what follows them, go.
-fn map(
-    out_features: usize,
-    heads: [i64; 4],
-    projection: Option<&str>,
-    to: &str,
+/// How a weight follows a projection's outputs: the arguments after it, but for `dim`.
+struct Way {
+    layout: Layout,
+    projection: Option<Projection>,
     block: usize,
     group: usize,
-) -> PyResult<WeightMap> {
-    let layout = ops::layout(heads, to)?;
-    let (heads, to): (Heads, Packing) = (layout.heads, layout.packing);
-    let found = |projection| -> PyResult<WeightMap> {
-        let map = WeightMap::new(&heads, projection, to);
-        let map = if block == 1 { map } else { map.blocks(block).map_err(bad)? };
-        if group == 1 { Ok(map) } else { map.groups(group).map_err(bad) }
-    };
-    // Without the permutation, which a block or group that would part has none of.
-    let length = |projection: Projection| projection.features(&heads).div_ceil(block.max(1)) / group.max(1);
-    let projections = match projection {
-        None => Projection::ALL.to_vec(),
-        Some("qkvz") => vec![Projection::Qkvz],
-        Some("ba") => vec![Projection::Ba],
-        Some(other) => return Err(value_error(format!("projection is '{other}', expected 'qkvz' or 'ba'"))),
-    };
-    let fitting: Vec<Projection> =
-        projections.iter().copied().filter(|p| length(*p) == out_features).collect();
-    match *fitting {
-        [projection] => found(projection),
-        [] => {
-            let expected: Vec<String> = projections.iter().map(|p| length(*p).to_string()).collect();
-            Err(value_error(format!(
-                "weight has {out_features} outputs, {heads} need {}",
-                expected.join(" or ")
-            )))
+}
+
+impl Way {
+    fn new(
+        heads: &Bound<'_, PyAny>,
+        projection: Option<&Bound<'_, PyAny>>,
+        to: &Bound<'_, PyAny>,
+        block: &Bound<'_, PyAny>,
+        group: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let projection = projection.map(|object| ops::text(object, "projection")).transpose()?;
+        let to = ops::text(to, "to")?;
+        let packing = to
+            .parse()
+            .map_err(|_| value_error(format!("to is '{to}', it must be 'interleaved' or 'contiguous'")))?;
+        Ok(Self {
+            layout: Layout::new(ops::heads(ops::numbers_of(heads)?)?, packing),
+            projection: match projection.as_deref() {
+                None => None,
+                Some("qkvz") => Some(Projection::Qkvz),
+                Some("ba") => Some(Projection::Ba),
+                Some(other) => {
+                    return Err(value_error(format!("projection is '{other}', expected 'qkvz' or 'ba'")));
+                }
+            },
+            block: ops::size(block, "block", 1)?,
+            group: ops::size(group, "group", 1)?,
+        })
+    }
+
+    /// The projection whose outputs are as many as a weight has, or what follows them.
+    fn projection(&self, out_features: usize) -> PyResult<Projection> {
+        let Self { layout: Layout { heads, .. }, projection, block, group } = self;
+        // Without the permutation, which a block or group that would part has none of.
+        let length = |projection: Projection| projection.features(heads).div_ceil(*block) / *group;
+        let projections = projection.map_or_else(|| Projection::ALL.to_vec(), |projection| vec![projection]);
+        let fitting: Vec<Projection> =
+            projections.iter().copied().filter(|p| length(*p) == out_features).collect();
+        match *fitting {
+            [projection] => Ok(projection),
+            [] => {
+                let expected: Vec<String> = projections.iter().map(|p| length(*p).to_string()).collect();
+                Err(value_error(format!(
+                    "weight has {out_features} outputs, {heads} need {}",
+                    expected.join(" or ")
+                )))
+            }
+            _ => Err(value_error(format!(
+                "weight has {out_features} outputs, which either projection has: say which"
+            ))),
         }
-        _ => Err(value_error(format!(
-            "weight has {out_features} outputs, which either projection has: say which"
-        ))),
+    }
+
+    /// Where the outputs of such a projection go.
+    fn map(&self, projection: Projection) -> PyResult<WeightMap> {
+        let Self { layout: Layout { heads, packing }, block, group, .. } = self;
+        let map = WeightMap::new(heads, projection, *packing);
+        let map = if *block == 1 { map } else { map.blocks(*block).map_err(bad)? };
+        if *group == 1 { Ok(map) } else { map.groups(*group).map_err(bad) }
     }
 }
 
 /// The parts `(start, length)` of the outputs, in their new order.
 #[pyfunction]
 pub(crate) fn weight_moves(
-    out_features: usize,
-    heads: [i64; 4],
-    projection: Option<&str>,
-    to: &str,
-    block: usize,
-    group: usize,
+    shape: Vec<usize>,
+    heads: Bound<'_, PyAny>,
+    dim: Bound<'_, PyAny>,
+    projection: Option<Bound<'_, PyAny>>,
+    to: Bound<'_, PyAny>,
+    block: Bound<'_, PyAny>,
+    group: Bound<'_, PyAny>,
 ) -> PyResult<Vec<(usize, usize)>> {
-    let map = map(out_features, heads, projection, to, block, group)?;
-    Ok(map.moves().iter().map(|part| (part.from, part.len)).collect())
+    let way = Way::new(&heads, projection.as_ref(), &to, &block, &group)?;
+    let projection = way.projection(shape[dim_of(&dim, &shape)?])?;
+    // There are as many as the weight has outputs, whether they have bytes or not.
+    if shape.contains(&0) {
+        return Ok(Vec::new());
+    }
+    Ok(way.map(projection)?.moves().iter().map(|part| (part.from, part.len)).collect())
+}
+
+/// The dim of a weight's outputs.
+fn dim_of(dim: &Bound<'_, PyAny>, shape: &[usize]) -> PyResult<usize> {
+    if !matches!(shape.len(), 1 | 2) {
+        return Err(value_error(format!("weight has {} dims, expected 1 or 2", shape.len())));
+    }
+    let got = ops::integer(dim, "dim", i64::MIN)?;
+    usize::try_from(got).ok().filter(|dim| *dim < shape.len()).ok_or_else(|| {
+        value_error(format!("dim is {got}, it must be 0 or 1 and one of the weight's {}", shape.len()))
+    })
 }
 
 /// The weight repacked: a fresh one of the same kind.
 #[pyfunction]
 pub(crate) fn repack_weight<'py>(
     weight: Bound<'py, PyAny>,
-    heads: [i64; 4],
-    dim: i64,
-    projection: Option<&str>,
-    to: &str,
-    block: usize,
-    group: usize,
+    heads: Bound<'py, PyAny>,
+    dim: Bound<'py, PyAny>,
+    projection: Option<Bound<'py, PyAny>>,
+    to: Bound<'py, PyAny>,
+    block: Bound<'py, PyAny>,
+    group: Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let py = weight.py();
+    let way = Way::new(&heads, projection.as_ref(), &to, &block, &group)?;
     let torch = torch::get().filter(|torch| torch.is_plain(&weight));
     let mut from = Tensor::NONE;
-    let _owner = dlpack::borrow(&weight, "weight", &mut from)?;
+    let is_read = torch.map_or(Ok(false), |torch| torch.borrow(&weight, "weight", &mut from))?;
+    let _owner = if is_read { None } else { dlpack::borrow(&weight, "weight", &mut from)? };
+    from.check("weight")?;
     let shape: Vec<usize> = from.shape().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
-    let (num_rows, features) = match *shape {
-        [outputs] => (outputs, 1),
-        [rows, columns] => (rows, columns),
-        _ => return Err(value_error(format!("weight has {} dims, expected 1 or 2", shape.len()))),
-    };
-    let dim = usize::try_from(dim).ok().filter(|dim| *dim < shape.len()).ok_or_else(|| {
-        value_error(format!("dim is {dim}, it must be 0 or 1 and one of the weight's {}", shape.len()))
-    })?;
+    let dim = dim_of(&dim, &shape)?;
+    let (num_rows, features) = (shape[0], shape.get(1).copied().unwrap_or(1));
     if !from.device.is_cpu() {
         return Err(value_error(format!("weight is on {}, expected cpu", from.device)));
     }
@@ -105,21 +146,24 @@ pub(crate) fn repack_weight<'py>(
             from.strides()[1]
         )));
     }
-    let map = map(shape[dim], heads, projection, to, block, group)?;
-    let mut buffers = Vec::new();
-    let (made, into) = fresh(torch, &weight, &from, &shape, "weight", &mut buffers)?;
     let row_stride = usize::try_from(if num_rows > 1 { from.strides()[0] } else { 0 }).map_err(|_| {
         value_error(format!("weight has row stride {}, expected at least 0", from.strides()[0]))
     })?;
     let size = from.dtype.size();
     let pointer = |tensor: &Tensor| std::ptr::with_exposed_provenance_mut::<u8>(tensor.address);
-    // SAFETY: a tensor that `weight` keeps, and a fresh one of the same shape that nobody else has.
-    let (from, into) = unsafe {
-        (
-            Rows::from_raw(pointer(&from), size, num_rows, features, row_stride).map_err(bad)?,
-            RowsMut::from_raw(pointer(&into), size, num_rows, features, features).map_err(bad)?,
-        )
-    };
-    py.detach(|| gdn::repack_weight(&map, dim, from, into)).map_err(bad)?;
+    // SAFETY: a tensor that `weight` keeps.
+    let rows = unsafe { Rows::from_raw(pointer(&from), size, num_rows, features, row_stride) }
+        .map_err(|e| value_error(format!("weight: {e}")))?;
+    let projection = way.projection(shape[dim])?;
+    // As above.
+    let map = if shape.contains(&0) { None } else { Some(way.map(projection)?) };
+    let mut buffers = Vec::new();
+    let (made, into) = fresh(torch, &weight, &from, &shape, "weight", &mut buffers)?;
+    // SAFETY: a fresh tensor of the same shape that nobody else has.
+    let into =
+        unsafe { RowsMut::from_raw(pointer(&into), size, num_rows, features, features) }.map_err(bad)?;
+    if let Some(map) = map {
+        exit::detach(py, || gdn::repack_weight(&map, dim, rows, into)).map_err(bad)?;
+    }
     if buffers.is_empty() { Ok(made) } else { Ok(handed_over(&weight, buffers)?.remove(0)) }
 }

@@ -1,18 +1,31 @@
 //! Split and merge of six tensors: the two functions, and what both doors come to.
 
-use gdn::{Cpu, Direction, Heads, Layout, Packed, Rows, RowsMut, TENSORS, Unpacked, cuda, from_order};
+use std::ops::Range;
+
+use gdn::{
+    ArgumentError, Because, Cpu, Direction, Heads, Layout, Packed, Rows, RowsMut, TENSORS, Unpacked, cuda,
+    from_order,
+};
 use pyo3::{
     prelude::*,
-    types::{PyString, PyTuple},
+    types::{PyList, PyString, PyTuple},
 };
 
 use crate::{
-    dlpack,
+    dlpack, exit,
     ops::{self, Place, WORTH_DETACHING, cuda_error, gpu, not_a, numbers},
-    outputs::{fresh, handed_over},
+    outputs::{fresh, handed_over, is_of},
     tensor::{Device, RowsOf, Shape, Tensor, type_error, value_error},
     torch::{self, Libtorch, type_name},
 };
+
+/// The names of the outputs, as a tuple.
+fn outputs(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Split => "(mixed_qkv, z, b, a)",
+        Direction::Merge => "(mixed_qkvz, mixed_ba)",
+    }
+}
 
 /// The shapes of outputs for N rows, in the order of [`TENSORS`].
 pub(crate) fn shape(heads: &Heads, tensor: usize, num_rows: usize) -> Shape {
@@ -25,6 +38,18 @@ pub(crate) fn shape(heads: &Heads, tensor: usize, num_rows: usize) -> Shape {
     }
 }
 
+/// How many features a row of them has.
+#[inline]
+fn features(heads: &Heads, tensor: usize) -> usize {
+    match tensor {
+        0 => heads.qkvz_features(),
+        1 => heads.ba_features(),
+        2 => heads.qkv_features(),
+        3 => heads.z_features(),
+        _ => heads.num_v_heads(),
+    }
+}
+
 /// A call whose tensors agree about devices and dtypes, and are rows. Shapes and overlaps are for [`gdn::split()`] to check.
 pub(crate) struct Call<'a> {
     layout: Layout,
@@ -33,46 +58,103 @@ pub(crate) struct Call<'a> {
     rows: [RowsOf; 6],
 }
 
-/// Checks one tensor that is read, as far as it can be checked by itself: for calls that go on elsewhere.
+/// Checks one tensor as far as that can be done by itself.
 #[inline]
-pub(crate) fn check(tensor: &Tensor, argument: usize, layout: &Layout) -> PyResult<RowsOf> {
-    let heads = &layout.heads;
+fn check(tensor: &Tensor, argument: usize, layout: &Layout) -> PyResult<RowsOf> {
+    let (name, heads) = (TENSORS[argument], &layout.heads);
     let inner = (argument == 3).then(|| [heads.num_v_heads(), heads.head_v_dim()]);
-    let rows = tensor.rows(TENSORS[argument], inner)?;
+    tensor.check(name)?;
+    let rows = tensor.rows(name, inner)?;
     if tensor.dtype.size() == 0 {
-        return Err(type_error(format!(
-            "{} has dtype {}, expected whole bytes",
-            TENSORS[argument], tensor.dtype
-        )));
+        return Err(type_error(format!("{name} has dtype {}, expected whole bytes", tensor.dtype)));
+    }
+    let expected = features(heads, argument);
+    if rows.features != expected {
+        let because = Because::Need(heads.to_string());
+        return Err(wrong_length(name, "features", rows.features, expected, because));
+    }
+    if rows.num_rows > 1 && rows.row_stride < rows.features {
+        let RowsOf { row_stride, features, .. } = rows;
+        return Err(value_error(format!("{name}: {}", ArgumentError::RowStride { row_stride, features })));
     }
     Ok(rows)
+}
+
+/// Checks all that are read, before anything is made for them or written.
+#[inline]
+pub(crate) fn check_read(
+    tensors: &[Tensor; 6],
+    direction: Direction,
+    layout: &Layout,
+) -> PyResult<[RowsOf; 6]> {
+    let mut rows = [RowsOf::NONE; 6];
+    for i in direction.read() {
+        rows[i] = check(&tensors[i], i, layout)?;
+        agree(tensors, &rows, i, direction)?;
+    }
+    Ok(rows)
+}
+
+/// Checks what a tensor has in common with those that say so.
+#[inline]
+fn agree(tensors: &[Tensor; 6], rows: &[RowsOf; 6], i: usize, direction: Direction) -> PyResult<()> {
+    let (tensor, argument, first) = (&tensors[i], TENSORS[i], direction.read().start);
+    if tensor.device != tensors[first].device && !(tensor.device.is_cpu() && tensors[first].device.is_cpu()) {
+        let (got, other, expected) = (tensor.device, TENSORS[first], tensors[first].device);
+        return Err(value_error(format!("{argument} is on {got}, {other} is on {expected}")));
+    }
+    let like = direction.like(i);
+    if tensor.dtype != tensors[like].dtype {
+        let (got, other, expected) = (tensor.dtype, TENSORS[like], tensors[like].dtype);
+        return Err(type_error(format!("{argument} has dtype {got}, {other} has {expected}")));
+    }
+    if tensor.read_only && direction.written().contains(&i) {
+        return Err(value_error(format!("{argument} is read-only, it is to be written")));
+    }
+    let (got, expected) = (rows[i].num_rows, rows[first].num_rows);
+    if got != expected && direction.read().contains(&i) {
+        return Err(wrong_length(argument, "rows", got, expected, Because::Argument(TENSORS[first])));
+    }
+    Ok(())
+}
+
+#[cold]
+fn wrong_length(
+    argument: &'static str,
+    unit: &'static str,
+    got: usize,
+    expected: usize,
+    because: Because,
+) -> PyErr {
+    value_error(ArgumentError::Length { argument, unit, got, expected, because }.to_string())
 }
 
 impl<'a> Call<'a> {
     /// `tensors` in the order of [`TENSORS`].
     #[inline]
     pub(crate) fn new(layout: Layout, direction: Direction, tensors: &'a [Tensor; 6]) -> PyResult<Self> {
-        let first = direction.read().start;
-        let mut rows = [RowsOf { num_rows: 0, features: 0, row_stride: 0 }; 6];
-        for (i, tensor) in tensors.iter().enumerate() {
-            rows[i] = check(tensor, i, &layout)?;
-            let argument = TENSORS[i];
-            if tensor.device != tensors[first].device
-                && !(tensor.device.is_cpu() && tensors[first].device.is_cpu())
-            {
-                let (got, other, expected) = (tensor.device, TENSORS[first], tensors[first].device);
-                return Err(value_error(format!("{argument} is on {got}, {other} is on {expected}")));
-            }
-            let like = direction.like(i);
-            if tensor.dtype != tensors[like].dtype {
-                let (got, other, expected) = (tensor.dtype, TENSORS[like], tensors[like].dtype);
-                return Err(type_error(format!("{argument} has dtype {got}, {other} has {expected}")));
-            }
-            if tensor.read_only && direction.written().contains(&i) {
-                return Err(value_error(format!("{argument} is read-only, it is to be written")));
-            }
+        let mut rows = check_read(tensors, direction, &layout)?;
+        for i in direction.written() {
+            rows[i] = check(&tensors[i], i, &layout)?;
+            agree(tensors, &rows, i, direction)?;
         }
         Ok(Self { layout, direction, tensors, rows })
+    }
+
+    /// The same where the outputs were just made, dense, for inputs that [`check_read`] saw and whose `rows` it gave.
+    #[inline]
+    pub(crate) fn with_fresh(
+        layout: Layout,
+        direction: Direction,
+        tensors: &'a [Tensor; 6],
+        mut rows: [RowsOf; 6],
+    ) -> Self {
+        let num_rows = rows[direction.read().start].num_rows;
+        for i in direction.written() {
+            let features = features(&layout.heads, i);
+            rows[i] = RowsOf { num_rows, features, row_stride: features };
+        }
+        Self { layout, direction, tensors, rows }
     }
 
     /// Bytes to be read.
@@ -221,7 +303,8 @@ fn run<'py, const READ: usize>(
 ) -> PyResult<Option<Bound<'py, PyTuple>>> {
     let py = read[0].py();
     let packing = packing.cast::<PyString>().map_err(|_| not_a("packing", packing, "str"))?;
-    let layout = ops::layout(heads, packing.to_str()?)?;
+    let layout = ops::layout(heads, &packing.to_string_lossy())?;
+    let out = out.map(|out| given(&out, direction)).transpose()?;
     let first = direction.read().start;
     let torch = torch::get().filter(|torch| torch.is_tensor(&read[0]));
     let mut lent = Vec::new();
@@ -230,39 +313,62 @@ fn run<'py, const READ: usize>(
     for (i, object) in direction.read().zip(&read) {
         match torch {
             Some(torch) if torch.borrow(object, TENSORS[i], &mut tensors[i])? => {}
-            Some(torch) if torch.is_tensor(object) => {
-                tensors[i] = Tensor::NONE;
-                is_operator = true;
+            Some(torch) if torch.is_tensor(object) => is_operator = true,
+            None if !torch::is_tensor(object) => {
+                lent.extend(dlpack::borrow(object, TENSORS[i], &mut tensors[i])?);
             }
-            Some(_) => return Err(other_framework(TENSORS[i], object, TENSORS[first])),
-            None => lent.extend(dlpack::borrow(object, TENSORS[i], &mut tensors[i])?),
+            _ => return Err(other_framework(TENSORS[i], object, TENSORS[first], &read[0])),
         }
     }
     if let Some(torch) = torch
         && (is_operator || torch.is_watched(&read)?)
     {
         // What can be checked is checked here all the same, so that errors are the same through both doors.
-        for i in direction.read().filter(|i| tensors[*i].address != 0) {
-            check(&tensors[i], i, &layout)?;
+        let is_known =
+            |tensors: &[Tensor; 6], mut which: Range<usize>| which.all(|i| tensors[i].address != 0);
+        if is_known(&tensors, direction.read()) {
+            check_read(&tensors, direction, &layout)?;
+        } else {
+            for i in direction.read().filter(|i| tensors[*i].address != 0) {
+                check(&tensors[i], i, &layout)?;
+            }
+        }
+        if let Some(out) = &out {
+            for (i, object) in direction.written().zip(out.iter_borrowed()) {
+                if !torch.is_tensor(&object) {
+                    return Err(other_framework(TENSORS[i], &object, TENSORS[first], &read[0]));
+                }
+                torch.borrow(&object, TENSORS[i], &mut tensors[i])?;
+            }
+            if is_known(&tensors, 0..6) {
+                Call::new(layout, direction, &tensors)?;
+            }
         }
         return Ok(None);
     }
     let mut buffers = Vec::new();
-    let results = match &out {
-        Some(out) => given(out, direction, torch, &mut tensors, &mut lent)?,
-        None => made(&layout, direction, torch, &read, &mut tensors, &mut buffers)?,
+    let (results, call) = match &out {
+        Some(out) => {
+            borrow_given(out, direction, torch, &read[0], &mut tensors, &mut lent)?;
+            let call = Call::new(layout, direction, &tensors)?;
+            if let Some(torch) = torch {
+                torch.advance_versions(out, &TENSORS[direction.written()])?;
+            }
+            (out.clone(), call)
+        }
+        None => {
+            let rows = check_read(&tensors, direction, &layout)?;
+            let results = made(&layout, direction, torch, &read, &mut tensors, &rows, &mut buffers)?;
+            (results, Call::with_fresh(layout, direction, &tensors, rows))
+        }
     };
-    let call = Call::new(layout, direction, &tensors)?;
-    if let (Some(torch), Some(_)) = (torch, &out) {
-        torch.advance_versions(&results)?;
-    }
     let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     if call.is_cpu() && call.bytes() < WORTH_DETACHING {
         // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on arrays.
         unsafe { call.run(&place)? };
     } else {
         // SAFETY: as above.
-        py.detach(|| unsafe { call.run(&place) })?;
+        exit::detach(py, || unsafe { call.run(&place) })?;
     }
     if buffers.is_empty() {
         Ok(Some(results))
@@ -271,37 +377,53 @@ fn run<'py, const READ: usize>(
     }
 }
 
-/// The outputs that were given, and what they are.
-fn given<'py>(
-    out: &Bound<'py, PyAny>,
+/// The outputs that were given.
+fn given<'py>(out: &Bound<'py, PyAny>, direction: Direction) -> PyResult<Bound<'py, PyTuple>> {
+    let given = match (out.cast::<PyTuple>(), out.cast::<PyList>()) {
+        (Ok(tuple), _) => tuple.clone(),
+        (_, Ok(list)) => list.to_tuple(),
+        _ => {
+            let got = type_name(out);
+            return Err(type_error(format!("out is a {got}, expected a tuple: {}", outputs(direction))));
+        }
+    };
+    let (got, expected) = (given.len(), direction.written().len());
+    if got != expected {
+        let names = outputs(direction);
+        return Err(value_error(format!("out has {got} tensors, expected {expected}: {names}")));
+    }
+    Ok(given)
+}
+
+/// What they are.
+fn borrow_given<'py>(
+    given: &Bound<'py, PyTuple>,
     direction: Direction,
     torch: Option<&Libtorch>,
+    read: &Bound<'py, PyAny>,
     tensors: &mut [Tensor; 6],
     lent: &mut Vec<Bound<'py, PyAny>>,
-) -> PyResult<Bound<'py, PyTuple>> {
-    let py = out.py();
-    let given = out
-        .extract::<Bound<'py, PyTuple>>()
-        .or_else(|_| out.try_iter().and_then(|items| PyTuple::new(py, items.collect::<PyResult<Vec<_>>>()?)));
-    let given = given.map_err(|_| out_error(direction, &type_name(out)))?;
-    if given.len() != direction.written().len() {
-        return Err(out_error(direction, &format!("{} of them", given.len())));
-    }
-    let is_grad_enabled = torch.is_some_and(Libtorch::is_grad_enabled);
+) -> PyResult<()> {
+    let (first, is_grad_enabled) = (direction.read().start, torch.is_some_and(Libtorch::is_grad_enabled));
     for (i, object) in direction.written().zip(given.iter_borrowed()) {
+        let argument = TENSORS[i];
         match torch {
             Some(torch) if is_grad_enabled && torch.is_plain(&object) && torch.requires_grad(&object)? => {
-                let argument = TENSORS[i];
                 return Err(value_error(format!(
                     "{argument} requires grad: what is written to has no gradient"
                 )));
             }
-            Some(torch) if torch.borrow(&object, TENSORS[i], &mut tensors[i])? => {}
-            Some(_) => return Err(other_framework(TENSORS[i], &object, TENSORS[direction.read().start])),
-            None => lent.extend(dlpack::borrow(&object, TENSORS[i], &mut tensors[i])?),
+            Some(torch) if torch.borrow(&object, argument, &mut tensors[i])? => {}
+            Some(torch) if torch.is_tensor(&object) => {
+                return Err(torch.unwritable(&object, argument, TENSORS[first], read));
+            }
+            None if !torch::is_tensor(&object) => {
+                lent.extend(dlpack::borrow(&object, argument, &mut tensors[i])?);
+            }
+            _ => return Err(other_framework(argument, &object, TENSORS[first], read)),
         }
     }
-    Ok(given)
+    Ok(())
 }
 
 /// Fresh outputs, and what they are.
@@ -311,11 +433,19 @@ fn made<'py>(
     torch: Option<&Libtorch>,
     read: &[Bound<'py, PyAny>],
     tensors: &mut [Tensor; 6],
+    rows: &[RowsOf; 6],
     buffers: &mut Vec<dlpack::Buffer>,
 ) -> PyResult<Bound<'py, PyTuple>> {
     let py = read[0].py();
     let first = direction.read().start;
-    let num_rows = check(&tensors[first], first, layout)?.num_rows;
+    if torch.is_none() {
+        for (i, object) in direction.read().zip(read) {
+            if !is_of(&read[0], object) {
+                return Err(other_framework(TENSORS[i], object, TENSORS[first], &read[0]));
+            }
+        }
+    }
+    let num_rows = rows[first].num_rows;
     let shape = |i: usize| shape(&layout.heads, i, num_rows);
     let mut made = Vec::with_capacity(direction.written().len());
     let mut left = direction.written();
@@ -341,12 +471,8 @@ fn made<'py>(
     PyTuple::new(py, made)
 }
 
-fn other_framework(argument: &str, object: &Bound<'_, PyAny>, other: &str) -> PyErr {
-    type_error(format!("{argument} is a {}, {other} is a PyTorch tensor", type_name(object)))
-}
-
-fn out_error(direction: Direction, got: &str) -> PyErr {
-    let expected =
-        if direction == Direction::Split { "(mixed_qkv, z, b, a)" } else { "(mixed_qkvz, mixed_ba)" };
-    value_error(format!("out is {got}, expected the tensors {expected}"))
+/// What is of two frameworks cannot be made like either.
+fn other_framework(argument: &str, object: &Bound<'_, PyAny>, other: &str, read: &Bound<'_, PyAny>) -> PyErr {
+    let (got, expected) = (type_name(object), type_name(read));
+    type_error(format!("{argument} is a {got}, {other} is a {expected}"))
 }

@@ -65,6 +65,7 @@ functions! {
     fn torch_string_c_str(Opaque, *mut *const c_char) -> i32;
     fn aoti_torch_get_data_ptr(Opaque, *mut *mut c_void) -> i32;
     fn torch_get_const_data_ptr(Opaque, *mut *const c_void) -> i32;
+    fn aoti_torch_get_storage_size(Opaque, *mut i64) -> i32;
     fn aoti_torch_get_dim(Opaque, *mut i64) -> i32;
     fn aoti_torch_get_sizes(Opaque, *mut *mut i64) -> i32;
     fn aoti_torch_get_strides(Opaque, *mut *mut i64) -> i32;

@@ -1,7 +1,7 @@
 //! What libtorch has no C function for: C++ functions, by their mangled names. A PyTorch of tomorrow may lack any of them; then what needs it
 //! goes a longer way or says so, and everything else goes on.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 
 use libloading::os::unix::Library;
 use pyo3::ffi;
@@ -10,7 +10,11 @@ use super::abi::Opaque;
 
 pub(super) struct Cpp {
     pub(super) wrap: Option<Wrap>,
+    /// `torch_tensor_from_pyobject`, of torch 2.14 and later: C, and a new handle
+    pub(super) unwrap: Option<unsafe extern "C" fn(*mut c_void, *mut Opaque) -> i32>,
     pub(super) versions: Option<Versions>,
+    /// `torch_exception_get_what_without_backtrace`, of torch 2.13 and later: C, what went wrong last on this thread
+    pub(super) what: Option<unsafe extern "C" fn() -> *const c_char>,
 }
 
 /// What makes a Python object of a tensor.
@@ -26,13 +30,20 @@ pub(super) enum Wrap {
 pub(super) struct Versions {
     /// `at::native::is_inference`
     pub(super) is_inference: unsafe extern "C" fn(Opaque) -> bool,
+    /// `c10::InferenceMode::is_enabled`: on this thread
+    pub(super) is_inference_mode: unsafe extern "C" fn() -> bool,
     /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no version
     pub(super) bump: unsafe extern "C" fn(Opaque),
 }
 
 impl Cpp {
-    /// What there is in libtorch_cpu and, where it is loaded, libtorch_python. Names in `without` are passed over, as if they were missing.
-    pub(super) fn find(cpu: &Library, python: Option<&Library>, without: &[String]) -> Self {
+    /// What there is in libtorch_cpu and, where they are loaded, libc10 and libtorch_python. Names in `without` are passed over, as if they were missing.
+    pub(super) fn find(
+        cpu: &Library,
+        c10: Option<&Library>,
+        python: Option<&Library>,
+        without: &[String],
+    ) -> Self {
         // SAFETY: functions of these names have these types.
         unsafe {
             let c = find(cpu, "torch_tensor_to_pyobject", without).map(Wrap::C);
@@ -40,9 +51,18 @@ impl Cpp {
                 |python| find(python, "_Z16THPVariable_WrapRKN2at10TensorBaseE", without).map(Wrap::Cpp);
             let is_inference = find(cpu, "_ZN2at6native12is_inferenceERKNS_6TensorE", without);
             let bump = find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", without);
+            let mode = |c10| find(c10, "_ZN3c1013InferenceMode10is_enabledEv", without);
             Self {
                 wrap: c.or_else(|| python.and_then(wrap)),
-                versions: is_inference.zip(bump).map(|(is_inference, bump)| Versions { is_inference, bump }),
+                unwrap: find(cpu, "torch_tensor_from_pyobject", without),
+                what: find(cpu, "torch_exception_get_what_without_backtrace", without),
+                versions: is_inference.zip(bump).zip(c10.and_then(mode)).map(
+                    |((is_inference, bump), is_inference_mode)| Versions {
+                        is_inference,
+                        is_inference_mode,
+                        bump,
+                    },
+                ),
             }
         }
     }

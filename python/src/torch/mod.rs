@@ -3,9 +3,13 @@
 
 mod abi;
 mod cpp;
+mod handle;
 mod operators;
 
-use std::{ffi::c_void, sync::OnceLock};
+use std::{
+    ffi::{CStr, c_void},
+    sync::OnceLock,
+};
 
 use libloading::os::unix::{Library, RTLD_LAZY};
 use pyo3::{
@@ -13,20 +17,21 @@ use pyo3::{
     exceptions::{PyImportError, PyRuntimeError, PyValueError},
     ffi, intern,
     prelude::*,
-    types::{PyTuple, PyType},
+    types::{PyDict, PyTuple, PyType},
 };
 
 use gdn::Block;
 
 use self::{
-    abi::{Check, DTYPES, Failed, FromBlob, Functions, Opaque, ask},
-    cpp::{Cpp, Versions, Wrap},
+    abi::{Check, DTYPES, Failed, FromBlob, Functions, ask},
+    cpp::Cpp,
+    handle::Handle,
 };
 use crate::{
     dlpack::Exchange,
     memory,
     ops::{Place, Threads},
-    tensor::{DType, Device, Shape, Tensor, too_many_dims},
+    tensor::{DType, Device, Shape, Tensor, no_memory, type_error, value_error},
 };
 
 /// The PyTorch of this process.
@@ -45,6 +50,8 @@ pub(crate) struct Libtorch {
     parameter: Py<PyType>,
     /// Python functions that say whether somebody wants to see every operator: dispatch modes, tracers.
     watchers: [Py<PyAny>; 2],
+    /// What Python knows of forward-mode AD: the level that is open.
+    forward_ad: Py<PyDict>,
     increment_version: Py<PyAny>,
     version: String,
 }
@@ -64,13 +71,13 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         PyImportError::new_err(format!("torch {version} lacks {what}; gdn needs torch 2.10 or later"))
     };
     let names = if cfg!(target_os = "macos") {
-        ["libtorch_cpu.dylib", "libtorch_python.dylib"]
+        ["libtorch_cpu.dylib", "libc10.dylib", "libtorch_python.dylib"]
     } else {
-        ["libtorch_cpu.so", "libtorch_python.so"]
+        ["libtorch_cpu.so", "libc10.so", "libtorch_python.so"]
     };
     let flags = RTLD_LAZY | libc::RTLD_NOLOAD;
     // SAFETY: libraries that are loaded already, so that nothing of theirs is run.
-    let [cpu, python] = names.map(|name| unsafe { Library::open(Some(name), flags) });
+    let [cpu, c10, python] = names.map(|name| unsafe { Library::open(Some(name), flags) });
     let cpu = cpu.map_err(|_| missing(names[0]))?;
     let call = Functions::load(&cpu).map_err(missing)?;
     // SAFETY: functions of these names have these types.
@@ -84,7 +91,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
         (*check, from_blob.map(|function| *function), dtypes)
     };
-    let cpp = Cpp::find(&cpu, python.as_ref().ok(), without);
+    let cpp = Cpp::find(&cpu, c10.as_ref().ok(), python.as_ref().ok(), without);
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
     let libtorch = Libtorch {
@@ -103,6 +110,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
             c.getattr("_len_torch_dispatch_stack")?.unbind(),
             c.getattr("_get_tracing_state")?.unbind(),
         ],
+        forward_ad: torch.py().import("torch.autograd.forward_ad")?.dict().unbind(),
         increment_version: c.getattr("_increment_version")?.unbind(),
         version,
     };
@@ -151,7 +159,7 @@ impl Libtorch {
         tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
     }
 
-    /// Whether a call on plain tensors must be seen by PyTorch: for gradients, or by a mode or a tracer that is active.
+    /// Whether a call on plain tensors must be seen by PyTorch: for gradients or tangents, or by a mode or a tracer that is active.
     #[inline]
     pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
         let Some(first) = read.first() else { return Ok(false) };
@@ -163,6 +171,11 @@ impl Libtorch {
                 }
             }
         }
+        // A PyTorch that has no such number is asked through the operator.
+        let level = self.forward_ad.bind(py).get_item(intern!(py, "_current_level"))?;
+        if level.is_none_or(|level| level.extract().unwrap_or(0) >= 0) {
+            return Ok(true);
+        }
         for watcher in &self.watchers {
             if watcher.bind(py).call0()?.is_truthy()? {
                 return Ok(true);
@@ -171,8 +184,8 @@ impl Libtorch {
         Ok(false)
     }
 
-    /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a transform's wrapper, a lazy
-    /// conjugate.
+    /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a transform's wrapper, or a lazy
+    /// conjugate, of which shape and dtype are read all the same.
     #[inline]
     pub(crate) fn borrow(
         &self,
@@ -196,7 +209,43 @@ impl Libtorch {
             DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()?,
             _ => false,
         };
+        if is_here && tensor.address < OFFSETS && is_freed(object, tensor)? {
+            return Err(no_memory(argument, tensor.shape()));
+        }
         Ok(is_here && !is_lazy && !tensor.is_hollow())
+    }
+
+    /// Why a tensor that [`Libtorch::borrow`] does not read cannot be written to. `read` is one that it does.
+    #[cold]
+    pub(crate) fn unwritable(
+        &self,
+        object: &Bound<'_, PyAny>,
+        argument: &str,
+        other: &str,
+        read: &Bound<'_, PyAny>,
+    ) -> PyErr {
+        let get = |object: &Bound<'_, PyAny>, name| object.getattr(name).map(|found| found.to_string());
+        let is = |name| object.call_method0(name).is_ok_and(|found| found.is_truthy().unwrap_or(false));
+        let text = |found: PyResult<String>| found.unwrap_or_else(|_| "unknown".to_owned());
+        let (layout, device, dtype) = (get(object, "layout"), get(object, "device"), get(object, "dtype"));
+        if !self.is_plain(object) {
+            let got = type_name(object);
+            type_error(format!("{argument} is a {got}, expected a torch.Tensor itself to write to"))
+        } else if layout.as_deref().ok() != Some("torch.strided") {
+            type_error(format!("{argument} has layout {}, expected torch.strided", text(layout)))
+        } else if text(get(read, "device")) != text(device) {
+            let (got, expected) = (text(get(object, "device")), text(get(read, "device")));
+            value_error(format!("{argument} is on {got}, {other} is on {expected}"))
+        } else if is("is_neg") || is("is_conj") {
+            value_error(format!(
+                "{argument} is a view that is negated or conjugated when it is read, it cannot be written to"
+            ))
+        } else if text(get(read, "dtype")) != text(dtype) {
+            let (got, expected) = (text(get(object, "dtype")), text(get(read, "dtype")));
+            type_error(format!("{argument} has dtype {got}, {other} has {expected}"))
+        } else {
+            value_error(format!("{argument} is a tensor of a transform, it cannot be written to"))
+        }
     }
 
     /// A fresh, dense tensor with the dtype and device of another, as an object and what it is.
@@ -211,17 +260,32 @@ impl Libtorch {
         let py = object.py();
         let Some(dtype) = self.number_of(like.dtype).filter(|_| self.cpp.wrap.is_some()) else {
             // A dtype without a number here, or a PyTorch without a way to make objects of handles: slower, and as good.
-            let made = object.call_method1(intern!(py, "new_empty"), (shape.to_vec(),))?;
-            let mut tensor = Tensor::NONE;
-            self.exchange.borrow(&made, argument, &mut tensor)?;
-            return Ok((made, tensor));
+            return self.new_empty(object, shape, argument);
         };
-        let handle = self.empty(shape, dtype, like.device)?;
-        Ok((handle.object(py)?, handle.dense(like, shape)?))
+        match self.empty(shape, dtype, like.device) {
+            Ok(handle) => Ok((handle.object(py)?, handle.dense(like, shape)?)),
+            // No memory, most likely, which Python's function has an exception of its own for.
+            Err(_) => self.new_empty(object, shape, argument),
+        }
+    }
+
+    /// The same through Python.
+    #[cold]
+    fn new_empty<'py>(
+        &self,
+        like: &Bound<'py, PyAny>,
+        shape: &[usize],
+        argument: &str,
+    ) -> PyResult<Fresh<'py>> {
+        let made = like.call_method1(intern!(like.py(), "new_empty"), (shape.to_vec(),))?;
+        let mut tensor = Tensor::NONE;
+        self.exchange.borrow(&made, argument, &mut tensor)?;
+        Ok((made, tensor))
     }
 
     /// Fresh, dense tensors in one storage, as objects at the end of `made` and as what they are in `tensors`: an allocation costs more than
-    /// all that is done here besides. `false` where [`Libtorch::empty_like`] would have to ask Python, or of more than `most` elements.
+    /// all that is done here besides. `false` where [`Libtorch::empty_like`] has to do it: it would ask Python, there is no
+    /// memory, or they have more than `most` elements.
     #[inline]
     pub(crate) fn empty_together<'py>(
         &self,
@@ -239,7 +303,7 @@ impl Libtorch {
         let all = shapes.clone().fold(0usize, |all, shape| all.saturating_add(place(&shape)));
         let is_apt = all <= most && self.cpp.wrap.is_some();
         let Some(dtype) = self.number_of(like.dtype).filter(|_| is_apt) else { return Ok(false) };
-        let storage = self.empty(&[all], dtype, like.device)?;
+        let Ok(storage) = self.empty(&[all], dtype, like.device) else { return Ok(false) };
         let mut offset = 0;
         for (shape, tensor) in shapes.zip(tensors) {
             let dense = Tensor::dense(0, like.dtype, like.device, &shape);
@@ -259,31 +323,63 @@ impl Libtorch {
         Ok(true)
     }
 
+    /// What went wrong in the call before, in PyTorch's words where it has any.
+    #[cold]
+    fn error(&self, failed: Failed) -> PyErr {
+        // SAFETY: a text that ends with a zero, until the next error on this thread; or null.
+        let what = self.cpp.what.map(|what| unsafe { what() }).filter(|text| !text.is_null());
+        let Some(text) = what else { return failed.into() };
+        // SAFETY: as above.
+        let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+        PyRuntimeError::new_err(format!("PyTorch's {} failed: {text}", failed.0))
+    }
+
     /// Tells autograd that tensors are to be written to.
-    pub(crate) fn advance_versions(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.increment_version.bind(out.py()).call1((out,)).map(drop)
+    ///
+    /// # Errors
+    /// Where they may not be: tensors that were made in inference mode, outside of it.
+    pub(crate) fn advance_versions(&self, out: &Bound<'_, PyTuple>, names: &[&str]) -> PyResult<()> {
+        if let (Some(unwrap), Some(versions)) = (self.cpp.unwrap, &self.cpp.versions) {
+            for (object, name) in out.iter_borrowed().zip(names) {
+                let mut handle = std::ptr::null_mut();
+                // SAFETY: a tensor, and a place for a handle, which is there if the function says 0.
+                let handle = match unsafe { unwrap(object.as_ptr().cast(), &raw mut handle) } {
+                    0 => Handle(handle, self),
+                    _ => return Err(Failed("torch_tensor_from_pyobject").into()),
+                };
+                versions.advance(&handle, name)?;
+            }
+            return Ok(());
+        }
+        let py = out.py();
+        let torch = py.import(intern!(py, "torch"))?;
+        if !torch.call_method0(intern!(py, "is_inference_mode_enabled"))?.is_truthy()? {
+            for (object, name) in out.iter_borrowed().zip(names) {
+                if object.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
+                    return Err(made_in_inference_mode(name));
+                }
+            }
+        }
+        self.increment_version.bind(py).call1((out,)).map(drop)
     }
 
     /// The same for an operator's tensors. Where this PyTorch has no function for it, Python's is called, which is slower and as good.
-    fn advance_versions_of<'a>(&self, handles: impl Iterator<Item = &'a Handle<'a>>) -> PyResult<()> {
+    fn advance_versions_of<'a>(
+        &self,
+        handles: impl Iterator<Item = &'a Handle<'a>>,
+        names: &[&str],
+    ) -> PyResult<()> {
         match (&self.cpp.versions, self.cpp.wrap) {
-            (Some(Versions { is_inference, bump }), _) => {
-                for handle in handles {
-                    // SAFETY: a tensor that lives, and that has a version.
-                    unsafe {
-                        if !is_inference(handle.0) {
-                            bump(handle.0);
-                        }
-                    }
-                }
-                Ok(())
+            (Some(versions), _) => {
+                handles.zip(names).try_for_each(|(handle, name)| versions.advance(handle, name))
             }
             (None, Some(_)) => Python::attach(|py| {
                 let objects = handles.map(|handle| handle.object(py)).collect::<PyResult<Vec<_>>>()?;
-                self.advance_versions(PyTuple::new(py, objects)?.as_any())
+                self.advance_versions(&PyTuple::new(py, objects)?, names)
             }),
             (None, None) => Err(PyRuntimeError::new_err(format!(
-                "torch {} lacks torch::autograd::impl::bump_version, which operators that write to tensors need; gdn.split and gdn.merge with out do without",
+                "torch {} lacks torch::autograd::impl::bump_version, which operators that write to tensors need; \
+                 gdn.split and gdn.merge with out do without",
                 self.version
             ))),
         }
@@ -357,6 +453,33 @@ impl Libtorch {
     }
 }
 
+#[cold]
+fn made_in_inference_mode(argument: &str) -> PyErr {
+    value_error(format!("{argument} was made in inference mode, it can be written to in inference mode only"))
+}
+
+/// Addresses below this one may be no more than an offset into a storage that has no memory. Above it lies what systems map.
+const OFFSETS: usize = 1 << 40;
+
+/// Whether the storage of a plain tensor that has elements was given up, and what seems to be an address is none.
+#[cold]
+fn is_freed(object: &Bound<'_, PyAny>, tensor: &Tensor) -> PyResult<bool> {
+    let py = object.py();
+    let is_empty = tensor.shape().contains(&0);
+    let has_offset = || object.call_method0(intern!(py, "storage_offset"))?.is_truthy();
+    if is_empty || (tensor.address != 0 && !has_offset()?) {
+        return Ok(false);
+    }
+    // A transform's wrapper has none.
+    let Ok(storage) = object.call_method0(intern!(py, "untyped_storage")) else { return Ok(false) };
+    Ok(!storage.call_method0(intern!(py, "nbytes"))?.is_truthy()?)
+}
+
+/// Whether an object is any kind of PyTorch's tensors.
+pub(crate) fn is_tensor(object: &Bound<'_, PyAny>) -> bool {
+    get().is_some_and(|torch| torch.is_tensor(object))
+}
+
 /// The end of a tensor that had a block.
 unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
     // SAFETY: the box that the tensor was made with, and once.
@@ -392,73 +515,6 @@ fn parallel_for(chunks: usize, work: &(dyn Fn(usize) + Sync)) {
         unsafe {
             (torch.call.torch_parallel_for)(0, chunks as i64, 1, range, (&raw const work).cast_mut().cast())
         };
-    }
-}
-
-/// A tensor of libtorch's that is ours to delete.
-struct Handle<'a>(Opaque, &'a Libtorch);
-
-impl Drop for Handle<'_> {
-    fn drop(&mut self) {
-        // SAFETY: owned, and deleted once.
-        unsafe { (self.1.call.aoti_torch_delete_tensor_object)(self.0) };
-    }
-}
-
-impl Handle<'_> {
-    /// As an object of Python's.
-    fn object<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set where it is C++.
-        unsafe {
-            match self.1.cpp.wrap {
-                Some(Wrap::C(wrap)) => {
-                    let mut object = std::ptr::null_mut();
-                    match wrap(self.0, std::ptr::null(), &raw mut object) {
-                        0 => Bound::from_owned_ptr_or_err(py, object.cast()),
-                        _ => Err(Failed("torch_tensor_to_pyobject").into()),
-                    }
-                }
-                Some(Wrap::Cpp(wrap)) => Bound::from_owned_ptr_or_err(py, wrap(self.0)),
-                None => Err(Failed("THPVariable_Wrap").into()),
-            }
-        }
-    }
-
-    /// What it is, known to be dense and like another.
-    fn dense(&self, like: &Tensor, shape: &[usize]) -> PyResult<Tensor> {
-        // SAFETY: a tensor that lives.
-        let address = unsafe { ask!(self.1, aoti_torch_get_data_ptr(self.0))? };
-        Ok(Tensor::dense(address as usize, like.dtype, like.device, shape))
-    }
-
-    /// Reads what the handle stands for, whose memory is to be written to or not. Its dtype, as libtorch's number.
-    fn read(&self, argument: &str, write: bool, tensor: &mut Tensor) -> PyResult<i32> {
-        let torch = self.1;
-        // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.
-        unsafe {
-            let dims = usize::try_from(ask!(torch, aoti_torch_get_dim(self.0))?).unwrap_or(0);
-            let sizes: *mut i64 = ask!(torch, aoti_torch_get_sizes(self.0))?;
-            let strides: *mut i64 = ask!(torch, aoti_torch_get_strides(self.0))?;
-            let address = if write {
-                ask!(torch, aoti_torch_get_data_ptr(self.0))? as usize
-            } else {
-                ask!(torch, torch_get_const_data_ptr(self.0))? as usize
-            };
-            let number = ask!(torch, aoti_torch_get_dtype(self.0))?;
-            let kind = ask!(torch, aoti_torch_get_device_type(self.0))?;
-            let device = if kind == torch.cuda {
-                Device { kind: Device::CUDA, ordinal: ask!(torch, aoti_torch_get_device_index(self.0))? }
-            } else {
-                Device::CPU
-            };
-            let numbers =
-                |at: *mut i64| if dims == 0 { &[][..] } else { std::slice::from_raw_parts(at, dims) };
-            let (dtype, sizes, strides) = (torch.dtype_of(number), numbers(sizes), numbers(strides));
-            if !tensor.fill(address, dtype, device, false, sizes, Some(strides)) {
-                return Err(too_many_dims(argument, dims));
-            }
-            Ok(number)
-        }
     }
 }
 

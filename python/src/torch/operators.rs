@@ -9,9 +9,10 @@ use gdn::{Direction, TENSORS};
 use pyo3::prelude::*;
 
 use super::{
-    Handle, Libtorch, PLACE,
+    Libtorch, PLACE,
     abi::{Failed, Kernel, Opaque, ask},
     get,
+    handle::Handle,
 };
 use crate::{
     ops::{
@@ -181,11 +182,12 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
         }
     }
     if !out {
-        let first = tensors[read.start];
-        let num_rows = split::check(&first, read.start, &layout)?.num_rows;
+        let num_rows = split::check_read(&tensors, direction, &layout)?[read.start].num_rows;
+        let device = tensors[read.start].device;
         for i in written.clone() {
             let shape = split::shape(&layout.heads, i, num_rows);
-            handles[i] = Some(torch.empty(&shape, dtypes[direction.like(i)], first.device)?);
+            let made = torch.empty(&shape, dtypes[direction.like(i)], device);
+            handles[i] = Some(made.map_err(|failed| torch.error(failed))?);
         }
     }
     for i in written.clone() {
@@ -195,7 +197,7 @@ unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: boo
     }
     let call = Call::new(layout, direction, &tensors)?;
     if out {
-        torch.advance_versions_of(handles[written.clone()].iter().flatten())?;
+        torch.advance_versions_of(handles[written.clone()].iter().flatten(), &TENSORS[written.clone()])?;
     }
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     unsafe { call.run(&PLACE)? };
