@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ try:
     import torch
 except ImportError:
     torch = None  # type: ignore[assignment]
+
+# Else the first array of JAX's takes three quarters of a GPU, in every worker of pytest-xdist.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 HERE = Path(__file__).parent
 HAS_CUDA = torch is not None and torch.cuda.is_available()
@@ -32,8 +37,14 @@ def interpreter_runs() -> bool:
     return release(triton) >= (3, 7) or release(numpy) < (2, 4)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=4000, help="calls at random")
+    parser.addoption("--fuzz-seed", default="0", help="which calls")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpus(number): needs so many GPUs")
+    config.addinivalue_line("markers", "large: takes a large part of a GPU's memory")
     config.addinivalue_line("markers", "interpreter: has Triton's interpreter run a kernel")
 
 
@@ -47,6 +58,34 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"{GPUS} GPUs here, {mark.args[0]} needed")
     if item.get_closest_marker("interpreter") and not interpreter_runs():
         pytest.skip(TOO_OLD)
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets workers of pytest-xdist share a GPU of 80 GB.
+
+    A test marked `large` has 35 GB of tensors, or four processes with a CUDA context each: one of them runs at a time, among all workers. And
+    what PyTorch keeps of freed tensors goes back after each test that left much of it, which no other worker could use.
+    """
+    if not HAS_CUDA:
+        yield
+        return
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / f"gdn-tests-gpu-{os.getuid()}", "w") as lock:
+        if request.node.get_closest_marker("large"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+            torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def jax() -> Iterator[Any]:
+    """JAX with its arrays on the CPU, whatever else it has."""
+    module = pytest.importorskip("jax")
+    with module.default_device(module.devices("cpu")[0]):
+        yield module
 
 
 @pytest.fixture(params=["cpu", "cuda"] if HAS_CUDA else ["cpu"])

@@ -36,6 +36,7 @@ def rank_of(rank, ranks, backend, device, file):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), ("gloo", "cuda"), ("nccl", "cuda")])
 def test_shards_put_together(backend, device, ranks, tmp_path):
