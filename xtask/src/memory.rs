@@ -12,7 +12,19 @@ pub(crate) fn sanitizer() -> anyhow::Result<()> {
         skip(format!("the address sanitizer: there is none for {HOST}"));
         return Ok(());
     }
-    let library = ["--package", "gdn", "--lib", "--test", "errors", "--test", "golden", "--test", "split"];
+    let library = [
+        "--package",
+        "gdn",
+        "--lib",
+        "--test",
+        "errors",
+        "--test",
+        "golden",
+        "--test",
+        "split",
+        "--test",
+        "layer",
+    ];
     // A thousand runs in which a system call fails are left to the tests without it: they take five times as long.
     let the_command = ["--package", "gdn-cli", "--", "--skip", "faults::"];
     for packages in [&library[..], &the_command] {

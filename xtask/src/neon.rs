@@ -36,7 +36,19 @@ pub(crate) fn test() -> anyhow::Result<()> {
     }
     // A plain core: NEON and nothing later.
     let runner = format!("{EMULATOR} -cpu cortex-a53 -L /usr/aarch64-linux-gnu");
-    let tests = ["--lib", "--test", "errors", "--test", "golden", "--test", "split", "--test", "allocations"];
+    let tests = [
+        "--lib",
+        "--test",
+        "errors",
+        "--test",
+        "golden",
+        "--test",
+        "split",
+        "--test",
+        "allocations",
+        "--test",
+        "layer",
+    ];
     let mut tests = cargo(&[&["test", "--package", "gdn", "--target", TARGET], &tests[..]].concat());
     tests
         .env("RUSTC", toolchain.join("rustc"))

@@ -145,7 +145,7 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.min(60), ..ProptestConfig::default() })]
 
     #[test]
     fn any_layer(options in any_options(), form in any_form(), lens in prop::collection::vec(0usize..40, 0..4)) {
