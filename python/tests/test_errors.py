@@ -479,6 +479,13 @@ def test_weights_of_no_bytes_take_no_time():
         gdn.repack_weight(torch.zeros(2**34, 0), (8, 8, 2, 2))
 
 
+def test_heads_that_a_few_blocks_cannot_follow():
+    """One block of all outputs fits any heads, and a map would take memory for each."""
+    for weight in (torch.zeros(1, 2), torch.zeros(1, 2, device="meta"), torch.zeros(1, 2).numpy()):
+        with pytest.raises(ValueError, match="num_k_heads = 1099511627776: no tensor of 1 along"):
+            gdn.repack_weight(weight, (2**40, 2**40, 1, 1), projection="ba", block=2**50)
+
+
 def test_sparse_weights_are_refused():
     with pytest.raises(TypeError, match="weight has layout torch.sparse_coo, expected torch.strided"):
         gdn.repack_weight(torch.zeros(160, 2).to_sparse(), HEADS)

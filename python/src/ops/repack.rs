@@ -74,9 +74,9 @@ impl Way {
     }
 
     /// Where the outputs of such a projection go.
-    fn map(&self, projection: Projection) -> PyResult<WeightMap> {
+    fn map(&self, projection: Projection, out_features: usize) -> PyResult<WeightMap> {
         let Self { layout: Layout { heads, packing }, block, group, .. } = self;
-        let map = WeightMap::new(heads, projection, *packing);
+        let map = WeightMap::for_indices(heads, projection, *packing, out_features).map_err(bad)?;
         let map = if *block == 1 { map } else { map.blocks(*block).map_err(bad)? };
         if *group == 1 { Ok(map) } else { map.groups(*group).map_err(bad) }
     }
@@ -94,12 +94,13 @@ pub(crate) fn weight_moves(
     group: Bound<'_, PyAny>,
 ) -> PyResult<Vec<(usize, usize)>> {
     let way = Way::new(&heads, projection.as_ref(), &to, &block, &group)?;
-    let projection = way.projection(shape[dim_of(&dim, &shape)?])?;
+    let outputs = shape[dim_of(&dim, &shape)?];
+    let projection = way.projection(outputs)?;
     // There are as many as the weight has outputs, whether they have bytes or not.
     if shape.contains(&0) {
         return Ok(Vec::new());
     }
-    Ok(way.map(projection)?.moves().iter().map(|part| (part.from, part.len)).collect())
+    Ok(way.map(projection, outputs)?.moves().iter().map(|part| (part.from, part.len)).collect())
 }
 
 /// The dim of a weight's outputs.
@@ -156,7 +157,7 @@ pub(crate) fn repack_weight<'py>(
         .map_err(|e| value_error(format!("weight: {e}")))?;
     let projection = way.projection(shape[dim])?;
     // As above.
-    let map = if shape.contains(&0) { None } else { Some(way.map(projection)?) };
+    let map = if shape.contains(&0) { None } else { Some(way.map(projection, shape[dim])?) };
     let mut buffers = Vec::new();
     let (made, into) = fresh(torch, &weight, &from, &shape, "weight", &mut buffers)?;
     // SAFETY: a fresh tensor of the same shape that nobody else has.
