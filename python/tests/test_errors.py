@@ -400,6 +400,8 @@ def test_expanded_inputs_are_told_before_outputs_are_made(device):
 @pytest.mark.parametrize("door", [gdn.split, torch.ops.gdn.split], ids=["function", "operator"])
 def test_no_memory_on_a_gpu(door):
     """The function raises what PyTorch raises; the operator a RuntimeError, of which that is one."""
+    if door is not gdn.split and torch.__version__ < "2.13":
+        pytest.skip("PyTorch's C functions give the text of an error from 2.13 on")
     size = torch.cuda.get_device_properties(0).total_memory * 6 // 10 // 160
     qkvz = torch.empty(size, 160, dtype=torch.uint8, device="cuda")
     ba = torch.empty(size, 8, dtype=torch.uint8, device="cuda")

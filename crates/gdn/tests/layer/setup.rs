@@ -230,6 +230,19 @@ impl Setup {
         rows: std::ops::Range<usize>,
         state: &oracle::State,
     ) -> (Vec<f64>, Vec<oracle::State>) {
+        self.exact_of(rows, state, 0.0)
+    }
+
+    /// The same of inputs each of which is changed by so much of itself, up or down.
+    pub fn exact_of(
+        &self,
+        rows: std::ops::Range<usize>,
+        state: &oracle::State,
+        change: f64,
+    ) -> (Vec<f64>, Vec<oracle::State>) {
+        let mut random = Random(5);
+        let mut changed =
+            |x: f64| if random.bits() % 2 == 0 { x * (1.0 + change) } else { x * (1.0 - change) };
         let slice = |memory: &Memory<2>| {
             let features = memory.sizes[1];
             rows.clone().flat_map(|t| (0..features).map(move |f| memory.get([t, f]))).collect::<Vec<_>>()
@@ -244,7 +257,8 @@ impl Setup {
             dt_bias: &dt_bias,
             norm_weight: &norm_weight,
         };
-        let (mixed_qkv, z, b, a) = (slice(&self.mixed_qkv), slice(&self.z), slice(&self.b), slice(&self.a));
+        let [mixed_qkv, z, b, a] = [&self.mixed_qkv, &self.z, &self.b, &self.a]
+            .map(|memory| slice(memory).into_iter().map(&mut changed).collect::<Vec<_>>());
         let tokens = oracle::Tokens { mixed_qkv: &mixed_qkv, z: &z, b: &b, a: &a };
         oracle::forward_with_states(&self.numbers(), &weights, &tokens, state)
     }
