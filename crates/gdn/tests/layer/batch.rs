@@ -202,17 +202,19 @@ impl Batch {
                 assert!(got.iter().all(|x| x.is_finite()), "{what}: {name} of sequence {r} is not finite");
                 let error = relative(got, exact);
                 let mut bound = bound(exact, dtype);
-                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left: no more is
-                // asked than of the exact result for inputs that are one unit in the last place of an f32 off.
-                if error > bound {
-                    let (near, states) = self.setup.exact_of(rows.clone(), &state, f64::from(f32::EPSILON));
+                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left: no
+                // more is asked than of the exact result for inputs and states that are a few units in the last
+                // place of an f32 off.
+                for seed in 0..if error > bound { 8 } else { 0 } {
+                    let change = 4.0 * f64::from(f32::EPSILON);
+                    let (near, states) = self.setup.exact_of(rows.clone(), &state, change, seed);
                     let last = states.last().unwrap_or(&state);
                     let near = match name {
                         "out" => &near,
                         "conv_state" => &last.conv_state,
                         _ => &last.recurrent_state,
                     };
-                    bound = bound.max(2.0 * relative(near, exact));
+                    bound = bound.max(relative(near, exact));
                 }
                 assert!(
                     error <= bound,

@@ -1,7 +1,7 @@
 //! Both ops against the oracle: shapes, dtypes, hostile inputs, every instruction set.
 
 use gdn::{Dtype, Gate, IndexType, Packing};
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::RngSeed};
 
 use crate::{
     batch::{Batch, Form, every_isa},
@@ -144,8 +144,19 @@ prop_compose! {
     }
 }
 
+/// The same layers each time: an error above a bound is a finding, and no finding may come and go.
+fn config() -> ProptestConfig {
+    let cases = ProptestConfig::default().cases.min(60);
+    ProptestConfig {
+        cases,
+        rng_seed: RngSeed::Fixed(27),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.min(60), ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_layer(options in any_options(), form in any_form(), lens in prop::collection::vec(0usize..40, 0..4)) {

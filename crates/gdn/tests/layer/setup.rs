@@ -230,19 +230,24 @@ impl Setup {
         rows: std::ops::Range<usize>,
         state: &oracle::State,
     ) -> (Vec<f64>, Vec<oracle::State>) {
-        self.exact_of(rows, state, 0.0)
+        self.exact_of(rows, state, 0.0, 0)
     }
 
-    /// The same of inputs each of which is changed by so much of itself, up or down.
+    /// The same of inputs and states each of which is changed by so much of itself, up or down.
     pub fn exact_of(
         &self,
         rows: std::ops::Range<usize>,
         state: &oracle::State,
         change: f64,
+        seed: u64,
     ) -> (Vec<f64>, Vec<oracle::State>) {
-        let mut random = Random(5);
+        let mut random = Random(seed);
         let mut changed =
-            |x: f64| if random.bits() % 2 == 0 { x * (1.0 + change) } else { x * (1.0 - change) };
+            |x: f64| if random.bits().is_multiple_of(2) { x * (1.0 + change) } else { x * (1.0 - change) };
+        let state = &oracle::State {
+            conv_state: state.conv_state.clone(),
+            recurrent_state: state.recurrent_state.iter().map(|x| changed(*x)).collect(),
+        };
         let slice = |memory: &Memory<2>| {
             let features = memory.sizes[1];
             rows.clone().flat_map(|t| (0..features).map(move |f| memory.get([t, f]))).collect::<Vec<_>>()
