@@ -5,7 +5,7 @@ use std::{ops::Range, time::Instant};
 use anyhow::{Context, bail};
 use gdn::{CHUNK, Cpu, Dtype, Layer, MAX_TOKENS, Shared, Weights};
 
-use super::Args;
+use super::args::Args;
 use crate::{
     call::{Bytes, Inputs, Op, Results, tokens_of_each},
     figures::available_memory,
