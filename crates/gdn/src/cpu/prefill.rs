@@ -197,7 +197,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
         let window = plan.conv.as_ref().filter(|_| is_initial);
         group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
         match plan.recurrent.as_ref().filter(|_| is_initial) {
-            Some(recurrent) => states.read::<L>(&recurrent.state, slot, head * ratio),
+            Some(recurrent) => states.exchange::<true>(&recurrent.state, slot, head * ratio),
             None => states.states.fill(0.0),
         }
         let mut row = start;
@@ -226,7 +226,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
             {
                 let place =
                     checkpoints.starts.read([sequence]) as usize + (row - start) / checkpoints.every - 1;
-                states.write::<L>(&checkpoints.recurrent_states, place, head * ratio);
+                states.exchange::<false>(&checkpoints.recurrent_states, place, head * ratio);
                 if let (Some(windows), true) = (&checkpoints.conv_states, is_whole) {
                     let window = at(windows, [place, 0, windows.sizes[2] - before]);
                     group.write_window::<L>(window, windows.kind, [step(windows, 1), step(windows, 2)], 0);
@@ -234,7 +234,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
             }
         }
         if let Some(recurrent) = &plan.recurrent {
-            states.write::<L>(&recurrent.state, slot, head * ratio);
+            states.exchange::<false>(&recurrent.state, slot, head * ratio);
         }
         if let (Some(conv), true) = (&plan.conv, is_whole) {
             let (columns, len) = (conv.state.sizes[2], end - start);
@@ -347,12 +347,17 @@ impl<'a> States<'a> {
         if rows.is_empty() { 0..0 } else { rows.start / self.lens.panel..rows.end.div_ceil(self.lens.panel) }
     }
 
-    /// Reads the states of value heads from `first` on out of a slot.
+    /// Reads the states of value heads from `first` on out of a slot, or with `READ` false writes them there.
     ///
     /// # Safety
-    /// The slot can be read; the machine has L's instruction set.
+    /// The slot can be read, or written.
     #[inline(always)]
-    unsafe fn read<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
+    unsafe fn exchange<const READ: bool>(
+        &mut self,
+        state: &Operand<*mut u8, Dtype, 4>,
+        slot: usize,
+        first: usize,
+    ) {
         let Lens { dk, dv, panels, panel, ratio } = self.lens;
         let steps = [step(state, 2), step(state, 3)];
         for r in 0..ratio {
@@ -362,28 +367,7 @@ impl<'a> States<'a> {
                 let own = &mut self.states[(r * panels + p) * dk * panel..][..dk * panel];
                 for_dtype!(state.kind, E => {
                     // SAFETY: the caller's promises.
-                    unsafe { turn::<E, true>(memory, steps, start, columns, own, dk, panel) }
-                });
-            }
-        }
-    }
-
-    /// Writes them.
-    ///
-    /// # Safety
-    /// The slot can be written; the machine has L's instruction set.
-    #[inline(always)]
-    unsafe fn write<L: Register>(&mut self, state: &Operand<*mut u8, Dtype, 4>, slot: usize, first: usize) {
-        let Lens { dk, dv, panels, panel, ratio } = self.lens;
-        let steps = [step(state, 2), step(state, 3)];
-        for r in 0..ratio {
-            let memory = at(state, [slot, first + r, 0, 0]);
-            for p in self.panels(r) {
-                let (start, columns) = (p * panel, panel.min(dv - p * panel));
-                let own = &mut self.states[(r * panels + p) * dk * panel..][..dk * panel];
-                for_dtype!(state.kind, E => {
-                    // SAFETY: the caller's promises.
-                    unsafe { turn::<E, false>(memory, steps, start, columns, own, dk, panel) }
+                    unsafe { turn::<E, READ>(memory, steps, start, columns, own, dk, panel) }
                 });
             }
         }
