@@ -1,5 +1,5 @@
-//! The smallest door through which `layer.py` reaches `gdn::prefill` and `gdn::decode`: a C library with one function.
-//! `cargo build --release -p gdn --example gdn_layer_shim`
+//! The smallest door through which `layer.py` reaches `gdn::prefill` and `gdn::decode`: a C library with one
+//! function. `cargo build --release -p gdn --example gdn_layer_shim`
 
 use std::{error::Error, ffi::c_char, ptr};
 
@@ -8,7 +8,8 @@ use gdn::{
     Projections, RecurrentState, Shared, Slots, Tensor, Weights,
 };
 
-/// One call over dense tensors of interleaved packing. Activations and weights are bf16 or f32, the recurrent state is f32.
+/// One call over dense tensors of interleaved packing. Activations and weights are bf16 or f32, the recurrent
+/// state is f32.
 #[repr(C)]
 pub struct Call {
     heads: [u64; 4],

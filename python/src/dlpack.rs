@@ -1,7 +1,8 @@
-//! DLPack, both ways, and NumPy's array interface: other people's tensors read, and our own memory handed out.
+//! DLPack, both ways, and NumPy's array interface: other people's tensors read, and our own memory handed
+//! out.
 //!
-//! Structures and names are those of `dlpack.h` 1.3, <https://dmlc.github.io/dlpack/latest/c_api.html>, and of NumPy's
-//! `__array_struct__`, <https://numpy.org/doc/stable/reference/arrays.interface.html>.
+//! Structures and names are those of `dlpack.h` 1.3, <https://dmlc.github.io/dlpack/latest/c_api.html>, and
+//! of NumPy's `__array_struct__`, <https://numpy.org/doc/stable/reference/arrays.interface.html>.
 
 use std::{
     alloc::Layout,
@@ -105,7 +106,8 @@ impl Exchange {
             return Err(type_error(format!("{argument}: its type lends no tensors through DLPack")));
         };
         let mut tensor = std::mem::MaybeUninit::<DlTensor>::uninit();
-        // SAFETY: an object of the table's type, and a place for the answer, which is there if the function says 0.
+        // SAFETY: an object of the table's type, and a place for the answer, which is there if the function
+        // says 0.
         let tensor = unsafe {
             if borrow(object.as_ptr().cast(), tensor.as_mut_ptr()) != 0 {
                 return Err(PyErr::fetch(object.py()));
@@ -151,7 +153,8 @@ unsafe fn read(tensor: &DlTensor, read_only: bool, argument: &str, into: &mut Te
     Err(too_many_dims(argument, dims))
 }
 
-/// Reads the tensor behind any object that speaks NumPy's array interface or DLPack. What keeps its memory where it is besides the object.
+/// Reads the tensor behind any object that speaks NumPy's array interface or DLPack. What keeps its memory
+/// where it is besides the object.
 pub(crate) fn borrow<'py>(
     object: &Bound<'py, PyAny>,
     argument: &str,
@@ -338,7 +341,8 @@ unsafe fn read_array(
     Err(too_many_dims(argument, dims))
 }
 
-/// Memory of our own, for frameworks whose arrays cannot be written to: it is filled, then handed over through DLPack.
+/// Memory of our own, for frameworks whose arrays cannot be written to: it is filled, then handed over
+/// through DLPack.
 #[pyclass(module = "gdn", frozen)]
 pub(crate) struct Buffer {
     block: Arc<Block>,
@@ -351,7 +355,8 @@ struct Block {
     layout: Layout,
 }
 
-// SAFETY: a block of bytes. They are written while nothing but the op has the buffer, and owned by the consumer from then on.
+// SAFETY: a block of bytes. They are written while nothing but the op has the buffer, and owned by the
+// consumer from then on.
 unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
@@ -424,7 +429,8 @@ impl Buffer {
             byte_offset: 0,
         };
         let manager_ctx = export.cast();
-        // SAFETY: the capsule owns the managed tensor until a consumer renames it, as DLPack says; both ends know how to delete it.
+        // SAFETY: the capsule owns the managed tensor until a consumer renames it, as DLPack says; both ends
+        // know how to delete it.
         unsafe {
             let capsule = if max_version.is_some_and(|(major, _)| major >= MAJOR) {
                 let managed = Box::into_raw(Box::new(ManagedVersioned {

@@ -1,10 +1,11 @@
 //! The interpreter's end, which may come while other threads are inside a call.
 //!
-//! Before Python 3.14 a daemon thread that asks for the GIL once the interpreter is ending is made to call `pthread_exit`, which unwinds
-//! through the frames of whoever asked: here Rust's, which have destructors, with an unwinder that may be another one than libc's. That ends
-//! in a crash. So no call of ours asks for the GIL then. Before the interpreter begins to end, [`wait`] lets those finish that gave it up.
-//! From then on calls keep it, but for those that run others' Python code, which may give it up anywhere: they sleep for ever, as all daemon
-//! threads do from Python 3.14 on.
+//! Before Python 3.14 a daemon thread that asks for the GIL once the interpreter is ending is made to call
+//! `pthread_exit`, which unwinds through the frames of whoever asked: here Rust's, which have destructors,
+//! with an unwinder that may be another one than libc's. That ends in a crash. So no call of ours asks for
+//! the GIL then. Before the interpreter begins to end, [`wait`] lets those finish that gave it up. From then
+//! on calls keep it, but for those that run others' Python code, which may give it up anywhere: they sleep
+//! for ever, as all daemon threads do from Python 3.14 on.
 
 use std::{
     sync::{
@@ -21,13 +22,15 @@ use pyo3::{marker::Ungil, prelude::*};
 static OUTSIDE: AtomicUsize = AtomicUsize::new(0);
 /// Whether the interpreter is about to end.
 static ENDING: AtomicBool = AtomicBool::new(false);
-/// How long an interpreter that ends waits for calls, which take milliseconds but for the Python code that they run.
+/// How long an interpreter that ends waits for calls, which take milliseconds but for the Python code that
+/// they run.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The thread that ends it.
 static LAST: OnceLock<ThreadId> = OnceLock::new();
 
-/// What may give up the GIL while it lives: others' Python code. Never made where the interpreter is about to end under another thread.
+/// What may give up the GIL while it lives: others' Python code. Never made where the interpreter is about to
+/// end under another thread.
 pub(crate) struct Outside;
 
 impl Outside {

@@ -1,7 +1,7 @@
 //! The Python module `gdn`: the library's ops on anybody's tensors.
 //!
-//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to `ops`: functions for objects of Python, which each op has in its
-//! file there, and operators of PyTorch, in `torch`.
+//! This is `gdn._gdn`, what `gdn/__init__.py` stands on. Two doors lead to `ops`: functions for objects of
+//! Python, which each op has in its file there, and operators of PyTorch, in `torch`.
 
 mod dlpack;
 mod exit;
@@ -28,7 +28,8 @@ fn register(torch: &Bound<'_, PyModule>, without: Vec<String>) -> PyResult<()> {
     torch::register(torch, &without)
 }
 
-/// Plans `rows` rows of `row_bytes` bytes each, inputs and outputs together: `(grid, rows_per_core, rows_per_iter)`.
+/// Plans `rows` rows of `row_bytes` bytes each, inputs and outputs together: `(grid, rows_per_core,
+/// rows_per_iter)`.
 #[pyfunction]
 fn tiling(
     rows: Bound<'_, PyAny>,
@@ -47,7 +48,8 @@ fn tiling(
     Ok((plan.grid, plan.rows_per_core, plan.rows_per_iter))
 }
 
-/// The features of a row of `mixed_qkvz`, `mixed_ba`, `mixed_qkv` and `z`, of heads and a packing that are right.
+/// The features of a row of `mixed_qkvz`, `mixed_ba`, `mixed_qkv` and `z`, of heads and a packing that are
+/// right.
 #[pyfunction]
 fn features(heads: Bound<'_, PyAny>, packing: Bound<'_, PyAny>) -> PyResult<[usize; 4]> {
     let heads = ops::layout(numbers_of(&heads)?, &text(&packing, "packing")?)?.heads;
@@ -79,7 +81,8 @@ fn cuda_devices(py: Python<'_>) -> PyResult<Vec<String>> {
     Ok(devices.iter().map(ToString::to_string).collect())
 }
 
-/// Lets go of the memory that freed tensors have left behind for later ones, 512 MiB at most. The bytes there were.
+/// Lets go of the memory that freed tensors have left behind for later ones, 512 MiB at most. The bytes there
+/// were.
 #[pyfunction]
 fn empty_cache() -> usize {
     memory::empty()

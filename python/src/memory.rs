@@ -1,9 +1,11 @@
 //! Memory for fresh tensors of the CPU, kept when they are freed.
 //!
-//! `malloc` gives the next tensor another address more often than not, whose lines are in the wrong core's cache or in none: at 400 KB of
-//! outputs that took half the time of the call. From 32 MiB on, where glibc's threshold ends, it maps anew for every tensor, and a fresh page
-//! costs a fault and a clearing at its first touch: at 100 MB several times what the op itself takes. So tensors get blocks (of huge pages,
-//! where large) that go back to a small store, the last one first, as CUDA tensors' memory goes back to PyTorch's allocator.
+//! `malloc` gives the next tensor another address more often than not, whose lines are in the wrong core's
+//! cache or in none: at 400 KB of outputs that took half the time of the call. From 32 MiB on, where glibc's
+//! threshold ends, it maps anew for every tensor, and a fresh page costs a fault and a clearing at its first
+//! touch: at 100 MB several times what the op itself takes. So tensors get blocks (of huge pages, where
+//! large) that go back to a small store, the last one first, as CUDA tensors' memory goes back to PyTorch's
+//! allocator.
 
 use std::sync::{Mutex, TryLockError};
 

@@ -145,8 +145,9 @@ impl Tensor {
         strides: [1; MAX_DIMS],
     };
 
-    /// Fills in what is known, in place: handed on from call to call by value, it would cost more than all that is asked about it.
-    /// `strides` in elements, `None` for dense ones. `false`, and nothing filled in, where there are more than [`MAX_DIMS`] dims.
+    /// Fills in what is known, in place: handed on from call to call by value, it would cost more than all
+    /// that is asked about it. `strides` in elements, `None` for dense ones. `false`, and nothing filled in,
+    /// where there are more than [`MAX_DIMS`] dims.
     #[inline]
     #[must_use]
     pub(crate) fn fill(
@@ -218,7 +219,8 @@ impl Tensor {
         &self.strides[..self.dims]
     }
 
-    /// N rows of features, the last dims of a row dense. `inner` are the dims that a tensor of more than two must have.
+    /// N rows of features, the last dims of a row dense. `inner` are the dims that a tensor of more than two
+    /// must have.
     #[inline]
     pub(crate) fn rows(&self, argument: &str, inner: Option<[usize; 2]>) -> PyResult<RowsOf> {
         let features = match (self.shape(), inner) {

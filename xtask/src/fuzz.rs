@@ -54,7 +54,8 @@ pub(crate) fn run_all(seconds: u32, runs: u32) -> anyhow::Result<()> {
         seed(&seeded, seeds)?;
         run(fuzzer(name)?.arg(&seeded).arg(format!("-max_total_time={seconds}")))?;
     }
-    // Shared out: each does several hundred a second, and choosing by what is rare would cost it a third of that.
+    // Shared out: each does several hundred a second, and choosing by what is rare would cost it a third of
+    // that.
     let processes = u32::try_from(available_parallelism().map_or(1, NonZero::get).min(8))?;
     let started = (0..processes).map(|number| {
         let mut fuzzer = fuzzer("structures")?;

@@ -25,7 +25,8 @@ pub(crate) fn sanitizer() -> anyhow::Result<()> {
         "--test",
         "layer",
     ];
-    // A thousand runs in which a system call fails are left to the tests without it: they take five times as long.
+    // A thousand runs in which a system call fails are left to the tests without it: they take five times as
+    // long.
     let the_command = ["--package", "gdn-cli", "--", "--skip", "faults::"];
     for packages in [&library[..], &the_command] {
         let mut tests = cargo(&[&["test", "--target", HOST], packages].concat());
@@ -47,9 +48,9 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 
 /// Views, maps, repacking and the portable copy code in an interpreter that knows what Rust leaves undefined.
 ///
-/// It takes hundreds of times as long as a processor: property tests and conformance with every instruction set did
-/// not end within five minutes, and the sanitizer sees those. It has no GPU, no huge pages and no maps of files. So it
-/// gets a test of its own, of seconds.
+/// It takes hundreds of times as long as a processor: property tests and conformance with every instruction
+/// set did not end within five minutes, and the sanitizer sees those. It has no GPU, no huge pages and no
+/// maps of files. So it gets a test of its own, of seconds.
 pub(crate) fn miri() -> anyhow::Result<()> {
     if !has("rustup") {
         skip("Miri: it comes with rustup, which is not here");

@@ -41,8 +41,8 @@ const ENDING: [i32; 2] = [consts::SIGINT, consts::SIGTERM];
 static SIGNAL: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
 
 /// From here on those signals are noticed by [`check_interrupted`] instead of ending the process where it
-/// stands, and a file that grows past `ulimit -f` is an error of the write. Under `nohup` a terminal that goes
-/// away is still nothing.
+/// stands, and a file that grows past `ulimit -f` is an error of the write. Under `nohup` a terminal that
+/// goes away is still nothing.
 pub(crate) fn catch_interrupts() -> anyhow::Result<()> {
     static CAUGHT: AtomicBool = AtomicBool::new(false);
     if CAUGHT.swap(true, Ordering::Relaxed) {
@@ -67,8 +67,8 @@ pub(crate) fn check_interrupted() -> Result<(), Interrupted> {
     }
 }
 
-/// Whether this is SIGHUP, and whoever started the process had it ignored, as `nohup` does. (A shell has Ctrl-C ignored
-/// in what a script starts in the background, of which nobody who sends it knows.)
+/// Whether this is SIGHUP, and whoever started the process had it ignored, as `nohup` does. (A shell has
+/// Ctrl-C ignored in what a script starts in the background, of which nobody who sends it knows.)
 #[cfg(unix)]
 fn hang_up_is_ignored(signal: i32) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();

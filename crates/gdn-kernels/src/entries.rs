@@ -7,8 +7,8 @@ use crate::{
     probe, split,
 };
 
-/// Kernels of an op: `name(arguments) = function;` or, with shared memory of a size that is known, `name(arguments) shared bytes = function;`.
-/// A function takes a GPU and a reference to the arguments.
+/// Kernels of an op: `name(arguments) = function;` or, with shared memory of a size that is known,
+/// `name(arguments) shared bytes = function;`. A function takes a GPU and a reference to the arguments.
 macro_rules! kernels {
     ($op:literal: $($name:ident($args:ty) $(shared $bytes:literal)? = $run:path;)*) => {$(
         #[cfg(all(target_arch = "nvptx64", op = $op))]
@@ -55,8 +55,8 @@ macro_rules! kernels {
     };
 }
 
-// Splits and merges, by the bytes of a word and the rows of a thread. The narrow ones, for tensors that are not aligned to 16 bytes,
-// take words of any size.
+// Splits and merges, by the bytes of a word and the rows of a thread. The narrow ones, for tensors that are
+// not aligned to 16 bytes, take words of any size.
 kernels! { "split":
     gdn_split_16x1(split::Args) = split::run::<true, false, 1>;
     gdn_split_16x2(split::Args) = split::run::<true, false, 2>;

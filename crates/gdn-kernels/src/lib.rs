@@ -1,8 +1,8 @@
 //! The device code of `gdn`.
 //!
-//! A kernel here is an ordinary Rust function, generic over what it asks of a GPU ([`gpu`]). The stock compiler makes PTX of it
-//! (`cargo xtask ptx`), which is committed, embedded and loaded by the driver; with the feature `emulator` the very same function
-//! runs on the host, where every access is checked.
+//! A kernel here is an ordinary Rust function, generic over what it asks of a GPU ([`gpu`]). The stock
+//! compiler makes PTX of it (`cargo xtask ptx`), which is committed, embedded and loaded by the driver; with
+//! the feature `emulator` the very same function runs on the host, where every access is checked.
 //!
 //! | file | holds |
 //! |---|---|
@@ -14,7 +14,8 @@
 //! | `entries.rs` | the names under which the driver finds them |
 //! | `modules.rs` | the table of kernels: what they are compiled for, and what must hold of each |
 //!
-//! No allocation, no dependencies, no panics: a path that can panic would be a call to a function no driver has.
+//! No allocation, no dependencies, no panics: a path that can panic would be a call to a function no driver
+//! has.
 
 #![no_std]
 #![cfg_attr(

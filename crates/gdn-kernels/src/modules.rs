@@ -1,5 +1,5 @@
-//! THE table of kernels: which there are, what they are compiled for, and what must hold of each. `cargo xtask ptx` builds and checks
-//! from it, the library loads from it.
+//! THE table of kernels: which there are, what they are compiled for, and what must hold of each. `cargo
+//! xtask ptx` builds and checks from it, the library loads from it.
 //!
 //! `text!` is defined by who includes this file: the library embeds the PTX, `xtask` makes it.
 

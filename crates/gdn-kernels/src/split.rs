@@ -1,11 +1,13 @@
 //! The split of the packed projections and its inverse, the merge: one kernel, read from either end.
 //!
-//! A packed row is a sequence of words, and each word has one place in the unpacked tensors that depends on its column alone. A
-//! thread takes one column, finds that place once, and moves [`Shape::rows`] words down the rows, all loaded before the first is
-//! stored. Blocks start in order, so they are numbered along the row first: what is in flight at a time is one stretch of memory on
-//! every side, which is what DRAM pages like. b and a move in the same launch, in the blocks after those.
+//! A packed row is a sequence of words, and each word has one place in the unpacked tensors that depends on
+//! its column alone. A thread takes one column, finds that place once, and moves [`Shape::rows`] words down
+//! the rows, all loaded before the first is stored. Blocks start in order, so they are numbered along the row
+//! first: what is in flight at a time is one stretch of memory on every side, which is what DRAM pages like.
+//! b and a move in the same launch, in the blocks after those.
 //!
-//! Block numbers have 31 bits. Where that is too few the rows are cut into slices of [`Args::slice_rows`], one for each y of the grid.
+//! Block numbers have 31 bits. Where that is too few the rows are cut into slices of [`Args::slice_rows`],
+//! one for each y of the grid.
 
 use core::mem::MaybeUninit;
 
@@ -197,13 +199,13 @@ impl Way {
     }
 }
 
-/// The kernel: splits, or merges, `ROWS` rows with a thread. `WIDE` says that the words of `qkvz` have 16 bytes; else they have
-/// `args.qkvz_word`.
+/// The kernel: splits, or merges, `ROWS` rows with a thread. `WIDE` says that the words of `qkvz` have 16
+/// bytes; else they have `args.qkvz_word`.
 ///
 /// # Safety
-/// The grid is a [`Shape`] made for these arguments, with `rows == ROWS`. Every row of every tensor is readable, those of the written
-/// side are writable, and nobody else writes them meanwhile. All addresses, and all strides where there are two rows or more, are
-/// multiples of the word of their projection.
+/// The grid is a [`Shape`] made for these arguments, with `rows == ROWS`. Every row of every tensor is
+/// readable, those of the written side are writable, and nobody else writes them meanwhile. All addresses,
+/// and all strides where there are two rows or more, are multiples of the word of their projection.
 #[inline(always)]
 pub unsafe fn run<const WIDE: bool, const MERGE: bool, const ROWS: usize>(gpu: &impl Gpu, args: &Args) {
     gpu.let_next_start();

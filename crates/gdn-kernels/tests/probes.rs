@@ -1,4 +1,5 @@
-//! Every capability on the emulator: the probes held to what they should write, worked out without the emulator.
+//! Every capability on the emulator: the probes held to what they should write, worked out without the
+//! emulator.
 #![cfg(feature = "emulator")]
 
 use gdn_kernels::{
@@ -89,7 +90,8 @@ fn lanes(values: &[u32]) -> Vec<u32> {
         .collect()
 }
 
-/// Tiles of four words a thread, of which each thread folds its neighbour's; behind `pieces` of them there are zeros.
+/// Tiles of four words a thread, of which each thread folds its neighbour's; behind `pieces` of them there
+/// are zeros.
 fn folded(
     input: &[u32],
     threads: usize,

@@ -14,11 +14,13 @@ use crate::{
 
 /// The numbers of a layer that its tensors do not show.
 ///
-/// The formulas, for one token of one sequence, are those of Yang, Kautz and Hatamizadeh, "Gated Delta Networks"
-/// (2024), as the layers of Qwen3-Next and Qwen3.5 have them; v head h has key head `h / R`, where `R = HV / HK`:
+/// The formulas, for one token of one sequence, are those of Yang, Kautz and Hatamizadeh, "Gated Delta
+/// Networks" (2024), as the layers of Qwen3-Next and Qwen3.5 have them; v head h has key head `h / R`, where
+/// `R = HV / HK`:
 ///
 /// 1. `x = mixed_qkv`, from the split.
-/// 2. `c = silu(conv_bias + sum_j conv_weight[:, j] * x(t - W + 1 + j))`, W = [`conv_width`](Self::conv_width).
+/// 2. `c = silu(conv_bias + sum_j conv_weight[:, j] * x(t - W + 1 + j))`, W =
+/// [`conv_width`](Self::conv_width).
 ///    What lies before the sequence is in `conv_state`.
 /// 3. `q, k, v = c`; `q = q * scale / sqrt(sum q^2 + l2norm_eps)`, `k = k / sqrt(sum k^2 + l2norm_eps)`.
 /// 4. `g = -exp(A_log) * softplus(a + dt_bias)`, `beta = sigmoid(b) * beta_scale`.

@@ -1,5 +1,5 @@
-//! Every capability of a GPU that kernels may use: the device held to the emulator, bit for bit. Where there is no GPU, or one without
-//! a capability, that is said.
+//! Every capability of a GPU that kernels may use: the device held to the emulator, bit for bit. Where there
+//! is no GPU, or one without a capability, that is said.
 #![cfg(feature = "cuda")]
 
 use std::{collections::BTreeMap, ffi::CString, sync::Arc};
@@ -168,7 +168,8 @@ fn the_device_does_what_the_emulator_does() {
         for (misses, model) in models(&case, &got).into_iter().take(4) {
             println!("    {misses} words differ from {model:?}");
         }
-        // How tensor cores of other generations add is not known here; they must come as near as the terms' size allows.
+        // How tensor cores of other generations add is not known here; they must come as near as the terms'
+        // size allows.
         let sizes = products.iter().flat_map(|product| {
             product.a.iter().enumerate().flat_map(move |(i, a)| {
                 product.b.iter().enumerate().map(move |(j, b)| {

@@ -1,5 +1,6 @@
-//! The f64 oracle of the layer's core, held to Hugging Face transformers: what its own Qwen3-Next and Qwen3.5 layers made
-//! of hidden states, with a cache, in a prefill, six decoded tokens and a further prefill (see testdata/README.md).
+//! The f64 oracle of the layer's core, held to Hugging Face transformers: what its own Qwen3-Next and Qwen3.5
+//! layers made of hidden states, with a cache, in a prefill, six decoded tokens and a further prefill (see
+//! testdata/README.md).
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -62,7 +63,8 @@ impl File {
         ["num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"].map(|key| self.number(key))
     }
 
-    /// The rows of a packed tensor `[N, F]` taken apart as the oracle of the split has it: two tensors, `[N, ..]` each.
+    /// The rows of a packed tensor `[N, F]` taken apart as the oracle of the split has it: two tensors, `[N,
+    /// ..]` each.
     fn split(
         &self,
         name: &str,
@@ -148,15 +150,18 @@ fn one_rounding(exact: &[f64], dtype: Dtype) -> f64 {
     error(&rounded.collect::<Vec<_>>(), exact)
 }
 
-/// How many roundings to the activations' dtype may lie between the oracle and transformers: in `out`, in the recurrent state.
+/// How many roundings to the activations' dtype may lie between the oracle and transformers: in `out`, in the
+/// recurrent state.
 ///
-/// In bf16 and f16 transformers computes the delta rule in f32 and rounds around it. What reaches the state are two roundings of
-/// v and two of k (the convolution's sum, silu), k counted twice (it is read with and written with), and one of beta: 7, which
-/// add up as squares, sqrt(7) = 2.6. What reaches `out` are besides two of q, one of o, of the normed o, of its product with
-/// the weight, and of the result: 13, sqrt(13) = 3.6. Measured: at most 2.6 and 3.5.
+/// In bf16 and f16 transformers computes the delta rule in f32 and rounds around it. What reaches the state
+/// are two roundings of v and two of k (the convolution's sum, silu), k counted twice (it is read with and
+/// written with), and one of beta: 7, which add up as squares, sqrt(7) = 2.6. What reaches `out` are besides
+/// two of q, one of o, of the normed o, of its product with the weight, and of the result: 13, sqrt(13) =
+/// 3.6. Measured: at most 2.6 and 3.5.
 ///
-/// In f32 the count is that of sums: 4 + DK + DV terms and more in each of the chunked form's products, where a rounding of
-/// each partial sum adds up to several. Measured: at most 11 and 23, where the chunk begins from a state of many tokens.
+/// In f32 the count is that of sums: 4 + DK + DV terms and more in each of the chunked form's products, where
+/// a rounding of each partial sum adds up to several. Measured: at most 11 and 23, where the chunk begins
+/// from a state of many tokens.
 fn roundings(dtype: Dtype) -> [f64; 2] {
     if dtype == Dtype::F32 { [30.0, 15.0] } else { [4.0, 3.0] }
 }

@@ -1,6 +1,6 @@
-//! The f64 oracle of the layer's core, held to what can be worked out without it: small cases by hand, closed forms of the
-//! recurrence, and properties that the formulas have. What Hugging Face transformers makes of the same inputs is in
-//! `golden_layer.rs`.
+//! The f64 oracle of the layer's core, held to what can be worked out without it: small cases by hand, closed
+//! forms of the recurrence, and properties that the formulas have. What Hugging Face transformers makes of
+//! the same inputs is in `golden_layer.rs`.
 
 use gdn::reference::layer::{
     Gate, Numbers, State, Tokens, Weights, forward, forward_with_states, sigmoid, silu, softplus,
@@ -175,7 +175,8 @@ fn two_tokens_by_hand() {
 
 #[test]
 fn one_feature_is_a_scalar_recurrence() {
-    // DK = DV = 1, no eps: q and k are signs, so S = S exp(g) (1 - beta) + beta v k, and the normed o is the sign of S q.
+    // DK = DV = 1, no eps: q and k are signs, so S = S exp(g) (1 - beta) + beta v k, and the normed o is the
+    // sign of S q.
     let mut numbers = one_head(1, 1);
     (numbers.l2norm_eps, numbers.norm_eps) = (0.0, 0.0);
     let case = Case::random(numbers, 9, 1);
@@ -333,7 +334,8 @@ fn hostile_values_stay_finite() {
     (case.a_log, case.dt_bias) = (vec![0.0; 2], vec![0.0; 2]);
     let (out, state) = case.run();
     assert!(out.iter().chain(&state.recurrent_state).all(|x| x.is_finite()));
-    // Zero keys write nothing. In head 0, g = -1000 forgets everything; in head 1 the decays are exp of 0, -ln 2 and -20, twice.
+    // Zero keys write nothing. In head 0, g = -1000 forgets everything; in head 1 the decays are exp of 0,
+    // -ln 2 and -20, twice.
     let (forgotten, decayed) = state.recurrent_state.split_at(12);
     assert_eq!(forgotten, [0.0; 12]);
     let decay = (-2.0 * (2f64.ln() + 20.0)).exp();
@@ -462,7 +464,8 @@ proptest! {
                 let gate = if numbers.gate == Gate::Silu { z } else { 1.0 } / (1.0 + (-z).exp());
                 o[d] / rms * case.norm_weight[d] * gate
             }).collect();
-            // The norm divides by what may be as small as its eps: the error of o, 1e-15 of S, then grows a thousandfold.
+            // The norm divides by what may be as small as its eps: the error of o, 1e-15 of S, then grows a
+            // thousandfold.
             assert_close(&out[t * dv..(t + 1) * dv], &wanted, 1e-10);
         }
         assert_close(&end.recurrent_state, &s, 1e-12);

@@ -1,12 +1,13 @@
-//! Views, maps, the portable copy code and repacking, on so little that an interpreter of Rust goes through it
-//! in seconds: `cargo xtask test` has Miri do so.
+//! Views, maps, the portable copy code and repacking, on so little that an interpreter of Rust goes through
+//! it in seconds: `cargo xtask test` has Miri do so.
 
 use gdn::{
     Cpu, Heads, Layout, Packed, Packing, Projection, Rows, RowsMut, Unpacked, WeightMap, cpu::Isa,
     repack_weight,
 };
 
-/// Elements that are all different, of rows that lie `stride` apart, and ones between them that nobody may touch.
+/// Elements that are all different, of rows that lie `stride` apart, and ones between them that nobody may
+/// touch.
 fn rows_of(num_rows: usize, features: usize, stride: usize, first: u16) -> Vec<u16> {
     let element = |i: usize| if i % stride < features { first + i as u16 } else { u16::MAX };
     (0..num_rows * stride).map(element).collect()

@@ -90,8 +90,8 @@ pub(crate) fn not_a(argument: &str, object: &Bound<'_, PyAny>, expected: &str) -
 
 /// Work for which other threads of Python are let in.
 pub(crate) const WORTH_DETACHING: usize = 128 << 10;
-/// The least bytes to be read for which one more of the framework's threads is called. They are awake: sharing costs a microsecond between
-/// two, five among sixteen.
+/// The least bytes to be read for which one more of the framework's threads is called. They are awake:
+/// sharing costs a microsecond between two, five among sixteen.
 const WORTH_A_THREAD: usize = 64 << 10;
 /// The least bytes to be read for which they are called at all.
 const WORTH_CALLING: usize = 256 << 10;
@@ -103,7 +103,8 @@ pub(crate) struct Threads {
     pub(crate) executor: &'static dyn Executor,
 }
 
-/// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or others.
+/// Where the work is to be done, besides what the tensors say: the framework's own threads and streams, or
+/// others.
 pub(crate) struct Place {
     /// For tensors of the CPU: the framework's threads. `None` for those of [`threads`].
     pub(crate) threads: Option<Threads>,
@@ -140,7 +141,8 @@ pub(crate) fn cuda_error(error: &cuda::CudaError) -> PyErr {
     }
 }
 
-/// The device `cuda:ordinal`, made ready at its first call: kernels are loaded then, so that calls can be captured in graphs.
+/// The device `cuda:ordinal`, made ready at its first call: kernels are loaded then, so that calls can be
+/// captured in graphs.
 pub(crate) fn gpu(ordinal: i32) -> PyResult<&'static cuda::Gpu> {
     const MOST: usize = 64;
     static GPUS: [OnceLock<cuda::Gpu>; MOST] = [const { OnceLock::new() }; MOST];

@@ -50,7 +50,8 @@ fn features(heads: &Heads, tensor: usize) -> usize {
     }
 }
 
-/// A call whose tensors agree about devices and dtypes, and are rows. Shapes and overlaps are for [`gdn::split()`] to check.
+/// A call whose tensors agree about devices and dtypes, and are rows. Shapes and overlaps are for
+/// [`gdn::split()`] to check.
 pub(crate) struct Call<'a> {
     layout: Layout,
     direction: Direction,
@@ -141,7 +142,8 @@ impl<'a> Call<'a> {
         Ok(Self { layout, direction, tensors, rows })
     }
 
-    /// The same where the outputs were just made, dense, for inputs that [`check_read`] saw and whose `rows` it gave.
+    /// The same where the outputs were just made, dense, for inputs that [`check_read`] saw and whose `rows`
+    /// it gave.
     #[inline]
     pub(crate) fn with_fresh(
         layout: Layout,
@@ -175,8 +177,8 @@ impl<'a> Call<'a> {
     /// Does it.
     ///
     /// # Safety
-    /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read or touches those that are
-    /// written. On a GPU the same until the work on the stream is done.
+    /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
+    /// or touches those that are written. On a GPU the same until the work on the stream is done.
     #[inline]
     pub(crate) unsafe fn run(&self, place: &Place) -> PyResult<()> {
         let device = self.tensors[0].device;
@@ -364,7 +366,8 @@ fn run<'py, const READ: usize>(
     };
     let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     if call.is_cpu() && call.bytes() < WORTH_DETACHING {
-        // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on arrays.
+        // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any
+        // function on arrays.
         unsafe { call.run(&place)? };
     } else {
         // SAFETY: as above.
@@ -453,8 +456,8 @@ fn made<'py>(
         let (known, like) = (tensors[direction.like(i)], &read[direction.like(i) - first]);
         if let Some(torch) = torch {
             let same = (i..left.end).filter(|i| tensors[direction.like(*i)].dtype == known.dtype).count();
-            // The first output is consumed by the convolution that comes next, long before the others: all of them together where they
-            // are small, the others always.
+            // The first output is consumed by the convolution that comes next, long before the others: all of
+            // them together where they are small, the others always.
             let is_first = i == direction.written().start;
             let most = if is_first { torch::MOST_TOGETHER } else { usize::MAX };
             let shapes = (i..i + same).map(shape);

@@ -1,6 +1,7 @@
 //! libtorch's C functions: those that it exports for extensions which outlive its versions.
 //!
-//! Declarations: `torch/csrc/inductor/aoti_torch/c/shim.h` and `torch/csrc/stable/c/shim.h` in PyTorch's wheel, 2.10 and later.
+//! Declarations: `torch/csrc/inductor/aoti_torch/c/shim.h` and `torch/csrc/stable/c/shim.h` in PyTorch's
+//! wheel, 2.10 and later.
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -81,7 +82,8 @@ functions! {
     fn torch_parallel_for(i64, i64, i64, unsafe extern "C" fn(i64, i64, *mut c_void), *mut c_void) -> i32;
 }
 
-/// The element types with a name of libtorch's; others, which are few and have one size each, go by libtorch's number.
+/// The element types with a name of libtorch's; others, which are few and have one size each, go by
+/// libtorch's number.
 pub(super) const DTYPES: [(&CStr, DType); 18] = {
     const fn dtype(code: u8, bits: u8) -> DType {
         DType { code, bits, lanes: 1 }

@@ -1,5 +1,5 @@
-//! What libtorch has no C function for: C++ functions, by their mangled names. A PyTorch of tomorrow may lack any of them; then what needs it
-//! goes a longer way or says so, and everything else goes on.
+//! What libtorch has no C function for: C++ functions, by their mangled names. A PyTorch of tomorrow may lack
+//! any of them; then what needs it goes a longer way or says so, and everything else goes on.
 
 use std::ffi::{c_char, c_void};
 
@@ -13,7 +13,8 @@ pub(super) struct Cpp {
     /// `torch_tensor_from_pyobject`, of torch 2.14 and later: C, and a new handle
     pub(super) unwrap: Option<unsafe extern "C" fn(*mut c_void, *mut Opaque) -> i32>,
     pub(super) versions: Option<Versions>,
-    /// `torch_exception_get_what_without_backtrace`, of torch 2.13 and later: C, what went wrong last on this thread
+    /// `torch_exception_get_what_without_backtrace`, of torch 2.13 and later: C, what went wrong last on this
+    /// thread
     pub(super) what: Option<unsafe extern "C" fn() -> *const c_char>,
 }
 
@@ -22,7 +23,8 @@ pub(super) struct Cpp {
 pub(super) enum Wrap {
     /// `torch_tensor_to_pyobject`, of torch 2.14 and later: C
     C(unsafe extern "C" fn(Opaque, *const c_void, *mut *mut c_void) -> i32),
-    /// `THPVariable_Wrap`, which that calls. It takes the address of an `at::Tensor`, which is what a handle is.
+    /// `THPVariable_Wrap`, which that calls. It takes the address of an `at::Tensor`, which is what a handle
+    /// is.
     Cpp(unsafe extern "C" fn(Opaque) -> *mut ffi::PyObject),
 }
 
@@ -32,12 +34,14 @@ pub(super) struct Versions {
     pub(super) is_inference: unsafe extern "C" fn(Opaque) -> bool,
     /// `c10::InferenceMode::is_enabled`: on this thread
     pub(super) is_inference_mode: unsafe extern "C" fn() -> bool,
-    /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no version
+    /// `torch::autograd::impl::bump_version`, for tensors that were not made in inference mode: those have no
+    /// version
     pub(super) bump: unsafe extern "C" fn(Opaque),
 }
 
 impl Cpp {
-    /// What there is in libtorch_cpu and, where they are loaded, libc10 and libtorch_python. Names in `without` are passed over, as if they were missing.
+    /// What there is in libtorch_cpu and, where they are loaded, libc10 and libtorch_python. Names in
+    /// `without` are passed over, as if they were missing.
     pub(super) fn find(
         cpu: &Library,
         c10: Option<&Library>,

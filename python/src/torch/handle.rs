@@ -27,7 +27,8 @@ impl Drop for Handle<'_> {
 impl Handle<'_> {
     /// As an object of Python's.
     pub(super) fn object<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set where it is C++.
+        // SAFETY: a tensor that lives, and the GIL; a new reference, or null with an exception set where it
+        // is C++.
         unsafe {
             match self.1.cpp.wrap {
                 Some(Wrap::C(wrap)) => {
@@ -50,7 +51,8 @@ impl Handle<'_> {
         Ok(Tensor::dense(address as usize, like.dtype, like.device, shape))
     }
 
-    /// Reads what the handle stands for, whose memory is to be written to or not. Its dtype, as libtorch's number.
+    /// Reads what the handle stands for, whose memory is to be written to or not. Its dtype, as libtorch's
+    /// number.
     pub(super) fn read(&self, argument: &str, write: bool, tensor: &mut Tensor) -> PyResult<i32> {
         let torch = self.1;
         // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.

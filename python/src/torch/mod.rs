@@ -1,5 +1,6 @@
-//! PyTorch, without C++: its operators registered, its tensors read and made, through functions that are looked up in the libraries which
-//! `import torch` has loaded; nothing is linked. `abi` has those of C, which outlive PyTorch's versions; `cpp` those that C lacks.
+//! PyTorch, without C++: its operators registered, its tensors read and made, through functions that are
+//! looked up in the libraries which `import torch` has loaded; nothing is linked. `abi` has those of C, which
+//! outlive PyTorch's versions; `cpp` those that C lacks.
 
 mod abi;
 mod cpp;
@@ -58,7 +59,8 @@ pub(crate) struct Libtorch {
 
 static LIBTORCH: OnceLock<Libtorch> = OnceLock::new();
 
-/// Finds PyTorch, and registers the operators. Once a process; `torch` is the module. Optional functions in `without` are taken as missing.
+/// Finds PyTorch, and registers the operators. Once a process; `torch` is the module. Optional functions in
+/// `without` are taken as missing.
 ///
 /// # Errors
 /// `ImportError` where it lacks a function that is needed: one of C, which PyTorch 2.10 and later have.
@@ -115,7 +117,8 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         version,
     };
     let libtorch = LIBTORCH.get_or_init(|| libtorch);
-    // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations are.
+    // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations
+    // are.
     unsafe { operators::define(libtorch) }.map_err(PyErr::from)
 }
 
@@ -127,13 +130,16 @@ pub(crate) fn get() -> Option<&'static Libtorch> {
 /// A tensor as an object of Python's, and what it is.
 pub(crate) type Fresh<'py> = (Bound<'py, PyAny>, Tensor);
 
-/// Elements between tensors of one storage are a multiple of this, so that each begins as it would in an allocation of its own.
+/// Elements between tensors of one storage are a multiple of this, so that each begins as it would in an
+/// allocation of its own.
 const STEP: usize = 512;
-/// Elements of tensors that are small: as much memory as one of them may hold on to for one that is done with sooner.
+/// Elements of tensors that are small: as much memory as one of them may hold on to for one that is done with
+/// sooner.
 pub(crate) const MOST_TOGETHER: usize = 1 << 20;
 
 impl Libtorch {
-    /// Whether an object is a tensor that its memory is all of: no subclass, which may have a mind of its own.
+    /// Whether an object is a tensor that its memory is all of: no subclass, which may have a mind of its
+    /// own.
     #[inline]
     pub(crate) fn is_plain(&self, object: &Bound<'_, PyAny>) -> bool {
         // SAFETY: reads the type of an object that lives.
@@ -159,7 +165,8 @@ impl Libtorch {
         tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
     }
 
-    /// Whether a call on plain tensors must be seen by PyTorch: for gradients or tangents, or by a mode or a tracer that is active.
+    /// Whether a call on plain tensors must be seen by PyTorch: for gradients or tangents, or by a mode or a
+    /// tracer that is active.
     #[inline]
     pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
         let Some(first) = read.first() else { return Ok(false) };
@@ -184,8 +191,8 @@ impl Libtorch {
         Ok(false)
     }
 
-    /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a transform's wrapper, or a lazy
-    /// conjugate, of which shape and dtype are read all the same.
+    /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a
+    /// transform's wrapper, or a lazy conjugate, of which shape and dtype are read all the same.
     #[inline]
     pub(crate) fn borrow(
         &self,
@@ -259,7 +266,8 @@ impl Libtorch {
     ) -> PyResult<Fresh<'py>> {
         let py = object.py();
         let Some(dtype) = self.number_of(like.dtype).filter(|_| self.cpp.wrap.is_some()) else {
-            // A dtype without a number here, or a PyTorch without a way to make objects of handles: slower, and as good.
+            // A dtype without a number here, or a PyTorch without a way to make objects of handles: slower,
+            // and as good.
             return self.new_empty(object, shape, argument);
         };
         match self.empty(shape, dtype, like.device) {
@@ -283,9 +291,10 @@ impl Libtorch {
         Ok((made, tensor))
     }
 
-    /// Fresh, dense tensors in one storage, as objects at the end of `made` and as what they are in `tensors`: an allocation costs more than
-    /// all that is done here besides. `false` where [`Libtorch::empty_like`] has to do it: it would ask Python, there is no
-    /// memory, or they have more than `most` elements.
+    /// Fresh, dense tensors in one storage, as objects at the end of `made` and as what they are in
+    /// `tensors`: an allocation costs more than all that is done here besides. `false` where
+    /// [`Libtorch::empty_like`] has to do it: it would ask Python, there is no memory, or they have more than
+    /// `most` elements.
     #[inline]
     pub(crate) fn empty_together<'py>(
         &self,
@@ -363,7 +372,8 @@ impl Libtorch {
         self.increment_version.bind(py).call1((out,)).map(drop)
     }
 
-    /// The same for an operator's tensors. Where this PyTorch has no function for it, Python's is called, which is slower and as good.
+    /// The same for an operator's tensors. Where this PyTorch has no function for it, Python's is called,
+    /// which is slower and as good.
     fn advance_versions_of<'a>(
         &self,
         handles: impl Iterator<Item = &'a Handle<'a>>,
@@ -458,10 +468,12 @@ fn made_in_inference_mode(argument: &str) -> PyErr {
     value_error(format!("{argument} was made in inference mode, it can be written to in inference mode only"))
 }
 
-/// Addresses below this one may be no more than an offset into a storage that has no memory. Above it lies what systems map.
+/// Addresses below this one may be no more than an offset into a storage that has no memory. Above it lies
+/// what systems map.
 const OFFSETS: usize = 1 << 40;
 
-/// Whether the storage of a plain tensor that has elements was given up, and what seems to be an address is none.
+/// Whether the storage of a plain tensor that has elements was given up, and what seems to be an address is
+/// none.
 #[cold]
 fn is_freed(object: &Bound<'_, PyAny>, tensor: &Tensor) -> PyResult<bool> {
     let py = object.py();
@@ -490,7 +502,8 @@ unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
 pub(crate) const PLACE: Place =
     Place { threads: Some(Threads { most: num_threads, executor: &parallel_for }), stream };
 
-/// The threads that PyTorch would use. After a fork one: its threads stayed with the parent, and would be waited for.
+/// The threads that PyTorch would use. After a fork one: its threads stayed with the parent, and would be
+/// waited for.
 fn num_threads() -> usize {
     let Some(torch) = get().filter(|torch| torch.process == std::process::id()) else { return 1 };
     // SAFETY: a place for the answer.
@@ -503,7 +516,8 @@ fn stream(device: Device) -> PyResult<*mut c_void> {
     stream.ok_or_else(|| Failed("current_work_stream").into())
 }
 
-/// PyTorch's own threads, as [`gdn::cpu::Executor`]. They have the last op's rows in their caches, and wait for work without sleep.
+/// PyTorch's own threads, as [`gdn::cpu::Executor`]. They have the last op's rows in their caches, and wait
+/// for work without sleep.
 fn parallel_for(chunks: usize, work: &(dyn Fn(usize) + Sync)) {
     unsafe extern "C" fn range(begin: i64, end: i64, work: *mut c_void) {
         // SAFETY: the reference below, which lives until all is done.

@@ -43,7 +43,8 @@ pub(super) unsafe fn define(torch: &Libtorch) -> Result<(), Failed> {
         format!("merge.out({unpacked}, {HEADS}, *, Tensor(a!) mixed_qkvz, Tensor(b!) mixed_ba) -> ()"),
     ];
     let check = |status: i32, function| if status == 0 { Ok(()) } else { Err(Failed(function)) };
-    // SAFETY: texts that end with a zero, handles that libtorch gave, and kernels that take these operators' arguments.
+    // SAFETY: texts that end with a zero, handles that libtorch gave, and kernels that take these operators'
+    // arguments.
     unsafe {
         let definitions = ask!(torch, aoti_torch_library_init_def(c"gdn".as_ptr(), file, line!()))?;
         for schema in schemas {
@@ -91,7 +92,8 @@ impl Text<'_> {
     }
 }
 
-/// The operators. A stack has the arguments, owned by the kernel, and gets the results; what goes wrong is thrown as libtorch throws.
+/// The operators. A stack has the arguments, owned by the kernel, and gets the results; what goes wrong is
+/// thrown as libtorch throws.
 macro_rules! kernels {
     ($($name:ident($direction:ident, $out:literal);)*) => { $(
         unsafe extern "C-unwind" fn $name(stack: *mut u64, _: u64, _: u64) {
@@ -111,8 +113,8 @@ kernels! {
 /// The most of an error's sentence that PyTorch is told, with a zero at its end.
 const SENTENCE: usize = 1024;
 
-/// Nothing here is dropped while what `check` throws goes through: cleaning up would call this library's own unwinder, which is not
-/// libtorch's where it was linked in.
+/// Nothing here is dropped while what `check` throws goes through: cleaning up would call this library's own
+/// unwinder, which is not libtorch's where it was linked in.
 ///
 /// # Safety
 /// `stack` is that of the operator.

@@ -14,17 +14,20 @@ use super::modules::Target;
 pub(super) const VERSION: &str = "1.96.0";
 const TRIPLE: &str = "nvptx64-nvidia-cuda";
 
-/// The crates of device code in the order in which they are built, the kernels last. Each sees those before it.
+/// The crates of device code in the order in which they are built, the kernels last. Each sees those before
+/// it.
 pub(super) const CRATES: [(&str, &str); 2] =
     [("gdn_math", "crates/gdn-math"), ("gdn_kernels", "crates/gdn-kernels")];
 
-/// Without both of these a barrier, shuffle or product behind a branch is copied into each arm of it, where half of the lanes never
-/// come: rustc threads jumps through it, and LLVM folds small blocks into the blocks before (rust-lang/rust#137086).
+/// Without both of these a barrier, shuffle or product behind a branch is copied into each arm of it, where
+/// half of the lanes never come: rustc threads jumps through it, and LLVM folds small blocks into the blocks
+/// before (rust-lang/rust#137086).
 const CONVERGENT: [&str; 2] =
     ["-Zmir-enable-passes=-JumpThreading", "-Cllvm-args=-simplifycfg-max-small-block-size=0"];
 
-/// Loops of known length are unrolled up to so many instructions, by default 300: an array that a loop walks stays in registers only
-/// where every index is a constant. The table's gate on stacks finds those that are too long all the same.
+/// Loops of known length are unrolled up to so many instructions, by default 300: an array that a loop walks
+/// stays in registers only where every index is a constant. The table's gate on stacks finds those that are
+/// too long all the same.
 const UNROLLED: &str = "-Cllvm-args=-unroll-threshold=5000";
 
 /// What is compiled: the kernels of an op for a target.
@@ -143,7 +146,8 @@ impl Compiler {
         rustc.args(["--target", TRIPLE, "--edition", "2024", "-C", "opt-level=3", "-C", "panic=abort"]);
         rustc.arg("-C").arg(format!("target-cpu={}", target.name()));
         if target == Target::Sm90 {
-            // Bulk copies are younger than the first PTX for this target. The oldest driver that the library takes knows 8.0.
+            // Bulk copies are younger than the first PTX for this target. The oldest driver that the library
+            // takes knows 8.0.
             rustc.args(["-C", "target-feature=+ptx80"]);
         }
         rustc

@@ -12,7 +12,8 @@ use super::modules::{Collectives, Kernel, Module, Target};
 
 const ENTRY: &str = ".visible .entry ";
 
-/// Drops comments and the panic handler that nothing calls, and tells the compiler of the driver how large a kernel's blocks are.
+/// Drops comments and the panic handler that nothing calls, and tells the compiler of the driver how large a
+/// kernel's blocks are.
 pub(super) fn clean(module: &Module, text: &str) -> String {
     let mut out = String::from("// Made by `cargo xtask ptx` out of crates/gdn-kernels. Not to be edited.\n");
     let mut in_handler = false;
@@ -50,7 +51,8 @@ fn kernel_text<'a>(kernel: &Kernel, text: &'a str) -> Option<&'a str> {
     text.split(ENTRY).skip(1).find(|part| part.split('(').next() == Some(kernel.name))
 }
 
-/// That a driver finds everything the text speaks of, that the kernels are those of the table, and what it says of their text.
+/// That a driver finds everything the text speaks of, that the kernels are those of the table, and what it
+/// says of their text.
 pub(super) fn text(module: &Module, text: &str) -> Result<()> {
     let undefined: Vec<&str> =
         text.lines().filter(|line| line.contains(".func") || line.trim_start().starts_with("call")).collect();
@@ -69,7 +71,8 @@ pub(super) fn text(module: &Module, text: &str) -> Result<()> {
             "{} does not move 16 bytes at a time",
             kernel.name
         );
-        // Every product and sum is rounded once, to the nearest: so that a kernel gives the bits that the host gives.
+        // Every product and sum is rounded once, to the nearest: so that a kernel gives the bits that the
+        // host gives.
         let approximate = text.lines().find(|line| {
             [".approx", ".ftz", ".rz.f", ".rm.f", ".rp.f", ".full."].iter().any(|part| line.contains(part))
         });

@@ -1,9 +1,10 @@
 //! `cargo xtask ptx`: PTX out of `crates/gdn-kernels`, with the stock compiler and nothing else.
 //!
-//! Needed are a rustc that knows `nvptx64-nvidia-cuda` and the source of `core` of the very same version. Plain calls of rustc make core,
-//! compiler_builtins and the crates of device code; unstable features are opened for these alone. What comes out is cleaned of
-//! comments and of the panic handler, held against what a driver can load, assembled by ptxas for every GPU there is to be had, and
-//! held to what the table of kernels says of it (`crates/gdn-kernels/src/modules.rs`).
+//! Needed are a rustc that knows `nvptx64-nvidia-cuda` and the source of `core` of the very same version.
+//! Plain calls of rustc make core, compiler_builtins and the crates of device code; unstable features are
+//! opened for these alone. What comes out is cleaned of comments and of the panic handler, held against what
+//! a driver can load, assembled by ptxas for every GPU there is to be had, and held to what the table of
+//! kernels says of it (`crates/gdn-kernels/src/modules.rs`).
 
 mod compiler;
 mod gates;
@@ -40,7 +41,8 @@ pub(crate) fn can_build() -> bool {
 /// Builds the PTX; with `check`, holds it against the committed one instead of writing it.
 ///
 /// # Errors
-/// No compiler (the sentence says how to get one), PTX that is stale, or PTX that no driver would load, that is wrong or slow.
+/// No compiler (the sentence says how to get one), PTX that is stale, or PTX that no driver would load, that
+/// is wrong or slow.
 pub(crate) fn run(check: bool) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     let committed = root.join("crates/gdn-kernels/ptx");
@@ -117,9 +119,9 @@ impl Build<'_> {
         Ok(text)
     }
 
-    /// Sees that the count of collectives finds what it is for: each probe of them, compiled without the flags that keep them
-    /// convergent, must fail it in the PTX, and one at least in the machine's code (ptxas puts some together again). When a compiler
-    /// comes that does without the flags, this says so.
+    /// Sees that the count of collectives finds what it is for: each probe of them, compiled without the
+    /// flags that keep them convergent, must fail it in the PTX, and one at least in the machine's code
+    /// (ptxas puts some together again). When a compiler comes that does without the flags, this says so.
     fn the_gate_bites(&self) -> Result<()> {
         let module =
             PROBES.iter().find(|module| module.op == "convergence").context("the probe of convergence")?;

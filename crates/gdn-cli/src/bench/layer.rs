@@ -440,7 +440,8 @@ fn measure_bytes(
 /// Beside bare multiply-adds.
 fn measure_flops(source: &Source, written: &mut Written, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
     let Case { batch, tokens, .. } = source.case;
-    // As `gdn::prefill` has it: arithmetic takes the time, as if every multiplication were a byte to be moved.
+    // As `gdn::prefill` has it: arithmetic takes the time, as if every multiplication were a byte to be
+    // moved.
     let multiply_adds = batch * tokens * source.inputs()?.multiply_adds();
     let threads = cpu.chosen_threads(multiply_adds / 3);
     let peak = cpu.threads(threads);

@@ -183,7 +183,8 @@ impl Checkpoint {
         if has_parts { Names::Separate } else { Names::Fused }
     }
 
-    /// The modules whose names change where those of its projections do: what they are called, and what they will be.
+    /// The modules whose names change where those of its projections do: what they are called, and what they
+    /// will be.
     pub(super) fn renamed(&self) -> Vec<(Vec<String>, Vec<String>)> {
         let own = self.names();
         let mut modules = BTreeMap::new();
@@ -197,7 +198,8 @@ impl Checkpoint {
         modules.into_values().collect()
     }
 
-    /// Whether it is this copy of a tensor that counts: the one that the index names or, where it names none, the only one.
+    /// Whether it is this copy of a tensor that counts: the one that the index names or, where it names none,
+    /// the only one.
     pub(super) fn counts(&self, shard: usize, tensor: &str) -> bool {
         match self.index.as_ref().and_then(|index| index.weight_map.get(tensor)) {
             Some(file) => *file == self.shards[shard].name,
@@ -214,8 +216,8 @@ impl Checkpoint {
         shards.filter(has).map(|(_, shard)| shard.name.as_str()).collect()
     }
 
-    /// The shard with the tensor that belongs with one of this shard: with one that counts the one that counts, with an old copy
-    /// that of the same file.
+    /// The shard with the tensor that belongs with one of this shard: with one that counts the one that
+    /// counts, with an old copy that of the same file.
     pub(super) fn shard_beside(&self, shard: usize, tensor: &str, other: &str) -> Option<usize> {
         let counts = self.counts(shard, tensor);
         let mut shards = (0..self.shards.len()).filter(|number| counts || *number == shard);
@@ -224,7 +226,8 @@ impl Checkpoint {
         })
     }
 
-    /// For each file that has tensors of which the index does not say they are there, what there is to say about it.
+    /// For each file that has tensors of which the index does not say they are there, what there is to say
+    /// about it.
     pub(super) fn unnamed(&self) -> Vec<String> {
         let Some(index) = &self.index else { return Vec::new() };
         let mut notes = Vec::new();
@@ -254,7 +257,8 @@ impl Checkpoint {
         read_text(&path, &path.display().to_string()).map(Some)
     }
 
-    /// That every file is there and has not changed since the checkpoint was opened: what was read goes together.
+    /// That every file is there and has not changed since the checkpoint was opened: what was read goes
+    /// together.
     pub(super) fn check_unchanged(&self) -> anyhow::Result<()> {
         self.shards.iter().try_for_each(|shard| shard.input.check_unchanged())?;
         self.stamps.iter().try_for_each(|(path, stamp)| stamp.check(path))

@@ -63,8 +63,8 @@ pub(super) enum FollowError {
     Shape { shape: Vec<usize>, outputs: usize, wanted: String },
 }
 
-/// How the tensor `suffix` (what comes after `in_proj_qkvz.`) of a projection of so many outputs follows them, if the module is
-/// stored in this format. Which dim it is the format says; the shape must fit.
+/// How the tensor `suffix` (what comes after `in_proj_qkvz.`) of a projection of so many outputs follows
+/// them, if the module is stored in this format. Which dim it is the format says; the shape must fit.
 pub(super) fn follow(
     format: &Format,
     suffix: &str,

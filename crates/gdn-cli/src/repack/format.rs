@@ -12,7 +12,8 @@ use crate::files::read_text;
 pub(super) enum Format {
     /// Nothing is declared.
     Plain,
-    /// fp8 as DeepSeek and Qwen publish it: one scale for a block of so many outputs, or for each output or tensor.
+    /// fp8 as DeepSeek and Qwen publish it: one scale for a block of so many outputs, or for each output or
+    /// tensor.
     Fp8 { block: Option<usize> },
     /// compressed-tensors.
     Compressed { scales: Scales, bits: usize },

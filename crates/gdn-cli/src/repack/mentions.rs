@@ -1,5 +1,5 @@
-//! Names of projections in the JSON files beside the tensors: in lists of modules and as keys. They follow the tensors' names,
-//! and everything else in the text stays as it is.
+//! Names of projections in the JSON files beside the tensors: in lists of modules and as keys. They follow
+//! the tensors' names, and everything else in the text stays as it is.
 
 use anyhow::{Context, bail};
 use gdn::Projection;
@@ -45,7 +45,8 @@ fn rename(text: &str, to: Names, file_of: Option<FileOf<'_>>) -> anyhow::Result<
     Ok(Renamed { text, left })
 }
 
-/// Whether a text holds, as a word of its own, a name that is gone once projections have names of this kind, or a pattern for such.
+/// Whether a text holds, as a word of its own, a name that is gone once projections have names of this kind,
+/// or a pattern for such.
 pub(super) fn names_gone(text: &str, now: Names) -> bool {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     words.into_iter().any(|word| {
@@ -81,7 +82,8 @@ pub(super) fn patterns_left(text: &str, to: Names, modules: &[(Vec<String>, Vec<
     left
 }
 
-/// A string that names a projection, or all of a pattern: `model.layers.0.linear_attn.in_proj_ba.weight`, `*in_proj_ba`.
+/// A string that names a projection, or all of a pattern: `model.layers.0.linear_attn.in_proj_ba.weight`,
+/// `*in_proj_ba`.
 #[derive(Clone, Copy, PartialEq)]
 struct Mention<'a> {
     prefix: &'a str,
@@ -179,7 +181,8 @@ impl Renamer<'_> {
         result + &tail + &close.to_string()
     }
 
-    /// What follows a name that another one became: in an index the file it is in now. `None` where there is no such name.
+    /// What follows a name that another one became: in an index the file it is in now. `None` where there is
+    /// no such name.
     fn after(&self, name: &str, before: &str) -> Option<String> {
         let Some(file_of) = self.file_of else { return Some(before.to_owned()) };
         let (colon, file) = before.split_once('"')?;

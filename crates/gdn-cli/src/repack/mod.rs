@@ -1,4 +1,5 @@
-//! `gdn repack`: a checkpoint whose input projections come out in contiguous order, so that the split is a view.
+//! `gdn repack`: a checkpoint whose input projections come out in contiguous order, so that the split is a
+//! view.
 
 mod checkpoint;
 mod follow;
@@ -54,7 +55,8 @@ pub(crate) struct Args {
     /// Order of features to write: contiguous, or interleaved to undo it
     #[arg(long, default_value = "contiguous")]
     to: Packing,
-    /// Names of contiguous projections: fused (in_proj_qkvz, in_proj_ba) or separate (in_proj_qkv, in_proj_z, in_proj_b, in_proj_a)
+    /// Names of contiguous projections: fused (in_proj_qkvz, in_proj_ba) or separate (in_proj_qkv, in_proj_z,
+    /// in_proj_b, in_proj_a)
     #[arg(long, default_value = "fused", hide_possible_values = true)]
     names: Names,
     #[command(flatten)]
@@ -193,8 +195,8 @@ fn write(folder: &Folder, source: &Checkpoint, plan: &Plan, others: &[Carried]) 
     Ok(())
 }
 
-/// That nothing is to be done but to take away the lock of a run that ended before it could: all that lies beside the shards is as it
-/// should be, and no shard is missing.
+/// That nothing is to be done but to take away the lock of a run that ended before it could: all that lies
+/// beside the shards is as it should be, and no shard is missing.
 fn check_finished(
     folder: &Folder,
     source: &Checkpoint,

@@ -415,8 +415,8 @@ impl Planner<'_> {
         Ok(tensor)
     }
 
-    /// What a packed tensor says of every output, if it says the same of all of them: the zero points of a symmetric
-    /// quantisation.
+    /// What a packed tensor says of every output, if it says the same of all of them: the zero points of a
+    /// symmetric quantisation.
     fn alike(&self, source: &Source<'_>, dim: usize, grain: Grain) -> anyhow::Result<Option<Alike>> {
         let (Grain::Group(per_element), TensorInfo { shape, dtype, .. }) = (grain, source.info) else {
             return Ok(None);
@@ -479,8 +479,9 @@ impl Planner<'_> {
     }
 }
 
-/// Where the indices of tensors that follow go, once their shapes have been compared with the heads. None where nothing moves: a map takes
-/// memory for each head, of which a tensor without bytes can have as many as there are numbers.
+/// Where the indices of tensors that follow go, once their shapes have been compared with the heads. None
+/// where nothing moves: a map takes memory for each head, of which a tensor without bytes can have as many as
+/// there are numbers.
 fn map_of(
     heads: &Heads,
     projection: Projection,
@@ -551,7 +552,8 @@ fn is_repeated(elements: &[u8], bits: usize) -> bool {
 
 const TOTAL_SIZE: &[&str] = &["metadata", "total_size"];
 
-/// The index says of every tensor what the source's says of the one it is made from. What need not change stays, to the byte.
+/// The index says of every tensor what the source's says of the one it is made from. What need not change
+/// stays, to the byte.
 fn index(
     source: &Checkpoint,
     shards: &[PlannedShard],

@@ -44,8 +44,8 @@ impl Told {
         }
     }
 
-    /// The order of the outputs of projections with these names, and who says so: the record, else `--packing`, else the
-    /// model's config. `None` where nobody does.
+    /// The order of the outputs of projections with these names, and who says so: the record, else
+    /// `--packing`, else the model's config. `None` where nobody does.
     ///
     /// # Errors
     /// Where two of them contradict each other.

@@ -111,7 +111,8 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
 
 pub type Shapes<'a> = &'a [(&'a str, Dtype, &'a [usize])];
 
-/// A checkpoint of one file with these tensors of layer [`LAYER`], noise in each, whose config declares this quantisation.
+/// A checkpoint of one file with these tensors of layer [`LAYER`], noise in each, whose config declares this
+/// quantisation.
 pub fn checkpoint(dir: &Path, heads: &Heads, quantization: &Value, shapes: Shapes<'_>) {
     fs::create_dir_all(dir).unwrap();
     let mut config = json!({"model_type": "qwen3_next", "text_config": {
@@ -173,7 +174,8 @@ pub fn raw_file(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
-/// What belongs to each output: `per_element` of them lie in one `int32` of dim `dim`, or each has its own element.
+/// What belongs to each output: `per_element` of them lie in one `int32` of dim `dim`, or each has its own
+/// element.
 pub fn by_output(tensor: &Tensor, dim: usize, per_element: usize) -> Vec<Vec<u8>> {
     let elements = tensor.shape[dim];
     let outer: usize = tensor.shape[..dim].iter().product();

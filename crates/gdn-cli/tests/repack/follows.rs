@@ -39,7 +39,8 @@ fn small_heads() -> Heads {
     Heads::new(2, 4, 16, 8).unwrap()
 }
 
-/// What becomes of the tensors: those that follow the outputs along a dim, so many in an element, and those that are kept.
+/// What becomes of the tensors: those that follow the outputs along a dim, so many in an element, and those
+/// that are kept.
 fn assert_all_follow(
     quantization: Value,
     shapes: Shapes<'_>,

@@ -1,4 +1,5 @@
-//! `gdn repack` and `gdn verify` on checkpoints that transformers saved and on such as nobody should have saved.
+//! `gdn repack` and `gdn verify` on checkpoints that transformers saved and on such as nobody should have
+//! saved.
 
 mod checkpoints;
 mod follows;

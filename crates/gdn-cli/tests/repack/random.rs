@@ -61,7 +61,8 @@ const DIALECTS: [Dialect; 9] = [
 const IN: usize = 16;
 
 impl Dialect {
-    /// The tensors of `in_proj_qkvz`. `groups` of inputs share a scale: as many as outputs are the ones to beware of.
+    /// The tensors of `in_proj_qkvz`. `groups` of inputs share a scale: as many as outputs are the ones to
+    /// beware of.
     fn specs(self, groups: usize) -> Vec<Spec> {
         use Dtype::{BF16, F8_E4M3, F16, F32, I8, I32, I64, U8, U32};
         let g = groups;
@@ -371,8 +372,8 @@ fn write_checkpoint(dir: &Path, drawn: &Drawn) {
     }
 }
 
-/// All that is known of one tensor of a projection: of every output, in the order of the layer's own tensors, the bytes that speak
-/// of it, and those that speak of none.
+/// All that is known of one tensor of a projection: of every output, in the order of the layer's own tensors,
+/// the bytes that speak of it, and those that speak of none.
 type Known = (Vec<Vec<u8>>, Vec<u8>);
 
 /// Every tensor of every copy: of projections as [`Known`], others as they are.
@@ -382,7 +383,8 @@ struct Contents {
     others: BTreeMap<(String, String), Vec<u8>>,
 }
 
-/// Reads a folder by the definition of its packing. A copy is known by its file where there is more than one of the name.
+/// Reads a folder by the definition of its packing. A copy is known by its file where there is more than one
+/// of the name.
 fn contents(dir: &Path, drawn: &Drawn, packing: Packing, separate: bool) -> Contents {
     let [hk, hv, dk, dv] = drawn.heads;
     let heads = Heads::new(hk, hv, dk, dv).unwrap();

@@ -2,14 +2,16 @@
 
 use super::Gpu;
 
-/// `cp.async`. A thread's copies since its last [`AsyncCopy::commit_copies`] make a group, and it waits for its own groups, oldest
-/// first. Until then their bytes of shared memory are nobody's to touch, and those of global memory not to be written. Other threads
-/// see what was copied after a barrier that comes after the wait.
+/// `cp.async`. A thread's copies since its last [`AsyncCopy::commit_copies`] make a group, and it waits for
+/// its own groups, oldest first. Until then their bytes of shared memory are nobody's to touch, and those of
+/// global memory not to be written. Other threads see what was copied after a barrier that comes after the
+/// wait.
 pub trait AsyncCopy: Gpu {
     /// Begins to copy 16 bytes; where `there` is false zeros are written and nothing is read.
     ///
     /// # Safety
-    /// `to` and `from` are multiples of 16; the bytes lie within the block's shared memory and, where `there`, readable global memory.
+    /// `to` and `from` are multiples of 16; the bytes lie within the block's shared memory and, where
+    /// `there`, readable global memory.
     unsafe fn copy16(&self, to: u32, from: u64, there: bool);
     /// Begins to copy 4 bytes, as [`AsyncCopy::copy16`] does.
     ///

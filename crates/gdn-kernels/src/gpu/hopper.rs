@@ -4,11 +4,13 @@ use super::Gpu;
 
 /// mbarriers, bulk copies and clusters.
 ///
-/// An mbarrier is 8 bytes of shared memory. It goes through phases: a phase ends when as many arrivals have come as
-/// [`Hopper::mbarrier_init`] said, and all bytes that were announced have landed. The first phase has parity 0, the next 1, then 0 again.
-/// What a thread did before it arrived is seen by those that waited for that phase.
+/// An mbarrier is 8 bytes of shared memory. It goes through phases: a phase ends when as many arrivals have
+/// come as [`Hopper::mbarrier_init`] said, and all bytes that were announced have landed. The first phase has
+/// parity 0, the next 1, then 0 again. What a thread did before it arrived is seen by those that waited for
+/// that phase.
 pub trait Hopper: Gpu {
-    /// Makes an mbarrier of the 8 bytes at `at`. To be seen by others only after [`Hopper::mbarrier_fence`] and a barrier.
+    /// Makes an mbarrier of the 8 bytes at `at`. To be seen by others only after [`Hopper::mbarrier_fence`]
+    /// and a barrier.
     ///
     /// # Safety
     /// `at` is a multiple of 8 within shared memory, and nobody uses these bytes otherwise.
@@ -31,24 +33,27 @@ pub trait Hopper: Gpu {
     /// There is an mbarrier at `at`.
     unsafe fn mbarrier_wait(&self, at: u32, parity: u32);
 
-    /// Begins to copy `bytes` bytes from global to shared memory; they arrive at `mbarrier` when they have landed. One thread calls it
-    /// for all.
+    /// Begins to copy `bytes` bytes from global to shared memory; they arrive at `mbarrier` when they have
+    /// landed. One thread calls it for all.
     ///
     /// # Safety
-    /// `to`, `from` and `bytes` are multiples of 16, source and destination are there, there is an mbarrier, and until its phase has ended
-    /// nobody touches the destination or writes the source.
+    /// `to`, `from` and `bytes` are multiples of 16, source and destination are there, there is an mbarrier,
+    /// and until its phase has ended nobody touches the destination or writes the source.
     unsafe fn bulk_copy(&self, to: u32, from: u64, bytes: u32, mbarrier: u32);
     /// Begins to copy `bytes` bytes from shared to global memory, in a group of this thread's.
     ///
     /// # Safety
-    /// `to`, `from` and `bytes` are multiples of 16, and until [`Hopper::bulk_stores_wait`] nobody writes the source or touches the
-    /// destination. What other threads wrote there needs [`Hopper::fence_async`] by them and a barrier before.
+    /// `to`, `from` and `bytes` are multiples of 16, and until [`Hopper::bulk_stores_wait`] nobody writes the
+    /// source or touches the destination. What other threads wrote there needs [`Hopper::fence_async`] by
+    /// them and a barrier before.
     unsafe fn bulk_store(&self, to: u64, from: u32, bytes: u32);
     /// Ends a group of bulk stores.
     fn bulk_stores_commit(&self);
-    /// Waits until all of this thread's groups of bulk stores but the `LEFT` latest have been read; their sources may be written again.
+    /// Waits until all of this thread's groups of bulk stores but the `LEFT` latest have been read; their
+    /// sources may be written again.
     fn bulk_stores_wait<const LEFT: u32>(&self);
-    /// Lets bulk copies and [`Wgmma`](super::Wgmma) see what this thread stored to shared memory. Each storing thread calls it, before the barrier.
+    /// Lets bulk copies and [`Wgmma`](super::Wgmma) see what this thread stored to shared memory. Each
+    /// storing thread calls it, before the barrier.
     fn fence_async(&self);
 
     /// This block within its cluster.
@@ -57,10 +62,12 @@ pub trait Hopper: Gpu {
     fn cluster_blocks(&self) -> u32;
     /// Waits until every thread of the cluster is here. What they wrote before, all can read after.
     fn cluster_barrier(&self);
-    /// Reads 4 bytes of the shared memory of block `rank` of the cluster. That block must not end before: a cluster barrier follows.
+    /// Reads 4 bytes of the shared memory of block `rank` of the cluster. That block must not end before: a
+    /// cluster barrier follows.
     ///
     /// # Safety
-    /// `rank` is one of the cluster's, and as for [`Gpu::load_shared4`] there, where the barrier is the cluster's.
+    /// `rank` is one of the cluster's, and as for [`Gpu::load_shared4`] there, where the barrier is the
+    /// cluster's.
     unsafe fn load_cluster4(&self, at: u32, rank: u32) -> u32;
     /// Reads 16 bytes, as [`Hopper::load_cluster4`] does 4.
     ///
@@ -70,6 +77,7 @@ pub trait Hopper: Gpu {
     /// Writes 4 bytes to the shared memory of block `rank` of the cluster.
     ///
     /// # Safety
-    /// `rank` is one of the cluster's, and as for [`Gpu::store_shared4`] there, where the barrier is the cluster's.
+    /// `rank` is one of the cluster's, and as for [`Gpu::store_shared4`] there, where the barrier is the
+    /// cluster's.
     unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32);
 }

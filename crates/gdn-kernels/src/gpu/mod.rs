@@ -9,7 +9,8 @@
 //! | [`Hopper`] | mbarriers, bulk copies, clusters | 9.0 |
 //! | [`Wgmma`] | products of larger matrices by four warps | 9.0 alone |
 //!
-//! Each has two implementations, in files of the same names: `nvptx/` is the real thing, `emulator/` the host.
+//! Each has two implementations, in files of the same names: `nvptx/` is the real thing, `emulator/` the
+//! host.
 
 mod async_copy;
 #[cfg(feature = "emulator")]
@@ -27,10 +28,11 @@ pub use tensor_core::{Bf16, F16, Float16, TensorCore};
 pub use warp::Warp;
 pub use wgmma::{Accumulators, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, Wgmma};
 
-/// One thread's view of a GPU. Kernels take `&impl Gpu`; on the real thing every method is an instruction or two.
+/// One thread's view of a GPU. Kernels take `&impl Gpu`; on the real thing every method is an instruction or
+/// two.
 ///
-/// Addresses of global memory are plain numbers, as the host hands them over. Shared memory is one block of bytes for each
-/// thread block, addressed from 0, which is a multiple of 1024 bytes.
+/// Addresses of global memory are plain numbers, as the host hands them over. Shared memory is one block of
+/// bytes for each thread block, addressed from 0, which is a multiple of 1024 bytes.
 pub trait Gpu {
     /// This thread within its block.
     fn thread(&self) -> u32;
@@ -41,17 +43,18 @@ pub trait Gpu {
     /// Blocks of the grid: x, y, z.
     fn blocks(&self) -> [u32; 3];
 
-    /// Waits until every thread of the block is here. What they wrote before, all can read after. All threads must come.
+    /// Waits until every thread of the block is here. What they wrote before, all can read after. All threads
+    /// must come.
     fn barrier(&self);
-    /// Waits at one of the barriers 1 to 15 until `threads` threads of the block are there, a multiple of 32; whole warps come.
-    /// Different numbers of threads at one barrier, or warps that come twice, are mistakes.
+    /// Waits at one of the barriers 1 to 15 until `threads` threads of the block are there, a multiple of 32;
+    /// whole warps come. Different numbers of threads at one barrier, or warps that come twice, are mistakes.
     fn barrier_of(&self, number: u32, threads: u32);
 
-    /// From here on the next kernel of the stream may start its blocks, if it was launched to do so; it sees what this one
-    /// writes only after its own [`Gpu::wait_for_previous`].
+    /// From here on the next kernel of the stream may start its blocks, if it was launched to do so; it sees
+    /// what this one writes only after its own [`Gpu::wait_for_previous`].
     fn let_next_start(&self);
-    /// Waits until the kernel before this one in the stream is done and its writes are seen. Where this kernel was launched the
-    /// ordinary way there is nothing to wait for.
+    /// Waits until the kernel before this one in the stream is done and its writes are seen. Where this
+    /// kernel was launched the ordinary way there is nothing to wait for.
     fn wait_for_previous(&self);
 
     /// Reads 16 bytes of global memory in one access.
@@ -109,53 +112,53 @@ pub trait Gpu {
     /// Reads 16 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 16, and so many bytes from it lie within the block's shared memory and were written, by this thread or
-    /// before a barrier that both passed.
+    /// `at` is a multiple of 16, and so many bytes from it lie within the block's shared memory and were
+    /// written, by this thread or before a barrier that both passed.
     unsafe fn load_shared16(&self, at: u32) -> Bytes16;
     /// Writes 16 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 16, so many bytes from it lie within the block's shared memory, and no other thread touches them
-    /// between the barriers before and after.
+    /// `at` is a multiple of 16, so many bytes from it lie within the block's shared memory, and no other
+    /// thread touches them between the barriers before and after.
     unsafe fn store_shared16(&self, at: u32, value: Bytes16);
 
     /// Reads 8 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 8, and so many bytes from it lie within the block's shared memory and were written, by this thread or
-    /// before a barrier that both passed.
+    /// `at` is a multiple of 8, and so many bytes from it lie within the block's shared memory and were
+    /// written, by this thread or before a barrier that both passed.
     unsafe fn load_shared8(&self, at: u32) -> u64;
     /// Writes 8 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 8, so many bytes from it lie within the block's shared memory, and no other thread touches them
-    /// between the barriers before and after.
+    /// `at` is a multiple of 8, so many bytes from it lie within the block's shared memory, and no other
+    /// thread touches them between the barriers before and after.
     unsafe fn store_shared8(&self, at: u32, value: u64);
 
     /// Reads 4 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 4, and so many bytes from it lie within the block's shared memory and were written, by this thread or
-    /// before a barrier that both passed.
+    /// `at` is a multiple of 4, and so many bytes from it lie within the block's shared memory and were
+    /// written, by this thread or before a barrier that both passed.
     unsafe fn load_shared4(&self, at: u32) -> u32;
     /// Writes 4 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 4, so many bytes from it lie within the block's shared memory, and no other thread touches them
-    /// between the barriers before and after.
+    /// `at` is a multiple of 4, so many bytes from it lie within the block's shared memory, and no other
+    /// thread touches them between the barriers before and after.
     unsafe fn store_shared4(&self, at: u32, value: u32);
 
     /// Reads 2 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 2, and so many bytes from it lie within the block's shared memory and were written, by this thread or
-    /// before a barrier that both passed.
+    /// `at` is a multiple of 2, and so many bytes from it lie within the block's shared memory and were
+    /// written, by this thread or before a barrier that both passed.
     unsafe fn load_shared2(&self, at: u32) -> u16;
     /// Writes 2 bytes of shared memory.
     ///
     /// # Safety
-    /// `at` is a multiple of 2, so many bytes from it lie within the block's shared memory, and no other thread touches them
-    /// between the barriers before and after.
+    /// `at` is a multiple of 2, so many bytes from it lie within the block's shared memory, and no other
+    /// thread touches them between the barriers before and after.
     unsafe fn store_shared2(&self, at: u32, value: u16);
 }
 
@@ -178,7 +181,8 @@ pub trait Word: Copy {
     /// Writes one to global memory.
     ///
     /// # Safety
-    /// `address` is a multiple of [`Word::BYTES`], and so many bytes from it are writable and no other thread's.
+    /// `address` is a multiple of [`Word::BYTES`], and so many bytes from it are writable and no other
+    /// thread's.
     unsafe fn store(self, gpu: &impl Gpu, address: u64);
 }
 

@@ -2,8 +2,8 @@
 
 use super::Gpu;
 
-/// A warp: threads `32 * w` to `32 * w + 31` of the block. All 32 lanes must come to each of these together; a block has a multiple of
-/// 32 threads.
+/// A warp: threads `32 * w` to `32 * w + 31` of the block. All 32 lanes must come to each of these together;
+/// a block has a multiple of 32 threads.
 pub trait Warp: Gpu {
     /// The `value` of the lane whose number differs in the bits of `mask`.
     fn shuffle_xor(&self, value: u32, mask: u32) -> u32;
@@ -24,7 +24,8 @@ pub trait Warp: Gpu {
         self.thread() % 32
     }
 
-    /// The sum over neighbouring lanes, `LANES` (2, 4, 8, 16 or 32) at a time: the same bits in all of them, as `a + b` is `b + a`.
+    /// The sum over neighbouring lanes, `LANES` (2, 4, 8, 16 or 32) at a time: the same bits in all of them,
+    /// as `a + b` is `b + a`.
     #[inline(always)]
     fn sum<const LANES: u32>(&self, value: f32) -> f32 {
         let (mut sum, mut mask) = (value, LANES / 2);

@@ -2,10 +2,12 @@
 
 use super::{Float16, Hopper};
 
-/// How a tile lies in shared memory: which 16-byte pieces of neighbouring rows change places, so that reads by column meet all banks.
+/// How a tile lies in shared memory: which 16-byte pieces of neighbouring rows change places, so that reads
+/// by column meet all banks.
 ///
-/// A row of the atom has 16, 32, 64 or 128 bytes, and 8 rows make an atom, which begins at a multiple of its size. Bits 4 and up
-/// of an address are xored with bits 7 and up: with 128-byte rows piece `c` of row `r` lies at `c ^ (r % 8)`.
+/// A row of the atom has 16, 32, 64 or 128 bytes, and 8 rows make an atom, which begins at a multiple of its
+/// size. Bits 4 and up of an address are xored with bits 7 and up: with 128-byte rows piece `c` of row `r`
+/// lies at `c ^ (r % 8)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Swizzle {
     /// Rows of 16 bytes, as they come.
@@ -45,27 +47,30 @@ impl Swizzle {
     }
 }
 
-/// k runs along the rows of the atoms: the index that is summed over. What `mma.sync` calls row-major `a` and column-major `b`.
+/// k runs along the rows of the atoms: the index that is summed over. What `mma.sync` calls row-major `a` and
+/// column-major `b`.
 pub const K_MAJOR: bool = false;
 /// m of `a` or n of `b` runs along the rows of the atoms.
 pub const OTHER_MAJOR: bool = true;
 
-/// A matrix in shared memory, as `wgmma` takes it. Probed on a device with [`Swizzle::Bytes128`] alone, both ways.
+/// A matrix in shared memory, as `wgmma` takes it. Probed on a device with [`Swizzle::Bytes128`] alone, both
+/// ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
     /// First byte.
     pub at: u32,
     /// Its atoms.
     pub swizzle: Swizzle,
-    /// k-major: not used with a swizzle; without, bytes between the two halves of k16. Other-major: bytes from one stretch of
-    /// rows of the atom (64 elements at 128 bytes) to the next along m or n.
+    /// k-major: not used with a swizzle; without, bytes between the two halves of k16. Other-major: bytes
+    /// from one stretch of rows of the atom (64 elements at 128 bytes) to the next along m or n.
     pub leading: u32,
     /// k-major: bytes from 8 rows of m or n to the next 8. Other-major: bytes from 8 k to the next 8.
     pub stride: u32,
 }
 
 impl Operand {
-    /// A k-major tile whose rows are atoms of 128 bytes, 64 elements: rows `r` follow each other at 128 bytes, 16-byte pieces swizzled.
+    /// A k-major tile whose rows are atoms of 128 bytes, 64 elements: rows `r` follow each other at 128
+    /// bytes, 16-byte pieces swizzled.
     pub const fn k_major(at: u32) -> Self {
         Self { at, swizzle: Swizzle::Bytes128, leading: 16, stride: 1024 }
     }
@@ -90,8 +95,8 @@ impl Operand {
 
 /// A thread's part of an accumulator of 64 x `N`, of which a warpgroup holds the whole: `N / 2` numbers.
 ///
-/// Warp `w` of the four holds rows `16 * w` to `16 * w + 15`; lane `4 * g + t` of it, for `j` in `0..N / 8`, at `4 * j`: rows `g, g, g + 8, g + 8` and columns
-/// `8 * j + 2 * t + [0, 1, 0, 1]`.
+/// Warp `w` of the four holds rows `16 * w` to `16 * w + 15`; lane `4 * g + t` of it, for `j` in `0..N / 8`,
+/// at `4 * j`: rows `g, g, g + 8, g + 8` and columns `8 * j + 2 * t + [0, 1, 0, 1]`.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "emulator"), allow(dead_code))]
 pub struct Accumulators<const REGISTERS: usize> {
@@ -114,19 +119,22 @@ impl<const REGISTERS: usize> Accumulators<REGISTERS> {
     }
 }
 
-/// `wgmma`: asynchronous products by a warpgroup, threads `128 * g` to `128 * g + 127` of the block. All 128 come together.
+/// `wgmma`: asynchronous products by a warpgroup, threads `128 * g` to `128 * g + 127` of the block. All 128
+/// come together.
 ///
-/// [`Wgmma::wgmma_begin`], products, [`Wgmma::wgmma_commit`], [`Wgmma::wgmma_wait`], and then the sums can be had. From a product to the
-/// wait for its group nobody writes its operands.
+/// [`Wgmma::wgmma_begin`], products, [`Wgmma::wgmma_commit`], [`Wgmma::wgmma_wait`], and then the sums can be
+/// had. From a product to the wait for its group nobody writes its operands.
 pub trait Wgmma: Hopper {
-    /// Comes before the first product, and where registers of an accumulator were written since, after [`Wgmma::sums`] of it.
+    /// Comes before the first product, and where registers of an accumulator were written since, after
+    /// [`Wgmma::sums`] of it.
     fn wgmma_begin(&self);
-    /// `d = a b + d`, or `a b` where not `add`: m64, n = 2 * `REGISTERS` (8 registers to 128), k16, f32 sums, with `a` (64 x 16) and
-    /// `b` (16 x n) of type `T`; `A_MAJOR` and `B_MAJOR` are [`K_MAJOR`] or [`OTHER_MAJOR`].
+    /// `d = a b + d`, or `a b` where not `add`: m64, n = 2 * `REGISTERS` (8 registers to 128), k16, f32 sums,
+    /// with `a` (64 x 16) and `b` (16 x n) of type `T`; `A_MAJOR` and `B_MAJOR` are [`K_MAJOR`] or
+    /// [`OTHER_MAJOR`].
     ///
     /// # Safety
-    /// Both operands lie within shared memory, written before a barrier that came after [`Hopper::fence_async`] or by bulk copies that
-    /// were waited for.
+    /// Both operands lie within shared memory, written before a barrier that came after
+    /// [`Hopper::fence_async`] or by bulk copies that were waited for.
     unsafe fn wgmma<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const REGISTERS: usize>(
         &self,
         d: &mut Accumulators<REGISTERS>,
@@ -138,7 +146,8 @@ pub trait Wgmma: Hopper {
     fn wgmma_commit(&self);
     /// Waits until all groups but the `LEFT` latest are done.
     fn wgmma_wait<const LEFT: u32>(&self);
-    /// The sums, of products that were waited for; and the place where what is written to them is written before what follows.
+    /// The sums, of products that were waited for; and the place where what is written to them is written
+    /// before what follows.
     fn sums<'a, const REGISTERS: usize>(
         &self,
         d: &'a mut Accumulators<REGISTERS>,

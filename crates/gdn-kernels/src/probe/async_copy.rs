@@ -3,18 +3,20 @@
 use super::Args;
 use crate::gpu::AsyncCopy;
 
-/// Tiles of 16 bytes a thread, three buffers, two tiles on their way while one is read; behind the last of `args.count` pieces of
-/// 16 bytes there are zeros. Each thread reads what its neighbour's copy brought, and folds it into a word.
+/// Tiles of 16 bytes a thread, three buffers, two tiles on their way while one is read; behind the last of
+/// `args.count` pieces of 16 bytes there are zeros. Each thread reads what its neighbour's copy brought, and
+/// folds it into a word.
 ///
 /// # Safety
-/// One block. `args.count` pieces of 16 bytes, and a word a thread, are readable at `args.from`, a multiple of 16; a word a thread is
-/// writable at `args.to`; there are 52 bytes of shared memory a thread.
+/// One block. `args.count` pieces of 16 bytes, and a word a thread, are readable at `args.from`, a multiple
+/// of 16; a word a thread is writable at `args.to`; there are 52 bytes of shared memory a thread.
 #[inline(always)]
 pub unsafe fn pipeline(gpu: &impl AsyncCopy, args: &Args) {
     let (thread, threads) = (gpu.thread(), gpu.threads());
     let place = |tile: u32, thread: u32| (tile % 3 * threads + thread) * 16;
     let words = 48 * threads;
-    // SAFETY: pieces that are there; each buffer is read after a wait and a barrier, and copied to again after another barrier.
+    // SAFETY: pieces that are there; each buffer is read after a wait and a barrier, and copied to again
+    // after another barrier.
     unsafe {
         let begin = |tile: u32| {
             let piece = tile * threads + thread;

@@ -70,7 +70,8 @@ fn word_bytes(count: u32) -> Vec<u8> {
     words(count).flat_map(u32::to_ne_bytes).collect()
 }
 
-/// How large numbers are: powers of two around one, and by how much they differ from it at most. Sums are as large as products.
+/// How large numbers are: powers of two around one, and by how much they differ from it at most. Sums are as
+/// large as products.
 #[derive(Clone, Copy)]
 struct Sizes {
     around: i32,
@@ -83,8 +84,8 @@ const fn sizes(around: i32, spread: u32) -> Sizes {
     Sizes { around, spread, special: 0 }
 }
 
-/// Equal, a little and very different sizes; then, where the type has them, too small for an f32 or just so, and too large; and at
-/// last what is not finite.
+/// Equal, a little and very different sizes; then, where the type has them, too small for an f32 or just so,
+/// and too large; and at last what is not finite.
 fn all_sizes(bf16: bool) -> [Sizes; 8] {
     let (small, large) = if bf16 { (-68, 61) } else { (-14, 13) };
     [
@@ -294,7 +295,8 @@ pub fn words_of(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks_exact(4).map(|four| u32::from_ne_bytes([four[0], four[1], four[2], four[3]])).collect()
 }
 
-/// A product as rows of `a`, columns of `b` (both along k) and what is added, and where its sums are in what a case writes.
+/// A product as rows of `a`, columns of `b` (both along k) and what is added, and where its sums are in what
+/// a case writes.
 pub struct Product {
     /// Rows of 16-bit numbers.
     pub a: Vec<Vec<u16>>,

@@ -1,12 +1,15 @@
-//! The shape of a kernel with a tail: some lanes store, all lanes do something together, some lanes store again.
+//! The shape of a kernel with a tail: some lanes store, all lanes do something together, some lanes store
+//! again.
 //!
-//! `cargo xtask ptx` counts what they do together, in the PTX and in the machine's own code, and sees that the count is wrong where the
-//! compiler is left to itself: it makes a copy for each arm of the divergent branch.
+//! `cargo xtask ptx` counts what they do together, in the PTX and in the machine's own code, and sees that
+//! the count is wrong where the compiler is left to itself: it makes a copy for each arm of the divergent
+//! branch.
 
 use super::Args;
 use crate::gpu::{Bf16, Bytes16, TensorCore, Warp};
 
-/// Stores `first` before and what `together` gives after it, in the threads below `args.count`, one word each and `threads` apart.
+/// Stores `first` before and what `together` gives after it, in the threads below `args.count`, one word each
+/// and `threads` apart.
 ///
 /// # Safety
 /// `2 * threads` words are writable at `args.to`.
@@ -64,7 +67,8 @@ pub unsafe fn product(gpu: &impl TensorCore, args: &Args) {
 /// That of [`barrier_and_shuffle`], and 512 bytes of shared memory a warp.
 #[inline(always)]
 pub unsafe fn matrices(gpu: &impl TensorCore, args: &Args) {
-    // SAFETY: the caller's promise; each lane's own 16 bytes are written before the barrier and read by its warp after it.
+    // SAFETY: the caller's promise; each lane's own 16 bytes are written before the barrier and read by its
+    // warp after it.
     unsafe {
         guarded(gpu, args, |gpu, thread| {
             gpu.store_shared16(thread * 16, Bytes16([thread; 4]));

@@ -6,12 +6,13 @@ use crate::gpu::Hopper;
 /// Where the buffers of [`bulk`] begin, behind its mbarriers.
 const BUFFERS: u32 = 128;
 
-/// `args.count` tiles of 16 bytes a thread, brought by bulk copies into two buffers, each with an mbarrier that says it is full and one that says it
-/// is empty. Each thread reads its neighbour's piece and folds it into a word; the words go back by a bulk store.
+/// `args.count` tiles of 16 bytes a thread, brought by bulk copies into two buffers, each with an mbarrier
+/// that says it is full and one that says it is empty. Each thread reads its neighbour's piece and folds it
+/// into a word; the words go back by a bulk store.
 ///
 /// # Safety
-/// One block, of a multiple of 32 threads. The tiles are readable at `args.from`, a word a thread writable at `args.to`, both multiples of 16;
-/// there are 128 bytes of shared memory and 36 a thread.
+/// One block, of a multiple of 32 threads. The tiles are readable at `args.from`, a word a thread writable at
+/// `args.to`, both multiples of 16; there are 128 bytes of shared memory and 36 a thread.
 #[inline(always)]
 pub unsafe fn bulk(gpu: &impl Hopper, args: &Args) {
     let (thread, threads) = (gpu.thread(), gpu.threads());
@@ -75,11 +76,12 @@ pub unsafe fn bulk(gpu: &impl Hopper, args: &Args) {
 /// Words that [`cluster`] writes for each thread.
 pub const WORDS: u32 = 4;
 
-/// Blocks of a cluster read one another's shared memory, and write to it: one word each way and a piece of 16 bytes.
+/// Blocks of a cluster read one another's shared memory, and write to it: one word each way and a piece of 16
+/// bytes.
 ///
 /// # Safety
-/// Clusters of blocks along x, blocks of a multiple of 4 threads. A word a thread is readable at `args.from`, [`WORDS`] a thread writable at
-/// `args.to`; there are 8 bytes of shared memory a thread.
+/// Clusters of blocks along x, blocks of a multiple of 4 threads. A word a thread is readable at `args.from`,
+/// [`WORDS`] a thread writable at `args.to`; there are 8 bytes of shared memory a thread.
 #[inline(always)]
 pub unsafe fn cluster(gpu: &impl Hopper, args: &Args) {
     let [block, ..] = gpu.block();
@@ -87,7 +89,8 @@ pub unsafe fn cluster(gpu: &impl Hopper, args: &Args) {
     let i = u64::from(block * threads + thread);
     let (rank, blocks) = (gpu.cluster_rank(), gpu.cluster_blocks());
     let next = if rank + 1 == blocks { 0 } else { rank + 1 };
-    // SAFETY: each thread's own places before the cluster's barrier, anybody's after it; nobody ends before the last one.
+    // SAFETY: each thread's own places before the cluster's barrier, anybody's after it; nobody ends before
+    // the last one.
     unsafe {
         let value = gpu.load4(args.from + 4 * i);
         gpu.store_shared4(thread * 4, value);

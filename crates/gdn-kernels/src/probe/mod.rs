@@ -1,5 +1,5 @@
-//! Kernels that use what a GPU can do, one thing at a time. Tests hold the GPU and the emulator to them, and `cargo xtask ptx` counts
-//! their instructions.
+//! Kernels that use what a GPU can do, one thing at a time. Tests hold the GPU and the emulator to them, and
+//! `cargo xtask ptx` counts their instructions.
 
 pub mod async_copy;
 #[cfg(feature = "emulator")]
@@ -29,8 +29,8 @@ pub struct Args {
 /// `to[block * (threads + 1)]`, and after it one word a thread.
 ///
 /// # Safety
-/// Blocks of a multiple of 32 threads, at most 1024, with 4 bytes of shared memory a warp; one word a thread readable at `from`, and
-/// one a thread and one a block writable at `to`; both multiples of 4.
+/// Blocks of a multiple of 32 threads, at most 1024, with 4 bytes of shared memory a warp; one word a thread
+/// readable at `from`, and one a thread and one a block writable at `to`; both multiples of 4.
 #[inline(always)]
 pub unsafe fn block_sums(gpu: &impl Warp, &Args { from, to, .. }: &Args) {
     let ([block, ..], threads, thread) = (gpu.block(), gpu.threads(), gpu.thread());
@@ -43,7 +43,8 @@ pub unsafe fn block_sums(gpu: &impl Warp, &Args { from, to, .. }: &Args) {
     }
     let to = to + u64::from(block * (threads + 1)) * 4;
     let (warp, lane) = (thread / 32, thread % 32);
-    // SAFETY: this thread's own word; the warp's own word of shared memory, and all of them after the barrier; the block's own word.
+    // SAFETY: this thread's own word; the warp's own word of shared memory, and all of them after the
+    // barrier; the block's own word.
     unsafe {
         gpu.store4(to + u64::from(1 + thread) * 4, sum);
         if lane == 0 {

@@ -39,7 +39,8 @@ unsafe fn store_sums(gpu: &impl TensorCore, at: u64, sums: [f32; 4]) {
 /// `d = a b + c`, a warp a block.
 ///
 /// # Safety
-/// Blocks of 32 threads, with [`READ`] bytes each readable at `args.from` and [`WRITTEN`] writable at `args.to`.
+/// Blocks of 32 threads, with [`READ`] bytes each readable at `args.from` and [`WRITTEN`] writable at
+/// `args.to`.
 #[inline(always)]
 pub unsafe fn product<T: Float16, G: TensorCore>(gpu: &G, args: &Args) {
     let [block, ..] = gpu.block();
@@ -68,7 +69,8 @@ pub unsafe fn products_of_matrices<T: Float16, G: TensorCore>(gpu: &G, args: &Ar
     let [block, ..] = gpu.block();
     let (from, lane) = (args.from + u64::from(block) * READ, gpu.lane());
     let to = args.to + u64::from(block) * 2 * WRITTEN;
-    // SAFETY: this block's bytes; each lane's own places of shared memory before the barrier, anybody's after it.
+    // SAFETY: this block's bytes; each lane's own places of shared memory before the barrier, anybody's after
+    // it.
     unsafe {
         gpu.store_shared16(lane * 16, gpu.load16(from + u64::from(lane) * 16));
         if lane < 16 {

@@ -9,7 +9,8 @@ pub const WORDS: u32 = 6;
 /// Shuffles of every kind, a ballot and a sum of 8 lanes: one word each.
 ///
 /// # Safety
-/// Blocks of a multiple of 32 threads; a word a thread readable at `args.from`, and [`WORDS`] a thread writable at `args.to`.
+/// Blocks of a multiple of 32 threads; a word a thread readable at `args.from`, and [`WORDS`] a thread
+/// writable at `args.to`.
 #[inline(always)]
 pub unsafe fn lanes(gpu: &impl Warp, args: &Args) {
     let [block, ..] = gpu.block();
@@ -31,17 +32,20 @@ pub unsafe fn lanes(gpu: &impl Warp, args: &Args) {
     }
 }
 
-/// Warps two by two: each pair has a named barrier of its own, and exchanges words through shared memory; then lanes of a warp do.
+/// Warps two by two: each pair has a named barrier of its own, and exchanges words through shared memory;
+/// then lanes of a warp do.
 ///
 /// # Safety
-/// As [`lanes`], with a word a thread writable, blocks of a multiple of 64 threads, at most 896, and 4 bytes of shared memory a thread.
+/// As [`lanes`], with a word a thread writable, blocks of a multiple of 64 threads, at most 896, and 4 bytes
+/// of shared memory a thread.
 #[inline(always)]
 pub unsafe fn pairs_of_warps(gpu: &impl Warp, args: &Args) {
     let [block, ..] = gpu.block();
     let thread = gpu.thread();
     let i = u64::from(block * gpu.threads() + thread);
     let (pair, other) = (thread / 64, thread ^ 32);
-    // SAFETY: this thread's words; that of the other warp between two barriers of the pair, that of another lane between two of the warp.
+    // SAFETY: this thread's words; that of the other warp between two barriers of the pair, that of another
+    // lane between two of the warp.
     unsafe {
         gpu.store_shared4(thread * 4, gpu.load4(args.from + 4 * i));
         gpu.barrier_of(1 + pair, 64);

@@ -8,7 +8,8 @@ pub const M: u32 = 64;
 /// Columns of `a` and rows of `b`.
 pub const K: u32 = 64;
 
-/// Brings a matrix of `rows` rows of `columns` elements into shared memory: stretches of 64 columns one after the other, rows of 128 bytes.
+/// Brings a matrix of `rows` rows of `columns` elements into shared memory: stretches of 64 columns one after
+/// the other, rows of 128 bytes.
 ///
 /// # Safety
 /// The matrix is readable at `from`; `at`, a multiple of 1024, begins as many bytes of shared memory.
@@ -25,12 +26,13 @@ unsafe fn bring(gpu: &impl Wgmma, from: u64, at: u32, rows: u32, columns: u32) {
     }
 }
 
-/// `d = a b`, 64 x 64 by 64 x n with n twice `N`, in four products one after the other. `a` is there as 64 rows of k, or where `A_MAJOR` is
-/// [`OTHER_MAJOR`] as 64 k of rows; `b` as n columns of k, or as 64 k of columns.
+/// `d = a b`, 64 x 64 by 64 x n with n twice `N`, in four products one after the other. `a` is there as 64
+/// rows of k, or where `A_MAJOR` is [`OTHER_MAJOR`] as 64 k of rows; `b` as n columns of k, or as 64 k of
+/// columns.
 ///
 /// # Safety
-/// One block of 128 threads. `a` and then `b` are readable at `args.from`, a multiple of 16; `d`, 64 rows of n f32, is writable at
-/// `args.to`; there are 8192 bytes and `256 * N` of shared memory.
+/// One block of 128 threads. `a` and then `b` are readable at `args.from`, a multiple of 16; `d`, 64 rows of
+/// n f32, is writable at `args.to`; there are 8192 bytes and `256 * N` of shared memory.
 #[inline(always)]
 pub unsafe fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const N: usize, G: Wgmma>(
     gpu: &G,
@@ -39,7 +41,8 @@ pub unsafe fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, cons
     const A_BYTES: u32 = M * K * 2;
     let n = 2 * N as u32;
     let tile = |at: u32, major: bool| {
-        // k-major: 8 rows of m or n follow each other at 1024 bytes; the other way 8 k do, and stretches of 64 m or n at 64 k.
+        // k-major: 8 rows of m or n follow each other at 1024 bytes; the other way 8 k do, and stretches of
+        // 64 m or n at 64 k.
         if major == OTHER_MAJOR {
             Operand { at, swizzle: Swizzle::Bytes128, leading: K * 128, stride: 1024 }
         } else {

@@ -42,7 +42,8 @@ fn sentence(launch: Launch, kernel: impl Fn(&Buffers, &Thread<'_>) + Copy) -> Op
 
 type Kernel = fn(&Buffers, &Thread<'_>);
 
-/// Holds each kernel to a part of the sentence that stops it, or to one of several that depend on who comes first.
+/// Holds each kernel to a part of the sentence that stops it, or to one of several that depend on who comes
+/// first.
 fn found(launch: Launch, kernels: &[(&str, Kernel)]) {
     for (part, kernel) in kernels {
         for seed in 0..4 {

@@ -115,8 +115,8 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
         });
         return Ok(());
     }
-    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and no
-    // window may be written while a slice still reads it, so both come after.
+    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and
+    // no window may be written while a slice still reads it, so both come after.
     scratch::with(plan.tokens.num_tokens * heads.num_v_heads() * heads.head_v_dim(), |outputs| {
         let outputs = &Sent::new(outputs.as_mut_ptr());
         share(hk * num_sequences * slices, &|plan, i| {

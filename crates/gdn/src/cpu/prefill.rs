@@ -75,8 +75,8 @@ pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Resu
         share(hk * num_sequences, &|plan, i| Task { plan, head: i % hk, sequence: i / hk, step: Step::All });
         return Ok(());
     }
-    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and no
-    // window may be written while a slice still reads it, so both come after.
+    // Fewer key heads than threads: slices of each head's rows first. The norm takes all rows of a head, and
+    // no window may be written while a slice still reads it, so both come after.
     let mut outputs = vec![0f32; plan.tokens.num_tokens * heads.num_v_heads() * heads.head_v_dim()];
     let outputs = &Sent::new(outputs.as_mut_ptr());
     let (dv, ratio) = (heads.head_v_dim(), heads.ratio());

@@ -445,8 +445,8 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on, whose inputs were taken. Rows after them, up to the
-    /// capacity, are made ones that change no state: zeros.
+    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on, whose inputs were taken.
+    /// Rows after them, up to the capacity, are made ones that change no state: zeros.
     ///
     /// # Safety
     /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
@@ -516,8 +516,8 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// Puts some columns of `o`, of each value head those in `columns`, into rows of all value heads, from row
-    /// `first` on.
+    /// Puts some columns of `o`, of each value head those in `columns`, into rows of all value heads, from
+    /// row `first` on.
     ///
     /// # Safety
     /// `all` has `[N, HV, DV]` f32, and nobody else has these.

@@ -1,12 +1,13 @@
-//! The core of a Gated DeltaNet layer, between its two GEMMs: causal convolution, gates, delta rule, gated norm. All in
-//! f64, one token after the other, with no rounding in between and no thought of speed.
+//! The core of a Gated DeltaNet layer, between its two GEMMs: causal convolution, gates, delta rule, gated
+//! norm. All in f64, one token after the other, with no rounding in between and no thought of speed.
 //!
-//! It is written from the six formulas in [`forward`] and shares nothing with the library: plain numbers, plain slices.
-//! Values of bf16, f16 and f32 are exact in f64, so its error is that of f64.
+//! It is written from the six formulas in [`forward`] and shares nothing with the library: plain numbers,
+//! plain slices. Values of bf16, f16 and f32 are exact in f64, so its error is that of f64.
 //!
-//! Sources: the gated delta rule is that of [Gated Delta Networks](https://arxiv.org/abs/2412.06464), where S is `[DV, DK]`
-//! as well; convolution, gates and norm are those of the Qwen3-Next and Qwen3.5 layers of Hugging Face transformers
-//! (`Qwen3NextGatedDeltaNet`), to whose results `tests/golden_layer.rs` holds this file.
+//! Sources: the gated delta rule is that of [Gated Delta Networks](https://arxiv.org/abs/2412.06464), where S
+//! is `[DV, DK]` as well; convolution, gates and norm are those of the Qwen3-Next and Qwen3.5 layers of
+//! Hugging Face transformers (`Qwen3NextGatedDeltaNet`), to whose results `tests/golden_layer.rs` holds this
+//! file.
 
 /// What the norm's output is multiplied with: a function of `z`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +18,14 @@ pub enum Gate {
     Sigmoid,
 }
 
-/// The numbers of a layer. In shapes: HK = `num_k_heads`, HV = `num_v_heads`, DK = `head_k_dim`, DV = `head_v_dim`,
-/// W = `conv_width`, C = 2 * HK * DK + HV * DV features of the convolution, R = HV / HK.
+/// The numbers of a layer. In shapes: HK = `num_k_heads`, HV = `num_v_heads`, DK = `head_k_dim`, DV =
+/// `head_v_dim`, W = `conv_width`, C = 2 * HK * DK + HV * DV features of the convolution, R = HV / HK.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Numbers {
     /// HK, the heads of q and k.
     pub num_k_heads: usize,
-    /// HV, the heads of v, z, b, a and of the recurrent state. A multiple of HK: v head h uses k head floor(h / R).
+    /// HV, the heads of v, z, b, a and of the recurrent state. A multiple of HK: v head h uses k head floor(h
+    /// / R).
     pub num_v_heads: usize,
     /// DK, the features of a head of q and of k.
     pub head_k_dim: usize,
@@ -44,7 +46,8 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// The numbers of a layer of Qwen3-Next or Qwen3.5 with these heads: W = 4, both eps 1e-6, scale DK^-1/2, beta_scale 1, silu.
+    /// The numbers of a layer of Qwen3-Next or Qwen3.5 with these heads: W = 4, both eps 1e-6, scale DK^-1/2,
+    /// beta_scale 1, silu.
     pub fn new(num_k_heads: usize, num_v_heads: usize, head_k_dim: usize, head_v_dim: usize) -> Numbers {
         Numbers {
             num_k_heads,
@@ -134,7 +137,8 @@ pub fn softplus(x: f64) -> f64 {
 /// For each token t, and v head h with the k head floor(h / R):
 ///
 /// 1. x = `mixed_qkv`(t).
-/// 2. c = silu(`conv_bias` + sum over j < W of `conv_weight`[:, j] * x(t - W + 1 + j)); earlier x come from `conv_state`.
+/// 2. c = silu(`conv_bias` + sum over j < W of `conv_weight`[:, j] * x(t - W + 1 + j)); earlier x come from
+/// `conv_state`.
 /// 3. q, k, v = c; q = q / sqrt(sum q^2 + `l2norm_eps`) * `scale`; k = k / sqrt(sum k^2 + `l2norm_eps`).
 /// 4. g = -exp(`A_log`) * softplus(a + `dt_bias`); beta = sigmoid(b) * `beta_scale`.
 /// 5. S = S * exp(g); r = S k; S = S + beta * (v - r) k^T; o = S q.
@@ -147,7 +151,8 @@ pub fn forward(numbers: &Numbers, weights: &Weights<'_>, tokens: &Tokens<'_>, st
     (0..num_tokens(numbers, tokens)).flat_map(|t| step(numbers, weights, tokens, t, state)).collect()
 }
 
-/// As [`forward`], but gives the state after each of the T tokens as well: what speculative decoding goes back to.
+/// As [`forward`], but gives the state after each of the T tokens as well: what speculative decoding goes
+/// back to.
 ///
 /// # Panics
 /// Where a slice has another length than its shape says.

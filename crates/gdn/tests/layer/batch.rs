@@ -58,7 +58,8 @@ pub struct Batch {
     pub has_initial_state: Option<Vec<i64>>,
 }
 
-/// Every instruction set, with more threads than small calls have key heads: those are cut into slices of rows.
+/// Every instruction set, with more threads than small calls have key heads: those are cut into slices of
+/// rows.
 pub fn every_isa() -> impl Iterator<Item = (Isa, Cpu<'static>)> {
     Isa::available().map(|isa| (isa, Cpu::new().isa(isa).unwrap().threads(7)))
 }
@@ -202,9 +203,9 @@ impl Batch {
                 assert!(got.iter().all(|x| x.is_finite()), "{what}: {name} of sequence {r} is not finite");
                 let error = relative(got, exact);
                 let mut bound = bound(exact, dtype);
-                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left: no
-                // more is asked than of the exact result for inputs and states that are a few units in the last
-                // place of an f32 off.
+                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left:
+                // no more is asked than of the exact result for inputs and states that are a few units in the
+                // last place of an f32 off.
                 for seed in 0..if error > bound { 8 } else { 0 } {
                     let change = 4.0 * f64::from(f32::EPSILON);
                     let (near, states) = self.setup.exact_of(rows.clone(), &state, change, seed);

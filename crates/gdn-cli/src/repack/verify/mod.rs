@@ -1,7 +1,8 @@
 //! `gdn verify`: whether one checkpoint is another one repacked, read back by what the packings mean.
 //!
-//! Nothing here asks how a repacking goes about its work. Of every output of every projection it is known where the one checkpoint
-//! has it and where the other must, from the definition of the packings alone, and what is there is compared.
+//! Nothing here asks how a repacking goes about its work. Of every output of every projection it is known
+//! where the one checkpoint has it and where the other must, from the definition of the packings alone, and
+//! what is there is compared.
 
 mod texts;
 mod values;

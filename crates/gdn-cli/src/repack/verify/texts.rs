@@ -17,7 +17,8 @@ use super::{
 };
 use crate::files::read_text;
 
-/// What is wrong with the index of a checkpoint that should say what the source's says, if anything is. Both have one.
+/// What is wrong with the index of a checkpoint that should say what the source's says, if anything is. Both
+/// have one.
 pub(super) fn index_fault(source: &View<'_>, destination: &View<'_>) -> Option<String> {
     let (Some(before), Some(after)) = (&source.checkpoint.index, &destination.checkpoint.index) else {
         return None;

@@ -37,8 +37,8 @@ impl View<'_> {
         &self.checkpoint.shards[piece.shard].name
     }
 
-    /// Where every output of a projection is, in the order of the layer's own tensors (`[Q | K | V]` and then `Z`, or `B` and then
-    /// `A`): the number of the piece, and the output there.
+    /// Where every output of a projection is, in the order of the layer's own tensors (`[Q | K | V]` and then
+    /// `Z`, or `B` and then `A`): the number of the piece, and the output there.
     pub(super) fn outputs(&self, projection: Projection) -> Vec<(usize, usize)> {
         let heads = &self.heads;
         let first = match projection {
@@ -75,7 +75,8 @@ pub(super) struct Tensors {
     bytes: u64,
 }
 
-/// A copy of a tensor that does not count, as another one does, is known by its file; all others by their name alone.
+/// A copy of a tensor that does not count, as another one does, is known by its file; all others by their
+/// name alone.
 type Key = (String, Option<String>);
 
 /// Every tensor of a checkpoint by name; of projections by the name of the whole, and piece by piece.

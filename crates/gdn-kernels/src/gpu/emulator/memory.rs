@@ -161,19 +161,21 @@ impl Memory {
         self.add(bytes.to_vec(), place, Kind::Input)
     }
 
-    /// A buffer that kernels write, full of [`POISON`]; each byte once a launch. What a launch wrote, later ones read. Its address.
+    /// A buffer that kernels write, full of [`POISON`]; each byte once a launch. What a launch wrote, later
+    /// ones read. Its address.
     pub fn output(&self, bytes: usize, place: Place) -> u64 {
         self.add(vec![POISON; bytes], place, Kind::Output)
     }
 
-    /// A buffer that kernels read and then write, each byte once a launch. No block touches what another one writes, and no thread
-    /// without a barrier between. Its address.
+    /// A buffer that kernels read and then write, each byte once a launch. No block touches what another one
+    /// writes, and no thread without a barrier between. Its address.
     pub fn state(&self, bytes: &[u8], place: Place) -> u64 {
         let touched = Self::untouched(bytes.len());
         self.add(bytes.to_vec(), place, Kind::State { once: true, readable: true, touched })
     }
 
-    /// A buffer that kernels write and then read, as often as they like, by the other rules of a state. Its address.
+    /// A buffer that kernels write and then read, as often as they like, by the other rules of a state. Its
+    /// address.
     pub fn scratch(&self, bytes: usize, place: Place) -> u64 {
         let touched = Self::untouched(bytes);
         self.add(vec![POISON; bytes], place, Kind::State { once: false, readable: false, touched })
@@ -202,7 +204,8 @@ impl Memory {
         address
     }
 
-    /// The rows of the buffer at `address` one after the other, and for each byte 1 where it was ever stored to, else 0.
+    /// The rows of the buffer at `address` one after the other, and for each byte 1 where it was ever stored
+    /// to, else 0.
     ///
     /// # Panics
     /// Where no buffer begins at `address`.

@@ -1,23 +1,28 @@
 //! The capabilities on the host: whole grids, thread by thread, every access checked.
 //!
-//! Kernels run as they are. What they do wrong stops the test with a sentence that names the thread and the address:
+//! Kernels run as they are. What they do wrong stops the test with a sentence that names the thread and the
+//! address:
 //!
-//! - an access outside every buffer or outside shared memory, at a wrong alignment, or to memory nobody wrote;
+//! - an access outside every buffer or outside shared memory, at a wrong alignment, or to memory nobody
+//! wrote;
 //! - a second store to a byte of an output or of a state;
-//! - a byte of a state that one block writes and another one touches: blocks run in any order, here in a random one that
+//! - a byte of a state that one block writes and another one touches: blocks run in any order, here in a
+//! random one that
 //!   [`Launch::seed`] chooses;
 //! - a race: two threads touch the same memory, one of them writes, and no barrier orders the two;
-//! - a touch of memory to which an asynchronous copy is on its way, or a write to memory that a product or a bulk store still
+//! - a touch of memory to which an asynchronous copy is on its way, or a write to memory that a product or a
+//! bulk store still
 //!   reads; copies land as late as the waits allow;
 //! - a barrier, shuffle, product or mbarrier that threads wait at in vain.
 //!
 //! Buffers know which of their bytes were stored to, so that a test can tell what a kernel left out.
 //!
-//! Each thread is a coroutine with its own stack, and goes on until it waits. Everything that a warp or four of them do together is one
-//! mechanism: all bring their registers, a function runs over all of them, all go on.
+//! Each thread is a coroutine with its own stack, and goes on until it waits. Everything that a warp or four
+//! of them do together is one mechanism: all bring their registers, a function runs over all of them, all go
+//! on.
 //!
-//! What the hardware does and this does not show: time, the order of stores of different threads to different places, and how far a
-//! block may run ahead of another one.
+//! What the hardware does and this does not show: time, the order of stores of different threads to different
+//! places, and how far a block may run ahead of another one.
 
 mod async_copy;
 mod hopper;

@@ -1,8 +1,8 @@
 //! What happened before what: clocks of threads, and who touched a place last.
 //!
-//! A thread stamps what it does with its own count, which goes up whenever it lets others know (a barrier, an arrival). What it knows of
-//! each other thread is that one's stamp at the time. Two touches of a place, one of them a write, race unless the later thread knew of
-//! the earlier touch.
+//! A thread stamps what it does with its own count, which goes up whenever it lets others know (a barrier, an
+//! arrival). What it knows of each other thread is that one's stamp at the time. Two touches of a place, one
+//! of them a write, race unless the later thread knew of the earlier touch.
 
 use std::{boxed::Box, format, rc::Rc, string::String, vec, vec::Vec};
 

@@ -32,7 +32,8 @@ pub(super) enum Wait {
     Mbarrier { at: u32, parity: u32 },
 }
 
-/// What a thread brings to a collective: registers on its stack, which stay where they are until all have come and the function has run.
+/// What a thread brings to a collective: registers on its stack, which stay where they are until all have
+/// come and the function has run.
 #[derive(Clone, Copy)]
 pub(super) struct Call {
     name: &'static str,
@@ -426,8 +427,8 @@ impl Thread<'_> {
         }
     }
 
-    /// Comes together with the other lanes of the warp (32) or warpgroup (128); `act` runs once, over the registers of all, in the order
-    /// of the lanes. What it left in this thread's.
+    /// Comes together with the other lanes of the warp (32) or warpgroup (128); `act` runs once, over the
+    /// registers of all, in the order of the lanes. What it left in this thread's.
     pub(super) fn collective<R: 'static>(
         &self,
         lanes: usize,

@@ -1,4 +1,5 @@
-//! The shared memory of a block: bytes, who touched them, and what asynchronous units are about to do with them.
+//! The shared memory of a block: bytes, who touched them, and what asynchronous units are about to do with
+//! them.
 
 use std::{collections::BTreeMap, format, string::String, vec, vec::Vec};
 

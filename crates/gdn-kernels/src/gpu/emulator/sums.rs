@@ -1,7 +1,9 @@
-//! How tensor cores add: products exact, a few of them and the accumulator brought to the largest exponent, cut, and summed.
+//! How tensor cores add: products exact, a few of them and the accumulator brought to the largest exponent,
+//! cut, and summed.
 //!
-//! No manual says so. [`Model::HARDWARE`] is what an H100 does, in `mma.sync` and `wgmma`, in bfloat16 and half precision, bit for bit on
-//! every input of `probe/cases.rs`: sizes that are equal, far apart, too small or too large for an f32, and not finite.
+//! No manual says so. [`Model::HARDWARE`] is what an H100 does, in `mma.sync` and `wgmma`, in bfloat16 and
+//! half precision, bit for bit on every input of `probe/cases.rs`: sizes that are equal, far apart, too small
+//! or too large for an f32, and not finite.
 
 use crate::gpu::Float16;
 
@@ -61,7 +63,8 @@ fn power(n: i32) -> f64 {
 pub struct Model {
     /// Products that are added at a time, to what was there before.
     pub width: usize,
-    /// Bits kept beyond the 24 of an f32 when everything is brought to the largest exponent. What lies below is cut off.
+    /// Bits kept beyond the 24 of an f32 when everything is brought to the largest exponent. What lies below
+    /// is cut off.
     pub extra: i32,
     /// Whether the sum is rounded to the nearest f32. Else it is cut too.
     pub nearest: bool,

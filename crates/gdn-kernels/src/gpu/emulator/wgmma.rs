@@ -1,5 +1,5 @@
-//! [`Wgmma`] on the host. Products are worked out at once; until their group was waited for, their operands are lent and their sums are not
-//! to be had.
+//! [`Wgmma`] on the host. Products are worked out at once; until their group was waited for, their operands
+//! are lent and their sums are not to be had.
 
 use std::{collections::VecDeque, vec::Vec};
 
@@ -28,8 +28,8 @@ pub(super) struct Products {
     done: u64,
 }
 
-/// Where 8 neighbouring elements of an operand lie, along the rows of its atoms: `line` is the index across (m or n when k-major), `piece`
-/// counts eights along.
+/// Where 8 neighbouring elements of an operand lie, along the rows of its atoms: `line` is the index across
+/// (m or n when k-major), `piece` counts eights along.
 fn at(operand: &Operand, other_major: bool, piece: u32, line: u32) -> u32 {
     let row_pieces = operand.swizzle.row_bytes() / 16;
     let (inside, outside) = (piece % row_pieces, piece / row_pieces);

@@ -1,9 +1,10 @@
 //! The capabilities on NVIDIA GPUs. The only folder with inline assembly.
 //!
-//! **Collectives stay convergent.** A barrier, a shuffle or a product is executed by all lanes or hangs, and a compiler that puts a copy
-//! of it into each arm of a branch breaks it. Where LLVM has an intrinsic, which it knows to be convergent, that is used; products
-//! are assembly that is not `pure`. That alone does not do: rustc and LLVM duplicate code before and around it, which two flags
-//! switch off for this crate (`xtask/src/ptx/compiler.rs`). `cargo xtask ptx` counts the collectives of `probe/convergence.rs`.
+//! **Collectives stay convergent.** A barrier, a shuffle or a product is executed by all lanes or hangs, and
+//! a compiler that puts a copy of it into each arm of a branch breaks it. Where LLVM has an intrinsic, which
+//! it knows to be convergent, that is used; products are assembly that is not `pure`. That alone does not do:
+//! rustc and LLVM duplicate code before and around it, which two flags switch off for this crate
+//! (`xtask/src/ptx/compiler.rs`). `cargo xtask ptx` counts the collectives of `probe/convergence.rs`.
 
 mod async_copy;
 mod hopper;

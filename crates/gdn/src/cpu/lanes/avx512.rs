@@ -161,7 +161,8 @@ impl Register for F32x16 {
 
     #[inline(always)]
     fn prefetch(src: *const u8) {
-        // SAFETY: a prefetch of any address is harmless, and every x86-64 machine has SSE, whose instruction it is.
+        // SAFETY: a prefetch of any address is harmless, and every x86-64 machine has SSE, whose instruction
+        // it is.
         unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T0 }>(src.cast()) }
     }
 
