@@ -4,6 +4,7 @@
 mod arrows;
 mod ascend;
 mod deny;
+mod engines;
 mod examples;
 mod fuzz;
 mod memory;
@@ -43,6 +44,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         pytest: Vec<String>,
     },
+    /// Run a whole vLLM on the CPU, with gdn and without
+    Engines {
+        /// Arguments for pytest
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        pytest: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -52,5 +59,6 @@ fn main() -> anyhow::Result<()> {
         Task::Ptx { check } => ptx::run(check),
         Task::Examples => examples::run(),
         Task::Ascend { pytest } => ascend::run(&pytest),
+        Task::Engines { pytest } => engines::run(&pytest),
     }
 }

@@ -5,6 +5,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -17,6 +18,8 @@ const PYTHON: &str = "3.11";
 const PLATFORM: &str = "manylinux_2_28";
 /// Every package that is installed, with the hashes of its files.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
+/// Where an environment has its packages.
+const SITE: &str = "lib/python3.11/site-packages";
 
 /// Builds the wheel, installs it, and runs the package's tests.
 ///
@@ -27,11 +30,7 @@ pub(crate) fn test() -> anyhow::Result<()> {
         skip("the Python package: its wheel is built for Linux");
         return Ok(());
     }
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let environment = Environment::ready(&target.join("python/environment"))?;
-    let wheel = environment.build(&target.join("python/wheels"))?;
-    println!("python: {}", wheel.display());
-    run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
+    let environment = installed()?;
     run(&mut environment.python(&["-m", "ruff", "check", "python"]))?;
     run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
     run(&mut environment.python(&["python/tests/peers.py"]))?;
@@ -43,20 +42,61 @@ pub(crate) fn test() -> anyhow::Result<()> {
         "-c",
         "import doctest, gdn, sys; sys.exit(doctest.testmod(gdn, optionflags=doctest.ELLIPSIS).failed)",
     ]);
-    run(doctest.current_dir(&target))
+    run(doctest.current_dir(target()))
+}
+
+/// The environment of the tests, with the package in it as it is now: built once in a process.
+///
+/// # Errors
+/// What pip or maturin say.
+pub(crate) fn installed() -> anyhow::Result<Environment> {
+    static BUILT: Mutex<bool> = Mutex::new(false);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    let environment = Environment::ready(&target().join("python/environment"), REQUIREMENTS)?;
+    if !*built {
+        let wheel = environment.build(&target().join("python/wheels"))?;
+        println!("python: {}", wheel.display());
+        run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
+        *built = true;
+    }
+    Ok(environment)
+}
+
+fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
 /// A virtual environment.
-struct Environment {
+pub(crate) struct Environment {
     folder: PathBuf,
 }
 
 impl Environment {
-    /// The environment with what the tests require. Made and filled once; filled again where the requirements
-    /// are others.
-    fn ready(folder: &Path) -> anyhow::Result<Self> {
+    /// One more, in the folder `name` beside this one: it has what `requirements` lists and, where that does
+    /// not have it, everything of this one.
+    ///
+    /// # Errors
+    /// What pip says.
+    pub(crate) fn over(&self, name: &str, requirements: &str) -> anyhow::Result<Self> {
+        let environment = Self::ready(&self.folder.with_file_name(name), requirements)?;
+        let below = self.folder.canonicalize()?.join(SITE);
+        let path = environment.folder.join(SITE).join("below.pth");
+        fs::write(&path, below.display().to_string()).with_context(|| path.display().to_string())?;
+        Ok(environment)
+    }
+
+    /// Whether pip can ask where packages come from.
+    pub(crate) fn reaches_the_index(&self) -> bool {
+        let asked = self.python(&["-m", "pip", "index", "versions", "pip"]).output();
+        asked.is_ok_and(|asked| asked.status.success())
+    }
+
+    /// The environment with what `requirements` lists. Made and filled once; filled again where the list is
+    /// another.
+    fn ready(folder: &Path, requirements: &str) -> anyhow::Result<Self> {
         let environment = Self { folder: folder.to_owned() };
-        let wanted = fs::read_to_string(root().join(REQUIREMENTS)).context(REQUIREMENTS)?;
+        let wanted =
+            fs::read_to_string(root().join(requirements)).with_context(|| requirements.to_owned())?;
         let installed = folder.join("requirements.txt");
         if fs::read_to_string(&installed).is_ok_and(|installed| installed == wanted) {
             return Ok(environment);
@@ -69,7 +109,7 @@ impl Environment {
                 ensure!(make()?.success(), "{python} makes no virtual environment");
             }
         }
-        run(&mut environment.pip(&["--require-hashes", "--no-deps", "--requirement", REQUIREMENTS]))?;
+        run(&mut environment.pip(&["--require-hashes", "--no-deps", "--requirement", requirements]))?;
         fs::write(&installed, wanted)?;
         Ok(environment)
     }
@@ -87,7 +127,8 @@ impl Environment {
         program
     }
 
-    fn python(&self, args: &[&str]) -> Command {
+    /// Its interpreter, with `args`.
+    pub(crate) fn python(&self, args: &[&str]) -> Command {
         let mut python = self.program("python");
         python.args(args);
         python

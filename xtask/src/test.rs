@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use crate::{
-    ascend, deny, examples, fuzz, memory, neon, ptx, python,
+    ascend, deny, engines, examples, fuzz, memory, neon, ptx, python,
     shell::{self, apt_install, cargo},
 };
 
@@ -14,7 +14,7 @@ pub(crate) struct Args {
     /// Leave out what takes minutes: licences, sanitizer, Miri, fuzzing, the emulated processor
     #[arg(long)]
     quick: bool,
-    /// Leave out the Python package, whose environment is 5 GB
+    /// Leave out the Python package and vLLM, whose environments are 6 GB
     #[arg(long)]
     no_python: bool,
     /// Only the steps whose names have this in them
@@ -29,6 +29,7 @@ pub(crate) struct Args {
 }
 
 const PYTHON: &str = "the Python package";
+const ENGINES: &str = "a whole vLLM on the CPU";
 
 type Step<'a> = (&'a str, &'a dyn Fn() -> anyhow::Result<()>);
 
@@ -44,7 +45,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
         ("tests", &|| shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
-    let slow: [Step<'_>; 10] = [
+    let slow: [Step<'_>; 11] = [
         ("the library and the command without CUDA", &|| {
             shell::run(&mut cargo(&["clippy", "-p", "gdn", "--all-targets", "--", "-Dwarnings"]))?;
             shell::run(&mut cargo(&["clippy", "-p", "gdn-cli", "--no-default-features", "--", "-Dwarnings"]))
@@ -58,9 +59,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ("fuzzing", &|| fuzz::run_all(args.fuzz_seconds, args.fuzz_runs)),
         ("tests on an emulated 64-bit Arm", &neon::test),
         (PYTHON, &python::test),
+        (ENGINES, &|| engines::run(&[])),
     ];
     let chosen = |name: &str| {
-        let skipped = args.no_python && name == PYTHON;
+        let skipped = args.no_python && [PYTHON, ENGINES].contains(&name);
         !skipped && args.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
     };
     let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|(name, _)| chosen(name));
@@ -74,7 +76,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         println!("\nskipped (--quick): {}", slow.map(|(name, _)| name).join(", "));
     }
     if args.no_python && !args.quick {
-        println!("\nskipped (--no-python): {PYTHON}");
+        println!("\nskipped (--no-python): {PYTHON}, {ENGINES}");
     }
     if let Some(part) = &args.only {
         println!("\nonly '{part}' was run");

@@ -7,9 +7,9 @@ Each is off until asked for. Each has the same four names:
     is_installed()               whether it is
     installed()                  a context manager: installed inside, as before outside
 
-An engine whose release or source is not known is refused with an `UnknownEngine`, a RuntimeError that says
-what was found and what is known; nothing is changed then. `any_release=True` waives the release, never the
-source.
+An engine that is not known, by its release and its source or by a trial, is refused with an `UnknownEngine`,
+a RuntimeError that says what was found and what is known; nothing is changed then. `any_release=True` waives
+the release, and nothing else.
 
 docs/integrations.md says what is replaced in each engine, and what was verified.
 """

@@ -74,8 +74,8 @@ def replace(
 ) -> Callable[[], None]:
     """Gives `layer` the method `fused`, which is `by`, and `methods` that call it. Returns what undoes it.
 
-    `accepts(layer, before, after)` may raise, with the methods by name as they were and as they are to be; nothing is
-    changed then.
+    `accepts(layer, before, after)` may raise, with the methods by name as they were and as they are to be;
+    nothing is changed then.
     """
     before = {name: getattr(layer, name) for name in methods}
     after = {name: fuse(method, split=split, fused=fused) for name, method in before.items()}

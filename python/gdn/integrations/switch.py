@@ -16,8 +16,8 @@ class Switch:
     """An integration that is off or on.
 
     `apply(any_release)` replaces something in an engine, or raises with nothing changed. It returns what
-    undoes it. `told` is the line that is logged when it is on. `caution()` is what somebody who calls `install`
-    has to be warned of, or None.
+    undoes it. `told` is the line that is logged when it is on. `caution()` is what somebody who calls
+    `install` has to be warned of, or None.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Two versions of a method, run on one tiny layer and compared: what they hand on must be the same.
 
-The layer is a stand-in with a few attributes and the engine's own methods. The projections before it are given, and
-what comes after (the engine's custom operators, the norm, the output projection) only records what it gets. So a
-method may be tried when its module has just been imported: without a model, a GPU or the engine's configuration.
+The layer is a stand-in with a few attributes and the engine's own methods. The projections before it are
+given, and what comes after (the engine's custom operators, the norm, the output projection) only records what
+it gets. So a method may be tried when its module has just been imported: without a model, a GPU or the
+engine's configuration.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def difference(
 ) -> str | None:
     """How what `before` and `after` hand on differs, as the end of a sentence; None where it does not.
 
-    `layer` is the class that has the methods. `tiny` has the attributes of the layer and its `projections`, functions of no
-    arguments by the names of the modules that make them. `ops` is the namespace of the engine's operators in
-    `torch.ops`.
+    `layer` is the class that has the methods. `tiny` has the attributes of the layer and its `projections`,
+    functions of no arguments by the names of the modules that make them. `ops` is the namespace of the
+    engine's operators in `torch.ops`.
     """
     handed = []
     for which, method in (("the engine's own", before), ("gdn's", after)):
@@ -108,7 +109,7 @@ class _Recorded:
 
 
 class _Torch:
-    """PyTorch's module, but for `torch.ops.<ops>`, which is `operators`, and for memory that is compared: it is zeroed."""
+    """PyTorch's module with other `torch.ops.<ops>`, and no memory that is not zeroed: it is compared."""
 
     def __init__(self, torch: Any, ops: str, operators: _Recorded) -> None:
         others = torch.ops

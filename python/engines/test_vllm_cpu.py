@@ -1,0 +1,205 @@
+"""A whole vLLM on a CPU, with gdn and without: tiny models, ten prompts, greedy tokens and logprobs.
+
+`cargo xtask engines` makes the environment and runs this in it. Processes with and without gdn run side by
+side, each on a core of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+HERE = Path(__file__).parent
+GENERATE = HERE / "generate.py"
+LENGTHS = (1, 2, 3, 7, 16, 33, 64, 65, 130, 700)
+TOKENS = 32
+CORES = sorted(os.sched_getaffinity(0))
+ON = "gdn is on"
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("g++"), reason="vLLM compiles C++ when it runs: g++ is missing"
+)
+
+
+def prompts(model: str) -> list[list[int]]:
+    """Ten prompts; for Qwen3.5 not the one of a single token, on which vLLM's own code fails."""
+    made = random.Random(0)
+    lengths = (
+        LENGTHS if model == "qwen3-next" else LENGTHS[1:]
+    )  # causal_conv1d_fwd_cpu: "expect x to be transposed"
+    return [[made.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
+
+
+def environment(plugin: bool, bind: str, folder: Path) -> dict[str, str]:
+    """Of a process of vLLM: its plugins, and `bind`, the cores of each rank."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{plugin}"),
+        "VLLM_CACHE_ROOT": str(folder / f"cache-{plugin}"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "gdn" if plugin else "",
+    }
+
+
+class Engine:
+    """vLLM in processes of its own, and the folder where their files are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in models.MODELS:
+            models.make(name, folder / name)
+
+    def run(self, name: str, model: str, install: bool = False, **options: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "model": str(self.folder / model),
+            "prompts": prompts(model),
+            "tokens": TOKENS,
+            "install": install,
+            "options": options,
+        }
+
+    def generate(self, runs: list[dict[str, Any]], plugin: bool, bind: str) -> tuple[dict[str, Any], str]:
+        """The results of `runs` by name, all from one process, and its log."""
+        name = f"{'gdn' if plugin else 'vllm'}-{runs[0]['name'].replace(' ', '-')}"
+        plan, out = self.folder / f"{name}.json", self.folder / f"{name}-out.json"
+        plan.write_text(json.dumps(runs))
+        command = [sys.executable, str(GENERATE), str(plan), str(out)]
+        done = subprocess.run(
+            command,
+            env=environment(plugin, bind, self.folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        print(*(line for line in done.stdout.splitlines() if "s to load" in line), sep="\n")
+        results = json.loads(out.read_text())
+        return {run["name"]: result for run, result in zip(runs, results, strict=True)}, done.stdout
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture(scope="module")
+def both(engine: Engine) -> tuple[Any, Any]:
+    """What vLLM makes of each model, eager and compiled, without gdn and with it: (results, log) each."""
+    runs = [
+        engine.run(f"{model} {how}", model, enforce_eager=how == "eager")
+        for model in models.MODELS
+        for how in ("eager", "compiled")
+    ]
+    installed = engine.run("qwen3-next installed", "qwen3-next", install=True, enforce_eager=True)
+    with ThreadPoolExecutor(2) as pool:
+        own = pool.submit(engine.generate, [*runs, installed], False, str(CORES[0]))
+        gdns = pool.submit(engine.generate, runs, True, str(CORES[-1]))
+        return own.result(), gdns.result()
+
+
+def same(own: dict[str, Any], gdns: dict[str, Any]) -> None:
+    """Tokens and logprobs have the same bits; and the model does not say one thing only."""
+    assert gdns["outputs"] == own["outputs"]
+    assert len({token for output in own["outputs"] for token in output["tokens"]}) > 50
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("model", models.MODELS)
+def test_tokens_and_logprobs_with_the_plugin(both, model, how):
+    (own, own_log), (gdns, gdns_log) = both
+    assert ON in gdns_log
+    assert gdns[f"{model} {how}"]["on"] and not own[f"{model} {how}"]["on"]
+    same(own[f"{model} {how}"], gdns[f"{model} {how}"])
+
+
+def test_install_in_a_script(both):
+    (own, log), _ = both
+    assert own["qwen3-next installed"]["on"] and log.count(ON) == 1
+    assert "not those that vLLM spawns" in log
+    same(own["qwen3-next eager"], own["qwen3-next installed"])
+
+
+def test_two_ranks_of_tensor_parallelism(engine):
+    """The plugin is on in each worker, which vLLM spawns."""
+    ranks = f"{CORES[0]}|{CORES[-1]}"
+    run = engine.run("two ranks", "qwen3-next", enforce_eager=True, tensor_parallel_size=2)
+    (own, log), (gdns, gdns_log) = (engine.generate([run], plugin, ranks) for plugin in (False, True))
+    assert ON not in log
+    workers = {line.partition(")")[0] for line in gdns_log.splitlines() if ON in line and "Worker" in line}
+    assert len(workers) == 2, gdns_log[-6000:]
+    same(own["two ranks"], gdns["two ranks"])
+
+
+def test_a_completion_streamed_by_the_server(engine, both):
+    """The server of `vllm serve`, whose engine is a process that it spawns."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs. The command itself asks for the version of a distribution "vllm", and this one
+    # is "vllm-cpu".
+    server = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", server, "--model", str(engine.folder / "qwen3-next")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--max-model-len", "4096", "--max-num-seqs", "16"]
+    variables = environment(True, str(CORES[0]), engine.folder)
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    log = engine.folder / "serve.log"
+    with log.open("w") as out, subprocess.Popen(command, env=variables, stdout=out, stderr=out) as server:
+        try:
+            wait_for(server, f"http://127.0.0.1:{port}/health", log)
+            asked = {
+                "prompt": prompts("qwen3-next")[4],
+                "max_tokens": TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "skip_special_tokens": False,
+                "stream": True,
+            }
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions",
+                json.dumps(asked).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                lines = [line.decode().removeprefix("data: ").strip() for line in answer]
+        finally:
+            server.terminate()
+    pieces = [json.loads(line)["choices"][0]["text"] for line in lines if line and line != "[DONE]"]
+    assert len(pieces) > 1 and lines[-2:].count("[DONE]") == 1
+    assert any(ON in line and "(Worker" in line for line in log.read_text().splitlines())
+    (own, _), _ = both
+    assert "".join(pieces).split() == [
+        f"t{token}" for token in own["qwen3-next eager"]["outputs"][4]["tokens"]
+    ]
+
+
+def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
+    until = time.monotonic() + 240
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            assert server.poll() is None, f"the server ended:\n{log.read_text()[-6000:]}"
+            assert time.monotonic() < until, f"the server does not answer:\n{log.read_text()[-6000:]}"
+            time.sleep(0.3)
