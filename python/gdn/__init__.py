@@ -7,7 +7,7 @@
 (torch.Size([5, 8192]), torch.Size([5, 32, 128]), torch.Size([5, 32]))
 
 Tensors are PyTorch's (CPU, CUDA), NumPy's, or anybody's who speaks DLPack. Where PyTorch is installed it is imported, and
-``torch.ops.gdn.split`` and ``torch.ops.gdn.merge`` are operators of it.
+``torch.ops.gdn.split``, ``merge``, ``decode`` and ``prefill`` are operators of it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ except ImportError as error:
         return False
 
 
+from .layer import Layer, decode_supported, prefill_supported
+
 __version__: str = _gdn.__version__
 __all__ = [
     "Heads",
+    "Layer",
     "Tiling",
+    "decode_supported",
     "empty_cache",
     "fused_qkvzba_split_reshape_cat",
     "fused_qkvzba_split_reshape_cat_contiguous",
     "merge",
+    "prefill_supported",
     "preset",
     "repack_weight",
     "split",

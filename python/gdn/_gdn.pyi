@@ -1,7 +1,7 @@
 """The part of the package that is Rust."""
 
 from types import ModuleType
-from typing import Any
+from typing import Any, final
 
 __version__: str
 
@@ -27,6 +27,55 @@ def merge(
     packing: str,
     out: Any | None = None,
 ) -> tuple[Any, Any] | None: ...
+
+@final
+class Settings:
+    def __new__(
+        cls,
+        heads: Any,
+        packing: str,
+        l2norm_eps: float,
+        norm_eps: float,
+        scale: float | None,
+        beta_scale: float,
+        gate: str,
+    ) -> Settings: ...
+
+def decode(
+    settings: Settings,
+    weights: tuple[Any, Any | None, Any, Any, Any],
+    projections: Any,
+    conv_state: Any,
+    recurrent_state: Any,
+    tokens_per_sequence: int,
+    state_indices: Any | None,
+    pad_slot_id: int,
+    num_accepted_tokens: Any | None,
+    output_state_indices: Any | None,
+    disable_state_update: bool,
+    intermediate_states: Any | None,
+    intermediate_conv_windows: Any | None,
+    intermediate_state_indices: Any | None,
+    out: Any | None,
+    only_check: bool,
+) -> Any | None: ...
+def prefill(
+    settings: Settings,
+    weights: tuple[Any, Any | None, Any, Any, Any],
+    projections: Any,
+    cu_seqlens: Any,
+    conv_state: Any | None,
+    recurrent_state: Any | None,
+    state_indices: Any | None,
+    pad_slot_id: int,
+    has_initial_state: Any | None,
+    checkpoint_every_n_tokens: int,
+    checkpoint_starts: Any | None,
+    state_checkpoints: Any | None,
+    conv_checkpoints: Any | None,
+    out: Any | None,
+    only_check: bool,
+) -> Any | None: ...
 def repack_weight(
     weight: Any, heads: tuple[int, ...], dim: int, projection: str | None, to: str, block: int, group: int
 ) -> Any: ...

@@ -15,7 +15,16 @@ from torch.compiler import is_dynamo_compiling as is_compiling
 
 from . import _gdn, npu
 
-__all__ = ["check_memory", "check_weight", "is_compiling", "is_plain_cpu", "merge", "moved", "split"]
+__all__ = [
+    "check_memory",
+    "check_weight",
+    "has_tangent",
+    "is_compiling",
+    "is_plain_cpu",
+    "merge",
+    "moved",
+    "split",
+]
 
 _gdn.register(torch)
 
@@ -184,7 +193,7 @@ def _autograd(name: str, function: Any) -> Any:
     def kernel(keyset: Any, *arguments: Any) -> Any:
         has_gradient = torch._C.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         has_tangent = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-        if has_gradient or (has_tangent and _has_tangent(arguments[:read])):
+        if has_gradient or (has_tangent and has_tangent(arguments[:read])):
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError(
                     f"functorch transforms do not see into gdn::{name}, call gdn.{name} instead"
@@ -299,12 +308,12 @@ def _outputs(out: Sequence[Tensor], inputs: Sequence[Any], expected: str, number
         raise ValueError(f"out has {len(out)} tensors, expected {number}: {expected}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise ValueError("out cannot be given where an input requires grad: a written tensor has no gradient")
-    if _has_tangent((*inputs, *out)):
+    if has_tangent((*inputs, *out)):
         raise ValueError("out cannot be given where a tensor has a tangent: a written tensor has none")
     return out
 
 
-def _has_tangent(tensors: Sequence[Any]) -> bool:
+def has_tangent(tensors: Sequence[Any]) -> bool:
     """Whether a dual level of forward-mode AD is open, and one of the tensors has a tangent there."""
     is_open = forward_ad._current_level >= 0
     return is_open and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

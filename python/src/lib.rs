@@ -16,11 +16,11 @@ use gdn::Heads;
 use pyo3::prelude::*;
 
 use crate::{
-    ops::{numbers_of, repack, size, split, text},
+    ops::{decode, layer, numbers_of, prefill, repack, size, split, text},
     tensor::value_error,
 };
 
-/// Registers `torch.ops.gdn.split` and `merge` with PyTorch, and learns to read its tensors.
+/// Registers the operators of `torch.ops.gdn` with PyTorch, and learns to read its tensors.
 /// Functions of C++ in `without` are taken as missing.
 #[pyfunction]
 #[pyo3(signature = (torch, without = Vec::new()))]
@@ -100,6 +100,9 @@ fn _gdn(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(split::split, module)?)?;
     module.add_function(wrap_pyfunction!(split::merge, module)?)?;
+    module.add_class::<layer::Settings>()?;
+    module.add_function(wrap_pyfunction!(decode::decode, module)?)?;
+    module.add_function(wrap_pyfunction!(prefill::prefill, module)?)?;
     module.add_function(wrap_pyfunction!(repack::repack_weight, module)?)?;
     module.add_function(wrap_pyfunction!(repack::weight_moves, module)?)?;
     module.add_function(wrap_pyfunction!(register, module)?)?;

@@ -7,8 +7,9 @@ use pyo3::{
     exceptions::{PyTypeError, PyValueError},
 };
 
-/// The most dims that an argument of an op has: a recurrent state is `[slots, HV, DV, DK]`.
-pub(crate) const MAX_DIMS: usize = 4;
+/// The most dims that an argument of an op has: recurrent states of several tokens are `[slots, T, HV, DV,
+/// DK]`.
+pub(crate) const MAX_DIMS: usize = 5;
 
 /// An element type, in the terms of DLPack.
 #[repr(C)]
@@ -20,8 +21,12 @@ pub(crate) struct DType {
 }
 
 impl DType {
+    pub(crate) const INT: u8 = 0;
+    pub(crate) const UINT: u8 = 1;
     pub(crate) const FLOAT: u8 = 2;
+    pub(crate) const BFLOAT: u8 = 4;
     pub(crate) const COMPLEX: u8 = 5;
+    pub(crate) const BOOL: u8 = 6;
 
     /// Bytes of an element; 0 where it is no whole number of them.
     pub(crate) fn size(self) -> usize {

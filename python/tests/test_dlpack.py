@@ -143,7 +143,7 @@ def test_producers_that_are_refused():
         (Producer(qkvz, device=(10, 0)), ValueError, "is on .*10:0"),
         (Producer(qkvz[:, :-1]), ValueError, "mixed_qkvz has 159 features, .* need 160"),
         (Producer(qkvz[None, None]), ValueError, "mixed_qkvz has shape \\[1, 1, 5, 160\\], expected"),
-        (Producer(qkvz[None, None, None]), ValueError, "mixed_qkvz has 5 dims, expected at most 4"),
+        (Producer(qkvz[None, None, None, None]), ValueError, "mixed_qkvz has 6 dims, expected at most 5"),
     ]:
         with pytest.raises(error, match=message):
             gdn.split(wrong, Producer(ba), *HEADS, out=out)

@@ -101,7 +101,7 @@ def test_shapes_that_are_split(name, device):
     fails("split", with_(one[0]), f"{name} has shape \\[{wide}\\], expected")
     fails("split", with_(one[None]), f"{name} has shape \\[1, 3, {wide}\\], expected")
     fails("split", with_(one[None, None]), f"{name} has shape \\[1, 1, 3, {wide}\\], expected")
-    fails("split", with_(one[None, None, None]), f"{name} has 5 dims, expected at most 4")
+    fails("split", with_(one[None, None, None, None]), f"{name} has 6 dims, expected at most 5")
     fails("split", with_(one[0, 0]), f"{name} has shape \\[\\], expected")
     every_other = one.repeat_interleave(2, 1)[:, ::2]
     fails("split", with_(every_other), f"{name} has stride 2 in dim 1, expected 1")

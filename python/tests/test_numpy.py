@@ -175,7 +175,7 @@ def test_shapes_and_strides_that_are_refused():
         (qkvz[::-1], "mixed_qkvz has .*row stride -160, expected"),
         (qkvz[0], "mixed_qkvz has shape \\[160\\], expected \\[N, features\\]"),
         (qkvz[None, None], "mixed_qkvz has shape \\[1, 1, 4, 160\\], expected \\[N, features\\]"),
-        (qkvz[None, None, None], "mixed_qkvz has 5 dims, expected at most 4"),
+        (qkvz[None, None, None, None], "mixed_qkvz has 6 dims, expected at most 5"),
         (np.float32(3), "mixed_qkvz has shape \\[\\], expected"),
         (qkvz[:3], "mixed_ba has 4 rows, mixed_qkvz has 3"),
         (qkvz[:, :-1], "mixed_qkvz has 159 features, .* need 160"),

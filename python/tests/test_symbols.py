@@ -8,6 +8,7 @@ C = "torch_tensor_to_pyobject"
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 INFERENCE = "_ZN2at6native12is_inferenceERKNS_6TensorE"
 BUMP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+DELETE = "torch_delete_stable_ivalue"
 
 #: Registers as `import gdn` does, with names that are taken as missing. Then everything that has to do with them.
 TEXT = """
@@ -59,18 +60,35 @@ for given in (out, inference):
     oracle.same(given, expected)
     assert all(old is None or part._version == old + 1 for part, old in zip(given, versions))
     print("written")
+
+import oracle_layer as ol
+numbers, weights = ol.Numbers(HEADS), ol.weights(HEADS)
+projections, states = ol.projections(3, numbers, "packed"), ol.states(3, HEADS, "dense")
+others = [one.clone() for one in states]
+expected = ol.layer(numbers, weights).decode(projections, *states, state_indices=torch.tensor([2, 0, 1]))
+decode = lambda: torch.ops.gdn.decode(
+    *projections, *vars(weights).values(), *others, *HEADS, state_indices=torch.tensor([2, 0, 1]), scale=None
+)
+try:
+    assert torch.equal(decode(), expected) and torch.equal(others[1], states[1])
+    for _ in range(1000):
+        decode()
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+else:
+    print("decoded")
 """
 
 
 @pytest.mark.parametrize(
-    "without", [[], [C], [WRAP], [BUMP], [INFERENCE, C], [C, WRAP], [C, WRAP, BUMP]], ids=str
+    "without", [[], [C], [WRAP], [BUMP], [INFERENCE, C], [C, WRAP], [C, WRAP, BUMP], [DELETE]], ids=str
 )
 def test_what_cpp_alone_has_may_be_missing(without, python):
     first, second, *written = python(TEXT, ",".join(without)).splitlines()
     assert first == second == "mixed_ba has 2999 rows, mixed_qkvz has 3000"
     if C in without and WRAP in without and BUMP in without:
-        assert len(written) == 2 and all(
+        assert len(written) == 3 and all(
             "lacks torch::autograd::impl::bump_version" in line and "gdn.split" in line for line in written
         )
     else:
-        assert written == ["written"] * 2
+        assert written == ["written", "written", "decoded"]

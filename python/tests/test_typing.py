@@ -16,6 +16,8 @@ parts: tuple[npt.NDArray[np.float32], ...] = gdn.split(array, array, 2, 4, 8, 16
 heads, packing = gdn.preset("Qwen/Qwen3-Next-80B-A3B-Instruct")
 number: int = heads.num_k_heads + gdn.tiling(1, 2, 3).grid
 text: str = packing + gdn.__version__
+layer = gdn.Layer(heads, packing, conv_weight=array, A_log=array, dt_bias=array, norm_weight=array)
+reason: str | None = gdn.decode_supported(layer, (array, array), array, array, pad_slot_id=0)
 gdn.split(array, array, 2, 4, 8, "sixteen")
 """
 
@@ -33,7 +35,7 @@ def test_use(tmp_path):
         "use.py",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "Found 1 error" in done.stdout and 'use.py:10: error: Argument 6 to "split"' in done.stdout, (
+    assert "Found 1 error" in done.stdout and 'use.py:12: error: Argument 6 to "split"' in done.stdout, (
         done.stdout
     )
 

@@ -26,6 +26,13 @@ try:
     gdn.split(qkvz, ba, 2, 3, 8, 16)
 except ValueError as error:
     assert "num_v_heads = 3" in str(error)
+one, state = np.ones((2, 4, 8), "f4"), np.zeros((1, 4, 16, 8), "f4")
+layer = gdn.Layer((2, 4, 8, 16), conv_weight=np.ones((96, 4), "f4"), A_log=one[0, :, 0], dt_bias=one[0, :, 0], norm_weight=np.ones(16, "f4"))
+conv, rows = np.zeros((1, 96, 3), "f4"), (qkvz[:1] / 99, ba[:1].astype("f4"))
+assert gdn.decode_supported(layer, rows, conv, state) is None
+assert layer.decode(rows, conv, state).shape == (1, 4, 16) and state.any() and conv.any()
+assert layer.prefill(rows, np.array([0, 1])).shape == (1, 4, 16)
+assert "float64" in gdn.prefill_supported(layer, (qkvz.astype("f8"), ba), np.array([0, 3]))
 assert gdn.preset("Qwen/Qwen3-Next-80B-A3B-Instruct")[0].num_v_heads == 32
 assert not [name for name in sys.modules if name.partition(".")[0] == "torch" and sys.modules[name]]
 print("well")

@@ -65,6 +65,17 @@ pub(crate) struct Checkpointed<P> {
     pub(crate) conv_states: Option<Operand<P, Dtype, 3>>,
 }
 
+impl<R: Space, W: Space<Raw = R::Raw>> Prefill<R, W> {
+    /// Checks everything but the values of indices, as the op does first: shapes, dtypes, strides, overlaps.
+    /// Memory is not looked at.
+    ///
+    /// # Errors
+    /// [`ArgumentError`].
+    pub fn check(&self) -> Result<(), ArgumentError> {
+        Plan::new(self).map(drop)
+    }
+}
+
 /// [`Prefill`], checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan<P> {

@@ -1,5 +1,8 @@
 //! The ops on tensors, wherever they are: a file for each, and here what they share.
 
+pub(crate) mod decode;
+pub(crate) mod layer;
+pub(crate) mod prefill;
 pub(crate) mod repack;
 pub(crate) mod split;
 

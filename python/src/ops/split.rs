@@ -323,7 +323,7 @@ fn run<'py, const READ: usize>(
         }
     }
     if let Some(torch) = torch
-        && (is_operator || torch.is_watched(&read)?)
+        && (is_operator || torch.is_watched(py, &read)?)
     {
         // What can be checked is checked here all the same, so that errors are the same through both doors.
         let is_known =

@@ -33,6 +33,9 @@ pub(super) type FromBlob = unsafe extern "C" fn(
     *mut c_void,
 ) -> i32;
 
+/// `torch_delete_stable_ivalue`, of torch 2.13 and later
+pub(super) type Delete = unsafe extern "C" fn(*mut u64) -> i32;
+
 /// `aoti_torch_check`, which throws where the first argument is false
 pub(super) type Check = unsafe extern "C-unwind" fn(bool, *const c_char, *const c_char, u32, *const c_char);
 

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_void};
 use libloading::os::unix::Library;
 use pyo3::ffi;
 
-use super::abi::Opaque;
+use super::abi::{Delete, Opaque};
 
 pub(super) struct Cpp {
     pub(super) wrap: Option<Wrap>,
@@ -16,6 +16,16 @@ pub(super) struct Cpp {
     /// `torch_exception_get_what_without_backtrace`, of torch 2.13 and later: C, what went wrong last on this
     /// thread
     pub(super) what: Option<unsafe extern "C" fn() -> *const c_char>,
+    delete: Option<DeleteValue>,
+}
+
+/// What frees the place of an argument that may be none.
+#[derive(Clone, Copy)]
+enum DeleteValue {
+    /// `torch_delete_stable_ivalue`, of torch 2.13 and later: C
+    C(Delete),
+    /// `operator delete`, of the library that libtorch's `new` is of
+    Cpp(unsafe extern "C" fn(*mut u64)),
 }
 
 /// What makes a Python object of a tensor.
@@ -56,7 +66,9 @@ impl Cpp {
             let is_inference = find(cpu, "_ZN2at6native12is_inferenceERKNS_6TensorE", without);
             let bump = find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", without);
             let mode = |c10| find(c10, "_ZN3c1013InferenceMode10is_enabledEv", without);
+            let delete = find(cpu, "torch_delete_stable_ivalue", without).map(DeleteValue::C);
             Self {
+                delete: delete.or_else(|| find(cpu, "_ZdlPv", without).map(DeleteValue::Cpp)),
                 wrap: c.or_else(|| python.and_then(wrap)),
                 unwrap: find(cpu, "torch_tensor_from_pyobject", without),
                 what: find(cpu, "torch_exception_get_what_without_backtrace", without),
@@ -67,6 +79,24 @@ impl Cpp {
                         bump,
                     },
                 ),
+            }
+        }
+    }
+}
+
+impl Cpp {
+    /// Frees the place of an argument that may be none. Its 8 bytes stay where this PyTorch has nothing for
+    /// that.
+    ///
+    /// # Safety
+    /// A place that libtorch made, which nothing looks at any more.
+    pub(super) unsafe fn delete_value(&self, place: *mut u64) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.delete {
+                Some(DeleteValue::C(delete)) => drop(delete(place)),
+                Some(DeleteValue::Cpp(delete)) => delete(place),
+                None => {}
             }
         }
     }

@@ -168,9 +168,11 @@ impl Libtorch {
     /// Whether a call on plain tensors must be seen by PyTorch: for gradients or tangents, or by a mode or a
     /// tracer that is active.
     #[inline]
-    pub(crate) fn is_watched(&self, read: &[Bound<'_, PyAny>]) -> PyResult<bool> {
-        let Some(first) = read.first() else { return Ok(false) };
-        let py = first.py();
+    pub(crate) fn is_watched<'a, 'py: 'a>(
+        &self,
+        py: Python<'py>,
+        read: impl IntoIterator<Item = &'a Bound<'py, PyAny>>,
+    ) -> PyResult<bool> {
         if self.is_grad_enabled() {
             for tensor in read {
                 if self.requires_grad(tensor)? {

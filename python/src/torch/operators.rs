@@ -1,54 +1,48 @@
-//! The operators `gdn::split` and `gdn::merge`: their schemas, and kernels on libtorch's stack.
+//! The operators of PyTorch: their registration, and what its stack holds. What each does is in a file of its
+//! own.
+
+mod layer;
+mod split;
 
 use std::{
     ffi::{CStr, CString, c_char},
     panic::AssertUnwindSafe,
 };
 
-use gdn::{Direction, TENSORS};
 use pyo3::prelude::*;
 
 use super::{
-    Libtorch, PLACE,
+    Libtorch,
     abi::{Failed, Kernel, Opaque, ask},
     get,
     handle::Handle,
 };
-use crate::{
-    ops::{
-        self,
-        split::{self, Call},
-    },
-    tensor::Tensor,
-};
 
-/// What both operators take after their tensors.
+/// What every operator takes after its tensors.
 const HEADS: &str =
     "int num_k_heads, int num_v_heads, int head_k_dim, int head_v_dim, str packing=\"interleaved\"";
 
-/// Registers both, with their out variants, for the CPU and CUDA.
+/// An operator: the name that its kernels are known by, its schema, and its kernel.
+struct Operator {
+    name: &'static CStr,
+    schema: String,
+    kernel: Kernel,
+}
+
+/// Registers all, with their out variants, for the CPU and CUDA.
 ///
 /// # Safety
 /// To be called once.
 pub(super) unsafe fn define(torch: &Libtorch) -> Result<(), Failed> {
     let file = c"gdn/python/src/torch/operators.rs".as_ptr();
-    let packed = "Tensor mixed_qkvz, Tensor mixed_ba";
-    let unpacked = "Tensor mixed_qkv, Tensor z, Tensor b, Tensor a";
-    let schemas = [
-        format!("split({packed}, {HEADS}) -> ({unpacked})"),
-        format!(
-            "split.out({packed}, {HEADS}, *, Tensor(a!) mixed_qkv, Tensor(b!) z, Tensor(c!) b, Tensor(d!) a) -> ()"
-        ),
-        format!("merge({unpacked}, {HEADS}) -> ({packed})"),
-        format!("merge.out({unpacked}, {HEADS}, *, Tensor(a!) mixed_qkvz, Tensor(b!) mixed_ba) -> ()"),
-    ];
+    let operators: Vec<Operator> = split::operators().into_iter().chain(layer::operators()).collect();
     let check = |status: i32, function| if status == 0 { Ok(()) } else { Err(Failed(function)) };
     // SAFETY: texts that end with a zero, handles that libtorch gave, and kernels that take these operators'
     // arguments.
     unsafe {
         let definitions = ask!(torch, aoti_torch_library_init_def(c"gdn".as_ptr(), file, line!()))?;
-        for schema in schemas {
-            let schema = CString::new(schema).map_err(|_| Failed("aoti_torch_library_def"))?;
+        for Operator { schema, .. } in &operators {
+            let schema = CString::new(schema.as_str()).map_err(|_| Failed("aoti_torch_library_def"))?;
             check(
                 (torch.call.aoti_torch_library_def)(definitions, schema.as_ptr()),
                 "aoti_torch_library_def",
@@ -57,12 +51,10 @@ pub(super) unsafe fn define(torch: &Libtorch) -> Result<(), Failed> {
         for key in [c"CPU", c"CUDA"] {
             let library =
                 ask!(torch, aoti_torch_library_init_impl(c"gdn".as_ptr(), key.as_ptr(), file, line!()))?;
-            let kernels: [(&CStr, Kernel); 4] =
-                [(c"split", split), (c"split.out", split_out), (c"merge", merge), (c"merge.out", merge_out)];
-            for (name, kernel) in kernels {
+            for Operator { name, kernel, .. } in &operators {
                 // The oldest version whose conventions are meant.
                 let version = 2 << 56 | 10 << 48;
-                let status = (torch.call.torch_library_impl)(library, name.as_ptr(), kernel, version);
+                let status = (torch.call.torch_library_impl)(library, name.as_ptr(), *kernel, version);
                 check(status, "torch_library_impl")?;
             }
         }
@@ -92,23 +84,97 @@ impl Text<'_> {
     }
 }
 
-/// The operators. A stack has the arguments, owned by the kernel, and gets the results; what goes wrong is
+/// The arguments of an operator, which it owns, one after the other. They are all to be taken before anything
+/// can go wrong.
+struct Stack<'a> {
+    next: *mut u64,
+    torch: &'a Libtorch,
+}
+
+/// Each is of the type that the schema has at its place.
+impl<'a> Stack<'a> {
+    /// # Safety
+    /// There is another argument.
+    unsafe fn value(&mut self) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value = *self.next;
+            self.next = self.next.add(1);
+            value
+        }
+    }
+
+    /// # Safety
+    /// The next argument is a tensor.
+    unsafe fn tensor(&mut self) -> Handle<'a> {
+        // SAFETY: the caller's promise.
+        Handle(unsafe { self.value() } as Opaque, self.torch)
+    }
+
+    /// # Safety
+    /// The next argument is an `int`.
+    unsafe fn int(&mut self) -> i64 {
+        // SAFETY: the caller's promise.
+        unsafe { self.value() as i64 }
+    }
+
+    /// # Safety
+    /// The next argument is a `float`.
+    unsafe fn float(&mut self) -> f64 {
+        // SAFETY: the caller's promise.
+        f64::from_bits(unsafe { self.value() })
+    }
+
+    /// # Safety
+    /// The next argument is a `bool`.
+    unsafe fn bool(&mut self) -> bool {
+        // SAFETY: the caller's promise. It has one byte, the others may be anything.
+        unsafe { self.value() as u8 != 0 }
+    }
+
+    /// # Safety
+    /// The next argument is a `str`.
+    unsafe fn text(&mut self) -> Text<'a> {
+        // SAFETY: the caller's promise.
+        Text(unsafe { self.value() } as Opaque, self.torch)
+    }
+
+    /// The value of an argument that may be none.
+    ///
+    /// # Safety
+    /// The next argument is one.
+    unsafe fn optional(&mut self) -> Option<u64> {
+        // SAFETY: the caller's promise: a place of libtorch's that holds the value, or none.
+        unsafe {
+            let place = self.value() as *mut u64;
+            if place.is_null() {
+                return None;
+            }
+            let value = *place;
+            self.torch.cpp.delete_value(place);
+            Some(value)
+        }
+    }
+
+    /// # Safety
+    /// The next argument is a `Tensor?`.
+    unsafe fn maybe_tensor(&mut self) -> Option<Handle<'a>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.optional() }.map(|value| Handle(value as Opaque, self.torch))
+    }
+}
+
+/// The kernels: a stack has the arguments, owned by the kernel, and gets the results; what goes wrong is
 /// thrown as libtorch throws.
 macro_rules! kernels {
-    ($($name:ident($direction:ident, $out:literal);)*) => { $(
+    ($($name:ident of $operator:literal: $call:ident($($argument:expr),*);)*) => { $(
         unsafe extern "C-unwind" fn $name(stack: *mut u64, _: u64, _: u64) {
             // SAFETY: the stack of this operator.
-            unsafe { kernel(stack, Direction::$direction, $out) }
+            unsafe { super::kernel(stack, $operator, |torch, stack| $call(torch, stack, $($argument),*)) }
         }
     )* };
 }
-
-kernels! {
-    split(Split, false);
-    split_out(Split, true);
-    merge(Merge, false);
-    merge_out(Merge, true);
-}
+use kernels;
 
 /// The most of an error's sentence that PyTorch is told, with a zero at its end.
 const SENTENCE: usize = 1024;
@@ -118,14 +184,17 @@ const SENTENCE: usize = 1024;
 ///
 /// # Safety
 /// `stack` is that of the operator.
-unsafe fn kernel(stack: *mut u64, direction: Direction, out: bool) {
+unsafe fn kernel(
+    stack: *mut u64,
+    name: &'static CStr,
+    call: unsafe fn(&'static Libtorch, *mut u64) -> PyResult<()>,
+) {
     let Some(torch) = get() else { return };
     let mut sentence = [0; SENTENCE];
     // SAFETY: the caller's promise.
-    if unsafe { succeeds(torch, stack, direction, out, &mut sentence) } {
+    if unsafe { succeeds(torch, stack, call, &mut sentence) } {
         return;
     }
-    let name = if direction == Direction::Split { c"gdn::split" } else { c"gdn::merge" };
     // SAFETY: texts that end with a zero. It throws, through frames that allow it.
     unsafe { (torch.check)(false, name.as_ptr(), c"gdn".as_ptr(), 0, sentence.as_ptr().cast()) }
 }
@@ -136,14 +205,13 @@ unsafe fn kernel(stack: *mut u64, direction: Direction, out: bool) {
 /// As [`kernel`].
 #[inline(never)]
 unsafe fn succeeds(
-    torch: &Libtorch,
+    torch: &'static Libtorch,
     stack: *mut u64,
-    direction: Direction,
-    out: bool,
+    call: unsafe fn(&'static Libtorch, *mut u64) -> PyResult<()>,
     sentence: &mut [u8; SENTENCE],
 ) -> bool {
     // SAFETY: the caller's promise.
-    let done = std::panic::catch_unwind(AssertUnwindSafe(|| unsafe { call(torch, stack, direction, out) }));
+    let done = std::panic::catch_unwind(AssertUnwindSafe(|| unsafe { call(torch, stack) }));
     let error = match done {
         Ok(Ok(())) => return true,
         Ok(Err(error)) => Python::attach(|py| error.value(py).to_string()),
@@ -153,64 +221,4 @@ unsafe fn succeeds(
     let length = (0..SENTENCE).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
     sentence[..length].copy_from_slice(&text.as_bytes()[..length]);
     false
-}
-
-/// # Safety
-/// As [`kernel`].
-unsafe fn call(torch: &Libtorch, stack: *mut u64, direction: Direction, out: bool) -> PyResult<()> {
-    let (read, written) = (direction.read(), direction.written());
-    let mut next = 0;
-    let mut argument = || {
-        next += 1;
-        // SAFETY: as many as the schema has.
-        unsafe { *stack.add(next - 1) }
-    };
-    let mut handles = [const { None }; 6];
-    for i in read.clone() {
-        handles[i] = Some(Handle(argument() as Opaque, torch));
-    }
-    let heads = std::array::from_fn(|_| argument() as i64);
-    let packing = Text(argument() as Opaque, torch);
-    if out {
-        for i in written.clone() {
-            handles[i] = Some(Handle(argument() as Opaque, torch));
-        }
-    }
-    let layout = ops::layout(heads, packing.as_str()?)?;
-    let (mut tensors, mut dtypes) = ([Tensor::NONE; 6], [0; 6]);
-    for i in read.clone() {
-        if let Some(handle) = &handles[i] {
-            dtypes[i] = handle.read(TENSORS[i], false, &mut tensors[i])?;
-        }
-    }
-    if !out {
-        let num_rows = split::check_read(&tensors, direction, &layout)?[read.start].num_rows;
-        let device = tensors[read.start].device;
-        for i in written.clone() {
-            let shape = split::shape(&layout.heads, i, num_rows);
-            let made = torch.empty(&shape, dtypes[direction.like(i)], device);
-            handles[i] = Some(made.map_err(|failed| torch.error(failed))?);
-        }
-    }
-    for i in written.clone() {
-        if let Some(handle) = &handles[i] {
-            handle.read(TENSORS[i], true, &mut tensors[i])?;
-        }
-    }
-    let call = Call::new(layout, direction, &tensors)?;
-    if out {
-        torch.advance_versions_of(handles[written.clone()].iter().flatten(), &TENSORS[written.clone()])?;
-    }
-    // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
-    unsafe { call.run(&PLACE)? };
-    if !out {
-        for (i, result) in written.enumerate() {
-            if let Some(handle) = handles[result].take() {
-                // SAFETY: the stack has room for the results, which are its to delete from here on.
-                unsafe { *stack.add(i) = handle.0 as u64 };
-                std::mem::forget(handle);
-            }
-        }
-    }
-    Ok(())
 }

@@ -1,0 +1,177 @@
+//! Decode: the function, and what both doors come to.
+
+use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState};
+use pyo3::prelude::*;
+
+use super::layer::{
+    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, Operands,
+    RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, Wish, names, no_device,
+    not_both, on_objects, refused, take_projections, take_weights,
+};
+use crate::{
+    ops::{Place, integer, size},
+    tensor::value_error,
+};
+
+/// The tensors by position.
+pub(crate) static TENSORS: Names = names([
+    "num_accepted_tokens",
+    "output_state_indices",
+    "intermediate_state_indices",
+    "intermediate_states",
+    "intermediate_conv_windows",
+]);
+
+/// A call, but for its tensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Call {
+    pub(crate) layer: gdn::Layer,
+    pub(crate) tokens_per_sequence: usize,
+    pub(crate) pad_slot_id: i64,
+    pub(crate) disable_state_update: bool,
+}
+
+impl Call {
+    /// Checks everything but the values of indices.
+    pub(crate) fn check(&self, operands: &Operands) -> PyResult<()> {
+        if !operands.device().is_cpu() {
+            return Err(no_device(operands, "decode", operands.device()));
+        }
+        self.build::<Host<'_>>(operands)?.check().map_err(refused)
+    }
+
+    /// Does it, on tensors that [`Operands::check`] saw.
+    ///
+    /// # Safety
+    /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
+    /// or touches those that are written.
+    pub(crate) unsafe fn run(&self, operands: &Operands, place: &Place) -> PyResult<()> {
+        let device = operands.device();
+        if !device.is_cpu() {
+            return Err(no_device(operands, "decode", device));
+        }
+        let mut call = self.build::<Host<'_>>(operands)?;
+        // States are most of what is read.
+        let states = call.recurrent_state.state.sizes()[1..]
+            .iter()
+            .product::<usize>()
+            .saturating_mul(call.recurrent_state.state.dtype().size());
+        let sequences = call.out.sizes()[0] / self.tokens_per_sequence.max(1);
+        place.on_cpu(states.saturating_mul(sequences), |cpu: &Cpu| {
+            gdn::decode(&mut call, cpu).map_err(refused)
+        })
+    }
+
+    /// The library's call.
+    fn build<S: Side>(&self, operands: &Operands) -> PyResult<Decode<S::Read, S::Write>> {
+        let heads = self.layer.heads();
+        let has = |i| operands.has(i);
+        let given = |i: usize, where_| Err(not_both(TENSORS[i], where_));
+        let has_more = has(MORE_STATES) || has(MORE_WINDOWS);
+        if has(MORE_INDICES) && !has_more {
+            return given(
+                MORE_INDICES,
+                "where neither intermediate_states nor intermediate_conv_windows is given",
+            );
+        }
+        if has(THIRD_INDICES) && has_more {
+            return given(THIRD_INDICES, "where intermediate_states or intermediate_conv_windows is given");
+        }
+        if has(THIRD_INDICES) && self.disable_state_update {
+            return given(THIRD_INDICES, "where disable_state_update is True");
+        }
+        let more_indices = || has(MORE_INDICES).then(|| operands.entries::<S>(MORE_INDICES)).transpose();
+        let (width, weights) = operands.weights::<S>()?;
+        let conv_keep = if has(MORE_WINDOWS) {
+            Keep::EachIn { states: operands.write::<S, 4>(MORE_WINDOWS)?, indices: more_indices()? }
+        } else if has(THIRD_INDICES) {
+            Keep::LastAt(operands.entries::<S>(THIRD_INDICES)?)
+        } else if self.disable_state_update {
+            Keep::Nothing
+        } else {
+            Keep::Last
+        };
+        let has_columns = operands.tensors[STATE_INDICES].is_some_and(|indices| indices.shape().len() == 2);
+        let recurrent_keep = if has(MORE_STATES) {
+            Keep::EachIn { states: operands.write::<S, 5>(MORE_STATES)?, indices: more_indices()? }
+        } else if has(THIRD_INDICES) {
+            Keep::LastAt(operands.entries::<S>(THIRD_INDICES)?)
+        } else if self.disable_state_update {
+            Keep::Nothing
+        } else if has_columns {
+            Keep::Each
+        } else {
+            Keep::Last
+        };
+        Ok(Decode {
+            layer: gdn::Layer { conv_width: width, ..self.layer },
+            tokens_per_sequence: self.tokens_per_sequence,
+            projections: operands.projections::<S>(&heads)?,
+            weights,
+            conv_state: ConvState { state: operands.write::<S, 3>(CONV_STATE)?, keep: conv_keep },
+            recurrent_state: RecurrentState {
+                state: operands.write::<S, 4>(RECURRENT_STATE)?,
+                keep: recurrent_keep,
+            },
+            slots: operands.slots::<S>(self.pad_slot_id)?,
+            num_accepted_tokens: has(SECOND_INDICES)
+                .then(|| operands.entries::<S>(SECOND_INDICES))
+                .transpose()?,
+            out: operands.write::<S, 3>(OUT)?,
+        })
+    }
+}
+
+/// Python's name for T, as the library says it.
+pub(crate) fn tokens_per_sequence(number: i64) -> PyResult<usize> {
+    usize::try_from(number).map_err(|_| {
+        let most = gdn::MAX_TOKENS;
+        value_error(format!("tokens_per_sequence is {number}, it must be from 1 to {most}"))
+    })
+}
+
+/// `Layer.decode`, but for what PyTorch has to see: `None` where the operator is to be called instead. With
+/// `only_check` whether it could be called: `None`, or an exception.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "those of the Python function")]
+pub(crate) fn decode<'py>(
+    py: Python<'py>,
+    settings: PyRef<'py, Settings>,
+    weights: [Option<Bound<'py, PyAny>>; 5],
+    projections: Bound<'py, PyAny>,
+    conv_state: Option<Bound<'py, PyAny>>,
+    recurrent_state: Option<Bound<'py, PyAny>>,
+    tokens_per_sequence: Bound<'py, PyAny>,
+    state_indices: Option<Bound<'py, PyAny>>,
+    pad_slot_id: Bound<'py, PyAny>,
+    num_accepted_tokens: Option<Bound<'py, PyAny>>,
+    output_state_indices: Option<Bound<'py, PyAny>>,
+    disable_state_update: bool,
+    intermediate_states: Option<Bound<'py, PyAny>>,
+    intermediate_conv_windows: Option<Bound<'py, PyAny>>,
+    intermediate_state_indices: Option<Bound<'py, PyAny>>,
+    out: Option<Bound<'py, PyAny>>,
+    only_check: bool,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let call = Call {
+        layer: settings.0,
+        tokens_per_sequence: size(&tokens_per_sequence, "tokens_per_sequence", 1)?,
+        pad_slot_id: integer(&pad_slot_id, "pad_slot_id", i64::MIN)?,
+        disable_state_update,
+    };
+    let mut objects: Objects<'py> = [const { None }; _];
+    take_projections(&projections, &mut objects)?;
+    take_weights(weights, &mut objects);
+    (objects[CONV_STATE], objects[RECURRENT_STATE]) = (conv_state, recurrent_state);
+    objects[STATE_INDICES] = state_indices;
+    (objects[SECOND_INDICES], objects[THIRD_INDICES]) = (num_accepted_tokens, output_state_indices);
+    objects[MORE_INDICES] = intermediate_state_indices;
+    (objects[MORE_STATES], objects[MORE_WINDOWS]) = (intermediate_states, intermediate_conv_windows);
+    objects[OUT] = out;
+    let wish = if only_check { Wish::Check } else { Wish::Run };
+    let check = |operands: &Operands| call.check(operands);
+    // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
+    // arrays.
+    let run = |operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
+    on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, check, run)
+}

@@ -1,0 +1,579 @@
+//! What decode and prefill share: a layer's numbers, their tensors by position, and those as the library
+//! takes them.
+
+use std::marker::PhantomData;
+
+use gdn::{
+    ArgumentError, Dtype, Exclusive, Gate, Heads, IndexType, Indices, Packed, Projections, Shared, Space,
+    Unpacked, Weights,
+};
+use pyo3::{
+    prelude::*,
+    types::{PySequence, PyTuple},
+};
+
+use crate::{
+    dlpack, exit,
+    ops::{Place, layout, numbers_of, text},
+    outputs::{fresh, handed_over},
+    tensor::{DType, Device, Tensor, type_error, value_error},
+    torch::{self, type_name},
+};
+
+/// The tensors of either op, by position: the projections (of which a call has the first two, or the next
+/// four), weights, states, the output, indices, and states that are written besides.
+pub(crate) const COUNT: usize = 20;
+pub(crate) const CONV_WEIGHT: usize = 6;
+pub(crate) const CONV_BIAS: usize = 7;
+pub(crate) const NORM_WEIGHT: usize = 10;
+pub(crate) const CONV_STATE: usize = 11;
+pub(crate) const RECURRENT_STATE: usize = 12;
+pub(crate) const OUT: usize = 13;
+pub(crate) const STATE_INDICES: usize = 14;
+/// Two more index tensors, the second of which says where [`MORE_STATES`] and [`MORE_WINDOWS`] go.
+pub(crate) const SECOND_INDICES: usize = 15;
+pub(crate) const THIRD_INDICES: usize = 16;
+pub(crate) const MORE_INDICES: usize = 17;
+pub(crate) const MORE_STATES: usize = 18;
+pub(crate) const MORE_WINDOWS: usize = 19;
+
+/// What an op calls its tensors.
+pub(crate) type Names = [&'static str; COUNT];
+
+/// The names of both ops up to [`STATE_INDICES`], and five of one of them.
+pub(crate) const fn names(others: [&'static str; 5]) -> Names {
+    let [a, b, c, d, e] = others;
+    [
+        "mixed_qkvz",
+        "mixed_ba",
+        "mixed_qkv",
+        "z",
+        "b",
+        "a",
+        "conv_weight",
+        "conv_bias",
+        "A_log",
+        "dt_bias",
+        "norm_weight",
+        "conv_state",
+        "recurrent_state",
+        "out",
+        "state_indices",
+        a,
+        b,
+        c,
+        d,
+        e,
+    ]
+}
+
+pub(crate) fn is_written(i: usize) -> bool {
+    matches!(i, CONV_STATE..=OUT | MORE_STATES | MORE_WINDOWS)
+}
+
+fn is_index(i: usize) -> bool {
+    (STATE_INDICES..=MORE_INDICES).contains(&i)
+}
+
+/// The numbers of a layer, checked: what Python's `gdn.Layer` has made of them once.
+#[pyclass(frozen)]
+pub(crate) struct Settings(pub(crate) gdn::Layer);
+
+#[pymethods]
+impl Settings {
+    #[new]
+    fn new(
+        heads: Bound<'_, PyAny>,
+        packing: Bound<'_, PyAny>,
+        l2norm_eps: f64,
+        norm_eps: f64,
+        scale: Option<f64>,
+        beta_scale: f64,
+        gate: Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let factors = Factors { l2norm_eps, norm_eps, scale, beta_scale };
+        layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?).map(Self)
+    }
+}
+
+/// The numbers of a layer that are no whole ones.
+pub(crate) struct Factors {
+    pub(crate) l2norm_eps: f64,
+    pub(crate) norm_eps: f64,
+    pub(crate) scale: Option<f64>,
+    pub(crate) beta_scale: f64,
+}
+
+/// A layer; the width of its convolution is for the weight to say.
+pub(crate) fn layer(heads: [i64; 4], packing: &str, factors: &Factors, gate: &str) -> PyResult<gdn::Layer> {
+    let mut layer = gdn::Layer::new(layout(heads, packing)?);
+    let Factors { l2norm_eps, norm_eps, scale, beta_scale } = *factors;
+    for (name, number) in [("l2norm_eps", l2norm_eps), ("norm_eps", norm_eps)] {
+        if !(number >= 0.0 && number.is_finite()) {
+            return Err(value_error(format!("{name} is {number}, it must be at least 0 and finite")));
+        }
+    }
+    for (name, number) in [("scale", scale.unwrap_or(1.0)), ("beta_scale", beta_scale)] {
+        if !number.is_finite() {
+            return Err(value_error(format!("{name} is {number}, it must be finite")));
+        }
+    }
+    (layer.l2norm_eps, layer.norm_eps) = (l2norm_eps as f32, norm_eps as f32);
+    layer.scale = scale.map_or(layer.scale, |scale| scale as f32);
+    layer.beta_scale = beta_scale as f32;
+    layer.gate = match gate {
+        "silu" => Gate::Silu,
+        "sigmoid" => Gate::Sigmoid,
+        _ => return Err(value_error(format!("gate is '{gate}', it must be 'silu' or 'sigmoid'"))),
+    };
+    Ok(layer)
+}
+
+/// Where tensors are, as the library sees it: a backend's way to make its views.
+pub(crate) trait Side {
+    type Read: Space;
+    type Write: Space<Raw = <Self::Read as Space>::Raw>;
+
+    fn read<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<Self::Read, D>, ArgumentError>;
+
+    fn write<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<Self::Write, D>, ArgumentError>;
+
+    fn indices<const D: usize>(
+        address: usize,
+        index_type: IndexType,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<Indices<Self::Read, D>, ArgumentError>;
+}
+
+/// The host's memory, for views that live as long as a call.
+pub(crate) struct Host<'a>(PhantomData<&'a ()>);
+
+// Views are made of what a caller of `run` promised for as long as the call lasts, and are dropped with it:
+// see `Call::run`. Without one, only their shapes are looked at.
+impl<'a> Side for Host<'a> {
+    type Read = Shared<'a>;
+    type Write = Exclusive<'a>;
+
+    fn read<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<Shared<'a>, D>, ArgumentError> {
+        let at = std::ptr::with_exposed_provenance(address);
+        // SAFETY: as above.
+        unsafe { gdn::Tensor::from_raw(at, dtype, sizes, strides) }
+    }
+
+    fn write<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<Exclusive<'a>, D>, ArgumentError> {
+        let at = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: as above.
+        unsafe { gdn::Tensor::from_raw_mut(at, dtype, sizes, strides) }
+    }
+
+    fn indices<const D: usize>(
+        address: usize,
+        index_type: IndexType,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<Indices<Shared<'a>, D>, ArgumentError> {
+        let at = std::ptr::with_exposed_provenance(address);
+        // SAFETY: as above.
+        unsafe { Indices::from_raw(at, index_type, sizes, strides) }
+    }
+}
+
+/// The tensors of a call.
+pub(crate) struct Operands {
+    pub(crate) names: &'static Names,
+    pub(crate) tensors: [Option<Tensor>; COUNT],
+}
+
+impl Operands {
+    pub(crate) fn new(names: &'static Names) -> Self {
+        Self { names, tensors: [const { None }; COUNT] }
+    }
+
+    pub(crate) fn has(&self, i: usize) -> bool {
+        self.tensors[i].is_some()
+    }
+
+    /// The position of the first of the projections.
+    pub(crate) fn first(&self) -> usize {
+        if self.has(0) { 0 } else { 2 }
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.tensors[self.first()].map_or(Device::CPU, |tensor| tensor.device)
+    }
+
+    /// Checks each tensor by itself, and that all are on one device.
+    pub(crate) fn check(&self) -> PyResult<()> {
+        let (first, device) = (self.first(), self.device());
+        for (i, name, tensor) in self.given() {
+            tensor.check(name)?;
+            if tensor.device != device && !(tensor.device.is_cpu() && device.is_cpu()) {
+                let (got, other) = (tensor.device, self.names[first]);
+                return Err(value_error(format!("{name} is on {got}, {other} is on {device}")));
+            }
+            if tensor.read_only && is_written(i) {
+                return Err(value_error(format!("{name} is read-only, it is to be written")));
+            }
+            if is_index(i) {
+                index_type(name, tensor)?;
+            } else {
+                dtype(name, tensor)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn given(&self) -> impl Iterator<Item = (usize, &'static str, &Tensor)> {
+        let tensors = self.tensors.iter().zip(self.names).enumerate();
+        tensors.filter_map(|(i, (tensor, name))| Some((i, *name, tensor.as_ref()?)))
+    }
+
+    /// A tensor that a call must have.
+    fn known(&self, i: usize) -> PyResult<&Tensor> {
+        self.tensors[i]
+            .as_ref()
+            .ok_or_else(|| value_error(format!("{} is None, expected a tensor", self.names[i])))
+    }
+
+    pub(crate) fn read<S: Side, const D: usize>(&self, i: usize) -> PyResult<gdn::Tensor<S::Read, D>> {
+        let (name, tensor) = (self.names[i], self.known(i)?);
+        let (sizes, strides) = places(name, tensor)?;
+        S::read(tensor.address, dtype(name, tensor)?, sizes, strides).map_err(|e| refused(named(e, name)))
+    }
+
+    pub(crate) fn write<S: Side, const D: usize>(&self, i: usize) -> PyResult<gdn::Tensor<S::Write, D>> {
+        let (name, tensor) = (self.names[i], self.known(i)?);
+        let (sizes, strides) = places(name, tensor)?;
+        S::write(tensor.address, dtype(name, tensor)?, sizes, strides).map_err(|e| refused(named(e, name)))
+    }
+
+    /// An entry for each sequence.
+    pub(crate) fn entries<S: Side>(&self, i: usize) -> PyResult<Indices<S::Read, 1>> {
+        let (name, tensor) = (self.names[i], self.known(i)?);
+        let (sizes, strides) = places(name, tensor)?;
+        S::indices(tensor.address, index_type(name, tensor)?, sizes, strides)
+            .map_err(|e| refused(named(e, name)))
+    }
+
+    pub(crate) fn slots<S: Side>(&self, pad_slot_id: i64) -> PyResult<gdn::Slots<S::Read>> {
+        let Some(tensor) = &self.tensors[STATE_INDICES] else {
+            return Ok(gdn::Slots { state_indices: None, pad_slot_id });
+        };
+        let name = self.names[STATE_INDICES];
+        let (sizes, strides) = match tensor.shape().len() {
+            1 => {
+                let ([n], [stride]) = places::<1>(name, tensor)?;
+                ([n, 1], [stride, 0])
+            }
+            2 => places(name, tensor)?,
+            dims => return Err(value_error(format!("{name} has {dims} dims, expected 1 or 2"))),
+        };
+        let indices = S::indices(tensor.address, index_type(name, tensor)?, sizes, strides);
+        let indices = indices.map_err(|e| refused(named(e, name)))?;
+        Ok(gdn::Slots { state_indices: Some(indices), pad_slot_id })
+    }
+
+    /// Rows of projections; z may have a dim for the heads.
+    fn rows<S: Side>(&self, i: usize, heads: &Heads) -> PyResult<gdn::Tensor<S::Read, 2>> {
+        let (name, tensor) = (self.names[i], self.known(i)?);
+        let inner = (i == 3).then(|| [heads.num_v_heads(), heads.head_v_dim()]);
+        let rows = tensor.rows(name, inner)?;
+        let (sizes, strides) = ([rows.num_rows, rows.features], [rows.row_stride, 1]);
+        S::read(tensor.address, dtype(name, tensor)?, sizes, strides).map_err(|e| refused(named(e, name)))
+    }
+
+    pub(crate) fn projections<S: Side>(&self, heads: &Heads) -> PyResult<Projections<S::Read>> {
+        let rows = |i| self.rows::<S>(i, heads);
+        Ok(if self.has(0) {
+            Projections::Packed(Packed { mixed_qkvz: rows(0)?, mixed_ba: rows(1)? })
+        } else {
+            Projections::Unpacked(Unpacked { mixed_qkv: rows(2)?, z: rows(3)?, b: rows(4)?, a: rows(5)? })
+        })
+    }
+
+    /// The weights, and the width of the convolution that they have.
+    pub(crate) fn weights<S: Side>(&self) -> PyResult<(usize, Weights<S::Read>)> {
+        let (name, tensor) = (self.names[CONV_WEIGHT], self.known(CONV_WEIGHT)?);
+        let (sizes, strides) = match tensor.shape() {
+            // As `torch.nn.Conv1d` has it, a group a channel.
+            [_, 1, _] => {
+                let ([channels, _, taps], [channel, _, tap]) = places::<3>(name, tensor)?;
+                ([channels, taps], [channel, tap])
+            }
+            [_, _] => places(name, tensor)?,
+            shape => {
+                return Err(value_error(format!("{name} has shape {shape:?}, expected [C, W] or [C, 1, W]")));
+            }
+        };
+        let conv_weight = S::read(tensor.address, dtype(name, tensor)?, sizes, strides);
+        let weights = Weights {
+            conv_weight: conv_weight.map_err(|e| refused(named(e, name)))?,
+            conv_bias: if self.has(CONV_BIAS) { Some(self.read::<S, 1>(CONV_BIAS)?) } else { None },
+            A_log: self.read::<S, 1>(CONV_BIAS + 1)?,
+            dt_bias: self.read::<S, 1>(CONV_BIAS + 2)?,
+            norm_weight: self.read::<S, 1>(NORM_WEIGHT)?,
+        };
+        Ok((sizes[1], weights))
+    }
+
+    /// The shape of an output for them.
+    pub(crate) fn out_shape(&self, heads: &Heads) -> PyResult<[usize; 3]> {
+        let rows = self.known(self.first())?.shape().first().copied().unwrap_or(0);
+        Ok([usize::try_from(rows).unwrap_or(0), heads.num_v_heads(), heads.head_v_dim()])
+    }
+}
+
+/// Lengths and strides of so many dims.
+fn places<const D: usize>(name: &str, tensor: &Tensor) -> PyResult<([usize; D], [usize; D])> {
+    let (shape, strides) = (tensor.shape(), tensor.strides());
+    if shape.len() != D {
+        return Err(value_error(format!("{name} has {} dims, expected {D}", shape.len())));
+    }
+    let mut places = ([0; D], [0; D]);
+    for dim in 0..D {
+        places.0[dim] = usize::try_from(shape[dim]).unwrap_or(0);
+        // The stride of at most one element counts for nothing.
+        places.1[dim] = match usize::try_from(strides[dim]) {
+            Ok(stride) => stride,
+            Err(_) if shape[dim] <= 1 => 0,
+            Err(_) => {
+                let got = strides[dim];
+                return Err(value_error(format!(
+                    "{name} has stride {got} in dim {dim}, expected none below 0"
+                )));
+            }
+        };
+    }
+    Ok(places)
+}
+
+fn dtype(name: &str, tensor: &Tensor) -> PyResult<Dtype> {
+    match tensor.dtype {
+        DType { code: DType::FLOAT, bits: 32, lanes: 1 } => Ok(Dtype::F32),
+        DType { code: DType::FLOAT, bits: 16, lanes: 1 } => Ok(Dtype::F16),
+        DType { code: DType::BFLOAT, bits: 16, lanes: 1 } => Ok(Dtype::BF16),
+        got => Err(type_error(format!("{name} has dtype {got}, expected float32, float16 or bfloat16"))),
+    }
+}
+
+/// Flags are whole numbers too.
+fn index_type(name: &str, tensor: &Tensor) -> PyResult<IndexType> {
+    let is_flag = name == "has_initial_state";
+    match tensor.dtype {
+        DType { code: DType::INT, bits: 32, lanes: 1 } => Ok(IndexType::I32),
+        DType { code: DType::INT, bits: 64, lanes: 1 } => Ok(IndexType::I64),
+        DType { code: DType::BOOL | DType::UINT, bits: 8, lanes: 1 } if is_flag => Ok(IndexType::U8),
+        got if is_flag => {
+            Err(type_error(format!("{name} has dtype {got}, expected bool, uint8, int32 or int64")))
+        }
+        got => Err(type_error(format!("{name} has dtype {got}, expected int32 or int64"))),
+    }
+}
+
+/// An error about a view, told of the tensor that it was to be of.
+fn named(error: ArgumentError, name: &'static str) -> ArgumentError {
+    match error {
+        ArgumentError::Stride { dim, got, expected, .. } => {
+            ArgumentError::Stride { argument: name, dim, got, expected }
+        }
+        ArgumentError::TooLarge { what } => ArgumentError::TooLarge { what: format!("{name}: {what}") },
+        other => other,
+    }
+}
+
+/// What the library calls an argument of an argument, and Python's name for it: longer ones first.
+const RENAMED: [(&str, &str); 10] = [
+    ("conv_state.keep.states", "intermediate_conv_windows"),
+    ("conv_state.keep.indices", "intermediate_state_indices"),
+    ("conv_state.keep", "output_state_indices"),
+    ("recurrent_state.keep.states", "intermediate_states"),
+    ("recurrent_state.keep.indices", "intermediate_state_indices"),
+    ("recurrent_state.keep", "output_state_indices"),
+    ("checkpoints.every", "checkpoint_every_n_tokens"),
+    ("checkpoints.starts", "checkpoint_starts"),
+    ("checkpoints.recurrent_states", "state_checkpoints"),
+    ("checkpoints.conv_states", "conv_checkpoints"),
+];
+
+/// The library's refusal, as Python's exception.
+#[cold]
+pub(crate) fn refused(error: ArgumentError) -> PyErr {
+    let mut text = error.to_string();
+    for (ours, theirs) in RENAMED {
+        if text.contains(ours) {
+            text = text.replace(ours, theirs);
+        }
+    }
+    if !matches!(error, ArgumentError::Dtype { .. }) {
+        return value_error(text);
+    }
+    for (ours, theirs) in [(" bf16", " bfloat16"), (" f16", " float16"), (" f32", " float32")] {
+        text = text.replace(ours, theirs);
+    }
+    type_error(text)
+}
+
+/// A call that has two arguments which do not go together.
+#[cold]
+pub(crate) fn not_both(argument: &str, where_: &str) -> PyErr {
+    value_error(format!("{argument} is given, it must be None {where_}"))
+}
+
+/// That a call is on the CPU.
+#[cold]
+pub(crate) fn no_device(operands: &Operands, op: &str, device: Device) -> PyErr {
+    let name = operands.names[operands.first()];
+    value_error(format!("{name} is on {device}, expected cpu: gdn.{op} has no kernel for others"))
+}
+
+/// The objects that a call of Python's has, by position.
+pub(crate) type Objects<'py> = [Option<Bound<'py, PyAny>>; COUNT];
+
+/// What is asked with a call's objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Run,
+    /// Only whether it could.
+    Check,
+}
+
+/// An op on Python's objects: `None` where PyTorch's operator is to be called instead, because PyTorch must
+/// see it.
+///
+/// `check` checks what is known of the tensors; `run` does it, and the tensors are where they say for as long
+/// as it takes.
+pub(crate) fn on_objects<'py>(
+    py: Python<'py>,
+    names: &'static Names,
+    heads: &Heads,
+    mut objects: Objects<'py>,
+    wish: Wish,
+    check: impl Fn(&Operands) -> PyResult<()>,
+    run: impl Fn(&Operands, &Place) -> PyResult<()> + Sync,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let first = if objects[0].is_some() { 0 } else { 2 };
+    let Some(lead) = objects[first].clone() else {
+        return Err(value_error(format!("{} is None, expected a tensor", names[first])));
+    };
+    let torch = torch::get().filter(|torch| torch.is_tensor(&lead));
+    let mut operands = Operands::new(names);
+    let (mut lent, mut is_operator) = (Vec::new(), false);
+    for (i, object) in objects.iter().enumerate() {
+        let Some(object) = object else { continue };
+        let mut tensor = Tensor::NONE;
+        match torch {
+            Some(torch) if torch.borrow(object, names[i], &mut tensor)? => {}
+            Some(torch) if torch.is_tensor(object) => {
+                if wish == Wish::Check {
+                    return Err(torch.unwritable(object, names[i], names[first], &lead));
+                }
+                is_operator = true;
+            }
+            None if !torch::is_tensor(object) => lent.extend(dlpack::borrow(object, names[i], &mut tensor)?),
+            _ => {
+                let (got, expected) = (type_name(object), type_name(&lead));
+                return Err(type_error(format!("{} is a {got}, {} is a {expected}", names[i], names[first])));
+            }
+        }
+        operands.tensors[i] = Some(tensor);
+    }
+    let known = operands.tensors[first].unwrap_or(Tensor::NONE);
+    let is_fresh = !operands.has(OUT);
+    let mut shape = [0; 3];
+    if !is_operator {
+        // All that can be known is, so that errors are the same through both doors.
+        operands.check()?;
+        if is_fresh {
+            shape = operands.out_shape(heads)?;
+            operands.tensors[OUT] = Some(imagined(&known, &shape));
+        }
+        check(&operands)?;
+    }
+    if wish == Wish::Check {
+        return Ok(None);
+    }
+    if let Some(torch) = torch
+        && (is_operator || torch.is_watched(py, objects.iter().flatten())?)
+    {
+        return Ok(None);
+    }
+    if let Some(torch) = torch {
+        let written = || objects.iter().enumerate().filter(|(i, _)| is_written(*i));
+        let (objects, names): (Vec<_>, Vec<_>) =
+            written().filter_map(|(i, object)| Some((object.as_ref()?, names[i]))).unzip();
+        torch.advance_versions(&PyTuple::new(py, objects)?, &names)?;
+    }
+    let mut buffers = Vec::new();
+    if is_fresh {
+        let (made, tensor) = fresh(torch, &lead, &known, &shape, names[OUT], &mut buffers)?;
+        (objects[OUT], operands.tensors[OUT]) = (Some(made), Some(tensor));
+    }
+    let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
+    exit::detach(py, || run(&operands, &place))?;
+    drop(lent);
+    match buffers.is_empty() {
+        true => Ok(objects[OUT].take()),
+        false => Ok(handed_over(&lead, buffers)?.pop()),
+    }
+}
+
+/// An output that is not there yet, so that a call can be checked before memory is asked for.
+pub(crate) fn imagined(like: &Tensor, shape: &[usize]) -> Tensor {
+    // Far from where systems put memory.
+    Tensor::dense(usize::MAX / 4, like.dtype, like.device, shape)
+}
+
+/// The projections of a call: two or four tensors in a tuple or list, to their places among a call's objects.
+pub(crate) fn take_projections<'py>(
+    projections: &Bound<'py, PyAny>,
+    objects: &mut Objects<'py>,
+) -> PyResult<()> {
+    let expected = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
+    // A tensor can be gone through, and is none.
+    let given: Vec<Bound<'py, PyAny>> = match projections.cast::<PySequence>() {
+        Ok(_) if !torch::is_tensor(projections) => projections.extract()?,
+        _ => {
+            return Err(type_error(format!(
+                "projections is a {}, expected {expected}",
+                type_name(projections)
+            )));
+        }
+    };
+    let start = match given.len() {
+        2 => 0,
+        4 => 2,
+        got => return Err(value_error(format!("projections has {got} tensors, expected {expected}"))),
+    };
+    for (object, given) in objects[start..].iter_mut().zip(given) {
+        *object = Some(given);
+    }
+    Ok(())
+}
+
+/// The five weights, to their places.
+pub(crate) fn take_weights<'py>(weights: [Option<Bound<'py, PyAny>>; 5], objects: &mut Objects<'py>) {
+    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights) {
+        *object = given;
+    }
+}
