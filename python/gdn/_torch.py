@@ -192,8 +192,8 @@ def _autograd(name: str, function: Any) -> Any:
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         has_gradient = torch._C.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
-        has_tangent = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-        if has_gradient or (has_tangent and has_tangent(arguments[:read])):
+        is_dual = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        if has_gradient or (is_dual and has_tangent(arguments[:read])):
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError(
                     f"functorch transforms do not see into gdn::{name}, call gdn.{name} instead"

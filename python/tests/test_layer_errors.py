@@ -297,7 +297,9 @@ def cases():
 
 
 @pytest.mark.parametrize(
-    "op, make, change, message, is_of_values", cases(), ids=lambda one: one if isinstance(one, str) else ""
+    "op, make, change, message, is_of_values",
+    list(cases()),
+    ids=lambda one: one if isinstance(one, str) else "",
 )
 def test_wrong_arguments(op, make, change, message, is_of_values):
     given = make()
