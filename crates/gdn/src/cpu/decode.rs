@@ -7,7 +7,7 @@ use gdn_math::special::exp;
 use super::{
     Cpu,
     lanes::{Bf16, F16, F32, Register, WIDEST, for_isa},
-    recurrence::{Place, Recurrence, scratch_len},
+    recurrence::{Place, Recurrence, arrange, scratch_len},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
     stages::{Group, Widths, at, clear, for_dtype, in_head, step},
@@ -248,50 +248,52 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
     let Task { plan, head, ref sequences, ref step } = *task;
     let (tokens, t) = (&plan.tokens, plan.tokens_per_sequence);
     let heads = tokens.layer.heads();
-    let (dk, all_rows) = (heads.head_k_dim(), heads.ratio() * heads.head_v_dim());
+    let (dk, all_rows) = (heads.head_k_dim(), 0..heads.ratio() * heads.head_v_dim());
+    // What is computed of the value heads' states.
+    let computed = match step {
+        Step::All => Some(&all_rows),
+        Step::Slice(slice, _) => Some(slice),
+        Step::Rest(_) => None,
+    };
     let widths = Widths::new(tokens, t, WIDEST);
-    {
-        let mut pieces = Pieces::of(memory);
-        // SAFETY: the caller's promises.
-        let mut group = unsafe { Group::new::<L>(tokens, head, widths, &mut pieces) };
-        let unkept = pieces.take(scratch_len(dk));
-        for r in sequences.clone() {
-            let rows = r * t..(r + 1) * t;
-            // SAFETY: rows and states of this sequence.
-            unsafe {
-                let Some(read) = Read::of(plan, r) else {
-                    if !matches!(step, Step::Slice(..)) {
-                        clear(tokens, head, rows);
-                    }
-                    continue;
-                };
-                let columns = plan.conv.state.sizes[2];
-                let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
-                group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
-                group.take_inputs::<L>(rows.start, t);
-                if let Step::Rest(outputs) = step {
-                    group.take_outputs(*outputs, rows.start, t);
-                } else {
-                    group.prepare::<L>(rows.start, t);
-                }
+    let mut pieces = Pieces::of(memory);
+    // SAFETY: the caller's promises.
+    let mut group = unsafe { Group::new::<L>(tokens, head, widths, &mut pieces) };
+    let unkept = pieces.take(scratch_len(dk));
+    for r in sequences.clone() {
+        let rows = r * t..(r + 1) * t;
+        // SAFETY: rows and states of this sequence.
+        unsafe {
+            let Some(read) = Read::of(plan, r) else {
                 if !matches!(step, Step::Slice(..)) {
-                    keep_window::<L>(plan, &mut group, r, read);
+                    clear(tokens, head, rows);
                 }
-                // The delta rule takes longer than memory does to bring what the next sequence begins with.
-                if let Some(next) = (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten() {
-                    group.prefetch::<L>(&plan.conv.state, next, rows.end);
-                }
-                match step {
-                    Step::All => recur::<L>(plan, &mut group, r, read, unkept, &(0..all_rows)),
-                    Step::Slice(slice, outputs) => {
-                        recur::<L>(plan, &mut group, r, read, unkept, slice);
-                        group.put_outputs(*outputs, rows.start, t, slice);
-                    }
-                    Step::Rest(_) => {}
-                }
-                if !matches!(step, Step::Slice(..)) {
-                    group.finish::<L>(rows.start, t);
-                }
+                continue;
+            };
+            let columns = plan.conv.state.sizes[2];
+            let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
+            group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
+            group.take_inputs::<L>(rows.start, t);
+            if let Step::Rest(outputs) = step {
+                group.take_outputs(*outputs, rows.start, t);
+            } else {
+                group.prepare::<L>(rows.start, t);
+            }
+            if !matches!(step, Step::Slice(..)) {
+                keep_window::<L>(plan, &mut group, r, read);
+            }
+            // The delta rule takes longer than memory does to bring what the next sequence begins with.
+            if let Some(next) = (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten() {
+                group.prefetch::<L>(&plan.conv.state, next, rows.end);
+            }
+            if let Some(rows) = computed {
+                recur::<L>(plan, &mut group, r, read, unkept, rows);
+            }
+            if let Step::Slice(slice, outputs) = step {
+                group.put_outputs(*outputs, rows.start, t, slice);
+            }
+            if !matches!(step, Step::Slice(..)) {
+                group.finish::<L>(rows.start, t);
             }
         }
     }
@@ -311,16 +313,18 @@ unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, 
             for i in 0..t {
                 if let Some(slot) = plan.slots.kept(&plan.conv, sequence, read.conv, i, t) {
                     let window = at(windows, [slot, i, 0, 0]);
-                    group.write_window::<L>(
-                        window,
-                        windows.kind,
-                        [step(windows, 2), step(windows, 3)],
-                        i + 1,
-                    );
+                    let steps = [step(windows, 2), step(windows, 3)];
+                    group.write_window::<L>(window, windows.kind, steps, width - 1, i + 1);
                 }
             }
         } else {
             let to = plan.slots.kept(&plan.conv, sequence, read.conv, t - 1, t);
+            if let (Some(to), None, true) = (to, read.accepted, columns < width + t) {
+                // All that is to be kept was read.
+                let steps = [step(state, 1), step(state, 2)];
+                group.write_window::<L>(at(state, [to, 0, 0]), state.kind, steps, columns, t);
+                return;
+            }
             let (old, kept, columns) = match read.accepted {
                 // All columns are the last inputs.
                 None => (t, columns.saturating_sub(t), columns),
@@ -352,6 +356,14 @@ unsafe fn recur<L: Register>(
     let (state, t) = (&plan.recurrent.state, plan.tokens_per_sequence);
     let by_rows = state.is_dense(3);
     let along = if by_rows { 2 } else { 3 };
+    if by_rows {
+        for row in
+            [&mut *group.q, &mut *group.k].into_iter().flat_map(|rows| rows.chunks_exact_mut(padded(dk)))
+        {
+            // SAFETY: the machine has the instruction set.
+            for_dtype!(state.kind, E => unsafe { arrange::<L, E>(row, dk) });
+        }
+    }
     for j in 0..ratio {
         let (h, rows) = (group.head() * ratio + j, in_head(rows, j, dv));
         if rows.is_empty() {

@@ -229,7 +229,8 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
                 states.exchange::<false>(&checkpoints.recurrent_states, place, head * ratio);
                 if let (Some(windows), true) = (&checkpoints.conv_states, is_whole) {
                     let window = at(windows, [place, 0, windows.sizes[2] - before]);
-                    group.write_window::<L>(window, windows.kind, [step(windows, 1), step(windows, 2)], 0);
+                    let steps = [step(windows, 1), step(windows, 2)];
+                    group.write_window::<L>(window, windows.kind, steps, before, 0);
                 }
             }
         }

@@ -6,15 +6,11 @@ use std::ops::Range;
 use gdn_math::layer as math;
 
 use super::{
-    lanes::{Element, Register, WIDEST},
+    lanes::{Element, F32, Register, WIDEST},
     scratch::padded,
 };
 use crate::decode::MAX_TOKENS;
 
-/// Rows of a state that are computed side by side. Two keep to the order of memory, which its prefetchers ask
-/// of a state that no cache holds: four take 1.6 times as long there, and within the second-level cache 0.9
-/// times.
-const ROWS: usize = 2;
 /// Registers of columns that are computed side by side.
 const COLUMNS: usize = 4;
 
@@ -34,6 +30,18 @@ impl Place {
         let step = if by_rows { padded(dk) } else { COLUMNS * WIDEST } * size_of::<f32>();
         Self { at: memory.as_mut_ptr().cast(), step, is_scratch: true }
     }
+
+    /// Where a row begins, of a state whose DK is dense.
+    #[inline(always)]
+    fn row(&self, row: usize) -> *mut u8 {
+        self.at.wrapping_add(if self.is_scratch { 0 } else { row * self.step })
+    }
+
+    /// Where a column begins, of a state whose DV is dense.
+    #[inline(always)]
+    fn column<E: Element>(&self, column: usize) -> *mut u8 {
+        self.at.wrapping_add(if self.is_scratch { 0 } else { column * E::BYTES })
+    }
 }
 
 /// f32 that a [`Place::scratch`] takes, whatever the dtype of the state.
@@ -46,7 +54,7 @@ pub(super) struct Recurrence {
     pub(super) dk: usize,
     /// The part of DV that is computed. Every part gives the same bits as the whole.
     pub(super) rows: Range<usize>,
-    /// `[T][padded(DK)]`, zeros from DK on.
+    /// `[T][padded(DK)]`, zeros from DK on. For a state whose DK is dense as [`arrange`] has them.
     pub(super) q: *const f32,
     /// As `q`.
     pub(super) k: *const f32,
@@ -76,14 +84,14 @@ impl Recurrence {
         // SAFETY: the caller's promises.
         unsafe {
             if by_rows {
-                let mut row = start;
-                while row + ROWS <= end {
-                    self.rows::<L, E, ROWS>(row);
-                    row += ROWS;
+                let side_by_side = if E::BYTES == 4 { 2 } else { 4 };
+                let last = end - (end - start) % side_by_side;
+                if E::BYTES == 4 {
+                    self.all_rows::<L, E, 2>(start..last);
+                } else {
+                    self.all_rows::<L, E, 4>(start..last);
                 }
-                for row in row..end {
-                    self.rows::<L, E, 1>(row);
-                }
+                self.all_rows::<L, E, 1>(last..end);
             } else {
                 let mut column = start;
                 while column + COLUMNS * L::LEN <= end {
@@ -101,63 +109,154 @@ impl Recurrence {
         }
     }
 
-    /// Some rows of a state whose DK is dense.
+    /// Rows of a state whose DK is dense, N of them side by side, as many times as there are such.
     #[inline(always)]
-    unsafe fn rows<L: Register, E: Element, const N: usize>(&self, first: usize) {
-        let (dk, whole) = (self.dk, self.dk / L::LEN * L::LEN);
-        let place =
-            |place: &Place| place.at.wrapping_add(if place.is_scratch { 0 } else { first * place.step });
+    unsafe fn all_rows<L: Register, E: Element, const N: usize>(&self, rows: Range<usize>) {
+        let steps = rows.len() / N * self.num_tokens;
+        // Rows wait for the sums of their corrections, unless other rows' are computed before they are changed.
+        // In f32 that costs more than it gains: states of no cache are brought fastest in the order of memory.
+        let ahead = usize::from(self.num_tokens == 1 && E::BYTES < 4);
+        let mut waiting = [0.0; N];
+        for i in 0..steps + ahead {
+            // SAFETY: the caller's promises.
+            unsafe {
+                let mut corrections = [0.0; N];
+                if i < steps {
+                    let (row, t) = (i / self.num_tokens * N, i % self.num_tokens);
+                    corrections = self.correct_rows::<L, E, N>(rows.start + row, t);
+                }
+                if ahead > 0 {
+                    std::mem::swap(&mut corrections, &mut waiting);
+                }
+                if let Some(i) = i.checked_sub(ahead) {
+                    let (row, t) = (i / self.num_tokens * N, i % self.num_tokens);
+                    self.update_rows::<L, E, N>(rows.start + row, t, corrections);
+                }
+            }
+        }
+    }
+
+    /// Where the state before a token lies.
+    #[inline(always)]
+    fn before(&self, t: usize) -> Place {
+        if t == 0 { self.from } else { self.to[t - 1] }
+    }
+
+    /// The corrections of some rows for a token.
+    #[inline(always)]
+    unsafe fn correct_rows<L: Register, E: Element, const N: usize>(
+        &self,
+        first: usize,
+        t: usize,
+    ) -> [f32; N] {
+        let (dk, from) = (self.dk, self.before(t));
+        let (paired, whole) = (paired::<L>(dk), dk / L::LEN * L::LEN);
         // SAFETY: the caller's promises.
         unsafe {
-            let (mut from, mut from_step) = (place(&self.from), self.from.step);
-            for t in 0..self.num_tokens {
-                let (to, to_step) = (place(&self.to[t]), self.to[t].step);
-                let (q, k) = (self.q.add(t * padded(dk)), self.k.add(t * padded(dk)));
-                let (v, o) = (self.v.add(t * self.v_width + first), self.o.add(t * self.v_width + first));
-                let mut sums = [L::zero(); N];
-                for i in (0..whole).step_by(L::LEN) {
-                    let key = L::load(k.add(i));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        let src = from.add(n * from_step + i * E::BYTES);
-                        *sum = E::load::<L>(src).mul_add(key, *sum);
-                    }
+            let (k, v) = (self.k.add(t * padded(dk)), self.v.add(t * self.v_width + first));
+            let at = from.row(first);
+            let mut sums = [L::zero(); N];
+            for i in (0..paired).step_by(2 * L::LEN) {
+                let keys = load::<L, F32, 2>(k.add(i).cast());
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let s = load::<L, E, 2>(at.add(n * from.step + i * E::BYTES));
+                    *sum = s[1].mul_add(keys[1], s[0].mul_add(keys[0], *sum));
                 }
-                if whole < dk {
-                    let key = L::load(k.add(whole));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        let s = load_first::<L, E>(from.add(n * from_step + whole * E::BYTES), dk - whole);
-                        *sum = s.mul_add(key, *sum);
-                    }
+            }
+            if paired < whole {
+                let key = L::load(k.add(paired));
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let s = E::load::<L>(at.add(n * from.step + paired * E::BYTES));
+                    *sum = s.mul_add(key, *sum);
                 }
-                let decay = L::zero().splat(self.decay[t]);
-                let mut corrections = [L::zero(); N];
-                for (n, correction) in corrections.iter_mut().enumerate() {
-                    let r = self.decay[t] * sums[n].sum();
-                    *correction = decay.splat(math::correction(self.beta[t], *v.add(n), r));
+            }
+            if whole < dk {
+                let key = L::load(k.add(whole));
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let s = load_first::<L, E>(at.add(n * from.step + whole * E::BYTES), dk - whole);
+                    *sum = s.mul_add(key, *sum);
                 }
-                let mut sums = [L::zero(); N];
-                for i in (0..whole).step_by(L::LEN) {
-                    let (key, query) = (L::load(k.add(i)), L::load(q.add(i)));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        let s = E::load::<L>(from.add(n * from_step + i * E::BYTES));
-                        let s = key.mul_add(corrections[n], s.times(decay));
-                        E::store(s, to.add(n * to_step + i * E::BYTES));
-                        *sum = s.mul_add(query, *sum);
-                    }
+            }
+            let sums = each_sum(sums);
+            let mut corrections = [0.0; N];
+            for (n, correction) in corrections.iter_mut().enumerate() {
+                *correction = math::correction(self.beta[t], *v.add(n), self.decay[t] * sums[n]);
+            }
+            corrections
+        }
+    }
+
+    /// Some rows' states after a token, and their outputs.
+    #[inline(always)]
+    unsafe fn update_rows<L: Register, E: Element, const N: usize>(
+        &self,
+        first: usize,
+        t: usize,
+        corrections: [f32; N],
+    ) {
+        // Decay, state and key were numbers where the correction is one. Then so are the new elements of the
+        // state, each a product added to another one that is no larger than a number.
+        let numbers = corrections.iter().all(|correction| correction.is_finite());
+        // SAFETY: the caller's promises.
+        unsafe {
+            if numbers || !E::NAN_TAKES_TIME {
+                self.store_rows::<L, E, N, true>(first, t, corrections);
+            } else {
+                self.store_rows::<L, E, N, false>(first, t, corrections);
+            }
+        }
+    }
+
+    /// [`update_rows`](Self::update_rows), with `NUMBERS` of states without NaN.
+    #[inline(always)]
+    unsafe fn store_rows<L: Register, E: Element, const N: usize, const NUMBERS: bool>(
+        &self,
+        first: usize,
+        t: usize,
+        corrections: [f32; N],
+    ) {
+        let (dk, from, to) = (self.dk, self.before(t), self.to[t]);
+        let (paired, whole) = (paired::<L>(dk), dk / L::LEN * L::LEN);
+        // SAFETY: the caller's promises.
+        unsafe {
+            let (q, k) = (self.q.add(t * padded(dk)), self.k.add(t * padded(dk)));
+            let (src, dst, o) = (from.row(first), to.row(first), self.o.add(t * self.v_width + first));
+            let decay = L::zero().splat(self.decay[t]);
+            let mut sums = [L::zero(); N];
+            for i in (0..paired).step_by(2 * L::LEN) {
+                let keys = load::<L, F32, 2>(k.add(i).cast());
+                let queries = load::<L, F32, 2>(q.add(i).cast());
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let correction = decay.splat(corrections[n]);
+                    let s = load::<L, E, 2>(src.add(n * from.step + i * E::BYTES));
+                    let s = [
+                        keys[0].mul_add(correction, s[0].times(decay)),
+                        keys[1].mul_add(correction, s[1].times(decay)),
+                    ];
+                    store::<L, E, 2, NUMBERS>(s, dst.add(n * to.step + i * E::BYTES));
+                    *sum = s[1].mul_add(queries[1], s[0].mul_add(queries[0], *sum));
                 }
-                if whole < dk {
-                    let (key, query) = (L::load(k.add(whole)), L::load(q.add(whole)));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        let s = load_first::<L, E>(from.add(n * from_step + whole * E::BYTES), dk - whole);
-                        let s = key.mul_add(corrections[n], s.times(decay));
-                        store_first::<L, E>(s, to.add(n * to_step + whole * E::BYTES), dk - whole);
-                        *sum = s.mul_add(query, *sum);
-                    }
+            }
+            if paired < whole {
+                let (key, query) = (L::load(k.add(paired)), L::load(q.add(paired)));
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let s = E::load::<L>(src.add(n * from.step + paired * E::BYTES));
+                    let s = key.mul_add(decay.splat(corrections[n]), s.times(decay));
+                    E::store(s, dst.add(n * to.step + paired * E::BYTES));
+                    *sum = s.mul_add(query, *sum);
                 }
-                for (n, sum) in sums.into_iter().enumerate() {
-                    *o.add(n) = sum.sum();
+            }
+            if whole < dk {
+                let (key, query) = (L::load(k.add(whole)), L::load(q.add(whole)));
+                for (n, sum) in sums.iter_mut().enumerate() {
+                    let s = load_first::<L, E>(src.add(n * from.step + whole * E::BYTES), dk - whole);
+                    let s = key.mul_add(decay.splat(corrections[n]), s.times(decay));
+                    store_first::<L, E>(s, dst.add(n * to.step + whole * E::BYTES), dk - whole);
+                    *sum = s.mul_add(query, *sum);
                 }
-                (from, from_step) = (to, to_step);
+            }
+            for (n, sum) in each_sum(sums).into_iter().enumerate() {
+                *o.add(n) = sum;
             }
         }
     }
@@ -165,44 +264,168 @@ impl Recurrence {
     /// Some columns of a state whose DV is dense, N registers of them.
     #[inline(always)]
     unsafe fn columns<L: Register, E: Element, const N: usize>(&self, first: usize) {
-        let place =
-            |place: &Place| place.at.wrapping_add(if place.is_scratch { 0 } else { first * E::BYTES });
         // SAFETY: the caller's promises.
         unsafe {
-            let (mut from, mut from_step) = (place(&self.from), self.from.step);
             for t in 0..self.num_tokens {
-                let (to, to_step) = (place(&self.to[t]), self.to[t].step);
-                let (q, k) = (self.q.add(t * padded(self.dk)), self.k.add(t * padded(self.dk)));
-                let (v, o) = (self.v.add(t * self.v_width + first), self.o.add(t * self.v_width + first));
+                let from = self.before(t);
+                let src = from.column::<E>(first);
+                let k = self.k.add(t * padded(self.dk));
                 let zero = L::zero();
                 let mut sums = [zero; N];
                 for i in 0..self.dk {
                     let key = zero.splat(*k.add(i));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        *sum =
-                            E::load::<L>(from.add(i * from_step + n * L::LEN * E::BYTES)).mul_add(key, *sum);
+                    let s = load::<L, E, N>(src.add(i * from.step));
+                    for (sum, s) in sums.iter_mut().zip(s) {
+                        *sum = s.mul_add(key, *sum);
                     }
                 }
                 let (decay, beta) = (zero.splat(self.decay[t]), zero.splat(self.beta[t]));
-                let mut corrections = [zero; N];
+                let v = self.v.add(t * self.v_width + first);
+                let v = arranged::<L, E, N>(load::<L, F32, N>(v.cast()));
+                let (mut corrections, mut total) = ([zero; N], zero);
                 for (n, correction) in corrections.iter_mut().enumerate() {
-                    *correction = math::correction(beta, L::load(v.add(n * L::LEN)), decay.times(sums[n]));
+                    *correction = math::correction(beta, v[n], decay.times(sums[n]));
+                    total = total.plus(*correction);
                 }
-                let mut sums = [zero; N];
-                for i in 0..self.dk {
-                    let (key, query) = (zero.splat(*k.add(i)), zero.splat(*q.add(i)));
-                    for (n, sum) in sums.iter_mut().enumerate() {
-                        let s = E::load::<L>(from.add(i * from_step + n * L::LEN * E::BYTES));
-                        let s = key.mul_add(corrections[n], s.times(decay));
-                        E::store(s, to.add(i * to_step + n * L::LEN * E::BYTES));
-                        *sum = s.mul_add(query, *sum);
-                    }
+                // As for rows: where the total is a number, all are.
+                if !E::NAN_TAKES_TIME || total.sum().is_finite() {
+                    self.store_columns::<L, E, N, true>(first, t, corrections);
+                } else {
+                    self.store_columns::<L, E, N, false>(first, t, corrections);
                 }
-                for (n, sum) in sums.into_iter().enumerate() {
-                    sum.store(o.add(n * L::LEN));
-                }
-                (from, from_step) = (to, to_step);
             }
+        }
+    }
+
+    /// Some columns' states after a token, and their outputs; with `NUMBERS` of states without NaN.
+    #[inline(always)]
+    unsafe fn store_columns<L: Register, E: Element, const N: usize, const NUMBERS: bool>(
+        &self,
+        first: usize,
+        t: usize,
+        corrections: [L; N],
+    ) {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let (from, to) = (self.before(t), self.to[t]);
+            let (src, dst) = (from.column::<E>(first), to.column::<E>(first));
+            let (q, k) = (self.q.add(t * padded(self.dk)), self.k.add(t * padded(self.dk)));
+            let decay = L::zero().splat(self.decay[t]);
+            let mut sums = [L::zero(); N];
+            for i in 0..self.dk {
+                let (key, query) = (decay.splat(*k.add(i)), decay.splat(*q.add(i)));
+                let mut s = load::<L, E, N>(src.add(i * from.step));
+                for (s, correction) in s.iter_mut().zip(corrections) {
+                    *s = key.mul_add(correction, s.times(decay));
+                }
+                store::<L, E, N, NUMBERS>(s, dst.add(i * to.step));
+                for (sum, s) in sums.iter_mut().zip(s) {
+                    *sum = s.mul_add(query, *sum);
+                }
+            }
+            let o = self.o.add(t * self.v_width + first);
+            store::<L, F32, N, false>(restored::<L, E, N>(sums), o.cast());
+        }
+    }
+}
+
+/// N registers of elements, by pairs where there are some; see [`Element::load_pair`].
+///
+/// # Safety
+/// The elements can be read; the machine has L's instruction set.
+#[inline(always)]
+unsafe fn load<L: Register, E: Element, const N: usize>(src: *const u8) -> [L; N] {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let mut registers = [L::zero(); N];
+        for (i, pair) in registers.chunks_mut(2).enumerate() {
+            let src = src.add(2 * i * L::LEN * E::BYTES);
+            match pair {
+                [first, second] => [*first, *second] = E::load_pair(src),
+                rest => rest[0] = E::load(src),
+            }
+        }
+        registers
+    }
+}
+
+/// The inverse of [`load`], with `NUMBERS` where no lane is NaN.
+///
+/// # Safety
+/// The elements can be written.
+#[inline(always)]
+unsafe fn store<L: Register, E: Element, const N: usize, const NUMBERS: bool>(
+    registers: [L; N],
+    dst: *mut u8,
+) {
+    for (i, pair) in registers.chunks(2).enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let dst = dst.add(2 * i * L::LEN * E::BYTES);
+            match *pair {
+                [first, second] => E::store_pair::<L, NUMBERS>([first, second], dst),
+                ref rest => E::store(rest[0], dst),
+            }
+        }
+    }
+}
+
+/// Registers in the order of memory in that of [`load`].
+#[inline(always)]
+fn arranged<L: Register, E: Element, const N: usize>(mut registers: [L; N]) -> [L; N] {
+    for pair in registers.chunks_exact_mut(2) {
+        let [first, second] = E::arranged([pair[0], pair[1]]);
+        (pair[0], pair[1]) = (first, second);
+    }
+    registers
+}
+
+/// The inverse of [`arranged`].
+#[inline(always)]
+fn restored<L: Register, E: Element, const N: usize>(mut registers: [L; N]) -> [L; N] {
+    for pair in registers.chunks_exact_mut(2) {
+        let [first, second] = E::restored([pair[0], pair[1]]);
+        (pair[0], pair[1]) = (first, second);
+    }
+    registers
+}
+
+/// The sum of each register.
+#[inline(always)]
+fn each_sum<L: Register, const N: usize>(registers: [L; N]) -> [f32; N] {
+    let mut sums = [0.0; N];
+    for (sums, registers) in sums.chunks_mut(4).zip(registers.chunks(4)) {
+        if let &[a, b, c, d] = registers {
+            sums.copy_from_slice(&L::four_sums([a, b, c, d]));
+        } else {
+            for (sum, register) in sums.iter_mut().zip(registers) {
+                *sum = register.sum();
+            }
+        }
+    }
+    sums
+}
+
+/// How much of a row is loaded by pairs of registers.
+#[inline(always)]
+fn paired<L: Register>(dk: usize) -> usize {
+    dk / (2 * L::LEN) * 2 * L::LEN
+}
+
+/// Puts a row of q or k in the order in which the elements of a state whose DK is dense are loaded.
+///
+/// # Safety
+/// The machine has L's instruction set.
+#[inline(always)]
+pub(super) unsafe fn arrange<L: Register, E: Element>(row: &mut [f32], dk: usize) {
+    for pair in row[..paired::<L>(dk)].chunks_exact_mut(2 * L::LEN) {
+        let (first, second) = pair.split_at_mut(L::LEN);
+        // SAFETY: a register each, and the caller's promise.
+        unsafe {
+            let pair = [L::load(first.as_ptr()), L::load(second.as_ptr())];
+            let [one, two] = E::arranged(pair);
+            one.store(first.as_mut_ptr());
+            two.store(second.as_mut_ptr());
         }
     }
 }

@@ -67,6 +67,56 @@ fn heads_and_dims() {
 }
 
 #[test]
+fn states_of_every_dtype_in_both_orders() {
+    for state_dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        for state_order in [[2, 3], [3, 2]] {
+            // Whole pairs of registers, one more register, and elements past them, along either dim.
+            for heads in [[1, 2, 128, 128], [1, 1, 48, 80], [1, 2, 80, 48], [1, 1, 33, 17], [1, 3, 7, 5]] {
+                for (isa, cpu) in every_isa() {
+                    let form = Form { state_dtype, state_order, gap: 3, ..Form::default() };
+                    let before = Batch::new(&Options::new(heads), form, &[1; 3]);
+                    let mut after = before.clone();
+                    after.decode(&cpu);
+                    after.check(&before, &format!("{isa}, {heads:?}, {form:?}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so_in_its_row_of_the_state() {
+    for state_dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        for state_order in [[2, 3], [3, 2]] {
+            for (heads, (isa, cpu)) in [[1, 2, 64, 64], [1, 2, 80, 48]]
+                .into_iter()
+                .flat_map(|heads| every_isa().map(move |isa| (heads, isa)))
+            {
+                let form = Form { state_dtype, state_order, ..Form::default() };
+                let mut clean = Batch::new(&Options::new(heads), form, &[1]);
+                let slot = clean.slots[0] as usize;
+                let mut hostile = clean.clone();
+                hostile.recurrent.set([slot, 1, 5, 7], f64::NAN);
+                hostile.recurrent.set([slot, 1, 22, 31], f64::INFINITY);
+                hostile.recurrent.set([slot, 0, 41, 2], f64::NEG_INFINITY);
+                clean.decode(&cpu);
+                hostile.decode(&cpu);
+                for [_, h, i, j] in clean.recurrent.places().filter(|place| place[0] == slot) {
+                    let place = [slot, h, i, j];
+                    let (got, right) = (hostile.recurrent.get(place), clean.recurrent.get(place));
+                    let what = format!("{got} at {place:?}, {isa}, {heads:?}, {form:?}");
+                    match (h, i) {
+                        (1, 5) => assert!(got.is_nan(), "{what}"),
+                        (1, 22) | (0, 41) => assert!(!got.is_finite(), "{what}"),
+                        _ => assert_eq!(got, right, "{what}"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn dtypes() {
     for dtype in Dtype::ALL {
         for state_dtype in Dtype::ALL {

@@ -52,6 +52,32 @@ pub(super) trait Register: Lanes {
     /// `LEN` f16 are writable at `dst`, at any alignment.
     unsafe fn store_f16(self, dst: *mut u16);
 
+    /// `2 * LEN` bf16, as [`unzip`](Self::unzip) gives them: those at even places, and those at odd ones. Two
+    /// numbers lie in 32 bits, and a shift and a mask are all that takes them apart.
+    ///
+    /// # Safety
+    /// The machine has the instruction set, and `2 * LEN` bf16 are readable at `src`, at any alignment.
+    unsafe fn load_bf16_pair(src: *const u16) -> [Self; 2];
+
+    /// The inverse, for lanes of which none is NaN.
+    ///
+    /// # Safety
+    /// `2 * LEN` bf16 are writable at `dst`, at any alignment.
+    unsafe fn store_bf16_pair(pair: [Self; 2], dst: *mut u16);
+
+    /// Of the lanes of two registers, one after the other, those at even places and those at odd ones.
+    fn unzip(pair: [Self; 2]) -> [Self; 2];
+
+    /// The inverse of [`unzip`](Self::unzip).
+    fn zip(pair: [Self; 2]) -> [Self; 2];
+
+    /// Of the lanes of three registers, one after the other, every third one, from the first, the second and
+    /// the third on.
+    fn unzip_three(registers: [Self; 3]) -> [Self; 3];
+
+    /// The inverse of [`unzip_three`](Self::unzip_three).
+    fn zip_three(registers: [Self; 3]) -> [Self; 3];
+
     /// Has the line of `src` brought near, where the instruction set can. Any address will do.
     #[inline(always)]
     fn prefetch(src: *const u8) {
@@ -60,6 +86,12 @@ pub(super) trait Register: Lanes {
 
     /// The sum of the lanes, halves first: lane i and lane i + LEN/2, and so on.
     fn sum(self) -> f32;
+
+    /// The [`sum`](Self::sum) of each.
+    #[inline(always)]
+    fn four_sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        [a.sum(), b.sum(), c.sum(), d.sum()]
+    }
 }
 
 /// A function that is generic over a [`Register`], compiled for the instruction set `$isa`, or for the scalar
@@ -129,6 +161,45 @@ pub(super) trait Element: Copy {
     /// As [`Register::store`], for this element.
     unsafe fn store<L: Register>(register: L, dst: *mut u8);
 
+    /// Whether [`store_pair`](Self::store_pair) takes less time where no lane is NaN.
+    const NAN_TAKES_TIME: bool = false;
+
+    /// `2 * LEN` elements, in the order of lanes that is quickest to load: see [`arranged`](Self::arranged).
+    ///
+    /// # Safety
+    /// As [`Register::load`], for so many of this element.
+    #[inline(always)]
+    unsafe fn load_pair<L: Register>(src: *const u8) -> [L; 2] {
+        // SAFETY: the caller's promise.
+        unsafe { [Self::load(src), Self::load(src.wrapping_add(L::LEN * Self::BYTES))] }
+    }
+
+    /// The inverse of [`load_pair`](Self::load_pair). With `NUMBERS` for lanes of which none is NaN, where that
+    /// [takes time](Self::NAN_TAKES_TIME).
+    ///
+    /// # Safety
+    /// As [`Register::store`], for so many of this element.
+    #[inline(always)]
+    unsafe fn store_pair<L: Register, const NUMBERS: bool>(pair: [L; 2], dst: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self::store(pair[0], dst);
+            Self::store(pair[1], dst.wrapping_add(L::LEN * Self::BYTES));
+        }
+    }
+
+    /// From the order of memory to that of [`load_pair`](Self::load_pair).
+    #[inline(always)]
+    fn arranged<L: Register>(pair: [L; 2]) -> [L; 2] {
+        pair
+    }
+
+    /// The inverse of [`arranged`](Self::arranged).
+    #[inline(always)]
+    fn restored<L: Register>(pair: [L; 2]) -> [L; 2] {
+        pair
+    }
+
     /// # Safety
     /// One element is readable at `src`, at any alignment.
     unsafe fn read(src: *const u8) -> f32;
@@ -149,7 +220,7 @@ pub(super) struct Bf16;
 pub(super) struct F16;
 
 macro_rules! element {
-    ($element:ty, $bits:ty, $load:ident, $store:ident, $read:expr, $write:expr) => {
+    ($element:ty, $bits:ty, $load:ident, $store:ident, $read:expr, $write:expr, { $($pairs:item)* }) => {
         impl Element for $element {
             const BYTES: usize = size_of::<$bits>();
 
@@ -176,10 +247,141 @@ macro_rules! element {
                 // SAFETY: the caller's promise.
                 unsafe { dst.cast::<$bits>().write_unaligned($write(value)) }
             }
+
+            $($pairs)*
         }
     };
 }
 
-element!(F32, f32, load, store, std::convert::identity, std::convert::identity);
-element!(Bf16, u16, load_bf16, store_bf16, gdn_math::element::f32_of_bf16, gdn_math::element::bf16_of_f32);
-element!(F16, u16, load_f16, store_f16, gdn_math::element::f32_of_f16, gdn_math::element::f16_of_f32);
+element!(F32, f32, load, store, std::convert::identity, std::convert::identity, {});
+element!(F16, u16, load_f16, store_f16, gdn_math::element::f32_of_f16, gdn_math::element::f16_of_f32, {});
+element!(Bf16, u16, load_bf16, store_bf16, gdn_math::element::f32_of_bf16, gdn_math::element::bf16_of_f32, {
+    const NAN_TAKES_TIME: bool = true;
+
+    #[inline(always)]
+    unsafe fn load_pair<L: Register>(src: *const u8) -> [L; 2] {
+        // SAFETY: the caller's promise.
+        unsafe { L::load_bf16_pair(src.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_pair<L: Register, const NUMBERS: bool>(pair: [L; 2], dst: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if NUMBERS {
+                L::store_bf16_pair(pair, dst.cast());
+            } else {
+                let [first, second] = L::zip(pair);
+                first.store_bf16(dst.cast());
+                second.store_bf16(dst.cast::<u16>().wrapping_add(L::LEN));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn arranged<L: Register>(pair: [L; 2]) -> [L; 2] {
+        L::unzip(pair)
+    }
+
+    #[inline(always)]
+    fn restored<L: Register>(pair: [L; 2]) -> [L; 2] {
+        L::zip(pair)
+    }
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+
+    /// Every exponent with both signs, mantissas around each place where rounding turns; NaN too.
+    fn numbers() -> impl Iterator<Item = f32> {
+        (0..=u16::MAX).step_by(16).flat_map(|high| {
+            [0u32, 1, 0x7fff, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0xf_8000, 0xf_8001, 0xf_ffff]
+                .map(|low| f32::from_bits((u32::from(high) << 16) + low))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn pairs<L: Register>(numbers: &[f32]) {
+        let len = 2 * L::LEN;
+        for given in numbers.chunks_exact(len) {
+            let mut bits = vec![0xA5A5u16; len];
+            // SAFETY: `len` of each; the machine has the instruction set.
+            let back = unsafe {
+                let pair = L::unzip([L::load(given.as_ptr()), L::load(given[L::LEN..].as_ptr())]);
+                if given.iter().any(|x| x.is_nan()) {
+                    Bf16::store_pair::<L, false>(pair, bits.as_mut_ptr().cast());
+                } else {
+                    Bf16::store_pair::<L, true>(pair, bits.as_mut_ptr().cast());
+                }
+                let [first, second] = L::zip(L::load_bf16_pair(bits.as_ptr()));
+                let mut back = vec![0.0; len];
+                first.store(back.as_mut_ptr());
+                second.store(back[L::LEN..].as_mut_ptr());
+                back
+            };
+            let expected: Vec<u16> = given.iter().map(|x| gdn_math::element::bf16_of_f32(*x)).collect();
+            assert_eq!(bits, expected, "{given:?}");
+            let back: Vec<u32> = back.iter().map(|x| x.to_bits()).collect();
+            assert_eq!(back, expected.iter().map(|x| u32::from(*x) << 16).collect::<Vec<_>>());
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn orders<L: Register>(_: &[f32]) {
+        let lanes: Vec<f32> = (0..4 * L::LEN).map(|i| i as f32 + 0.5).collect();
+        // SAFETY: as many lanes as four registers have; the machine has the instruction set.
+        unsafe {
+            let [a, b, c, d]: [L; 4] = std::array::from_fn(|i| L::load(lanes[i * L::LEN..].as_ptr()));
+            let read = |register: L| {
+                let mut lanes = vec![0.0; L::LEN];
+                register.store(lanes.as_mut_ptr());
+                lanes
+            };
+            for (i, part) in L::unzip([a, b]).into_iter().enumerate() {
+                assert_eq!(read(part), (0..L::LEN).map(|l| lanes[2 * l + i]).collect::<Vec<_>>());
+            }
+            for (i, part) in L::unzip_three([a, b, c]).into_iter().enumerate() {
+                assert_eq!(read(part), (0..L::LEN).map(|l| lanes[3 * l + i]).collect::<Vec<_>>());
+            }
+            for (i, part) in L::zip(L::unzip([a, b])).into_iter().enumerate() {
+                assert_eq!(read(part), lanes[i * L::LEN..][..L::LEN]);
+            }
+            for (i, part) in L::zip_three(L::unzip_three([a, b, c])).into_iter().enumerate() {
+                assert_eq!(read(part), lanes[i * L::LEN..][..L::LEN]);
+            }
+            // Numbers whose sum depends on the order.
+            let uneven = [a, b, c, d].map(|register| zero_over(register));
+            assert_eq!(L::four_sums(uneven), uneven.map(|register| register.sum()));
+        }
+    }
+
+    #[inline(always)]
+    fn zero_over<L: Register>(register: L) -> L {
+        register.splat(1.0).over(register)
+    }
+
+    #[test]
+    fn pairs_of_registers_round_as_one_number_does() {
+        let all: Vec<f32> = numbers().collect();
+        let none_nan: Vec<f32> = numbers().filter(|x| !x.is_nan()).collect();
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let pairs = for_isa!(isa, pairs(numbers: &[f32]));
+            // SAFETY: `for_isa` looked at the machine.
+            unsafe {
+                pairs(&all);
+                pairs(&none_nan);
+            }
+        }
+    }
+
+    #[test]
+    fn lanes_are_put_in_order_and_back() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let orders = for_isa!(isa, orders(numbers: &[f32]));
+            // SAFETY: `for_isa` looked at the machine.
+            unsafe { orders(&[]) };
+        }
+    }
+}

@@ -103,6 +103,18 @@ impl Lanes for F32x4 {
     }
 }
 
+/// Numbers whose upper halves are the nearest bf16.
+#[inline(always)]
+fn rounded(numbers: F32x4) -> arm::uint32x4_t {
+    // SAFETY: a value of the type shows that the machine has the instructions.
+    unsafe {
+        let bits = arm::vreinterpretq_u32_f32(numbers.0);
+        // The last place that stays: the topmost bit here, and then 1.
+        let last = arm::vshlq_n_u32::<15>(bits);
+        arm::vsraq_n_u32::<31>(arm::vaddq_u32(bits, arm::vdupq_n_u32(0x7fff)), last)
+    }
+}
+
 impl Register for F32x4 {
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -136,11 +148,9 @@ impl Register for F32x4 {
         // SAFETY: the caller's promise. Bytes have no alignment.
         unsafe {
             let bits = arm::vreinterpretq_u32_f32(self.0);
-            let last = arm::vandq_u32(arm::vshrq_n_u32::<16>(bits), arm::vdupq_n_u32(1));
-            let rounded = arm::vaddq_u32(bits, arm::vaddq_u32(last, arm::vdupq_n_u32(0x7fff)));
             let number = arm::vceqq_f32(self.0, self.0);
             let quiet = arm::vorrq_u32(bits, arm::vdupq_n_u32(0x0040_0000));
-            let bits = arm::vbslq_u32(number, rounded, quiet);
+            let bits = arm::vbslq_u32(number, rounded(self), quiet);
             let narrow = arm::vshrn_n_u32::<16>(bits);
             arm::vst1_u8(dst.cast(), arm::vreinterpret_u8_u16(narrow));
         }
@@ -165,6 +175,59 @@ impl Register for F32x4 {
         for (i, lane) in lanes.into_iter().enumerate() {
             // SAFETY: the caller's promise.
             unsafe { dst.add(i).write_unaligned(f16_of_f32(lane)) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pair(src: *const u16) -> [Self; 2] {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        unsafe {
+            let both = arm::vreinterpretq_u32_u8(arm::vld1q_u8(src.cast()));
+            let odd = arm::vandq_u32(both, arm::vdupq_n_u32(0xffff_0000));
+            let even = arm::vshlq_n_u32::<16>(both);
+            [Self(arm::vreinterpretq_f32_u32(even)), Self(arm::vreinterpretq_f32_u32(odd))]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_pair([even, odd]: [Self; 2], dst: *mut u16) {
+        // SAFETY: the caller's promise. Bytes have no alignment.
+        unsafe {
+            let both = arm::vsriq_n_u32::<16>(rounded(odd), rounded(even));
+            arm::vst1q_u8(dst.cast(), arm::vreinterpretq_u8_u32(both));
+        }
+    }
+
+    #[inline(always)]
+    fn unzip([first, second]: [Self; 2]) -> [Self; 2] {
+        [op!(vuzp1q_f32(first.0, second.0)), op!(vuzp2q_f32(first.0, second.0))]
+    }
+
+    #[inline(always)]
+    fn zip([even, odd]: [Self; 2]) -> [Self; 2] {
+        [op!(vzip1q_f32(even.0, odd.0)), op!(vzip2q_f32(even.0, odd.0))]
+    }
+
+    #[inline(always)]
+    fn unzip_three([a, b, c]: [Self; 3]) -> [Self; 3] {
+        let mut lanes = [0.0; 12];
+        // SAFETY: twelve f32; a value of the type shows that the machine has the instructions.
+        unsafe {
+            a.store(lanes.as_mut_ptr());
+            b.store(lanes[4..].as_mut_ptr());
+            c.store(lanes[8..].as_mut_ptr());
+            let arm::float32x4x3_t(x, y, z) = arm::vld3q_f32(lanes.as_ptr());
+            [Self(x), Self(y), Self(z)]
+        }
+    }
+
+    #[inline(always)]
+    fn zip_three([x, y, z]: [Self; 3]) -> [Self; 3] {
+        let mut lanes = [0.0; 12];
+        // SAFETY: as above.
+        unsafe {
+            arm::vst3q_f32(lanes.as_mut_ptr(), arm::float32x4x3_t(x.0, y.0, z.0));
+            [Self::load(lanes.as_ptr()), Self::load(lanes[4..].as_ptr()), Self::load(lanes[8..].as_ptr())]
         }
     }
 

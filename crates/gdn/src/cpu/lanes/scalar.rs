@@ -47,6 +47,41 @@ impl Register for f32 {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16_pair(src: *const u16) -> [Self; 2] {
+        // SAFETY: the caller's promise.
+        unsafe { [Self::load_bf16(src), Self::load_bf16(src.add(1))] }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_pair([even, odd]: [Self; 2], dst: *mut u16) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            even.store_bf16(dst);
+            odd.store_bf16(dst.add(1));
+        }
+    }
+
+    #[inline(always)]
+    fn unzip(pair: [Self; 2]) -> [Self; 2] {
+        pair
+    }
+
+    #[inline(always)]
+    fn zip(pair: [Self; 2]) -> [Self; 2] {
+        pair
+    }
+
+    #[inline(always)]
+    fn unzip_three(registers: [Self; 3]) -> [Self; 3] {
+        registers
+    }
+
+    #[inline(always)]
+    fn zip_three(registers: [Self; 3]) -> [Self; 3] {
+        registers
+    }
+
+    #[inline(always)]
     fn sum(self) -> f32 {
         self
     }

@@ -5,11 +5,16 @@
 
 use std::ops::Range;
 
+mod elements;
+mod window;
+
 use gdn_math::layer as math;
 
+pub(super) use self::elements::{at, for_dtype, step};
+use self::elements::{load, load_columns, store};
 use super::{
     copy::LINE,
-    lanes::{Bf16, Element, F16, F32, Register, WIDEST},
+    lanes::{Register, WIDEST},
     scratch::{Pieces, padded},
 };
 use crate::{
@@ -17,97 +22,6 @@ use crate::{
     layer::{Field, MAX_CONV_WIDTH, Tokens},
     tensor::Operand,
 };
-
-/// Has a block compiled for each dtype, with `$element` as its name for it.
-macro_rules! for_dtype {
-    ($dtype:expr, $element:ident => $work:expr) => {
-        match $dtype {
-            Dtype::F32 => {
-                type $element = F32;
-                $work
-            }
-            Dtype::BF16 => {
-                type $element = Bf16;
-                $work
-            }
-            Dtype::F16 => {
-                type $element = F16;
-                $work
-            }
-        }
-    };
-}
-pub(super) use for_dtype;
-
-/// `len` elements, `stride` bytes from one to the next, as f32. `dst` has room for whole registers, and zeros
-/// are put where they pass `len`.
-///
-/// # Safety
-/// The elements can be read; `dst` has `padded(len)` f32; the machine has L's instruction set.
-#[inline(always)]
-pub(super) unsafe fn load<L: Register>(
-    dtype: Dtype,
-    src: *const u8,
-    stride: usize,
-    len: usize,
-    dst: *mut f32,
-) {
-    for_dtype!(dtype, E => {
-        let whole = if stride == E::BYTES { len / L::LEN * L::LEN } else { 0 };
-        // SAFETY: the caller's promise.
-        unsafe {
-            for i in (0..whole).step_by(L::LEN) {
-                E::load::<L>(src.add(i * E::BYTES)).store(dst.add(i));
-            }
-            for i in whole..len {
-                *dst.add(i) = E::read(src.add(i * stride));
-            }
-        }
-    });
-    for i in len..padded(len) {
-        // SAFETY: as above.
-        unsafe { *dst.add(i) = 0.0 };
-    }
-}
-
-/// `len` f32 as elements, `stride` bytes from one to the next.
-///
-/// # Safety
-/// The elements can be written; `src` has `len` f32; the machine has L's instruction set.
-#[inline(always)]
-pub(super) unsafe fn store<L: Register>(
-    dtype: Dtype,
-    src: *const f32,
-    len: usize,
-    dst: *mut u8,
-    stride: usize,
-) {
-    for_dtype!(dtype, E => {
-        let whole = if stride == E::BYTES { len / L::LEN * L::LEN } else { 0 };
-        // SAFETY: the caller's promise.
-        unsafe {
-            for i in (0..whole).step_by(L::LEN) {
-                E::store(L::load(src.add(i)), dst.add(i * E::BYTES));
-            }
-            for i in whole..len {
-                E::write(*src.add(i), dst.add(i * stride));
-            }
-        }
-    });
-}
-
-/// The address of an element.
-#[inline(always)]
-pub(super) fn at<const D: usize>(operand: &Operand<*mut u8, Dtype, D>, place: [usize; D]) -> *mut u8 {
-    let offset: usize = place.iter().zip(operand.strides).map(|(i, stride)| i * stride).sum();
-    operand.at.wrapping_add(offset * operand.kind.size())
-}
-
-/// Bytes from an element to the next along a dim.
-#[inline(always)]
-pub(super) fn step<const D: usize>(operand: &Operand<*mut u8, Dtype, D>, dim: usize) -> usize {
-    operand.strides[dim] * operand.kind.size()
-}
 
 /// The features of a key head in a field, in some row.
 #[inline(always)]
@@ -130,6 +44,39 @@ struct Part<'a> {
     bias: &'a mut [f32],
     /// `[W - 1 + T][row]`: the inputs, those before the call first.
     inputs: &'a mut [f32],
+}
+
+impl<'a> Part<'a> {
+    /// `len` channels from `channel` on, read in heads of `dim`, with room for `capacity` tokens.
+    ///
+    /// # Safety
+    /// As [`Group::new`].
+    #[inline(always)]
+    unsafe fn new<L: Register>(
+        tokens: &Tokens<*mut u8>,
+        field: Field<*mut u8>,
+        channel: usize,
+        [len, dim]: [usize; 2],
+        capacity: usize,
+        memory: &mut Pieces<'a>,
+    ) -> Self {
+        let (row, width) = (part_row(len, dim), tokens.layer.conv_width);
+        let (weights, bias) = (memory.take(width * row), memory.take(row));
+        let inputs = memory.take((width - 1 + capacity) * row);
+        let weight = &tokens.conv_weight;
+        let (src, steps) = (at(weight, [channel, 0]), [step(weight, 0), step(weight, 1)]);
+        // SAFETY: the channels and taps that the plan was checked for; rows of the scratch memory.
+        unsafe {
+            load_columns::<L>(weight.kind, src, steps, len, width, |tap| weights[tap * row..].as_mut_ptr());
+            match &tokens.conv_bias {
+                Some(given) => {
+                    load::<L>(given.kind, at(given, [channel]), step(given, 0), len, bias.as_mut_ptr());
+                }
+                None => bias.fill(0.0),
+            }
+        }
+        Self { field, channel, len, row, weights, bias, inputs }
+    }
 }
 
 /// f32 of a row of `len` channels that is read in heads of `dim`: whole registers from any head's start on.
@@ -217,54 +164,39 @@ impl<'a> Group<'a> {
         memory: &mut Pieces<'a>,
     ) -> Self {
         let heads = tokens.layer.heads();
-        let (dk, dv, ratio, width) =
-            (heads.head_k_dim(), heads.head_v_dim(), heads.ratio(), tokens.layer.conv_width);
+        let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
         let keys = heads.num_k_heads() * dk;
-        let parts = [
-            (tokens.q, head * dk, dk, dk),
-            (tokens.k, keys + head * dk, dk, dk),
-            (tokens.v, 2 * keys + head * ratio * dv, ratio * dv, dv),
-        ];
-        let [q, k, v] = parts;
-        let mut part = |(field, channel, len, dim): (Field<*mut u8>, usize, usize, usize)| {
-            let row = part_row(len, dim);
-            let part = Part {
-                field,
-                channel,
-                len,
-                row,
-                weights: memory.take(width * row),
-                bias: memory.take(row),
-                inputs: memory.take((width - 1 + widths.capacity) * row),
-            };
-            let weight = &tokens.conv_weight;
-            for tap in 0..width {
-                let dst = part.weights[tap * row..].as_mut_ptr();
-                // SAFETY: the channels and taps that the plan was checked for; rows of the scratch memory.
-                unsafe { load::<L>(weight.kind, at(weight, [channel, tap]), step(weight, 0), len, dst) };
-            }
-            match &tokens.conv_bias {
-                // SAFETY: as above.
-                Some(bias) => unsafe {
-                    load::<L>(bias.kind, at(bias, [channel]), step(bias, 0), len, part.bias.as_mut_ptr());
-                },
-                None => part.bias.fill(0.0),
-            }
-            part
-        };
-        let parts = [part(q), part(k), part(v)];
         let capacity = widths.capacity;
-        let v_width = ratio * widths.head;
-        let vector = |operand: &Operand<*mut u8, Dtype, 1>, start: usize, len: usize, dst: &mut [f32]| {
-            // SAFETY: as above.
-            unsafe { load::<L>(operand.kind, at(operand, [start]), step(operand, 0), len, dst.as_mut_ptr()) };
+        // No closures here: in one an instruction set's operations would be calls of functions.
+        // SAFETY: the caller's promises.
+        let parts = unsafe {
+            [
+                Part::new::<L>(tokens, tokens.q, head * dk, [dk, dk], capacity, memory),
+                Part::new::<L>(tokens, tokens.k, keys + head * dk, [dk, dk], capacity, memory),
+                Part::new::<L>(
+                    tokens,
+                    tokens.v,
+                    2 * keys + head * ratio * dv,
+                    [ratio * dv, dv],
+                    capacity,
+                    memory,
+                ),
+            ]
         };
+        let v_width = ratio * widths.head;
         let norm_weight = memory.take(widths.head);
         norm_weight.fill(0.0);
-        vector(&tokens.norm_weight, 0, dv, norm_weight);
         let (a_log, dt_bias) = (memory.take(padded(ratio)), memory.take(padded(ratio)));
-        vector(&tokens.A_log, head * ratio, ratio, a_log);
-        vector(&tokens.dt_bias, head * ratio, ratio, dt_bias);
+        for (operand, start, len, to) in [
+            (&tokens.norm_weight, 0, dv, &mut *norm_weight),
+            (&tokens.A_log, head * ratio, ratio, &mut *a_log),
+            (&tokens.dt_bias, head * ratio, ratio, &mut *dt_bias),
+        ] {
+            // SAFETY: the elements that the plan was checked for; rows of the scratch memory.
+            unsafe {
+                load::<L>(operand.kind, at(operand, [start]), step(operand, 0), len, to.as_mut_ptr());
+            }
+        }
         let longest = parts.iter().map(|part| part.row).max().unwrap_or(0);
         let mut group = Self {
             tokens,
@@ -293,110 +225,6 @@ impl<'a> Group<'a> {
         group
     }
 
-    /// Takes what lies before the tokens to come from a window of `conv_state`: columns `first` to `first + W
-    /// - 2` of a slot. `None` for zeros.
-    ///
-    /// # Safety
-    /// The window can be read; the machine has L's instruction set.
-    #[inline(always)]
-    pub(super) unsafe fn read_window<L: Register>(
-        &mut self,
-        window: Option<(&Operand<*mut u8, Dtype, 3>, usize, usize)>,
-    ) {
-        let before = self.tokens.layer.conv_width - 1;
-        for part in &mut self.parts {
-            let row = part.row;
-            let Some((state, slot, first)) = window else {
-                part.inputs[..before * row].fill(0.0);
-                continue;
-            };
-            for column in 0..before {
-                let src = at(state, [slot, part.channel, first + column]);
-                let dst = part.inputs[column * row..].as_mut_ptr();
-                // SAFETY: the caller's promise; a row of the scratch memory.
-                unsafe { load::<L>(state.kind, src, step(state, 1), part.len, dst) };
-            }
-        }
-    }
-
-    /// Writes W - 1 columns: the inputs up to token `upto` of those prepared last. `channel` and `column` are
-    /// bytes from one to the next.
-    ///
-    /// # Safety
-    /// The window can be written; the machine has L's instruction set.
-    #[inline(always)]
-    pub(super) unsafe fn write_window<L: Register>(
-        &self,
-        window: *mut u8,
-        dtype: Dtype,
-        [channel, column]: [usize; 2],
-        upto: usize,
-    ) {
-        for part in &self.parts {
-            for i in 0..self.tokens.layer.conv_width - 1 {
-                let src = part.inputs[(upto + i) * part.row..].as_ptr();
-                let dst = window.wrapping_add(part.channel * channel + i * column);
-                // SAFETY: the caller's promise; a row of the scratch memory.
-                unsafe { store::<L>(dtype, src, part.len, dst, channel) };
-            }
-        }
-    }
-
-    /// Brings a slot of `conv_state` up to date: column `old + i` of slot `from` (without one, zeros) goes to
-    /// column i of slot `to` for the first `kept` columns, and the inputs of the last tokens, of `num_tokens`
-    /// from row `first` on, go to the columns up to `columns`.
-    ///
-    /// # Safety
-    /// Both slots can be read and written and the rows read, `old` is at least 1 where the slots are one, and
-    /// the columns are there. The machine has L's instruction set.
-    #[allow(clippy::too_many_arguments, reason = "a move with its two ends")]
-    #[inline(always)]
-    pub(super) unsafe fn roll_window<L: Register>(
-        &mut self,
-        state: &Operand<*mut u8, Dtype, 3>,
-        [from, to]: [Option<usize>; 2],
-        old: usize,
-        kept: usize,
-        columns: usize,
-        first: usize,
-        num_tokens: usize,
-    ) {
-        let (Some(to), channel_step) = (to, step(state, 1)) else { return };
-        let size = state.kind.size();
-        // Where a channel's columns lie side by side and channels likewise, all that stays moves as one
-        // stretch.
-        let is_stretch =
-            columns == state.sizes[2] && step(state, 2) == size && channel_step == columns * size;
-        for part in &self.parts {
-            let mut next = 0;
-            if let (Some(from), true) = (from, is_stretch && kept > 0) {
-                let src = at(state, [from, part.channel, old]);
-                let bytes = part.len * channel_step - old * size;
-                // SAFETY: the part's columns but the first `old`.
-                unsafe { std::ptr::copy(src, at(state, [to, part.channel, 0]), bytes) };
-                next = kept;
-            }
-            for column in next..columns {
-                let dst = at(state, [to, part.channel, column]);
-                let line = self.line.as_mut_ptr();
-                // SAFETY: the caller's promises; the line is as long as any part.
-                unsafe {
-                    if column >= kept {
-                        let token = num_tokens - (columns - column);
-                        let src = features(&part.field, self.head, first + token);
-                        load::<L>(part.field.dtype, src, part.field.dtype.size(), part.len, line);
-                    } else if let Some(from) = from {
-                        let src = at(state, [from, part.channel, old + column]);
-                        load::<L>(state.kind, src, channel_step, part.len, line);
-                    } else {
-                        std::slice::from_raw_parts_mut(line, part.len).fill(0.0);
-                    }
-                    store::<L>(state.kind, line, part.len, dst, channel_step);
-                }
-            }
-        }
-    }
-
     /// Has what a sequence begins with brought near: its window of `conv_state`, where channels lie side by
     /// side, and its first row of the projections.
     #[inline(always)]
@@ -412,15 +240,6 @@ impl<'a> Group<'a> {
         }
         let z = &self.tokens.z;
         lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
-    }
-
-    /// Keeps the last inputs as what lies before the tokens to come.
-    pub(super) fn keep_inputs(&mut self, num_tokens: usize) {
-        let before = self.tokens.layer.conv_width - 1;
-        for part in &mut self.parts {
-            let row = part.row;
-            part.inputs.copy_within(num_tokens * row..(num_tokens + before) * row, 0);
-        }
     }
 
     /// Which key head it is.
