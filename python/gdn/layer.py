@@ -63,7 +63,9 @@ class Layer:
         beta_scale: float = 1.0,
         gate: str = "silu",
     ) -> None:
-        self._settings = _gdn.Settings(heads, packing, l2norm_eps, norm_eps, scale, beta_scale, gate)
+        settings = (heads, packing, l2norm_eps, norm_eps, scale, beta_scale, gate)
+        # A graph that is traced calls operators, which check by themselves.
+        self._settings = None if _is_compiling() else _gdn.Settings(*settings)
         self.heads = tuple(heads)
         self.packing = packing
         self.conv_weight, self.conv_bias = conv_weight, conv_bias
@@ -101,6 +103,13 @@ class Layer:
         except AttributeError as error:
             name = type(module).__name__
             raise TypeError(f"module is a {name}, expected a Gated DeltaNet layer: {error}") from None
+
+    def _numbers(self) -> _gdn.Settings:
+        """The numbers, checked."""
+        if self._settings is None:
+            names = ("heads", "packing", "l2norm_eps", "norm_eps", "scale", "beta_scale", "gate")
+            self._settings = _gdn.Settings(*(getattr(self, name) for name in names))
+        return self._settings
 
     def decode(
         self,
@@ -156,7 +165,7 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.decode(
-                self._settings,
+                self._numbers(),
                 (self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.norm_weight),
                 projections,
                 conv_state,
@@ -227,7 +236,7 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.prefill(
-                self._settings,
+                self._numbers(),
                 (self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.norm_weight),
                 projections,
                 cu_seqlens,
@@ -305,7 +314,7 @@ def _reason(
     layer = given["self"]
     weights = (layer.conv_weight, layer.conv_bias, layer.A_log, layer.dt_bias, layer.norm_weight)
     try:
-        function(layer._settings, weights, *(given[name] for name in names), True)
+        function(layer._numbers(), weights, *(given[name] for name in names), True)
     except (ValueError, TypeError) as refused:
         return str(refused)
     return None if _torch is None else _torch_layer.refusal(op, layer, given)

@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""What transformers' models gain on a CPU from `gdn.integrations.transformers`, whole forwards, with and without in turns.
+
+    pip install ./python torch transformers
+    python benches/transformers_cpu.py --model FOLDER          # makes a model with random weights there, once
+    python benches/transformers_cpu.py --model FOLDER --csv OUT.csv [--only "2048|decode"]
+
+The model has three Gated DeltaNet layers (16/32 heads of 128) and one of attention, hidden 2048, as Qwen3-Next or Qwen3.5 (`--kind`),
+in bf16. A figure is the median over the turns. Before a shape is timed its logits with gdn are held to those of the same model without:
+the error of both against float32 may differ by a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import gdn
+import gdn.integrations.transformers as integration
+
+VOCABULARY = 4096
+PREFILLS, BATCHES = (512, 2048), (1, 8)
+PROMPT, STEPS = 16, 12
+
+
+def make(kind: str):
+    """The model with random weights that spread gates and decays as trained ones do."""
+    common = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    if kind == "qwen3_next":
+        experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=512)
+        experts |= dict(shared_expert_intermediate_size=512, intermediate_size=2048)
+        config = transformers.Qwen3NextConfig(**common, **experts)
+        model = transformers.Qwen3NextForCausalLM(config)
+    else:
+        config = transformers.Qwen3_5TextConfig(**common, intermediate_size=6144)
+        model = transformers.Qwen3_5ForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if name.endswith("A_log"):
+                one.copy_(
+                    torch.empty(one.shape).uniform_(1, 16, generator=generator).log()
+                )
+            elif name.endswith("dt_bias"):
+                one.copy_(torch.empty(one.shape).uniform_(-4, 0, generator=generator))
+            elif one.dim() >= 2:
+                scale = 0.3 if "conv1d" in name else 1.2 / one.shape[-1] ** 0.5
+                one.copy_(torch.randn(one.shape, generator=generator) * scale)
+    return model.to(torch.bfloat16)
+
+
+def tokens(batch: int, length: int):
+    return torch.randint(
+        0,
+        VOCABULARY,
+        (batch, length),
+        generator=torch.Generator().manual_seed(batch + length),
+    )
+
+
+def on(is_on: bool):
+    return integration.installed() if is_on else contextlib.nullcontext()
+
+
+def prefill(model, length: int, turns: int):
+    """Seconds of a forward, without and with."""
+    ids, seconds = tokens(1, length), ([], [])
+    for _ in range(turns):
+        for is_on in (False, True):
+            with on(is_on):
+                start = time.perf_counter()
+                model(ids, use_cache=True, logits_to_keep=1)
+                seconds[is_on].append(time.perf_counter() - start)
+    return [one[1:] or one for one in seconds]
+
+
+def decode(model, batch: int, turns: int):
+    """Seconds of a step, without and with, each on a cache of its own."""
+    ids, seconds, caches = tokens(batch, PROMPT + 1), ([], []), []
+    for is_on in (False, True):
+        with on(is_on):
+            caches.append(model(ids[:, :PROMPT], use_cache=True).past_key_values)
+    for turn in range(turns):
+        for is_on in (False, True):
+            with on(is_on):
+                for step in range(STEPS):
+                    start = time.perf_counter()
+                    model(
+                        ids[:, PROMPT:], past_key_values=caches[is_on], use_cache=True
+                    )
+                    if turn or step:
+                        seconds[is_on].append(time.perf_counter() - start)
+    return seconds
+
+
+def check(model):
+    """Logits of a prefill and of steps after it, with gdn and without, against the same model in float32."""
+    ids = tokens(2, 96)
+
+    def logits(model):
+        step = model(ids[:, :90], use_cache=True)
+        out = [step.logits]
+        for i in range(90, 96):
+            step = model(
+                ids[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True
+            )
+            out.append(step.logits)
+        return torch.cat(out, 1).double()
+
+    without = logits(model)
+    with integration.installed():
+        ours = logits(model)
+    exact = logits(model.float())
+    model.to(torch.bfloat16)
+    errors = [((one - exact).norm() / exact.norm()).item() for one in (without, ours)]
+    print(
+        f"relative error of logits against float32: {errors[0]:.2e} without, {errors[1]:.2e} with"
+    )
+    assert errors[1] < 1.1 * errors[0], (
+        "gdn is further from float32 than transformers' own layer"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument(
+        "--kind", choices=["qwen3_next", "qwen3_5"], default="qwen3_next"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not arguments.model.exists():
+        model = make(arguments.kind)
+        with torch.inference_mode():
+            check(model)
+        model.save_pretrained(arguments.model)
+        return
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.bfloat16
+    ).eval()
+    kind = model.config.model_type
+    shapes = {f"prefill {n}": (prefill, n, 1, n) for n in PREFILLS}
+    shapes |= {f"decode, batch {n}": (decode, n, n, 1) for n in BATCHES}
+    rows = []
+    with torch.inference_mode():
+        for name, (measure, size, batch, length) in shapes.items():
+            if re.search(arguments.only, name):
+                without, ours = measure(model, size, arguments.turns)
+                before, after = statistics.median(without), statistics.median(ours)
+                tokens_s = [f"{batch * length / one:.1f}" for one in (before, after)]
+                rows.append(
+                    [
+                        kind,
+                        name,
+                        arguments.threads,
+                        f"{before * 1e3:.3f}",
+                        f"{after * 1e3:.3f}",
+                    ]
+                )
+                rows[-1] += [*tokens_s, f"{before / after:.3f}", len(ours)]
+                print(
+                    f"{kind}, {name}: {before * 1e3:.2f} ms without, {after * 1e3:.2f} with: {before / after:.2f} times"
+                )
+    if arguments.csv and rows:
+        is_new = not arguments.csv.exists()
+        with arguments.csv.open("a", newline="") as file:
+            out = csv.writer(file)
+            if is_new:
+                versions = f"gdn {gdn.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+                out.writerow(
+                    [
+                        f"# {versions}, {platform.machine()}, {gdn._gdn.isa()}, bf16, medians"
+                    ]
+                )
+                out.writerow(
+                    "model,shape,threads,ms_without,ms_with,tokens_s_without,tokens_s_with,ratio,samples".split(
+                        ","
+                    )
+                )
+            out.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
