@@ -3,6 +3,7 @@
 // A build for the device is of one op.
 #[allow(unused_imports)]
 use crate::{
+    decode::{self, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
     probe, split,
 };
@@ -64,6 +65,22 @@ kernels! { "split":
     gdn_merge_16x1(split::Args) = split::run::<true, true, 1>;
     gdn_merge_16x2(split::Args) = split::run::<true, true, 2>;
     gdn_merge_narrow(split::Args) = split::run::<false, true, 4>;
+}
+
+// By the dtype of the state and the columns that a row of it has at most. The narrow ones take rows of any strides and alignment.
+kernels! { "decode":
+    gdn_decode_f32_64(DecodeArgs) = decode::run::<F32, 4, 2, 4, true>;
+    gdn_decode_f32_128(DecodeArgs) = decode::run::<F32, 4, 4, 2, true>;
+    gdn_decode_f32_256(DecodeArgs) = decode::run::<F32, 4, 8, 1, true>;
+    gdn_decode_f32_narrow(DecodeArgs) = decode::run::<F32, 4, 8, 2, false>;
+    gdn_decode_f16_64(DecodeArgs) = decode::run::<F16, 8, 1, 4, true>;
+    gdn_decode_f16_128(DecodeArgs) = decode::run::<F16, 8, 2, 2, true>;
+    gdn_decode_f16_256(DecodeArgs) = decode::run::<F16, 8, 4, 1, true>;
+    gdn_decode_f16_narrow(DecodeArgs) = decode::run::<F16, 8, 4, 2, false>;
+    gdn_decode_bf16_64(DecodeArgs) = decode::run::<Bf16, 8, 1, 4, true>;
+    gdn_decode_bf16_128(DecodeArgs) = decode::run::<Bf16, 8, 2, 2, true>;
+    gdn_decode_bf16_256(DecodeArgs) = decode::run::<Bf16, 8, 4, 1, true>;
+    gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Bf16, 8, 4, 2, false>;
 }
 
 kernels! { "convergence":

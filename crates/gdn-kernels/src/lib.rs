@@ -10,6 +10,7 @@
 //! | `gpu/nvptx/` | the real thing: the only inline assembly |
 //! | `gpu/emulator/` | the same on the host, for tests |
 //! | `split.rs` | the split and its inverse, and the arguments a host hands over |
+//! | `decode/` | the decode: convolution, gates, delta rule and gated norm in one launch |
 //! | `probe/` | kernels that use each capability, to test both implementations |
 //! | `entries.rs` | the names under which the driver finds them |
 //! | `modules.rs` | the table of kernels: what they are compiled for, and what must hold of each |
@@ -27,6 +28,7 @@
 #[cfg(feature = "emulator")]
 extern crate std;
 
+pub mod decode;
 #[cfg(any(feature = "emulator", target_arch = "nvptx64"))]
 pub mod entries;
 pub mod gpu;

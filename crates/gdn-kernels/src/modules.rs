@@ -136,6 +136,8 @@ impl Module {
 pub static MODULES: &[Module] = &[
     Module { op: "split", target: Target::Sm90, ptx: text!("split.sm_90.ptx"), families: SPLIT },
     Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), families: SPLIT },
+    Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE },
+    Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE },
 ];
 
 /// Those that only tests load.
@@ -166,6 +168,28 @@ const SPLIT: &[&[Kernel]] = &[
     &[Kernel::new("gdn_split_narrow")],
     &[Kernel::new("gdn_merge_16x1").wide(1, 1), Kernel::new("gdn_merge_16x2").wide(2, 2)],
     &[Kernel::new("gdn_merge_narrow")],
+];
+
+/// Shared memory of a block of the decode, at most: 16 tokens of keys and v heads of 256, and what is small beside them.
+const DECODE_SHARED: u32 = 72 << 10;
+
+const fn decode(name: &'static str) -> Kernel {
+    Kernel { threads: 256, shared: DECODE_SHARED, ..Kernel::new(name) }
+}
+
+const DECODE: &[&[Kernel]] = &[
+    &[decode("gdn_decode_f32_64").wide(8, 8)],
+    &[decode("gdn_decode_f32_128").wide(8, 8)],
+    &[decode("gdn_decode_f32_256").wide(8, 8)],
+    &[decode("gdn_decode_f32_narrow")],
+    &[decode("gdn_decode_f16_64").wide(4, 4)],
+    &[decode("gdn_decode_f16_128").wide(4, 4)],
+    &[decode("gdn_decode_f16_256").wide(4, 4)],
+    &[decode("gdn_decode_f16_narrow")],
+    &[decode("gdn_decode_bf16_64").wide(4, 4)],
+    &[decode("gdn_decode_bf16_128").wide(4, 4)],
+    &[decode("gdn_decode_bf16_256").wide(4, 4)],
+    &[decode("gdn_decode_bf16_narrow")],
 ];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[

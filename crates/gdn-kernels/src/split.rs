@@ -61,6 +61,12 @@ impl Divisor {
         Some(Self { divisor, magic: magic as u32, shift })
     }
 
+    /// The number that it divides by.
+    #[inline(always)]
+    pub const fn get(&self) -> u32 {
+        self.divisor
+    }
+
     /// Quotient and remainder.
     #[inline(always)]
     pub const fn divide(&self, dividend: u32) -> (u32, u32) {

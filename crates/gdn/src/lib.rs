@@ -1,5 +1,9 @@
 #![doc = include_str!("lib.md")]
 
+// Tests of the crate share files with those outside it.
+#[cfg(test)]
+extern crate self as gdn;
+
 mod argument;
 mod buf;
 mod config;

@@ -119,6 +119,31 @@ impl Space for DeviceAddress {
     }
 }
 
+/// The strides and the elements from first to last of a view of so many elements, `None` for a dense one.
+#[cfg(feature = "cuda")]
+pub(crate) fn placed<const D: usize>(
+    len: usize,
+    element_size: usize,
+    sizes: [usize; D],
+    strides: Option<[usize; D]>,
+) -> Result<[usize; D], ArgumentError> {
+    let strides = strides.unwrap_or_else(|| dense(sizes));
+    within(len, span(sizes, strides, element_size)?)?;
+    Ok(strides)
+}
+
+/// That no two elements share memory.
+#[cfg(feature = "cuda")]
+pub(crate) fn expect_apart<const D: usize>(
+    sizes: [usize; D],
+    strides: [usize; D],
+) -> Result<(), ArgumentError> {
+    match shares_memory(sizes, strides) {
+        None => Ok(()),
+        Some((dim, got, expected)) => Err(ArgumentError::Stride { argument: "data", dim, got, expected }),
+    }
+}
+
 /// The number of elements in memory from the first to the last one, both included.
 ///
 /// # Errors
@@ -188,8 +213,44 @@ macro_rules! view {
                 self.$tag
             }
 
+            /// Where they are.
+            #[cfg(feature = "cuda")]
+            pub(crate) fn space(&self) -> &A {
+                &self.at
+            }
+
+            /// Elements at `at`. That they are there, and share no memory where they are to be written, is the caller's
+            /// to see.
+            #[cfg(feature = "cuda")]
+            pub(crate) fn over(
+                at: A,
+                $tag: $kind,
+                sizes: [usize; D],
+                strides: [usize; D],
+            ) -> Result<Self, ArgumentError> {
+                span(sizes, strides, $tag.size())?;
+                Ok(Self { at, $tag, sizes, strides })
+            }
+
             pub(crate) fn operand(&self) -> Operand<A::Raw, $kind, D> {
                 Operand { at: self.at.raw(), kind: self.$tag, sizes: self.sizes, strides: self.strides }
+            }
+        }
+
+        impl<const D: usize> $view<DeviceAddress, D> {
+            /// Elements in a device's memory: numbers that nothing on the host follows. Strides are in elements.
+            /// What an op writes must not share memory, which is for its caller to answer.
+            ///
+            /// # Errors
+            /// [`ArgumentError::TooLarge`].
+            pub fn at_device(
+                at: impl Into<DeviceAddress>,
+                $tag: $kind,
+                sizes: [usize; D],
+                strides: [usize; D],
+            ) -> Result<Self, ArgumentError> {
+                span(sizes, strides, $tag.size())?;
+                Ok(Self { at: at.into(), $tag, sizes, strides })
             }
         }
 

@@ -56,7 +56,7 @@ pub trait Hopper: Gpu {
     /// storing thread calls it, before the barrier.
     fn fence_async(&self);
 
-    /// This block within its cluster.
+    /// This block within its cluster. In code for devices before 9.0 each block is a cluster of its own.
     fn cluster_rank(&self) -> u32;
     /// Blocks of a cluster; 1 where the launch names none.
     fn cluster_blocks(&self) -> u32;

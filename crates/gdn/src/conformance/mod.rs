@@ -2,3 +2,6 @@
 //! instruction set, the emulator wherever tests run, and a GPU where there is one.
 
 mod split;
+
+#[cfg(feature = "cuda")]
+mod decode;

@@ -67,6 +67,20 @@ pub enum CudaError {
         /// Bytes of the widest access that the alignment allows.
         word: usize,
     },
+    /// A view of a slice that was made for another stream than that of the call.
+    #[error("{argument} was made for another stream than that of the call")]
+    WrongStream {
+        /// Which tensor.
+        argument: &'static str,
+    },
+    /// More sequences than a grid can hold.
+    #[error("{num_sequences} sequences of {num_k_heads} key heads are more than a grid can hold")]
+    TooManySequences {
+        /// B.
+        num_sequences: usize,
+        /// HK.
+        num_k_heads: usize,
+    },
     /// The driver refused something. Errors of kernels that were launched earlier come up here too.
     #[error("cuda:{ordinal}: {call} failed: {source}")]
     Driver {

@@ -20,6 +20,10 @@ pub(super) struct Launch {
     pub(super) blocks: [u32; 3],
     /// Threads of a block.
     pub(super) threads: u32,
+    /// Bytes of shared memory of a block.
+    pub(super) shared: u32,
+    /// Blocks of a cluster, along x; 1 for none.
+    pub(super) cluster: u32,
 }
 
 impl Gpu {
@@ -35,11 +39,21 @@ impl Gpu {
         mut args: A,
         stream: CUstream,
     ) -> Result<(), CudaError> {
-        let mut attribute = CUlaunchAttribute {
+        let programmatic = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        let mut cluster = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            ..programmatic
+        };
+        (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) =
+            (launch.cluster, 1, 1);
+        // Those that are wanted come first.
+        let (is_programmatic, in_clusters) =
+            (self.programmatic && self.kernels.programmatic, launch.cluster > 1);
+        let mut attributes = if is_programmatic { [programmatic, cluster] } else { [cluster, programmatic] };
         let [x, y, z] = launch.blocks;
         let config = CUlaunchConfig {
             gridDimX: x,
@@ -48,10 +62,10 @@ impl Gpu {
             blockDimX: launch.threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: launch.shared,
             hStream: stream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.programmatic && self.kernels.programmatic),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(is_programmatic) + u32::from(in_clusters),
         };
         let mut params: [*mut c_void; 1] = [(&raw mut args).cast()];
         // SAFETY: the driver copies the one argument before it returns; the caller answers for the rest.

@@ -1,4 +1,4 @@
-//! NVIDIA GPUs: the op as one kernel launch, on the caller's stream and memory.
+//! NVIDIA GPUs: each op as one kernel launch, on the caller's stream and memory.
 //!
 //! The kernels are Rust, compiled to PTX beforehand, embedded, and compiled by the driver for the device when
 //! they are first used ([`Gpu::warmup`]). Nothing but the driver is needed, and that only when a device is
@@ -8,9 +8,9 @@
 //!
 //! | for | call | takes |
 //! |---|---|---|
-//! | Rust programs | [`split()`], [`merge()`] | views of cudarc's slices, checked and ordered |
+//! | Rust programs | [`split()`], [`merge()`], [`decode()`] | views of cudarc's slices, checked and ordered |
 //! | tools | [`split_host`], [`merge_host`] | the CPU's own views, copied there and back |
-//! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`] | device pointers and a `CUstream` |
+//! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`], [`Gpu::decode_raw`] | device pointers and a `CUstream` |
 //! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
 //!
 //! ```no_run
@@ -44,6 +44,7 @@
 //! ```
 
 mod bench;
+pub(crate) mod decode;
 mod device;
 mod error;
 mod host;
@@ -55,6 +56,7 @@ mod views;
 pub use bench::Bench;
 /// The crate of driver calls whose slices and streams are used here, for programs that need the same version.
 pub use cudarc;
+pub use decode::{Read, Write, decode};
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
 pub use split::{merge, merge_host, split, split_host};

@@ -5,7 +5,7 @@ use gdn::{
     RecurrentState, Shared, Slots, cpu::Isa, reference::layer::State,
 };
 
-use crate::{
+use super::{
     memory::{Memory, Numbers, Random, relative, rounded},
     setup::{Inputs, Options, Setup},
 };
@@ -142,6 +142,11 @@ impl Batch {
 
     /// All sequences must have one length.
     pub fn decode(&mut self, cpu: &Cpu<'_>) {
+        self.decode_by(|call| gdn::decode(call, cpu).unwrap());
+    }
+
+    /// The same by any backend.
+    pub fn decode_by(&mut self, run: impl FnOnce(&mut Decode<Shared<'_>, Exclusive<'_>>)) {
         let slots = Numbers::new(&self.slots, self.form.index_type);
         let n = self.lens.len();
         let mut call = Decode {
@@ -155,7 +160,7 @@ impl Batch {
             num_accepted_tokens: None,
             out: self.out.view_mut(),
         };
-        gdn::decode(&mut call, cpu).unwrap();
+        run(&mut call);
     }
 
     /// A slot as the oracle has it.

@@ -5,7 +5,7 @@ use gdn::{
     reference::{self, layer as oracle},
 };
 
-use crate::memory::{Memory, Random};
+use super::memory::{Memory, Random};
 
 /// What makes inputs hostile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,13 @@
-//! [`Hopper`]: mbarriers, bulk copies, clusters.
+//! [`Hopper`]: mbarriers, bulk copies, clusters. In code for devices before 9.0 each block is a cluster of its own.
 
 use core::arch::asm;
 
 use super::{Nvptx, Shared};
+#[cfg(not(sm_90))]
+use crate::gpu::Gpu;
 use crate::gpu::{Bytes16, Hopper};
 
+#[cfg(sm_90)]
 unsafe extern "C" {
     #[link_name = "llvm.nvvm.barrier.cluster.arrive.aligned"]
     fn cluster_arrive();
@@ -15,6 +18,7 @@ unsafe extern "C" {
 impl<S: Shared> Nvptx<S> {
     /// Where byte `at` of the shared memory of a block of the cluster is.
     #[inline(always)]
+    #[cfg(sm_90)]
     fn of_cluster(&self, at: u32, rank: u32) -> u32 {
         let address: u32;
         // SAFETY: works out an address.
@@ -112,6 +116,7 @@ impl<S: Shared> Hopper for Nvptx<S> {
         unsafe { asm!("fence.proxy.async.shared::cta;", options(nostack)) }
     }
 
+    #[cfg(sm_90)]
     #[inline(always)]
     fn cluster_rank(&self) -> u32 {
         let rank: u32;
@@ -120,6 +125,13 @@ impl<S: Shared> Hopper for Nvptx<S> {
         rank
     }
 
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    fn cluster_rank(&self) -> u32 {
+        0
+    }
+
+    #[cfg(sm_90)]
     #[inline(always)]
     fn cluster_blocks(&self) -> u32 {
         let blocks: u32;
@@ -128,6 +140,13 @@ impl<S: Shared> Hopper for Nvptx<S> {
         blocks
     }
 
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    fn cluster_blocks(&self) -> u32 {
+        1
+    }
+
+    #[cfg(sm_90)]
     #[inline(always)]
     fn cluster_barrier(&self) {
         // SAFETY: orders memory and waits, nothing else.
@@ -137,6 +156,20 @@ impl<S: Shared> Hopper for Nvptx<S> {
         }
     }
 
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    fn cluster_barrier(&self) {
+        self.barrier();
+    }
+
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    unsafe fn load_cluster4(&self, at: u32, _rank: u32) -> u32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.load_shared4(at) }
+    }
+
+    #[cfg(sm_90)]
     #[inline(always)]
     unsafe fn load_cluster4(&self, at: u32, rank: u32) -> u32 {
         let value: u32;
@@ -148,6 +181,14 @@ impl<S: Shared> Hopper for Nvptx<S> {
         value
     }
 
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    unsafe fn load_cluster16(&self, at: u32, _rank: u32) -> Bytes16 {
+        // SAFETY: the caller's promise.
+        unsafe { self.load_shared16(at) }
+    }
+
+    #[cfg(sm_90)]
     #[inline(always)]
     unsafe fn load_cluster16(&self, at: u32, rank: u32) -> Bytes16 {
         let (a, b, c, d): (u32, u32, u32, u32);
@@ -160,6 +201,14 @@ impl<S: Shared> Hopper for Nvptx<S> {
         Bytes16([a, b, c, d])
     }
 
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    unsafe fn store_cluster4(&self, at: u32, _rank: u32, value: u32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_shared4(at, value) }
+    }
+
+    #[cfg(sm_90)]
     #[inline(always)]
     unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32) {
         // SAFETY: as above.

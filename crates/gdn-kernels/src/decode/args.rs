@@ -1,0 +1,206 @@
+//! What the host hands over to the decode, and the layout of shared memory.
+
+use crate::split::Divisor;
+
+/// f32, f16, bf16: the number of a dtype in these arguments.
+pub const F32: u32 = 0;
+/// See [`F32`].
+pub const F16: u32 = 1;
+/// See [`F32`].
+pub const BF16: u32 = 2;
+
+/// One of q, k, v, z, b, a in the projections: for each key head a stretch of features, row by row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Field {
+    /// The first key head's features in row 0.
+    pub address: u64,
+    /// Bytes from a row to the next.
+    pub row_stride: u64,
+    /// Bytes from a key head's features to the next one's.
+    pub head_step: u64,
+    /// [`F32`], [`F16`] or [`BF16`].
+    pub dtype: u32,
+}
+
+/// A vector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Vector {
+    /// 0: there is none.
+    pub address: u64,
+    /// Bytes from an element to the next.
+    pub stride: u64,
+    /// As in [`Field`].
+    pub dtype: u32,
+}
+
+/// A tensor of D dims.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Strided<const D: usize> {
+    /// Its first element.
+    pub address: u64,
+    /// Bytes from an element to the next, for each dim.
+    pub strides: [u64; D],
+    /// As in [`Field`].
+    pub dtype: u32,
+}
+
+/// Whole numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Indices {
+    /// 0: there are none.
+    pub address: u64,
+    /// Bytes from a sequence's to the next one's.
+    pub row: u64,
+    /// Bytes from a column to the next.
+    pub column: u64,
+    /// Bytes of one: 8, 4 or 1 (without a sign).
+    pub size: u32,
+}
+
+/// Where states are kept: `D` strides, of slot, token, and those within a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Kept<const D: usize> {
+    /// Where to.
+    pub to: Strided<D>,
+    /// Its slots.
+    pub slots: i64,
+    /// [`NOTHING`] to [`EACH_IN`].
+    pub kind: u32,
+    /// Of [`LAST_AT`] and [`EACH_IN`].
+    pub indices: Indices,
+}
+
+/// Nothing is kept.
+pub const NOTHING: u32 = 0;
+/// The last state, where it was read.
+pub const LAST: u32 = 1;
+/// The last state, in slot `indices[r]`.
+pub const LAST_AT: u32 = 2;
+/// The state after token t, in slot `state_indices[r, t]`.
+pub const EACH: u32 = 3;
+/// The state after token t, at `[indices[r], t]` of another tensor, or `[r, t]` without indices.
+pub const EACH_IN: u32 = 4;
+
+/// What the host hands over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+#[allow(non_snake_case, reason = "the name that the field has in every checkpoint and engine")]
+pub struct Args {
+    /// By HK.
+    pub num_k_heads: Divisor,
+    /// By DV.
+    pub head_v_dim: Divisor,
+    /// By [`Args::block_rows`].
+    pub of_block: Divisor,
+    /// DK.
+    pub dk: u32,
+    /// DV.
+    pub dv: u32,
+    /// R.
+    pub ratio: u32,
+    /// T.
+    pub tokens: u32,
+    /// W.
+    pub conv_width: u32,
+    /// log2 of the blocks of a cluster.
+    pub cluster_shift: u32,
+    /// v heads that a cluster computes at a time.
+    pub pass_heads: u32,
+    /// Rows of S, of `pass_heads * DV`, that one block of the cluster computes.
+    pub block_rows: u32,
+    /// Whether the gate is a sigmoid rather than a silu.
+    pub sigmoid: u32,
+    /// See `Layer`.
+    pub l2norm_eps: f32,
+    /// See `Layer`.
+    pub norm_eps: f32,
+    /// See `Layer`.
+    pub scale: f32,
+    /// See `Layer`.
+    pub beta_scale: f32,
+    /// Columns of `state_indices`.
+    pub index_columns: u32,
+    /// The most that `num_accepted_tokens` can say.
+    pub most_accepted: u32,
+    /// Columns of `conv_state`.
+    pub conv_columns: u32,
+    /// A negative index is padding, and so is this one.
+    pub pad_slot_id: i64,
+    /// The projections.
+    pub q: Field,
+    /// See `q`.
+    pub k: Field,
+    /// See `q`.
+    pub v: Field,
+    /// See `q`.
+    pub z: Field,
+    /// See `q`.
+    pub b: Field,
+    /// See `q`.
+    pub a: Field,
+    /// `[C, W]`
+    pub conv_weight: Strided<2>,
+    /// `[C]`
+    pub conv_bias: Vector,
+    /// `[HV]`
+    pub A_log: Vector,
+    /// `[HV]`
+    pub dt_bias: Vector,
+    /// `[DV]`
+    pub norm_weight: Vector,
+    /// `[N, HV, DV]`
+    pub out: Strided<3>,
+    /// `[slots, C, columns]`
+    pub conv_state: Strided<3>,
+    /// Slots of `conv_state`.
+    pub conv_slots: i64,
+    /// Which windows are kept: slot, token, channel, column.
+    pub conv_kept: Kept<4>,
+    /// `[slots, HV, DV, DK]`
+    pub state: Strided<4>,
+    /// Slots of `state`.
+    pub slots: i64,
+    /// Which states are kept: slot, token, head, row, column.
+    pub kept: Kept<5>,
+    /// `[B, index_columns]`
+    pub state_indices: Indices,
+    /// `[B]`
+    pub num_accepted_tokens: Indices,
+}
+
+/// Where things are in a block's shared memory, in bytes. All but the last two hold f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// `[T][DK, padded]`
+    pub q: u32,
+    /// `[T][DK, padded]`
+    pub k: u32,
+    /// `[T][block_rows]`
+    pub v: u32,
+    /// `[T][block_rows]`
+    pub o: u32,
+    /// `[T][pass_heads]` pairs of decay and beta.
+    pub gates: u32,
+    /// `[T]` addresses of the states to keep, 0 for none.
+    pub to: u32,
+    /// How many bytes all take.
+    pub bytes: u32,
+}
+
+impl Room {
+    /// For `tokens` tokens, keys of `padded` numbers.
+    #[inline(always)]
+    pub const fn new(tokens: u32, padded: u32, block_rows: u32, pass_heads: u32) -> Self {
+        let k = tokens * padded * 4;
+        let v = 2 * k;
+        let o = v + tokens * block_rows * 4;
+        let gates = o + tokens * block_rows * 4;
+        let to = gates + tokens * pass_heads * 8;
+        Self { q: 0, k, v, o, gates, to, bytes: to + tokens * 8 }
+    }
+}

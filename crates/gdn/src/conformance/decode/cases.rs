@@ -1,0 +1,288 @@
+//! The cases, for any backend that runs a [`Call`].
+
+use super::{
+    Call,
+    batch::{Batch, Form, bound},
+    memory::{Memory, Numbers, Random, relative},
+    setup::{Inputs, Options},
+};
+use crate::{
+    cpu::{Cpu, decode},
+    cuda::decode::{MOST_SHARED, Profile},
+    decode::Decode,
+    dtype::Dtype,
+    layer::Gate,
+    packing::Packing,
+    state::{ConvState, Keep, RecurrentState, Slots},
+    tensor::IndexType,
+};
+
+/// Runs a call as a device of this profile would.
+pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
+
+/// With so many blocks a cluster; with few bytes v heads one after the other.
+fn profile(cluster: u32, most_shared: u32) -> Profile {
+    Profile { multiprocessors: 132, most_cluster: 8, cluster: Some(cluster), most_shared }
+}
+
+/// What a call leaves.
+fn results(batch: &Batch) -> [&[u8]; 3] {
+    [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
+}
+
+/// Holds decode of `tokens` tokens to the oracle, and clusters of other sizes and v heads one by one to the same bits.
+fn check(options: &Options, form: Form, sequences: usize, tokens: usize, run: &mut Run<'_>) {
+    let before = Batch::new(options, form, &vec![tokens; sequences]);
+    let what = format!("decode of {tokens}, {options:?}, {form:?}");
+    let mut first = before.clone();
+    first.decode_by(|call| run(call, profile(1, MOST_SHARED)));
+    first.check(&before, &what);
+    for (cluster, most_shared) in [(1, 0), (4, MOST_SHARED), (8, 0)] {
+        let mut other = before.clone();
+        other.decode_by(|call| run(call, profile(cluster, most_shared)));
+        assert!(results(&first) == results(&other), "{what}: {cluster} blocks give other bits");
+    }
+}
+
+/// Shapes, dtypes, orders and hostile inputs.
+pub(super) fn oracle(run: &mut Run<'_>) {
+    for heads in [
+        [1, 1, 128, 128],
+        [2, 6, 64, 64],
+        [1, 1, 256, 128],
+        [1, 2, 96, 192],
+        [2, 2, 80, 48],
+        [1, 7, 16, 16],
+        [1, 2, 1, 1],
+        [2, 4, 7, 5],
+        [1, 2, 33, 17],
+        [1, 1, 3, 130],
+    ] {
+        for state_order in [[2, 3], [3, 2]] {
+            check(&Options::new(heads), Form { state_order, ..Form::default() }, 2, 1, run);
+        }
+    }
+    for dtype in Dtype::ALL {
+        for state_dtype in Dtype::ALL {
+            let options =
+                Options { dtype, ba_dtype: dtype, weight_dtype: dtype, ..Options::new([1, 2, 64, 32]) };
+            for state_order in [[2, 3], [3, 2]] {
+                let form =
+                    Form { out_dtype: dtype, state_dtype, conv_dtype: dtype, state_order, ..Form::default() };
+                check(&options, form, 1, 1, run);
+            }
+        }
+    }
+    for state_dtype in [Dtype::F16, Dtype::BF16] {
+        for dk in [128, 256] {
+            check(&Options::new([1, 1, dk, 24]), Form { state_dtype, ..Form::default() }, 1, 1, run);
+        }
+    }
+    for inputs in Inputs::ALL {
+        let options = Options { inputs, ..Options::new([1, 2, 32, 32]) };
+        check(&options, Form::default(), 1, 3, run);
+    }
+    check(&Options::new([1, 2, 32, 16]), Form::default(), 1, 16, run);
+    for lens in [0, 1, 70] {
+        check(&Options::new([1, 1, 8, 8]), Form::default(), lens, 1, run);
+    }
+}
+
+/// Layers at random.
+pub(super) fn any_layer(count: u64, run: &mut Run<'_>) {
+    for seed in 0..count {
+        let mut random = Random(seed * 7919 + 3);
+        let mut below = |n: u64| (random.bits() % n) as usize;
+        let (hk, ratio) = (below(3) + 1, below(4) + 1);
+        let options = Options {
+            heads: [hk, hk * ratio, below(39) + 1, below(39) + 1],
+            packing: if below(2) == 0 { Packing::Interleaved } else { Packing::Contiguous },
+            packed: below(2) == 0,
+            dtype: Dtype::ALL[below(3)],
+            ba_dtype: Dtype::ALL[below(3)],
+            weight_dtype: Dtype::ALL[below(3)],
+            conv_width: below(6) + 1,
+            conv_bias: below(2) == 0,
+            gate: if below(2) == 0 { Gate::Sigmoid } else { Gate::Silu },
+            beta_scale: 1.0,
+            inputs: Inputs::ALL[below(10)],
+            gap: below(9),
+            // Elements stay at multiples of their size: two 2-byte steps for f32.
+            misalignment: 0,
+            seed,
+        };
+        let form = Form {
+            conv_dtype: Dtype::ALL[below(3)],
+            state_dtype: Dtype::ALL[below(3)],
+            state_order: if below(2) == 0 { [2, 3] } else { [3, 2] },
+            conv_order: if below(2) == 0 { [1, 2] } else { [2, 1] },
+            more_columns: below(3),
+            out_dtype: Dtype::ALL[below(3)],
+            gap: below(20),
+            index_type: if below(2) == 0 { IndexType::I64 } else { IndexType::I32 },
+            pad_slot_id: if below(2) == 0 { 0 } else { -1 },
+        };
+        // A state of 16 bits is rounded after every token.
+        let most = if form.state_dtype == Dtype::F32 { 3 } else { 1 };
+        check(&options, form, below(4), below(most) + 1, run);
+    }
+}
+
+/// A call with states that are kept in some way, and what it leaves.
+#[derive(Clone)]
+struct Kept {
+    batch: Batch,
+    states: Memory<5>,
+    windows: Memory<4>,
+}
+
+const TOKENS: usize = 3;
+
+impl Kept {
+    fn new(state_order: [usize; 2], state_dtype: Dtype, more_columns: usize) -> Self {
+        let form = Form { state_order, state_dtype, more_columns, ..Form::default() };
+        let mut batch = Batch::new(&Options::new([2, 4, 24, 40]), form, &[TOKENS; 2]);
+        let [_, hv, dv, dk] = batch.recurrent.sizes;
+        let channels = batch.conv.sizes[1];
+        // Slots for a table of one for each token.
+        let mut random = Random(99);
+        let order = [0, 1, state_order[0], state_order[1]];
+        batch.recurrent = Memory::poisoned(state_dtype, [9, hv, dv, dk], order, [0; 4], 0)
+            .fill(|_| random.normal() * 0.3);
+        let columns = batch.conv.sizes[2];
+        batch.conv = Memory::dense(Dtype::F32, [9, channels, columns]).fill(|_| random.normal());
+        let order = [0, 1, 2, state_order[0] + 1, state_order[1] + 1];
+        let states = Memory::poisoned(state_dtype, [3, TOKENS + 1, hv, dv, dk], order, [0, 0, 3, 0, 0], 0);
+        let windows = Memory::dense(Dtype::BF16, [3, TOKENS, channels, 3]);
+        Self { batch, states, windows }
+    }
+
+    /// The `way`th way to keep states.
+    fn run(&mut self, way: usize, run: impl FnOnce(&mut Call<'_, '_>)) {
+        let table = [3i64, 5, 1, 6, 2, 8];
+        let (one, accepted) = ([7i64, -1], [2i64, 3]);
+        let to = Numbers::new(&one, IndexType::I32);
+        let other = Numbers::new(&[2, 1], IndexType::I64);
+        let slots = Numbers::new(&table, IndexType::I32);
+        let accepted = Numbers::new(&accepted, IndexType::I32);
+        let (mut conv_keep, mut keep, mut number) = (Keep::Last, Keep::Last, None);
+        match way {
+            0 => {}
+            1 => (conv_keep, keep) = (Keep::Nothing, Keep::Nothing),
+            2 => (conv_keep, keep) = (Keep::LastAt(to.view([2])), Keep::LastAt(to.view([2]))),
+            3 => keep = Keep::Each,
+            4 => {
+                conv_keep =
+                    Keep::EachIn { states: self.windows.view_mut(), indices: Some(other.view([2])) };
+                keep = Keep::EachIn { states: self.states.view_mut(), indices: Some(other.view([2])) };
+            }
+            5 => {
+                conv_keep = Keep::EachIn { states: self.windows.view_mut(), indices: None };
+                keep = Keep::EachIn { states: self.states.view_mut(), indices: None };
+            }
+            _ => (keep, number) = (Keep::Each, Some(accepted.view([2]))),
+        }
+        let batch = &mut self.batch;
+        run(&mut Decode {
+            layer: batch.setup.layer,
+            tokens_per_sequence: TOKENS,
+            projections: batch.setup.projections(),
+            weights: batch.setup.weights(),
+            conv_state: ConvState { state: batch.conv.view_mut(), keep: conv_keep },
+            recurrent_state: RecurrentState { state: batch.recurrent.view_mut(), keep },
+            slots: Slots::of(slots.view([2, TOKENS])),
+            num_accepted_tokens: number,
+            out: batch.out.view_mut(),
+        });
+    }
+}
+
+/// Every way to keep states, held to the CPU: each number near, each byte that the CPU leaves alone untouched.
+pub(super) fn contracts(run: &mut Run<'_>) {
+    fn same<const D: usize>(what: &str, got: &Memory<D>, cpu: &Memory<D>, before: &Memory<D>) {
+        let changed = |place: [usize; D]| cpu.get(place).to_bits() != before.get(place).to_bits();
+        got.check_untouched(before, what, changed);
+        let (got, cpu) = (got.all(), cpu.all());
+        let error = relative(&got, &cpu);
+        assert!(error <= bound(&cpu, Dtype::F32), "{what} is off the CPU's by {error:.2e}");
+    }
+    for (state_order, state_dtype) in [([2, 3], Dtype::F32), ([3, 2], Dtype::F32)] {
+        for way in 0..=6 {
+            let more_columns = if way == 6 { [TOKENS - 1, TOKENS + 1] } else { [0, 2] };
+            for more_columns in more_columns {
+                let before = Kept::new(state_order, state_dtype, more_columns);
+                let (mut cpu, mut first) = (before.clone(), before.clone());
+                cpu.run(way, |call| decode(call, &Cpu::new().threads(1)).unwrap());
+                first.run(way, |call| run(call, profile(1, MOST_SHARED)));
+                let what = format!("way {way}, {state_order:?}, {more_columns} more columns");
+                let names = ["out", "conv_state", "recurrent_state", "states", "windows"];
+                let [out, conv, recurrent, states, windows] = names.map(|name| format!("{what}: {name}"));
+                same(&out, &first.batch.out, &cpu.batch.out, &before.batch.out);
+                same(&conv, &first.batch.conv, &cpu.batch.conv, &before.batch.conv);
+                same(&recurrent, &first.batch.recurrent, &cpu.batch.recurrent, &before.batch.recurrent);
+                same(&states, &first.states, &cpu.states, &before.states);
+                same(&windows, &first.windows, &cpu.windows, &before.windows);
+                let mut other = before.clone();
+                other.run(way, |call| run(call, profile(4, 0)));
+                assert!(
+                    results(&first.batch) == results(&other.batch)
+                        && first.states.bytes == other.states.bytes
+                        && first.windows.bytes == other.windows.bytes,
+                    "{what}: other blocks give other bits"
+                );
+            }
+        }
+    }
+}
+
+/// T tokens are T times one, whatever the dtype of the state.
+pub(super) fn tokens_at_once(run: &mut Run<'_>) {
+    for state_dtype in Dtype::ALL {
+        for state_order in [[2, 3], [3, 2]] {
+            let form = Form { state_dtype, state_order, ..Form::default() };
+            let mut all = Batch::new(&Options::new([1, 2, 24, 16]), form, &[5]);
+            let mut one = Batch::new(&Options::new([1, 2, 24, 16]), form, &[1]);
+            let given = one.setup.clone();
+            one.setup = all.setup.clone();
+            (one.setup.mixed_qkvz, one.setup.mixed_ba) = (given.mixed_qkvz, given.mixed_ba);
+            one.setup.num_tokens = 1;
+            (one.conv, one.recurrent) = (all.conv.clone(), all.recurrent.clone());
+            one.slots = all.slots.clone();
+            let mut outputs = Vec::new();
+            for t in 0..5 {
+                for [_, f] in one.setup.mixed_qkvz.places() {
+                    one.setup.mixed_qkvz.set([0, f], all.setup.mixed_qkvz.get([t, f]));
+                }
+                for [_, f] in one.setup.mixed_ba.places() {
+                    one.setup.mixed_ba.set([0, f], all.setup.mixed_ba.get([t, f]));
+                }
+                one.decode_by(|call| run(call, profile(2, MOST_SHARED)));
+                outputs.extend(one.out.all());
+            }
+            all.decode_by(|call| run(call, profile(1, MOST_SHARED)));
+            assert_eq!(all.out.all(), outputs, "{form:?}");
+            assert!(all.conv.all() == one.conv.all() && all.recurrent.all() == one.recurrent.all());
+        }
+    }
+}
+
+/// Padding, and indices that the CPU would refuse, are skipped: zeros, and nothing touched. NaN there reaches nobody.
+pub(super) fn slots_that_are_not_there(run: &mut Run<'_>) {
+    for pad_slot_id in [-1, 0] {
+        for wrong in [-1, -7, pad_slot_id, 6, 1 << 30] {
+            let form = Form { pad_slot_id, ..Form::default() };
+            let mut before = Batch::new(&Options::new([2, 4, 24, 40]), form, &[2; 4]);
+            before.slots = vec![3, wrong, 1, wrong];
+            for t in [2, 3, 6, 7] {
+                for f in 0..before.setup.mixed_qkvz.sizes[1] {
+                    before.setup.mixed_qkvz.set([t, f], f64::NAN);
+                }
+            }
+            let mut after = before.clone();
+            after.decode_by(|call| run(call, profile(2, MOST_SHARED)));
+            // For the check these are padding.
+            after.slots = vec![3, -1, 1, -1];
+            after.check(&before, &format!("slot {wrong}"));
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are skipped.
+
+use cudarc::driver::{CudaSlice, DevicePtr, sys};
+
+use super::{
+    Access, Call, cases,
+    emulator::emulate,
+    extents,
+    memory::Memory,
+    moved,
+    setup::{Options, Setup},
+};
+use crate::{
+    cuda::{
+        CudaError, Gpu,
+        decode::{Profile, run},
+    },
+    decode::{Decode, Plan},
+    dtype::Dtype,
+    state::{ConvState, Keep, RecurrentState, Slots},
+    view::DeviceAddress,
+};
+
+/// On a stream of its own: the default one cannot be captured.
+fn gpu() -> Option<Gpu> {
+    match Gpu::new(0) {
+        Ok(gpu) => {
+            let stream = gpu.stream().context().new_stream().unwrap();
+            Some(Gpu::on(&stream).unwrap())
+        }
+        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Clusters are for devices that have them.
+fn on(gpu: &Gpu, profile: Profile) -> Profile {
+    let most_cluster = Profile::of(gpu).most_cluster;
+    Profile { cluster: profile.cluster.map(|blocks| blocks.min(most_cluster)), most_cluster, ..profile }
+}
+
+/// Runs a call on the device, within tensors that are copied there and back.
+fn launch(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
+    let stream = gpu.stream();
+    let plan = Plan::new(call).unwrap();
+    let mut placed: Vec<_> = extents(&plan)
+        .into_iter()
+        .map(|extent| {
+            let start = extent.at.addr() % 256;
+            let mut bytes = vec![0xA5; start + extent.bytes];
+            // SAFETY: the tensor's memory, from its first element to its last.
+            bytes[start..].copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
+            // One byte at least, to have an address.
+            bytes.push(0xA5);
+            (extent, start, stream.clone_htod(&bytes).unwrap())
+        })
+        .collect();
+    let address = |at: *mut u8| {
+        let found = placed.iter().find(|(extent, ..)| extent.at == at);
+        let (_, start, memory) = found.expect("a tensor of the plan");
+        DeviceAddress(memory.device_ptr(stream).0 + *start as u64)
+    };
+    let plan = moved(&plan, address);
+    // SAFETY: the tensors are at these addresses until the stream is done, which the copies below wait for.
+    unsafe { run(gpu, &plan, on(gpu, profile), stream.cu_stream()) }.unwrap();
+    for (extent, start, memory) in placed.iter_mut().filter(|(extent, ..)| extent.access != Access::Reads) {
+        let bytes = stream.clone_dtoh(memory).unwrap();
+        let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
+        assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
+        // SAFETY: the tensor's memory, which the call may write.
+        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
+            .copy_from_slice(&bytes[*start..*start + extent.bytes]);
+    }
+}
+
+/// Runs a call on the device and on the emulator, for the same bits.
+fn both(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
+    let plan = Plan::new(call).unwrap();
+    let written: Vec<_> =
+        extents(&plan).into_iter().filter(|extent| extent.access != Access::Reads).collect();
+    // SAFETY: the memory of the call's tensors, here and below.
+    let bytes = || -> Vec<Vec<u8>> {
+        let copy = |extent: &super::Extent| unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) };
+        written.iter().map(|extent| copy(extent).to_vec()).collect()
+    };
+    let before = bytes();
+    emulate(call, on(gpu, profile));
+    let emulated = bytes();
+    for (extent, before) in written.iter().zip(&before) {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }.copy_from_slice(before);
+    }
+    launch(call, profile, gpu);
+    assert!(bytes() == emulated, "the device's bits are not the emulator's");
+}
+
+#[test]
+fn the_oracle_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::oracle(&mut |call, profile| both(call, profile, &gpu));
+}
+
+#[test]
+fn any_layer_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let gpu = gpu.programmatic(false);
+    cases::any_layer(120, &mut |call, profile| both(call, profile, &gpu));
+}
+
+#[test]
+fn contracts_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::contracts(&mut |call, profile| both(call, profile, &gpu));
+    cases::tokens_at_once(&mut |call, profile| both(call, profile, &gpu));
+    cases::slots_that_are_not_there(&mut |call, profile| both(call, profile, &gpu));
+}
+
+/// For tools that look at every access: the device alone.
+#[test]
+fn contracts_on_the_gpu_alone() {
+    let Some(gpu) = gpu() else { return };
+    cases::contracts(&mut |call, profile| launch(call, profile, &gpu));
+    cases::slots_that_are_not_there(&mut |call, profile| launch(call, profile, &gpu));
+}
+
+/// Microseconds of a call by heads, state and B, replayed from a graph with slots rotated past the second-level cache,
+/// beside a copy of as many bytes as the state has.
+#[test]
+#[ignore = "a measurement"]
+fn measure_decode() {
+    let gpu = gpu().expect("a GPU");
+    gpu.warmup().unwrap();
+    let stream = gpu.stream();
+    let heads = [16, 32, 128, 128];
+    let [hk, hv, dk, dv] = heads;
+    let options = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new(heads) };
+    for (dtype, tokens) in [(Dtype::F32, 1), (Dtype::BF16, 1), (Dtype::BF16, 4)] {
+        for sequences in [1usize, 4, 16, 64, 512] {
+            let setup = Setup::new(&options, tokens);
+            let channels = setup.layer.conv_channels();
+            let row = hv * dv * dk * dtype.size();
+            // Calls of a graph, each on slots of its own, until they are past 256 MiB.
+            let calls = ((256 << 20) / (sequences * row)).clamp(2, 64);
+            let slots = calls * sequences;
+            let zeros = |bytes: usize| stream.alloc_zeros::<u8>(bytes.max(256)).unwrap();
+            let (state, conv) = (zeros(slots * row), zeros(slots * channels * 3 * 2));
+            let (target, out) = (zeros(slots * row), zeros(sequences * tokens * hv * dv * 2));
+            let features = setup.layer.heads().qkvz_features();
+            let (qkvz, ba) = (zeros(sequences * tokens * features * 2), zeros(sequences * tokens * 2 * hv * 4));
+            let upload = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
+            let dense = |memory: &Memory<2>| memory.all().iter().map(|_| 0u16).collect::<Vec<_>>();
+            let weight = upload(bytemuck::cast_slice(&dense(&setup.conv_weight)));
+            let vector = zeros(4 * dv.max(hv));
+            let at = |memory: &CudaSlice<u8>| DeviceAddress(memory.device_ptr(stream).0);
+            let (weight_at, vector_at) = (at(&weight), at(&vector));
+            let call = |i: usize, most: Option<u32>| {
+                let first = (i * sequences) as u64;
+                let tensor = |at, dtype, sizes, strides| crate::tensor::Tensor::at_device(at, dtype, sizes, strides);
+                let state_at = DeviceAddress(at(&state).0 + first * row as u64);
+                let conv_at = DeviceAddress(at(&conv).0 + first * (channels * 6) as u64);
+                let n = sequences * tokens;
+                let vector = |dtype, len| crate::tensor::Tensor::at_device(vector_at, dtype, [len], [1]).unwrap();
+                let decode = Decode::<DeviceAddress, DeviceAddress> {
+                    layer: setup.layer,
+                    tokens_per_sequence: tokens,
+                    projections: crate::layer::Projections::Packed(crate::view::Packed {
+                        mixed_qkvz: tensor(at(&qkvz), Dtype::BF16, [n, features], [features, 1]).unwrap(),
+                        mixed_ba: tensor(at(&ba), Dtype::F32, [n, 2 * hv], [2 * hv, 1]).unwrap(),
+                    }),
+                    weights: crate::layer::Weights {
+                        conv_weight: tensor(weight_at, Dtype::BF16, [channels, 4], [4, 1]).unwrap(),
+                        conv_bias: None,
+                        A_log: vector(Dtype::F32, hv),
+                        dt_bias: vector(Dtype::BF16, hv),
+                        norm_weight: vector(Dtype::BF16, dv),
+                    },
+                    conv_state: ConvState {
+                        state: crate::tensor::Tensor::at_device(
+                            conv_at,
+                            Dtype::BF16,
+                            [sequences, channels, 3],
+                            [channels * 3, 3, 1],
+                        )
+                        .unwrap(),
+                        keep: Keep::Last,
+                    },
+                    recurrent_state: RecurrentState {
+                        state: crate::tensor::Tensor::at_device(
+                            state_at,
+                            dtype,
+                            [sequences, hv, dv, dk],
+                            [hv * dv * dk, dv * dk, dk, 1],
+                        )
+                        .unwrap(),
+                        keep: Keep::Last,
+                    },
+                    slots: Slots::in_order(),
+                    num_accepted_tokens: None,
+                    out: crate::tensor::Tensor::at_device(
+                        at(&out),
+                        Dtype::BF16,
+                        [n, hv, dv],
+                        [hv * dv, dv, 1],
+                    )
+                    .unwrap(),
+                };
+                let plan = Plan::new(&decode).unwrap();
+                let gpu = gpu.clone().check_pointers(false);
+                // SAFETY: tensors that outlive the graph.
+                unsafe { run(&gpu, &plan, Profile { cluster: most, ..Profile::of(&gpu) }, stream.cu_stream()) }
+                    .unwrap();
+            };
+            let capture = |work: &dyn Fn(usize)| {
+                stream
+                    .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+                    .unwrap();
+                (0..calls).for_each(work);
+                stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap()
+            };
+            let copy = |i: usize| {
+                let offset = (i * sequences * row) as u64;
+                let (to, from) = (at(&target).0 + offset, at(&state).0 + offset);
+                // SAFETY: so many bytes are there.
+                unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, sequences * row, stream.cu_stream()) }
+                    .result()
+                    .unwrap();
+            };
+            let mut ways: Vec<(String, _)> = vec![
+                (String::from("chosen"), capture(&|i| call(i, None))),
+                (String::from("copy"), capture(&copy)),
+            ];
+            for blocks in [1, 2, 4, 8] {
+                ways.push((format!("{blocks} blocks"), capture(&|i| call(i, Some(blocks)))));
+            }
+            let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+            let mut line = format!("decode,{hk}/{hv},{dtype},T={tokens},B={sequences}");
+            for (name, graph) in &ways {
+                let mut times: Vec<f32> = (0..9)
+                    .map(|_| {
+                        let start = stream.record_event(flags).unwrap();
+                        graph.launch().unwrap();
+                        let end = stream.record_event(flags).unwrap();
+                        start.elapsed_ms(&end).unwrap() * 1000.0 / calls as f32
+                    })
+                    .collect();
+                times.sort_by(f32::total_cmp);
+                line += &format!(",{name} {:.2}", times[4]);
+            }
+            println!("{line}");
+        }
+    }
+}

@@ -1,0 +1,549 @@
+//! Decode on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernel's arguments and
+//! grid for a checked plan.
+
+use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
+use gdn_kernels::{
+    decode::{
+        LANES, MOST_THREADS,
+        args::{self, Args, Room, Strided, Vector},
+    },
+    split::Divisor,
+};
+
+use super::{
+    device::Gpu,
+    error::CudaError,
+    launch::Launch,
+    module::Current,
+};
+use crate::{
+    argument::ArgumentError,
+    decode::{Decode, Plan},
+    dtype::Dtype,
+    layer::{Field, Gate, Projections},
+    state::{Keep, Kept},
+    tensor::{Element, Index, IndexType, Indices, Operand, Space, Tensor, expect_apart, placed},
+    view::{DeviceAddress, Packed, Unpacked},
+};
+
+impl Gpu {
+    /// [`gdn::decode`](crate::decode()) by one kernel launch on `stream`, and nothing else. The call returns
+    /// before the work is done. It allocates nothing, waits for nothing and reads nothing of the device's
+    /// memory, so it can be captured in a CUDA graph once [`Gpu::warmup`] was called.
+    ///
+    /// Shapes, dtypes, strides and overlaps are checked as on the CPU. Indices are read by the kernel, which
+    /// skips a sequence whose slot is not there, or whose number of accepted tokens cannot be, as if it were
+    /// padding; where two sequences keep a state in one slot, or one where the other reads, what they leave there is
+    /// not defined. DK and DV go up to 256, and addresses are multiples of the size of their elements.
+    ///
+    /// A result has the same bits whatever B, the slot and the neighbours, and T tokens those of T calls with
+    /// one.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooManySequences`],
+    /// [`CudaError::Driver`].
+    ///
+    /// # Safety
+    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel starts
+    /// until it is done, all tensors are in memory that the device can reach, those that are read are not
+    /// written, those that are written neither read nor written by anything else, and these have no two
+    /// elements in one place.
+    pub unsafe fn decode_raw(
+        &self,
+        call: &Decode<DeviceAddress, DeviceAddress>,
+        stream: CUstream,
+    ) -> Result<(), CudaError> {
+        let plan = Plan::new(call)?;
+        // SAFETY: the caller's promise.
+        unsafe { run(self, &plan, Profile::of(self), stream) }
+    }
+}
+
+/// # Safety
+/// That of [`Gpu::decode_raw`], for the tensors of a plan.
+pub(crate) unsafe fn run(
+    gpu: &Gpu,
+    plan: &Plan<DeviceAddress>,
+    profile: Profile,
+    stream: CUstream,
+) -> Result<(), CudaError> {
+    let Some(job) = Job::new(plan, profile)? else { return Ok(()) };
+    let _current = Current::new(gpu.context())?;
+    if gpu.check_pointers {
+        named(plan, |argument, address, _| gpu.owns(argument, address))?;
+    }
+    let function = gpu.kernels.kernel(gpu.context(), job.kernel)?;
+    let launch = Launch {
+        function,
+        blocks: [job.blocks, 1, 1],
+        threads: job.threads,
+        shared: job.shared,
+        cluster: job.cluster,
+    };
+    // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
+    // caller answers for the memory and the stream.
+    unsafe { gpu.launch(launch, job.args, stream) }
+}
+
+/// Memory of a slice that a call reads, ordered after what was done to it on other streams; what comes later
+/// there is ordered after this view is dropped.
+pub struct Read<'a> {
+    address: DeviceAddress,
+    stream: CUstream,
+    _recorded: SyncOnDrop<'a>,
+}
+
+/// Memory of a slice that a call reads and writes, ordered like [`Read`].
+pub struct Write<'a> {
+    address: DeviceAddress,
+    stream: CUstream,
+    _recorded: SyncOnDrop<'a>,
+}
+
+impl Space for Read<'_> {
+    type Raw = DeviceAddress;
+
+    fn raw(&self) -> DeviceAddress {
+        self.address
+    }
+}
+
+impl Space for Write<'_> {
+    type Raw = DeviceAddress;
+
+    fn raw(&self) -> DeviceAddress {
+        self.address
+    }
+}
+
+macro_rules! of_slices {
+    ($view:ident, $bound:ident :: $constant:ident) => {
+        impl<'a, const D: usize> $view<Read<'a>, D> {
+            /// Elements of a slice of the GPU's, for calls on its stream. Strides are in elements; `None` for no
+            /// gaps, last dim dense.
+            ///
+            /// # Errors
+            /// [`ArgumentError::TooLarge`](crate::ArgumentError::TooLarge),
+            /// [`ArgumentError::Length`](crate::ArgumentError::Length) where the last element lies past the end.
+            pub fn on<T: $bound>(
+                slice: &'a impl DevicePtr<T>,
+                sizes: [usize; D],
+                strides: Option<[usize; D]>,
+                gpu: &'a Gpu,
+            ) -> Result<Self, ArgumentError> {
+                let strides = placed(slice.len(), size_of::<T>(), sizes, strides)?;
+                let (address, recorded) = slice.device_ptr(gpu.stream());
+                let at =
+                    Read { address: address.into(), stream: gpu.stream().cu_stream(), _recorded: recorded };
+                Self::over(at, T::$constant, sizes, strides)
+            }
+        }
+    };
+}
+
+of_slices!(Tensor, Element::DTYPE);
+of_slices!(Indices, Index::INDEX_TYPE);
+
+impl<'a, const D: usize> Tensor<Write<'a>, D> {
+    /// Elements of a slice of the GPU's, to be read and written by calls on its stream. Strides are in
+    /// elements; `None` for no gaps, last dim dense.
+    ///
+    /// # Errors
+    /// Those of [`Tensor::on`](Tensor::<Read<'_>, D>::on), and
+    /// [`ArgumentError::Stride`](crate::ArgumentError::Stride) where two elements would share memory.
+    pub fn on_mut<T: Element>(
+        slice: &'a mut impl DevicePtrMut<T>,
+        sizes: [usize; D],
+        strides: Option<[usize; D]>,
+        gpu: &'a Gpu,
+    ) -> Result<Self, ArgumentError> {
+        let strides = placed(slice.len(), size_of::<T>(), sizes, strides)?;
+        expect_apart(sizes, strides)?;
+        let (address, recorded) = slice.device_ptr_mut(gpu.stream());
+        let at = Write { address: address.into(), stream: gpu.stream().cu_stream(), _recorded: recorded };
+        Self::over(at, T::DTYPE, sizes, strides)
+    }
+}
+
+/// Computes the layer between its two GEMMs for T tokens of each of B sequences, on the GPU's stream: the
+/// counterpart of [`gdn::decode`](crate::decode()), and what [`Gpu::decode_raw`] says.
+///
+/// The tensors are views of slices: [`Tensor::on`](Tensor::<Read<'_>, 1>::on), [`Tensor::on_mut`],
+/// [`Indices::on`](Indices::<Read<'_>, 1>::on).
+///
+/// # Errors
+/// Those of [`Gpu::decode_raw`], and [`CudaError::WrongStream`] for views that were made for another stream
+/// than this GPU's.
+pub fn decode(call: &mut Decode<Read<'_>, Write<'_>>, gpu: &Gpu) -> Result<(), CudaError> {
+    let plan = Plan::new(call)?;
+    streams(call, gpu.stream().cu_stream())?;
+    // SAFETY: the elements lie within slices that the views borrow, the written ones exclusively and with no
+    // two elements in one place; cudarc orders what comes before and after on this stream.
+    unsafe { run(gpu, &plan, Profile::of(gpu), gpu.stream().cu_stream()) }
+}
+
+/// That all views of a call were made for a stream.
+fn streams(call: &Decode<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), CudaError> {
+    let expect = |argument: &'static str, got: CUstream| {
+        if got == stream { Ok(()) } else { Err(CudaError::WrongStream { argument }) }
+    };
+    match &call.projections {
+        Projections::Packed(Packed { mixed_qkvz, mixed_ba }) => {
+            expect("mixed_qkvz", mixed_qkvz.space().stream)?;
+            expect("mixed_ba", mixed_ba.space().stream)?;
+        }
+        Projections::Unpacked(Unpacked { mixed_qkv, z, b, a }) => {
+            for (argument, rows) in [("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a)] {
+                expect(argument, rows.space().stream)?;
+            }
+        }
+    }
+    let weights = &call.weights;
+    expect("conv_weight", weights.conv_weight.space().stream)?;
+    if let Some(bias) = &weights.conv_bias {
+        expect("conv_bias", bias.space().stream)?;
+    }
+    for (argument, vector) in
+        [("A_log", &weights.A_log), ("dt_bias", &weights.dt_bias), ("norm_weight", &weights.norm_weight)]
+    {
+        expect(argument, vector.space().stream)?;
+    }
+    fn kept<const E: usize>(keep: &Keep<Read<'_>, Write<'_>, E>) -> [Option<CUstream>; 2] {
+        match keep {
+            Keep::LastAt(indices) => [Some(indices.space().stream), None],
+            Keep::EachIn { states, indices } => {
+                [Some(states.space().stream), indices.as_ref().map(|indices| indices.space().stream)]
+            }
+            Keep::Last | Keep::Each | Keep::Nothing => [None; 2],
+        }
+    }
+    expect("conv_state", call.conv_state.state.space().stream)?;
+    expect("recurrent_state", call.recurrent_state.state.space().stream)?;
+    for (argument, keep) in [
+        ("conv_state.keep", kept(&call.conv_state.keep)),
+        ("recurrent_state.keep", kept(&call.recurrent_state.keep)),
+    ] {
+        keep.into_iter().flatten().try_for_each(|got| expect(argument, got))?;
+    }
+    if let Some(indices) = &call.slots.state_indices {
+        expect("state_indices", indices.space().stream)?;
+    }
+    if let Some(indices) = &call.num_accepted_tokens {
+        expect("num_accepted_tokens", indices.space().stream)?;
+    }
+    expect("out", call.out.space().stream)
+}
+
+/// The tensors of a plan that have elements: their names, addresses, and bytes of an element.
+fn named<E>(
+    plan: &Plan<DeviceAddress>,
+    mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
+) -> Result<(), E> {
+    let tokens = &plan.tokens;
+    let is_packed = tokens.q.at == tokens.z.at;
+    let names = if is_packed {
+        ["mixed_qkvz", "mixed_qkvz", "mixed_ba", "mixed_ba"]
+    } else {
+        ["mixed_qkv", "z", "b", "a"]
+    };
+    for (name, field) in names.into_iter().zip([&tokens.q, &tokens.z, &tokens.b, &tokens.a]) {
+        see(name, field.at, field.dtype.size())?;
+    }
+    see("conv_weight", tokens.conv_weight.at, tokens.conv_weight.kind.size())?;
+    if let Some(bias) = &tokens.conv_bias {
+        see("conv_bias", bias.at, bias.kind.size())?;
+    }
+    for (name, vector) in
+        [("A_log", &tokens.A_log), ("dt_bias", &tokens.dt_bias), ("norm_weight", &tokens.norm_weight)]
+    {
+        see(name, vector.at, vector.kind.size())?;
+    }
+    see("out", tokens.out.at, tokens.out.kind.size())?;
+    if !plan.conv.state.sizes.contains(&0) {
+        see("conv_state", plan.conv.state.at, plan.conv.state.kind.size())?;
+    }
+    see("recurrent_state", plan.recurrent.state.at, plan.recurrent.state.kind.size())?;
+    match &plan.conv.kept {
+        Kept::EachIn(states, indices) => {
+            if !states.sizes.contains(&0) {
+                see("conv_state.keep.states", states.at, states.kind.size())?;
+            }
+            if let Some(indices) = indices {
+                see("conv_state.keep.indices", indices.at, indices.kind.size())?;
+            }
+        }
+        Kept::LastAt(indices) => see("conv_state.keep", indices.at, indices.kind.size())?,
+        Kept::Last | Kept::Each | Kept::Nothing => {}
+    }
+    match &plan.recurrent.kept {
+        Kept::EachIn(states, indices) => {
+            if !states.sizes.contains(&0) {
+                see("recurrent_state.keep.states", states.at, states.kind.size())?;
+            }
+            if let Some(indices) = indices {
+                see("recurrent_state.keep.indices", indices.at, indices.kind.size())?;
+            }
+        }
+        Kept::LastAt(indices) => see("recurrent_state.keep", indices.at, indices.kind.size())?,
+        Kept::Last | Kept::Each | Kept::Nothing => {}
+    }
+    if let Some(indices) = &plan.slots.state_indices {
+        see("state_indices", indices.at, indices.kind.size())?;
+    }
+    if let Some(indices) = &plan.num_accepted_tokens {
+        see("num_accepted_tokens", indices.at, indices.kind.size())?;
+    }
+    Ok(())
+}
+
+/// What of a device decides the grid.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Profile {
+    pub(crate) multiprocessors: u32,
+    /// The most blocks of a cluster.
+    pub(crate) most_cluster: u32,
+    /// Tests and measurements choose the blocks of a cluster by themselves.
+    pub(crate) cluster: Option<u32>,
+    /// The most bytes of shared memory that a pass over several v heads may take.
+    pub(crate) most_shared: u32,
+}
+
+impl Profile {
+    pub(crate) fn of(gpu: &Gpu) -> Self {
+        let most_cluster = if gpu.info().compute_capability >= (9, 0) { 8 } else { 1 };
+        Self {
+            multiprocessors: gpu.info().multiprocessors,
+            most_cluster,
+            cluster: None,
+            most_shared: MOST_SHARED,
+        }
+    }
+}
+
+/// So that two blocks and more have room on a multiprocessor of any device.
+pub(crate) const MOST_SHARED: u32 = 40 << 10;
+const MOST_DIM: usize = 256;
+/// The fewest rows that a block is made for.
+const FEWEST_ROWS: u32 = 16;
+
+/// The kernel to launch, its arguments and its grid.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job {
+    pub(crate) kernel: &'static str,
+    pub(crate) args: Args,
+    pub(crate) blocks: u32,
+    pub(crate) threads: u32,
+    pub(crate) shared: u32,
+    pub(crate) cluster: u32,
+}
+
+/// A kernel's name, the columns it takes at most, and the rows of a thread.
+type Choice = (&'static str, u32, u32);
+
+/// For states of f32, f16 and bf16: by the columns of a row, and the one for rows of any strides.
+const CHOICES: [[Choice; 4]; 3] = [
+    [
+        ("gdn_decode_f32_64", 64, 4),
+        ("gdn_decode_f32_128", 128, 2),
+        ("gdn_decode_f32_256", 256, 1),
+        ("gdn_decode_f32_narrow", 256, 2),
+    ],
+    [
+        ("gdn_decode_f16_64", 64, 4),
+        ("gdn_decode_f16_128", 128, 2),
+        ("gdn_decode_f16_256", 256, 1),
+        ("gdn_decode_f16_narrow", 256, 2),
+    ],
+    [
+        ("gdn_decode_bf16_64", 64, 4),
+        ("gdn_decode_bf16_128", 128, 2),
+        ("gdn_decode_bf16_256", 256, 1),
+        ("gdn_decode_bf16_narrow", 256, 2),
+    ],
+];
+
+fn number(dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::F32 => args::F32,
+        Dtype::F16 => args::F16,
+        Dtype::BF16 => args::BF16,
+    }
+}
+
+fn field(field: &Field<DeviceAddress>) -> args::Field {
+    args::Field {
+        address: field.at.0 + field.start as u64,
+        row_stride: field.row_stride as u64,
+        head_step: field.head_step as u64,
+        dtype: number(field.dtype),
+    }
+}
+
+fn vector(vector: &Operand<DeviceAddress, Dtype, 1>) -> Vector {
+    let stride = (vector.strides[0] * vector.kind.size()) as u64;
+    Vector { address: vector.at.0, stride, dtype: number(vector.kind) }
+}
+
+fn strided<const D: usize>(tensor: &Operand<DeviceAddress, Dtype, D>) -> Strided<D> {
+    let strides = tensor.strides.map(|stride| (stride * tensor.kind.size()) as u64);
+    Strided { address: tensor.at.0, strides, dtype: number(tensor.kind) }
+}
+
+fn indices<const D: usize>(indices: Option<&Operand<DeviceAddress, IndexType, D>>) -> args::Indices {
+    indices.map_or_else(args::Indices::default, |indices| {
+        let bytes = |dim: usize| indices.strides.get(dim).map_or(0, |stride| stride * indices.kind.size());
+        args::Indices {
+            address: indices.at.0,
+            row: bytes(0) as u64,
+            column: bytes(1) as u64,
+            size: indices.kind.size() as u32,
+        }
+    })
+}
+
+/// What is kept of a state: `E` is one more than its dims.
+fn kept<const D: usize, const E: usize>(
+    state: &Operand<DeviceAddress, Dtype, D>,
+    kept: &Kept<DeviceAddress, E>,
+) -> args::Kept<E> {
+    // The state itself, as if its slots had one token each.
+    let own = Operand {
+        at: state.at,
+        kind: state.kind,
+        sizes: std::array::from_fn(|dim| if dim == 1 { 1 } else { state.sizes[dim.saturating_sub(1)] }),
+        strides: std::array::from_fn(|dim| match dim {
+            0 => state.strides[0],
+            1 => 0,
+            _ => state.strides[dim - 1],
+        }),
+    };
+    let (to, kind, at) = match kept {
+        Kept::Nothing => (&own, args::NOTHING, None),
+        Kept::Last => (&own, args::LAST, None),
+        Kept::LastAt(at) => (&own, args::LAST_AT, Some(at)),
+        Kept::Each => (&own, args::EACH, None),
+        Kept::EachIn(states, at) => (states, args::EACH_IN, at.as_ref()),
+    };
+    let slots = if kind == args::EACH_IN { to.sizes[0] } else { state.sizes[0] };
+    args::Kept { to: strided(to), slots: slots as i64, kind, indices: indices(at) }
+}
+
+impl Job {
+    /// `None` for no sequences: there is nothing to launch.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`] for what this backend does not take, [`CudaError::TooManySequences`].
+    pub(crate) fn new(plan: &Plan<DeviceAddress>, profile: Profile) -> Result<Option<Self>, CudaError> {
+        let (tokens, n) = (&plan.tokens, plan.slots.num_sequences);
+        let layer = &tokens.layer;
+        let heads = layer.heads();
+        let (hk, ratio) = (heads.num_k_heads(), heads.ratio());
+        for (argument, got) in [("head_k_dim", heads.head_k_dim()), ("head_v_dim", heads.head_v_dim())] {
+            if got > MOST_DIM {
+                let expected = format!("at most {MOST_DIM} on a GPU");
+                return Err(ArgumentError::Value { argument, got: got.to_string(), expected }.into());
+            }
+        }
+        named(plan, |argument, DeviceAddress(address), size| {
+            if address.is_multiple_of(size as u64) {
+                return Ok(());
+            }
+            let (got, expected) = (format!("at address {address:#x}"), format!("at a multiple of {size}"));
+            Err(ArgumentError::Value { argument, got, expected })
+        })?;
+        if n == 0 {
+            return Ok(None);
+        }
+        let too_many = || CudaError::TooManySequences { num_sequences: n, num_k_heads: hk };
+        // Features of a row, so of all channels, have 31 bits with room to spare.
+        let features = u32::try_from(heads.qkvz_features()).ok().filter(|features| *features < 1 << 30);
+        features.ok_or_else(too_many)?;
+        let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
+        let (t, ratio) = (plan.tokens_per_sequence as u32, ratio as u32);
+        let groups = n.checked_mul(hk).and_then(|groups| u32::try_from(groups).ok()).ok_or_else(too_many)?;
+        let cluster = profile.cluster.unwrap_or_else(|| {
+            let mut blocks = 1;
+            while blocks < profile.most_cluster
+                && u64::from(groups) * u64::from(blocks) <= u64::from(profile.multiprocessors)
+                && ratio * dv >= 2 * blocks * FEWEST_ROWS
+            {
+                blocks *= 2;
+            }
+            blocks
+        });
+        let blocks = groups.checked_mul(cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
+        let state = &plan.recurrent.state;
+        let (kept_windows, kept_state) = (kept(&plan.conv.state, &plan.conv.kept), kept(state, &plan.recurrent.kept));
+        let read = strided(state);
+        let element = state.kind.size() as u64;
+        // Rows are dense, and they and all distances between them multiples of 16 bytes.
+        let mut all = u64::from(dk) * element | read.address | kept_state.to.address;
+        for (dim, stride) in read.strides[..3].iter().enumerate() {
+            all |= if state.sizes[dim] > 1 { *stride } else { 0 };
+        }
+        for stride in &kept_state.to.strides[..4] {
+            all |= stride;
+        }
+        let is_wide = state.is_dense(3)
+            && (dk == 1 || kept_state.to.strides[4] == element)
+            && all.is_multiple_of(16);
+        let choices = &CHOICES[number(state.kind) as usize];
+        let fits = |choice: &&Choice| choice.1 >= dk;
+        let wide = choices[..3].iter().find(fits).filter(|_| is_wide);
+        let (kernel, padded, rows) = *wide.unwrap_or(&choices[3]);
+        let block_rows = |heads: u32| (heads * dv).div_ceil(cluster);
+        let room = |heads: u32| Room::new(t, padded, block_rows(heads), heads).bytes;
+        let mut pass_heads = ratio;
+        while pass_heads > 1 && room(pass_heads) > profile.most_shared {
+            pass_heads = pass_heads.div_ceil(2);
+        }
+        let block_rows = block_rows(pass_heads);
+        let threads = (block_rows.div_ceil(rows) * LANES).next_multiple_of(32).clamp(64, MOST_THREADS);
+        let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
+        let index_columns = plan.slots.state_indices.map_or(1, |indices| indices.sizes[1]);
+        let most_accepted = if index_columns > 1 { index_columns.min(t as usize) as u32 } else { t };
+        let args = Args {
+            num_k_heads: divisor(hk as u32)?,
+            head_v_dim: divisor(dv)?,
+            of_block: divisor(block_rows)?,
+            dk,
+            dv,
+            ratio,
+            tokens: t,
+            conv_width: layer.conv_width as u32,
+            cluster_shift: cluster.trailing_zeros(),
+            pass_heads,
+            block_rows,
+            sigmoid: u32::from(layer.gate == Gate::Sigmoid),
+            l2norm_eps: layer.l2norm_eps,
+            norm_eps: layer.norm_eps,
+            scale: layer.scale,
+            beta_scale: layer.beta_scale,
+            index_columns: if index_columns > 1 { 2 } else { 1 },
+            most_accepted,
+            conv_columns: u32::try_from(plan.conv.state.sizes[2]).map_err(|_| too_many())?,
+            pad_slot_id: plan.slots.pad_slot_id,
+            q: field(&tokens.q),
+            k: field(&tokens.k),
+            v: field(&tokens.v),
+            z: field(&tokens.z),
+            b: field(&tokens.b),
+            a: field(&tokens.a),
+            conv_weight: strided(&tokens.conv_weight),
+            conv_bias: tokens.conv_bias.as_ref().map_or_else(Vector::default, vector),
+            A_log: vector(&tokens.A_log),
+            dt_bias: vector(&tokens.dt_bias),
+            norm_weight: vector(&tokens.norm_weight),
+            out: strided(&tokens.out),
+            conv_state: strided(&plan.conv.state),
+            conv_slots: plan.conv.state.sizes[0] as i64,
+            conv_kept: kept_windows,
+            state: read,
+            slots: state.sizes[0] as i64,
+            kept: kept_state,
+            state_indices: indices(plan.slots.state_indices.as_ref()),
+            num_accepted_tokens: indices(plan.num_accepted_tokens.as_ref()),
+        };
+        Ok(Some(Self { kernel, args, blocks, threads, shared: room(pass_heads), cluster }))
+    }
+}
