@@ -203,25 +203,32 @@ impl<G: Hopper + Warp> Block<'_, G> {
     ) {
         // SAFETY: the caller's promises. Shared memory is written before a barrier and read behind it.
         unsafe {
+            let padded = LANES * (V * CHUNKS) as u32;
             let mut rows = Rows::<V, CHUNKS, ROWS>::new(self.gpu, pass.low);
-            // On its way while the convolution is computed.
-            rows.load::<E, WIDE, _>(self, read, pass);
-            if self.args.conv_width == 4 {
-                self.convolve::<4>(read, pass, LANES * (V * CHUNKS) as u32);
-            } else {
-                self.convolve::<0>(read, pass, LANES * (V * CHUNKS) as u32);
-            }
-            self.gates(read, pass);
-            // Here every block has read the window of q and k.
-            self.wait();
-            if pass.first == 0 {
-                self.norm_qk(LANES * (V * CHUNKS) as u32);
-                self.gpu.barrier();
-            }
-            while rows.start < pass.high {
-                rows.recur::<E, WIDE, _>(self, pass);
-                rows.start += self.gpu.threads() / LANES * ROWS as u32;
+            let mut is_prepared = false;
+            while !is_prepared || rows.start < pass.high {
+                // The first rows are on their way while the convolution is computed.
                 rows.load::<E, WIDE, _>(self, read, pass);
+                if !is_prepared {
+                    if self.args.conv_width == 4 {
+                        self.convolve::<4>(read, pass, padded);
+                    } else {
+                        self.convolve::<0>(read, pass, padded);
+                    }
+                    self.gates(read, pass);
+                    // Here every block has read the window of q and k.
+                    self.wait();
+                    if pass.first == 0 {
+                        self.norm_qk(padded);
+                        self.gpu.barrier();
+                    }
+                    is_prepared = true;
+                }
+                // A block without rows has been here for the sake of the others.
+                if rows.start < pass.high {
+                    rows.recur::<E, WIDE, _>(self, pass);
+                }
+                rows.start += self.gpu.threads() / LANES * ROWS as u32;
             }
             self.keep_windows(read, pass);
             self.wait();

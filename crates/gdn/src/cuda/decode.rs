@@ -346,19 +346,19 @@ const CHOICES: [[Choice; 4]; 3] = [
         ("gdn_decode_f32_64", 64, 4),
         ("gdn_decode_f32_128", 128, 2),
         ("gdn_decode_f32_256", 256, 1),
-        ("gdn_decode_f32_narrow", 256, 2),
+        ("gdn_decode_f32_narrow", 256, 1),
     ],
     [
         ("gdn_decode_f16_64", 64, 4),
         ("gdn_decode_f16_128", 128, 2),
         ("gdn_decode_f16_256", 256, 1),
-        ("gdn_decode_f16_narrow", 256, 2),
+        ("gdn_decode_f16_narrow", 256, 1),
     ],
     [
         ("gdn_decode_bf16_64", 64, 4),
         ("gdn_decode_bf16_128", 128, 2),
         ("gdn_decode_bf16_256", 256, 1),
-        ("gdn_decode_bf16_narrow", 256, 2),
+        ("gdn_decode_bf16_narrow", 256, 1),
     ],
 ];
 

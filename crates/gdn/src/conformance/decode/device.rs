@@ -155,20 +155,23 @@ fn measure_decode() {
             let weight = upload(bytemuck::cast_slice(&dense(&setup.conv_weight)));
             let vector = zeros(4 * dv.max(hv));
             let at = |memory: &CudaSlice<u8>| DeviceAddress(memory.device_ptr(stream).0);
+            // Before anything is captured: cudarc orders what is asked for.
             let (weight_at, vector_at) = (at(&weight), at(&vector));
+            let [states, windows, copies, outputs, qkvz, ba] =
+                [&state, &conv, &target, &out, &qkvz, &ba].map(at);
             let call = |i: usize, most: Option<u32>| {
                 let first = (i * sequences) as u64;
                 let tensor = |at, dtype, sizes, strides| crate::tensor::Tensor::at_device(at, dtype, sizes, strides);
-                let state_at = DeviceAddress(at(&state).0 + first * row as u64);
-                let conv_at = DeviceAddress(at(&conv).0 + first * (channels * 6) as u64);
+                let state_at = DeviceAddress(states.0 + first * row as u64);
+                let conv_at = DeviceAddress(windows.0 + first * (channels * 6) as u64);
                 let n = sequences * tokens;
                 let vector = |dtype, len| crate::tensor::Tensor::at_device(vector_at, dtype, [len], [1]).unwrap();
                 let decode = Decode::<DeviceAddress, DeviceAddress> {
                     layer: setup.layer,
                     tokens_per_sequence: tokens,
                     projections: crate::layer::Projections::Packed(crate::view::Packed {
-                        mixed_qkvz: tensor(at(&qkvz), Dtype::BF16, [n, features], [features, 1]).unwrap(),
-                        mixed_ba: tensor(at(&ba), Dtype::F32, [n, 2 * hv], [2 * hv, 1]).unwrap(),
+                        mixed_qkvz: tensor(qkvz, Dtype::BF16, [n, features], [features, 1]).unwrap(),
+                        mixed_ba: tensor(ba, Dtype::F32, [n, 2 * hv], [2 * hv, 1]).unwrap(),
                     }),
                     weights: crate::layer::Weights {
                         conv_weight: tensor(weight_at, Dtype::BF16, [channels, 4], [4, 1]).unwrap(),
@@ -200,7 +203,7 @@ fn measure_decode() {
                     slots: Slots::in_order(),
                     num_accepted_tokens: None,
                     out: crate::tensor::Tensor::at_device(
-                        at(&out),
+                        outputs,
                         Dtype::BF16,
                         [n, hv, dv],
                         [hv * dv, dv, 1],
@@ -222,7 +225,7 @@ fn measure_decode() {
             };
             let copy = |i: usize| {
                 let offset = (i * sequences * row) as u64;
-                let (to, from) = (at(&target).0 + offset, at(&state).0 + offset);
+                let (to, from) = (copies.0 + offset, states.0 + offset);
                 // SAFETY: so many bytes are there.
                 unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, sequences * row, stream.cu_stream()) }
                     .result()
