@@ -464,7 +464,7 @@ impl Job {
         let cluster = profile.cluster.unwrap_or_else(|| {
             let mut blocks = 1;
             while blocks < profile.most_cluster
-                && u64::from(groups) * u64::from(blocks) <= u64::from(profile.multiprocessors)
+                && u64::from(groups) * u64::from(2 * blocks) <= u64::from(profile.multiprocessors)
                 && ratio * dv >= 2 * blocks * FEWEST_ROWS
             {
                 blocks *= 2;
