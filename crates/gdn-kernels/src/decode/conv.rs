@@ -25,7 +25,15 @@ pub(super) struct Channel {
 impl Channel {
     /// Channel `channel`, which is feature `i` of a key head's in a field.
     #[inline(always)]
-    pub(super) fn new(args: &Args, read: &Read, field: &Field, row: u64, head: u32, i: u32, channel: u32) -> Self {
+    pub(super) fn new(
+        args: &Args,
+        read: &Read,
+        field: &Field,
+        row: u64,
+        head: u32,
+        i: u32,
+        channel: u32,
+    ) -> Self {
         let [of_slot, of_channel, of_column] = args.conv_state.strides;
         let channel = u64::from(channel);
         let x = field.address
@@ -130,7 +138,11 @@ impl Channel {
             }
             // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
             let (old, stay, columns) = if read.accepted > 0 {
-                (read.accepted, width.saturating_sub(2), (width + tokens).saturating_sub(2).min(args.conv_columns))
+                (
+                    read.accepted,
+                    width.saturating_sub(2),
+                    (width + tokens).saturating_sub(2).min(args.conv_columns),
+                )
             } else {
                 (tokens, args.conv_columns.saturating_sub(tokens), args.conv_columns)
             };

@@ -174,11 +174,8 @@ impl<G: Hopper + Warp> Block<'_, G> {
     fn channel_of_qk(&self, read: &Read, i: u32) -> Channel {
         let Args { dk, q, k, .. } = self.args;
         let keys = self.args.num_k_heads.get() * dk;
-        let (field, i, channel) = if i < *dk {
-            (q, i, self.head * dk + i)
-        } else {
-            (k, i - dk, keys + self.head * dk + i - dk)
-        };
+        let (field, i, channel) =
+            if i < *dk { (q, i, self.head * dk + i) } else { (k, i - dk, keys + self.head * dk + i - dk) };
         Channel::new(self.args, read, field, self.row(), self.head, i, channel)
     }
 
@@ -403,7 +400,8 @@ impl<G: Hopper + Warp> Block<'_, G> {
                 while i < args.dv {
                     let (rank, at) = args.of_block.divide(j * args.dv + i);
                     let at = outputs + at * 4;
-                    let o = if rank == self.rank { gpu.load_shared4(at) } else { gpu.load_cluster4(at, rank) };
+                    let o =
+                        if rank == self.rank { gpu.load_shared4(at) } else { gpu.load_cluster4(at, rank) };
                     let o = f32::from_bits(o);
                     sum = Lanes::mul_add(o, o, sum);
                     i += 32;
@@ -560,7 +558,11 @@ impl<const V: usize, const CHUNKS: usize, const ROWS: usize> Rows<V, CHUNKS, ROW
     /// # Safety
     /// As [`run`]; q, k, v, gates and addresses are in shared memory, for all to see.
     #[inline(always)]
-    unsafe fn recur<E: Element, const WIDE: bool, G: Hopper + Warp>(&mut self, block: &Block<'_, G>, pass: &Pass) {
+    unsafe fn recur<E: Element, const WIDE: bool, G: Hopper + Warp>(
+        &mut self,
+        block: &Block<'_, G>,
+        pass: &Pass,
+    ) {
         let Block { gpu, args, room, .. } = block;
         let mut t = 0;
         while t < args.tokens {

@@ -34,7 +34,14 @@ unsafe fn load(gpu: &impl Gpu, indices: &Indices, sequence: u32, column: u32) ->
 /// # Safety
 /// As [`load`], where there are indices.
 #[inline(always)]
-unsafe fn slot(gpu: &impl Gpu, args: &Args, indices: &Indices, sequence: u32, column: u32, slots: i64) -> i64 {
+unsafe fn slot(
+    gpu: &impl Gpu,
+    args: &Args,
+    indices: &Indices,
+    sequence: u32,
+    column: u32,
+    slots: i64,
+) -> i64 {
     if indices.address == 0 {
         return i64::from(sequence);
     }

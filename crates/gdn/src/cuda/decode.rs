@@ -10,12 +10,7 @@ use gdn_kernels::{
     split::Divisor,
 };
 
-use super::{
-    device::Gpu,
-    error::CudaError,
-    launch::Launch,
-    module::Current,
-};
+use super::{device::Gpu, error::CudaError, launch::Launch, module::Current};
 use crate::{
     argument::ArgumentError,
     decode::{Decode, Plan},
@@ -473,20 +468,20 @@ impl Job {
         });
         let blocks = groups.checked_mul(cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
         let state = &plan.recurrent.state;
-        let (kept_windows, kept_state) = (kept(&plan.conv.state, &plan.conv.kept), kept(state, &plan.recurrent.kept));
+        let (kept_windows, kept_state) =
+            (kept(&plan.conv.state, &plan.conv.kept), kept(state, &plan.recurrent.kept));
         let read = strided(state);
         let element = state.kind.size() as u64;
         // Rows are dense, and they and all distances between them multiples of 16 bytes.
-        let mut all = u64::from(dk) * element | read.address | kept_state.to.address;
+        let mut all = (u64::from(dk) * element) | read.address | kept_state.to.address;
         for (dim, stride) in read.strides[..3].iter().enumerate() {
             all |= if state.sizes[dim] > 1 { *stride } else { 0 };
         }
         for stride in &kept_state.to.strides[..4] {
             all |= stride;
         }
-        let is_wide = state.is_dense(3)
-            && (dk == 1 || kept_state.to.strides[4] == element)
-            && all.is_multiple_of(16);
+        let is_wide =
+            state.is_dense(3) && (dk == 1 || kept_state.to.strides[4] == element) && all.is_multiple_of(16);
         let choices = &CHOICES[number(state.kind) as usize];
         let fits = |choice: &&Choice| choice.1 >= dk;
         let wide = choices[..3].iter().find(fits).filter(|_| is_wide);

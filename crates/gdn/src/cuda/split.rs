@@ -82,8 +82,7 @@ pub(crate) unsafe fn run(
     }
     let function = gpu.kernels.kernel(gpu.context(), job.kernel())?;
     let [x, y] = job.shape.blocks;
-    let launch =
-        Launch { function, blocks: [x, y, 1], threads: job.shape.threads, shared: 0, cluster: 1 };
+    let launch = Launch { function, blocks: [x, y, 1], threads: job.shape.threads, shared: 0, cluster: 1 };
     // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
     // caller answers for the memory and the stream.
     unsafe { gpu.launch(launch, job.args, stream) }

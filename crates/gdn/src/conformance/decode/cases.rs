@@ -147,8 +147,8 @@ impl Kept {
         // Slots for a table of one for each token.
         let mut random = Random(99);
         let order = [0, 1, state_order[0], state_order[1]];
-        batch.recurrent = Memory::poisoned(state_dtype, [9, hv, dv, dk], order, [0; 4], 0)
-            .fill(|_| random.normal() * 0.3);
+        batch.recurrent =
+            Memory::poisoned(state_dtype, [9, hv, dv, dk], order, [0; 4], 0).fill(|_| random.normal() * 0.3);
         let columns = batch.conv.sizes[2];
         batch.conv = Memory::dense(Dtype::F32, [9, channels, columns]).fill(|_| random.normal());
         let order = [0, 1, 2, state_order[0] + 1, state_order[1] + 1];
@@ -172,8 +172,7 @@ impl Kept {
             2 => (conv_keep, keep) = (Keep::LastAt(to.view([2])), Keep::LastAt(to.view([2]))),
             3 => keep = Keep::Each,
             4 => {
-                conv_keep =
-                    Keep::EachIn { states: self.windows.view_mut(), indices: Some(other.view([2])) };
+                conv_keep = Keep::EachIn { states: self.windows.view_mut(), indices: Some(other.view([2])) };
                 keep = Keep::EachIn { states: self.states.view_mut(), indices: Some(other.view([2])) };
             }
             5 => {

@@ -81,11 +81,11 @@ fn both(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
     let plan = Plan::new(call).unwrap();
     let written: Vec<_> =
         extents(&plan).into_iter().filter(|extent| extent.access != Access::Reads).collect();
-    // SAFETY: the memory of the call's tensors, here and below.
-    let bytes = || -> Vec<Vec<u8>> {
-        let copy = |extent: &super::Extent| unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) };
-        written.iter().map(|extent| copy(extent).to_vec()).collect()
+    let copy = |extent: &super::Extent| {
+        // SAFETY: the memory of a tensor of the call.
+        unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) }.to_vec()
     };
+    let bytes = || -> Vec<Vec<u8>> { written.iter().map(copy).collect() };
     let before = bytes();
     emulate(call, on(gpu, profile));
     let emulated = bytes();
@@ -149,7 +149,8 @@ fn measure_decode() {
             let (state, conv) = (zeros(slots * row), zeros(slots * channels * 3 * 2));
             let (target, out) = (zeros(slots * row), zeros(sequences * tokens * hv * dv * 2));
             let features = setup.layer.heads().qkvz_features();
-            let (qkvz, ba) = (zeros(sequences * tokens * features * 2), zeros(sequences * tokens * 2 * hv * 4));
+            let (qkvz, ba) =
+                (zeros(sequences * tokens * features * 2), zeros(sequences * tokens * 2 * hv * 4));
             let upload = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
             let dense = |memory: &Memory<2>| memory.all().iter().map(|_| 0u16).collect::<Vec<_>>();
             let weight = upload(bytemuck::cast_slice(&dense(&setup.conv_weight)));
@@ -161,11 +162,13 @@ fn measure_decode() {
                 [&state, &conv, &target, &out, &qkvz, &ba].map(at);
             let call = |i: usize, most: Option<u32>| {
                 let first = (i * sequences) as u64;
-                let tensor = |at, dtype, sizes, strides| crate::tensor::Tensor::at_device(at, dtype, sizes, strides);
+                let tensor =
+                    |at, dtype, sizes, strides| crate::tensor::Tensor::at_device(at, dtype, sizes, strides);
                 let state_at = DeviceAddress(states.0 + first * row as u64);
                 let conv_at = DeviceAddress(windows.0 + first * (channels * 6) as u64);
                 let n = sequences * tokens;
-                let vector = |dtype, len| crate::tensor::Tensor::at_device(vector_at, dtype, [len], [1]).unwrap();
+                let vector =
+                    |dtype, len| crate::tensor::Tensor::at_device(vector_at, dtype, [len], [1]).unwrap();
                 let decode = Decode::<DeviceAddress, DeviceAddress> {
                     layer: setup.layer,
                     tokens_per_sequence: tokens,
@@ -213,13 +216,13 @@ fn measure_decode() {
                 let plan = Plan::new(&decode).unwrap();
                 let gpu = gpu.clone().check_pointers(false);
                 // SAFETY: tensors that outlive the graph.
-                unsafe { run(&gpu, &plan, Profile { cluster: most, ..Profile::of(&gpu) }, stream.cu_stream()) }
-                    .unwrap();
+                unsafe {
+                    run(&gpu, &plan, Profile { cluster: most, ..Profile::of(&gpu) }, stream.cu_stream())
+                }
+                .unwrap();
             };
             let capture = |work: &dyn Fn(usize)| {
-                stream
-                    .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-                    .unwrap();
+                stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
                 (0..calls).for_each(work);
                 stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap()
             };

@@ -46,12 +46,11 @@ struct Extent {
 /// The tensors of a plan on the host, each once, in the order in which they are met.
 fn extents(plan: &Plan<*mut u8>) -> Vec<Extent> {
     let mut all: Vec<Extent> = Vec::new();
-    let mut see = |at: *mut u8, bytes: usize, access: Access| {
-        match all.iter_mut().find(|extent| extent.at == at) {
+    let mut see =
+        |at: *mut u8, bytes: usize, access: Access| match all.iter_mut().find(|extent| extent.at == at) {
             Some(extent) => extent.bytes = extent.bytes.max(bytes),
             None => all.push(Extent { at, bytes, access }),
-        }
-    };
+        };
     fn span<K, const D: usize>(operand: &Operand<*mut u8, K, D>, size: usize) -> usize {
         let last = operand.sizes.iter().zip(operand.strides).map(|(n, stride)| n.saturating_sub(1) * stride);
         if operand.sizes.contains(&0) { 0 } else { (last.sum::<usize>() + 1) * size }
@@ -73,10 +72,9 @@ fn extents(plan: &Plan<*mut u8>) -> Vec<Extent> {
         see(field.at, if tokens.num_tokens == 0 { 0 } else { rows + row }, Access::Reads);
     }
     see(tokens.conv_weight.at, span(&tokens.conv_weight, tokens.conv_weight.kind.size()), Access::Reads);
-    for vector in [Some(tokens.A_log), Some(tokens.dt_bias), Some(tokens.norm_weight), tokens.conv_bias] {
-        if let Some(vector) = vector {
-            see(vector.at, span(&vector, vector.kind.size()), Access::Reads);
-        }
+    let vectors = [tokens.A_log, tokens.dt_bias, tokens.norm_weight];
+    for vector in vectors.iter().chain(&tokens.conv_bias) {
+        see(vector.at, span(vector, vector.kind.size()), Access::Reads);
     }
     see(tokens.out.at, span(&tokens.out, tokens.out.kind.size()), Access::Writes);
     macro_rules! state {
@@ -131,14 +129,9 @@ fn moved(plan: &Plan<*mut u8>, to: impl Fn(*mut u8) -> DeviceAddress) -> Plan<De
         State { state: operand(&state.state, to), kept }
     }
     let Tokens { q, k, v, z, b, a, .. } = plan.tokens;
-    let [q, k, v, z, b, a] =
-        [q, k, v, z, b, a].map(|Field { at, dtype, start, row_stride, head_step }| Field {
-            at: to(at),
-            dtype,
-            start,
-            row_stride,
-            head_step,
-        });
+    let [q, k, v, z, b, a] = [q, k, v, z, b, a].map(|Field { at, dtype, start, row_stride, head_step }| {
+        Field { at: to(at), dtype, start, row_stride, head_step }
+    });
     Plan {
         tokens: Tokens {
             layer: plan.tokens.layer,
