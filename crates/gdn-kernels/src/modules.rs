@@ -178,15 +178,15 @@ const fn decode(name: &'static str) -> Kernel {
 }
 
 const DECODE: &[&[Kernel]] = &[
-    &[decode("gdn_decode_f32_64").wide(8, 8)],
+    &[decode("gdn_decode_f32_64").wide(4, 4)],
     &[decode("gdn_decode_f32_128").wide(8, 8)],
     &[decode("gdn_decode_f32_256").wide(8, 8)],
     &[decode("gdn_decode_f32_narrow")],
-    &[decode("gdn_decode_f16_64").wide(4, 4)],
+    &[decode("gdn_decode_f16_64").wide(2, 2)],
     &[decode("gdn_decode_f16_128").wide(4, 4)],
     &[decode("gdn_decode_f16_256").wide(4, 4)],
     &[decode("gdn_decode_f16_narrow")],
-    &[decode("gdn_decode_bf16_64").wide(4, 4)],
+    &[decode("gdn_decode_bf16_64").wide(2, 2)],
     &[decode("gdn_decode_bf16_128").wide(4, 4)],
     &[decode("gdn_decode_bf16_256").wide(4, 4)],
     &[decode("gdn_decode_bf16_narrow")],

@@ -338,19 +338,19 @@ type Choice = (&'static str, u32, u32);
 /// For states of f32, f16 and bf16: by the columns of a row, and the one for rows of any strides.
 const CHOICES: [[Choice; 4]; 3] = [
     [
-        ("gdn_decode_f32_64", 64, 4),
+        ("gdn_decode_f32_64", 64, 2),
         ("gdn_decode_f32_128", 128, 2),
         ("gdn_decode_f32_256", 256, 1),
         ("gdn_decode_f32_narrow", 256, 1),
     ],
     [
-        ("gdn_decode_f16_64", 64, 4),
+        ("gdn_decode_f16_64", 64, 2),
         ("gdn_decode_f16_128", 128, 2),
         ("gdn_decode_f16_256", 256, 1),
         ("gdn_decode_f16_narrow", 256, 1),
     ],
     [
-        ("gdn_decode_bf16_64", 64, 4),
+        ("gdn_decode_bf16_64", 64, 2),
         ("gdn_decode_bf16_128", 128, 2),
         ("gdn_decode_bf16_256", 256, 1),
         ("gdn_decode_bf16_narrow", 256, 1),
