@@ -170,25 +170,25 @@ const SPLIT: &[&[Kernel]] = &[
     &[Kernel::new("gdn_merge_narrow")],
 ];
 
-/// Shared memory of a block of the decode, at most: 16 tokens of keys and v heads of 256, and what is small beside them.
-const DECODE_SHARED: u32 = 72 << 10;
+/// Shared memory that a block of the decode asks for, at most: that of a Hopper's multiprocessor, or what there is.
+pub const DECODE_SHARED: u32 = 227 << 10;
 
 const fn decode(name: &'static str) -> Kernel {
-    Kernel { threads: 256, shared: DECODE_SHARED, ..Kernel::new(name) }
+    Kernel { threads: 512, shared: DECODE_SHARED, ..Kernel::new(name) }
 }
 
 const DECODE: &[&[Kernel]] = &[
-    &[decode("gdn_decode_f32_64").wide(4, 4)],
-    &[decode("gdn_decode_f32_128").wide(8, 8)],
-    &[decode("gdn_decode_f32_256").wide(8, 8)],
+    &[decode("gdn_decode_f32_64").wide(0, 4)],
+    &[decode("gdn_decode_f32_128").wide(0, 8)],
+    &[decode("gdn_decode_f32_256").wide(0, 8)],
     &[decode("gdn_decode_f32_narrow")],
-    &[decode("gdn_decode_f16_64").wide(2, 2)],
-    &[decode("gdn_decode_f16_128").wide(4, 4)],
-    &[decode("gdn_decode_f16_256").wide(4, 4)],
+    &[decode("gdn_decode_f16_64").wide(0, 2)],
+    &[decode("gdn_decode_f16_128").wide(0, 4)],
+    &[decode("gdn_decode_f16_256").wide(0, 4)],
     &[decode("gdn_decode_f16_narrow")],
-    &[decode("gdn_decode_bf16_64").wide(2, 2)],
-    &[decode("gdn_decode_bf16_128").wide(4, 4)],
-    &[decode("gdn_decode_bf16_256").wide(4, 4)],
+    &[decode("gdn_decode_bf16_64").wide(0, 2)],
+    &[decode("gdn_decode_bf16_128").wide(0, 4)],
+    &[decode("gdn_decode_bf16_256").wide(0, 4)],
     &[decode("gdn_decode_bf16_narrow")],
 ];
 

@@ -93,10 +93,8 @@ pub const EACH_IN: u32 = 4;
 pub struct Args {
     /// By HK.
     pub num_k_heads: Divisor,
-    /// By DV.
-    pub head_v_dim: Divisor,
-    /// By [`Args::block_rows`].
-    pub of_block: Divisor,
+    /// By the warps that compute one v head.
+    pub head_warps: Divisor,
     /// DK.
     pub dk: u32,
     /// DV.
@@ -109,10 +107,10 @@ pub struct Args {
     pub conv_width: u32,
     /// log2 of the blocks of a cluster.
     pub cluster_shift: u32,
-    /// v heads that a cluster computes at a time.
+    /// v heads of a key head that a cluster computes at a time.
     pub pass_heads: u32,
-    /// Rows of S, of `pass_heads * DV`, that one block of the cluster computes.
-    pub block_rows: u32,
+    /// Pieces of rows that a warp computes, one after the other.
+    pub steps: u32,
     /// Whether the gate is a sigmoid rather than a silu.
     pub sigmoid: u32,
     /// See `Layer`.
@@ -173,34 +171,35 @@ pub struct Args {
     pub num_accepted_tokens: Indices,
 }
 
-/// Where things are in a block's shared memory, in bytes. All but the last two hold f32.
+/// Where things are in a block's shared memory, in bytes. All but the last hold f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
-    /// `[T][DK, padded]`
+    /// `[T][padded]`: queries, as the convolution leaves them, and zeros behind.
     pub q: u32,
-    /// `[T][DK, padded]`
+    /// `[T][padded]`: keys.
     pub k: u32,
-    /// `[T][block_rows]`
+    /// `[T][warps * 32]`: values.
     pub v: u32,
-    /// `[T][block_rows]`
+    /// `[T][warps * 32]`: outputs, before the norm.
     pub o: u32,
-    /// `[T][pass_heads]` pairs of decay and beta.
-    pub gates: u32,
-    /// `[T]` addresses of the states to keep, 0 for none.
-    pub to: u32,
+    /// `[T][pieces]`: sums of the outputs' squares, of all pieces of the cluster.
+    pub sums: u32,
+    /// Where rows of S land.
+    pub landing: u32,
     /// How many bytes all take.
     pub bytes: u32,
 }
 
 impl Room {
-    /// For `tokens` tokens, keys of `padded` numbers.
+    /// For `tokens` tokens, keys of `padded` numbers, `pieces` pieces in a cluster, and `landing` bytes for each warp.
     #[inline(always)]
-    pub const fn new(tokens: u32, padded: u32, block_rows: u32, pass_heads: u32) -> Self {
+    pub const fn new(tokens: u32, padded: u32, warps: u32, pieces: u32, landing: u32) -> Self {
         let k = tokens * padded * 4;
         let v = 2 * k;
-        let o = v + tokens * block_rows * 4;
-        let gates = o + tokens * block_rows * 4;
-        let to = gates + tokens * pass_heads * 8;
-        Self { q: 0, k, v, o, gates, to, bytes: to + tokens * 8 }
+        let o = v + tokens * warps * 128;
+        let sums = o + tokens * warps * 128;
+        let end = sums + tokens * pieces * 4;
+        let start = (end + 15) / 16 * 16;
+        Self { q: 0, k, v, o, sums, landing: start, bytes: start + warps * landing }
     }
 }

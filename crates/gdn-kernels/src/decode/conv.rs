@@ -1,13 +1,17 @@
-//! The causal convolution of a channel, and the windows that are kept of it.
+//! The causal convolution of a channel, and the windows that are kept of it. One thread of one block reads a channel's
+//! window and writes it.
 
 use gdn_math::{Lanes, layer as math};
 
 use super::{
     args::{self, Args, Field},
-    element::{load, size, store},
+    element::{bits, load, number, size, store},
     slots::Read,
 };
 use crate::gpu::Gpu;
+
+/// The taps of the convolution, where they are held in registers.
+const TAPS: usize = 4;
 
 /// A channel of the convolution, for one sequence.
 #[derive(Clone, Copy)]
@@ -20,6 +24,14 @@ pub(super) struct Channel {
     channel: u64,
     /// Its first column of the window.
     window: u64,
+}
+
+/// What a channel's convolution begins with, on its way: bits of its taps, window, first input and bias.
+pub(super) struct Start {
+    taps: [u32; TAPS],
+    window: [u32; TAPS - 1],
+    first: u32,
+    bias: u32,
 }
 
 impl Channel {
@@ -47,6 +59,101 @@ impl Channel {
         Self { x, row_stride: field.row_stride, dtype: field.dtype, channel, window }
     }
 
+    /// Reads what the convolution of [`TAPS`] taps begins with.
+    ///
+    /// # Safety
+    /// The channel is there, and has so many taps.
+    #[inline(always)]
+    pub(super) unsafe fn start(&self, gpu: &impl Gpu, args: &Args) -> Start {
+        let [of_channel, of_tap] = args.conv_weight.strides;
+        let [.., of_column] = args.conv_state.strides;
+        let weight = args.conv_weight.address + self.channel * of_channel;
+        let mut start = Start { taps: [0; TAPS], window: [0; TAPS - 1], first: 0, bias: 0 };
+        // SAFETY: the caller's promise.
+        unsafe {
+            start.first = bits(gpu, self.dtype, self.x);
+            let mut i = 0;
+            while i + 1 < TAPS {
+                let at = self.window + i as u64 * of_column;
+                start.window[i] = bits(gpu, args.conv_state.dtype, at);
+                i += 1;
+            }
+            let mut i = 0;
+            while i < TAPS {
+                start.taps[i] = bits(gpu, args.conv_weight.dtype, weight + i as u64 * of_tap);
+                i += 1;
+            }
+            if args.conv_bias.address != 0 {
+                let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
+                start.bias = bits(gpu, args.conv_bias.dtype, at);
+            }
+        }
+        start
+    }
+
+    /// The convolution's result for each token, and the windows that are kept of it, unless they roll ([`rolls`]).
+    ///
+    /// # Safety
+    /// As [`Channel::start`].
+    #[inline(always)]
+    pub(super) unsafe fn run<G: Gpu>(
+        &self,
+        gpu: &G,
+        args: &Args,
+        start: Start,
+        kept: &Windows,
+        mut put: impl FnMut(u32, f32),
+    ) {
+        let mut taps = [0.0; TAPS];
+        let mut inputs = [0.0; TAPS];
+        let mut i = 0;
+        while i < TAPS {
+            taps[i] = number(gpu, args.conv_weight.dtype, start.taps[i]);
+            i += 1;
+        }
+        let mut i = 0;
+        while i + 1 < TAPS {
+            inputs[i + 1] = number(gpu, args.conv_state.dtype, start.window[i]);
+            i += 1;
+        }
+        let bias =
+            if args.conv_bias.address != 0 { number(gpu, args.conv_bias.dtype, start.bias) } else { 0.0 };
+        let (mut next, mut t) = (start.first, 0);
+        while t < args.tokens {
+            let mut i = 0;
+            while i + 1 < TAPS {
+                inputs[i] = inputs[i + 1];
+                i += 1;
+            }
+            inputs[TAPS - 1] = number(gpu, self.dtype, next);
+            if t + 1 < args.tokens {
+                // SAFETY: the caller's promise.
+                next = unsafe { bits(gpu, self.dtype, self.x + u64::from(t + 1) * self.row_stride) };
+            }
+            let mut sum = bias;
+            let mut i = 0;
+            while i < TAPS {
+                sum = Lanes::mul_add(inputs[i], taps[i], sum);
+                i += 1;
+            }
+            put(t, math::activation(sum));
+            let to = kept.after(args, t);
+            if to != 0 {
+                let [.., of_channel, of_column] = args.conv_kept.to.strides;
+                let at = to + self.channel * of_channel;
+                let mut i = 0;
+                while i + 1 < TAPS {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        store(gpu, args.conv_kept.to.dtype, at + i as u64 * of_column, inputs[i + 1]);
+                    }
+                    i += 1;
+                }
+            }
+            t += 1;
+        }
+    }
+
     /// Input `i`: W - 1 of the window, then those of the call.
     ///
     /// # Safety
@@ -65,100 +172,125 @@ impl Channel {
         }
     }
 
-    /// silu of the convolution at token `t`. `W` taps, or those of the arguments where it is 0.
+    /// [`Channel::run`] for any number of taps.
     ///
     /// # Safety
-    /// The channel and the token are there.
+    /// The channel is there.
     #[inline(always)]
-    pub(super) unsafe fn convolved<const W: usize>(&self, gpu: &impl Gpu, args: &Args, t: u32) -> f32 {
+    pub(super) unsafe fn run_any<G: Gpu>(
+        &self,
+        gpu: &G,
+        args: &Args,
+        kept: &Windows,
+        mut put: impl FnMut(u32, f32),
+    ) {
         let [of_channel, of_tap] = args.conv_weight.strides;
         let weight = args.conv_weight.address + self.channel * of_channel;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let tap = |i: u32| load(gpu, args.conv_weight.dtype, weight + u64::from(i) * of_tap);
+        let mut t = 0;
+        while t < args.tokens {
             let mut sum = 0.0;
-            if args.conv_bias.address != 0 {
-                let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
-                sum = load(gpu, args.conv_bias.dtype, at);
-            }
-            if W > 0 {
-                // All are on their way before the first is used.
-                let (mut taps, mut inputs) = ([0.0; W], [0.0; W]);
-                let mut i = 0;
-                while i < W {
-                    taps[i] = tap(i as u32);
-                    inputs[i] = self.input(gpu, args, t + i as u32);
-                    i += 1;
+            // SAFETY: the caller's promise.
+            unsafe {
+                if args.conv_bias.address != 0 {
+                    let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
+                    sum = load(gpu, args.conv_bias.dtype, at);
                 }
-                let mut i = 0;
-                while i < W {
-                    sum = Lanes::mul_add(inputs[i], taps[i], sum);
-                    i += 1;
-                }
-            } else {
                 let mut i = 0;
                 while i < args.conv_width {
-                    sum = Lanes::mul_add(self.input(gpu, args, t + i), tap(i), sum);
+                    let tap = load(gpu, args.conv_weight.dtype, weight + u64::from(i) * of_tap);
+                    sum = Lanes::mul_add(self.input(gpu, args, t + i), tap, sum);
                     i += 1;
                 }
             }
-            math::activation(sum)
+            put(t, math::activation(sum));
+            t += 1;
+        }
+        let mut t = 0;
+        while t < args.tokens {
+            let to = kept.after(args, t);
+            let [.., of_channel, of_column] = args.conv_kept.to.strides;
+            let mut column = 0;
+            while to != 0 && column + 1 < args.conv_width {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let x = self.input(gpu, args, t + 1 + column);
+                    let at = to + self.channel * of_channel + u64::from(column) * of_column;
+                    store(gpu, args.conv_kept.to.dtype, at, x);
+                }
+                column += 1;
+            }
+            t += 1;
         }
     }
 
-    /// Keeps the channel's windows. One thread moves a channel's columns, in order, so a window may move onto itself.
+    /// Keeps a channel's rolling window. Columns are moved in order, so it may move onto itself.
     ///
     /// # Safety
-    /// The channel is there; whoever else reads its window has done so.
+    /// The channel is there.
     #[inline(always)]
-    pub(super) unsafe fn keep(&self, gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) {
-        let kept = &args.conv_kept;
+    pub(super) unsafe fn roll(&self, gpu: &impl Gpu, args: &Args, read: &Read, to: u64) {
         let (tokens, width) = (args.tokens, args.conv_width);
-        let [.., of_channel, of_column] = kept.to.strides;
-        // SAFETY: the caller's promise.
-        unsafe {
-            if kept.kind == args::EACH_IN {
-                let mut t = 0;
-                while t < tokens {
-                    let to = kept.address(gpu, args, sequence, read.conv, t);
-                    let mut column = 0;
-                    while to != 0 && column + 1 < width {
-                        let x = self.input(gpu, args, t + 1 + column);
-                        let at = to + self.channel * of_channel + u64::from(column) * of_column;
-                        store(gpu, kept.to.dtype, at, x);
-                        column += 1;
-                    }
-                    t += 1;
-                }
-                return;
-            }
-            let to = kept.address(gpu, args, sequence, read.conv, tokens - 1);
-            if to == 0 {
-                return;
-            }
-            // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
-            let (old, stay, columns) = if read.accepted > 0 {
-                (
-                    read.accepted,
-                    width.saturating_sub(2),
-                    (width + tokens).saturating_sub(2).min(args.conv_columns),
-                )
-            } else {
-                (tokens, args.conv_columns.saturating_sub(tokens), args.conv_columns)
-            };
-            let [of_slot, from_channel, from_column] = args.conv_state.strides;
-            let from = args.conv_state.address + read.conv as u64 * of_slot + self.channel * from_channel;
-            let to = to + self.channel * of_channel;
-            let mut column = 0;
-            while column < columns {
+        let [.., of_channel, of_column] = args.conv_kept.to.strides;
+        // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
+        let (old, stay, columns) = if read.accepted > 0 {
+            (read.accepted, width.saturating_sub(2), (width + tokens).saturating_sub(2).min(args.conv_columns))
+        } else {
+            (tokens, args.conv_columns.saturating_sub(tokens), args.conv_columns)
+        };
+        let [of_slot, from_channel, from_column] = args.conv_state.strides;
+        let from = args.conv_state.address + read.conv as u64 * of_slot + self.channel * from_channel;
+        let to = to + self.channel * of_channel;
+        let mut column = 0;
+        while column < columns {
+            // SAFETY: the caller's promise.
+            unsafe {
                 let x = if column < stay {
                     load(gpu, args.conv_state.dtype, from + u64::from(old + column) * from_column)
                 } else {
                     load(gpu, self.dtype, self.x + u64::from(tokens - (columns - column)) * self.row_stride)
                 };
-                store(gpu, kept.to.dtype, to + u64::from(column) * of_column, x);
-                column += 1;
+                store(gpu, args.conv_kept.to.dtype, to + u64::from(column) * of_column, x);
             }
+            column += 1;
         }
+    }
+}
+
+/// Where the windows of a sequence go.
+#[derive(Clone, Copy)]
+pub(super) struct Windows {
+    /// 0 for nowhere.
+    to: u64,
+    /// Whether it rolls: it has more columns than the convolution reads, or some of the last call's tokens go.
+    pub(super) rolls: bool,
+}
+
+impl Windows {
+    /// # Safety
+    /// The indices of the arguments are there.
+    #[inline(always)]
+    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) -> Self {
+        let kept = &args.conv_kept;
+        let token = if kept.kind == args::EACH_IN { 0 } else { args.tokens - 1 };
+        // SAFETY: the caller's promise.
+        let to = unsafe { kept.address(gpu, args, sequence, read.conv, token) };
+        let is_wide = read.accepted > 0 || args.conv_columns + 1 > args.conv_width;
+        Self { to, rolls: kept.kind != args::EACH_IN && is_wide && to != 0 }
+    }
+
+    /// Where a channel's window after token `t` goes, 0 for nowhere.
+    #[inline(always)]
+    fn after(&self, args: &Args, t: u32) -> u64 {
+        let each = args.conv_kept.kind == args::EACH_IN;
+        if self.to == 0 || self.rolls || !each && t + 1 < args.tokens {
+            return 0;
+        }
+        self.to + if each { u64::from(t) * args.conv_kept.to.strides[1] } else { 0 }
+    }
+
+    /// Where a window that rolls goes.
+    #[inline(always)]
+    pub(super) fn rolling(&self) -> u64 {
+        self.to
     }
 }

@@ -1,6 +1,6 @@
 //! Elements of any dtype as f32: of a state by compile time, of everything else by a number in the arguments.
 
-use gdn_math::element::{bf16_of_f32, f16_of_f32, f32_of_bf16, f32_of_f16};
+use gdn_math::element::f32_of_bf16;
 
 use super::args;
 use crate::gpu::{Bf16, Bytes16, F16, Gpu};
@@ -9,27 +9,14 @@ use crate::gpu::{Bf16, Bytes16, F16, Gpu};
 pub trait Element {
     /// Bytes of one.
     const BYTES: u32;
+    /// Its number in the arguments.
+    const DTYPE: u32;
 
     /// Element `i` of those in 16 bytes.
-    fn of(bytes: Bytes16, i: usize) -> f32;
+    fn of(gpu: &impl Gpu, bytes: Bytes16, i: usize) -> f32;
 
-    /// What is left of a number that is stored and read again.
-    fn rounded(value: f32) -> f32;
-
-    /// `LEN` numbers, as many as there are in 16 bytes, to nearest.
-    fn packed<const LEN: usize>(values: &[f32; LEN]) -> Bytes16;
-
-    /// Reads one.
-    ///
-    /// # Safety
-    /// It is readable, at a multiple of its size.
-    unsafe fn load(gpu: &impl Gpu, address: u64) -> f32;
-
-    /// Writes one, to nearest.
-    ///
-    /// # Safety
-    /// It is writable, at a multiple of its size, and no other thread's.
-    unsafe fn store(gpu: &impl Gpu, address: u64, value: f32);
+    /// `LEN` numbers, as many as there are in 16 bytes or fewer, to nearest.
+    fn packed<const LEN: usize>(gpu: &impl Gpu, values: &[f32; LEN]) -> Bytes16;
 }
 
 /// f32.
@@ -37,19 +24,15 @@ pub struct F32;
 
 impl Element for F32 {
     const BYTES: u32 = 4;
+    const DTYPE: u32 = args::F32;
 
     #[inline(always)]
-    fn of(Bytes16(words): Bytes16, i: usize) -> f32 {
+    fn of(_: &impl Gpu, Bytes16(words): Bytes16, i: usize) -> f32 {
         f32::from_bits(words[i % 4])
     }
 
     #[inline(always)]
-    fn rounded(value: f32) -> f32 {
-        value
-    }
-
-    #[inline(always)]
-    fn packed<const LEN: usize>(values: &[f32; LEN]) -> Bytes16 {
+    fn packed<const LEN: usize>(_: &impl Gpu, values: &[f32; LEN]) -> Bytes16 {
         let mut words = [0; 4];
         let mut i = 0;
         while i < LEN {
@@ -58,64 +41,44 @@ impl Element for F32 {
         }
         Bytes16(words)
     }
+}
 
-    #[inline(always)]
-    unsafe fn load(gpu: &impl Gpu, address: u64) -> f32 {
-        // SAFETY: the caller's promise, here and below.
-        f32::from_bits(unsafe { gpu.load4(address) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(gpu: &impl Gpu, address: u64, value: f32) {
-        // SAFETY: as above.
-        unsafe { gpu.store4(address, value.to_bits()) }
-    }
+/// A half of a word.
+#[inline(always)]
+fn half(Bytes16(words): Bytes16, i: usize) -> u16 {
+    (words[i / 2 % 4] >> (i % 2 * 16)) as u16
 }
 
 macro_rules! of_16_bits {
-    ($($element:ty, $widen:ident, $narrow:ident;)*) => {$(
+    ($($element:ty, $dtype:expr, |$gpu:ident, $bits:ident| $widen:expr, $narrow:ident;)*) => {$(
         impl Element for $element {
             const BYTES: u32 = 2;
+            const DTYPE: u32 = $dtype;
 
             #[inline(always)]
-            fn of(Bytes16(words): Bytes16, i: usize) -> f32 {
-                $widen((words[i / 2 % 4] >> (i % 2 * 16)) as u16)
+            fn of($gpu: &impl Gpu, bytes: Bytes16, i: usize) -> f32 {
+                let $bits = half(bytes, i);
+                $widen
             }
 
             #[inline(always)]
-            fn rounded(value: f32) -> f32 {
-                $widen($narrow(value))
-            }
-
-            #[inline(always)]
-            fn packed<const LEN: usize>(values: &[f32; LEN]) -> Bytes16 {
+            fn packed<const LEN: usize>(gpu: &impl Gpu, values: &[f32; LEN]) -> Bytes16 {
                 let mut words = [0; 4];
                 let mut i = 0;
                 while i < LEN {
-                    words[i / 2 % 4] |= u32::from($narrow(values[i])) << (i % 2 * 16);
-                    i += 1;
+                    let high = if i + 1 < LEN { values[i + 1] } else { 0.0 };
+                    words[i / 2 % 4] = gpu.$narrow(values[i], high);
+                    i += 2;
                 }
                 Bytes16(words)
-            }
-
-            #[inline(always)]
-            unsafe fn load(gpu: &impl Gpu, address: u64) -> f32 {
-                // SAFETY: the caller's promise, here and below.
-                $widen(unsafe { gpu.load2(address) })
-            }
-
-            #[inline(always)]
-            unsafe fn store(gpu: &impl Gpu, address: u64, value: f32) {
-                // SAFETY: as above.
-                unsafe { gpu.store2(address, $narrow(value)) }
             }
         }
     )*};
 }
 
 of_16_bits! {
-    F16, f32_of_f16, f16_of_f32;
-    Bf16, f32_of_bf16, bf16_of_f32;
+    F16, args::F16, |gpu, bits| gpu.f32_of_f16(bits), f16_pair;
+    Bf16, args::BF16, |_gpu, bits| f32_of_bf16(bits), bf16_pair;
 }
 
 /// Bytes of an element.
@@ -124,34 +87,57 @@ pub(super) fn size(dtype: u32) -> u32 {
     if dtype == args::F32 { 4 } else { 2 }
 }
 
+/// The bits of an element of a dtype that the arguments name. Apart from [`number`], so that several can be on their
+/// way.
+///
+/// # Safety
+/// It is readable, at a multiple of its size.
+#[inline(always)]
+pub(super) unsafe fn bits(gpu: &impl Gpu, dtype: u32, address: u64) -> u32 {
+    // SAFETY: the caller's promise.
+    unsafe { if dtype == args::F32 { gpu.load4(address) } else { u32::from(gpu.load2(address)) } }
+}
+
+/// What these bits stand for.
+#[inline(always)]
+pub(super) fn number(gpu: &impl Gpu, dtype: u32, bits: u32) -> f32 {
+    let half = if dtype == args::BF16 { f32_of_bf16(bits as u16) } else { gpu.f32_of_f16(bits as u16) };
+    if dtype == args::F32 { f32::from_bits(bits) } else { half }
+}
+
 /// Reads an element of a dtype that the arguments name.
 ///
 /// # Safety
-/// That of [`Element::load`].
+/// That of [`bits`].
 #[inline(always)]
 pub(super) unsafe fn load(gpu: &impl Gpu, dtype: u32, address: u64) -> f32 {
     // SAFETY: the caller's promise.
+    number(gpu, dtype, unsafe { bits(gpu, dtype, address) })
+}
+
+/// Writes an element of a dtype that the arguments name, to nearest.
+///
+/// # Safety
+/// It is writable, at a multiple of its size, and no other thread's.
+#[inline(always)]
+pub(super) unsafe fn store(gpu: &impl Gpu, dtype: u32, address: u64, value: f32) {
+    let half = if dtype == args::BF16 { gpu.bf16_pair(value, 0.0) } else { gpu.f16_pair(value, 0.0) };
+    // SAFETY: the caller's promise.
     unsafe {
         if dtype == args::F32 {
-            return F32::load(gpu, address);
+            gpu.store4(address, value.to_bits());
+        } else {
+            gpu.store2(address, half as u16);
         }
-        let bits = gpu.load2(address);
-        if dtype == args::BF16 { f32_of_bf16(bits) } else { f32_of_f16(bits) }
     }
 }
 
-/// Writes an element of a dtype that the arguments name.
+/// An f32 of shared memory.
 ///
 /// # Safety
-/// That of [`Element::store`].
+/// That of [`Gpu::load_shared4`].
 #[inline(always)]
-pub(super) unsafe fn store(gpu: &impl Gpu, dtype: u32, address: u64, value: f32) {
+pub(super) unsafe fn shared(gpu: &impl Gpu, at: u32) -> f32 {
     // SAFETY: the caller's promise.
-    unsafe {
-        match dtype {
-            args::F32 => F32::store(gpu, address, value),
-            args::BF16 => gpu.store2(address, bf16_of_f32(value)),
-            _ => gpu.store2(address, f16_of_f32(value)),
-        }
-    }
+    f32::from_bits(unsafe { gpu.load_shared4(at) })
 }

@@ -1,38 +1,41 @@
 //! The decode: everything between the layer's two GEMMs for T tokens of each of B sequences, in one launch.
 //!
-//! A cluster of 1, 2, 4 or 8 blocks does one key head of one sequence, with all its R v heads. The rows of their states, R * DV, are
-//! shared out among the blocks; q and k are made by each of them for itself. Eight lanes hold a row of S in their registers from the
-//! first token to the last: it is read once and written once, whatever T. Sums over DK are those of the eight lanes, in an order that
-//! depends on nothing but the dtype of the state. Sums over DV are taken by a warp from the outputs of all blocks, in an order that
-//! depends on nothing at all. So the bits of a result do not depend on the size of the cluster, on B or on the slot.
+//! A cluster of 1, 2, 4 or 8 blocks does one key head of one sequence, with all its R v heads. A warp computes up to 32
+//! rows of the state of one v head, in pieces: a row is read once and written once, whatever T. The convolution's
+//! channels of q and k are shared out among all threads of the cluster, which hand the results to each of its blocks;
+//! the channels of v are those of the rows of a warp.
 //!
-//! **The window of the convolution.** R v heads share the 2 * DK channels of their key head, and every block of the cluster reads
-//! them; one of them writes what is kept, in the same memory. It does so behind a barrier of the cluster that all pass after they have
-//! read. Blocks of other clusters have no channel in common with it.
+//! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Each channel's window is
+//! read by one thread of the cluster and written by that same thread, behind its reads: there is nobody to race with.
+//! Blocks of other clusters have no channel in common with it.
 //!
-//! **Skipped** is a sequence whose indices are padding or name a slot that is not there, or whose number of accepted tokens
-//! cannot be: its rows of `out` become zeros, nothing else is touched. A state that would be kept in such a slot is not kept.
+//! **Bits.** Sums over DK are those of the lanes of a row, sums over DV those of pieces, then over pieces, each in an
+//! order that depends on nothing but the kernel. So the bits of a result do not depend on the size of the cluster, on
+//! B or on the slot.
+//!
+//! **Skipped** is a sequence whose indices are padding or name a slot that is not there, or whose number of accepted
+//! tokens cannot be: its rows of `out` become zeros, nothing else is touched. A state that would be kept in such a slot
+//! is not kept.
 
 pub mod args;
 mod conv;
 pub mod element;
+mod rows;
 mod slots;
 
 use gdn_math::{Lanes, layer as math, special::exp};
 
 use self::{
-    args::{Args, Room, Vector},
-    conv::Channel,
-    element::{Element, load, size, store},
+    args::{Args, Field, Room, Vector},
+    conv::{Channel, Windows},
+    element::{Element, load, shared, size, store},
+    rows::{Rows, Token},
     slots::Read,
 };
-use crate::gpu::{Bytes16, Gpu, Hopper, SharedWord, Warp};
+use crate::gpu::{AsyncCopy, Gpu, Hopper, Warp};
 
-/// Lanes that hold a row of S.
-pub const LANES: u32 = 8;
-
-/// Blocks that a launch may ask for, of `LANES * 4` to so many threads.
-pub const MOST_THREADS: u32 = 256;
+/// Rows of a warp, at most: each lane has one in the convolution of v and in the norm.
+pub const WARP_ROWS: u32 = 32;
 
 /// An element of a vector.
 ///
@@ -44,110 +47,142 @@ unsafe fn element(gpu: &impl Gpu, vector: &Vector, i: u32) -> f32 {
     unsafe { load(gpu, vector.dtype, vector.address + u64::from(i) * vector.stride) }
 }
 
-/// An f32 of shared memory.
-///
-/// # Safety
-/// That of [`Gpu::load_shared4`].
-#[inline(always)]
-unsafe fn shared(gpu: &impl Gpu, at: u32) -> f32 {
-    // SAFETY: the caller's promise.
-    f32::from_bits(unsafe { gpu.load_shared4(at) })
-}
-
 /// What one block does.
 struct Block<'a, G> {
     gpu: &'a G,
     args: &'a Args,
     room: Room,
-    /// Within the cluster, and how many blocks that has.
-    rank: u32,
-    blocks: u32,
     sequence: u32,
     /// The key head.
     head: u32,
+    /// The first of the sequence's rows of the projections and of `out`.
+    row: u64,
+    /// v heads of the cluster at a time, in pieces of rows.
+    pieces: u32,
 }
 
-/// The v heads of a pass, and the rows of them that are this block's.
+/// What one warp does of some v heads: rows `start` to `start + len` of one of them.
 #[derive(Clone, Copy)]
-struct Pass {
-    /// The first v head, within the key head.
-    first: u32,
-    heads: u32,
-    /// Rows of the pass.
-    low: u32,
-    high: u32,
+struct Unit {
+    /// The v head, within the key head.
+    head: u32,
+    start: u32,
+    len: u32,
+    /// The first of its pieces, among those of the cluster, and the first of its head.
+    piece: u32,
+    head_piece: u32,
 }
 
-/// The kernel. A state of elements `E`, `V` of them in 16 bytes; rows of up to `CHUNKS` times 8 lanes times V columns, `ROWS` of them
-/// side by side in a thread. `WIDE` says that rows are dense, and they and their strides multiples of 16 bytes.
+/// The kernel: states of elements `E`, rows as [`Rows`] has them.
 ///
 /// # Safety
-/// A grid of `B * HK` clusters along x of `1 << cluster_shift` blocks, each of a multiple of 32 threads with [`Room`]'s bytes of shared
-/// memory. All that the arguments say is there, elements at multiples of their size, and what is kept is written by nobody else
-/// meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
+/// A grid of `B * HK` clusters along x of `1 << cluster_shift` blocks, each of whole warps with [`Room`]'s bytes of
+/// shared memory. All that the arguments say is there, elements at multiples of their size, and what is kept is
+/// written by nobody else meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
 #[inline(always)]
-pub unsafe fn run<E: Element, const V: usize, const CHUNKS: usize, const ROWS: usize, const WIDE: bool>(
-    gpu: &(impl Hopper + Warp),
+pub unsafe fn run<
+    E: Element,
+    const LANES: u32,
+    const V: usize,
+    const CHUNKS: usize,
+    const ROWS: usize,
+    const WIDE: bool,
+>(
+    gpu: &(impl Hopper + Warp + AsyncCopy),
     args: &Args,
 ) {
     gpu.let_next_start();
+    if gpu.cluster_blocks() > 1 {
+        gpu.cluster_arrive();
+    }
     let [block, ..] = gpu.block();
     let (sequence, head) = args.num_k_heads.divide(block >> args.cluster_shift);
-    let padded = LANES * (V * CHUNKS) as u32;
+    let padded = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PADDED;
+    let landing = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::LANDING;
+    let pieces = args.pass_heads * args.head_warps.get() * args.steps;
     let block = Block {
         gpu,
         args,
-        room: Room::new(args.tokens, padded, args.block_rows, args.pass_heads),
-        rank: gpu.cluster_rank(),
-        blocks: 1 << args.cluster_shift,
+        room: Room::new(args.tokens, padded, gpu.threads() / 32, pieces, landing),
         sequence,
         head,
+        row: u64::from(sequence) * u64::from(args.tokens),
+        pieces,
     };
     gpu.wait_for_previous();
     // SAFETY: the caller's promises.
     unsafe {
-        let Some(read) = Read::of(gpu, args, sequence) else {
+        if let Some(read) = Read::of(gpu, args, sequence) {
+            let mut first = 0;
+            while first < args.ratio {
+                block.heads::<E, LANES, V, CHUNKS, ROWS, WIDE>(&read, first);
+                first += args.pass_heads;
+            }
+        } else {
             block.clear();
-            return;
-        };
-        let mut first = 0;
-        while first < args.ratio {
-            let heads = (args.ratio - first).min(args.pass_heads);
-            let rows = heads * args.dv;
-            let low = (block.rank * args.block_rows).min(rows);
-            let pass = Pass { first, heads, low, high: (low + args.block_rows).min(rows) };
-            block.pass::<E, V, CHUNKS, ROWS, WIDE>(&read, &pass);
-            first += args.pass_heads;
+            if gpu.cluster_blocks() > 1 {
+                gpu.cluster_wait();
+            }
         }
     }
 }
 
-impl<G: Hopper + Warp> Block<'_, G> {
-    /// The first of the sequence's rows of the projections and of `out`.
-    #[inline(always)]
-    fn row(&self) -> u64 {
-        u64::from(self.sequence) * u64::from(self.args.tokens)
-    }
-
+impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
     /// Waits for all blocks of the cluster.
     #[inline(always)]
     fn wait(&self) {
-        if self.blocks > 1 {
+        if self.gpu.cluster_blocks() > 1 {
             self.gpu.cluster_barrier();
         } else {
             self.gpu.barrier();
         }
     }
 
-    /// Where an output is: row `row` of the v heads from `first` on, at token `t`.
+    /// Writes to the same place of all blocks of the cluster.
+    ///
+    /// # Safety
+    /// As [`Gpu::store_shared4`], for each of them; they have all begun.
     #[inline(always)]
-    fn out(&self, first: u32, row: u32, t: u32) -> u64 {
-        let (j, i) = self.args.head_v_dim.divide(row);
+    unsafe fn tell(&self, at: u32, value: f32) {
+        let blocks = self.gpu.cluster_blocks();
+        // SAFETY: the caller's promise.
+        unsafe {
+            if blocks == 1 {
+                self.gpu.store_shared4(at, value.to_bits());
+                return;
+            }
+            let mut rank = 0;
+            while rank < blocks {
+                self.gpu.store_cluster4(at, rank, value.to_bits());
+                rank += 1;
+            }
+        }
+    }
+
+    /// This thread among those of the cluster, and how many they are.
+    #[inline(always)]
+    fn thread_of_cluster(&self) -> (u32, u32) {
+        let threads = self.gpu.threads();
+        (self.gpu.cluster_rank() * threads + self.gpu.thread(), self.gpu.cluster_blocks() * threads)
+    }
+
+    /// Where row `row` of v head `head` (within the key head) of `out` is, at token `t`.
+    #[inline(always)]
+    fn out(&self, head: u32, row: u32, t: u32) -> u64 {
         let [of_token, of_head, of_element] = self.args.out.strides;
         self.args.out.address
-            + (self.row() + u64::from(t)) * of_token
-            + u64::from(self.head * self.args.ratio + first + j) * of_head
-            + u64::from(i) * of_element
+            + (self.row + u64::from(t)) * of_token
+            + u64::from(self.head * self.args.ratio + head) * of_head
+            + u64::from(row) * of_element
+    }
+
+    /// Where feature `i` of the key head is in a field, at token `t`.
+    #[inline(always)]
+    fn feature(&self, field: &Field, i: u32, t: u32) -> u64 {
+        field.address
+            + (self.row + u64::from(t)) * field.row_stride
+            + u64::from(self.head) * field.head_step
+            + u64::from(i * size(field.dtype))
     }
 
     /// Zeros in the rows of a sequence that is skipped.
@@ -156,14 +191,18 @@ impl<G: Hopper + Warp> Block<'_, G> {
     /// As [`run`].
     #[inline(always)]
     unsafe fn clear(&self) {
-        let rows = self.args.ratio * self.args.dv;
+        let (thread, threads) = self.thread_of_cluster();
         let mut t = 0;
         while t < self.args.tokens {
-            let mut row = self.rank * self.gpu.threads() + self.gpu.thread();
-            while row < rows {
-                // SAFETY: the caller's promise; each element is one thread's.
-                unsafe { store(self.gpu, self.args.out.dtype, self.out(0, row, t), 0.0) }
-                row += self.blocks * self.gpu.threads();
+            let mut head = 0;
+            while head < self.args.ratio {
+                let mut row = thread;
+                while row < self.args.dv {
+                    // SAFETY: the caller's promise; each element is one thread's.
+                    unsafe { store(self.gpu, self.args.out.dtype, self.out(head, row, t), 0.0) }
+                    row += threads;
+                }
+                head += 1;
             }
             t += 1;
         }
@@ -176,490 +215,332 @@ impl<G: Hopper + Warp> Block<'_, G> {
         let keys = self.args.num_k_heads.get() * dk;
         let (field, i, channel) =
             if i < *dk { (q, i, self.head * dk + i) } else { (k, i - dk, keys + self.head * dk + i - dk) };
-        Channel::new(self.args, read, field, self.row(), self.head, i, channel)
+        Channel::new(self.args, read, field, self.row, self.head, i, channel)
     }
 
-    /// The channel of row `row` of a pass.
+    /// The channel of the lane's row.
     #[inline(always)]
-    fn channel_of_v(&self, read: &Read, pass: &Pass, row: u32) -> Channel {
+    fn channel_of_v(&self, read: &Read, unit: &Unit) -> Channel {
         let Args { dk, dv, ratio, v, .. } = self.args;
-        let i = pass.first * dv + row;
+        let i = unit.head * dv + unit.start + self.gpu.lane();
         let channel = 2 * self.args.num_k_heads.get() * dk + self.head * ratio * dv + i;
-        Channel::new(self.args, read, v, self.row(), self.head, i, channel)
+        Channel::new(self.args, read, v, self.row, self.head, i, channel)
     }
 
-    /// Some v heads.
+    /// What this warp does of the v heads from `first` on.
+    #[inline(always)]
+    fn unit(&self, first: u32, piece_rows: u32) -> Unit {
+        let Self { gpu, args, .. } = self;
+        let warp = gpu.cluster_rank() * (gpu.threads() / 32) + gpu.thread() / 32;
+        let (head, of_head) = args.head_warps.divide(warp);
+        let start = of_head * args.steps * piece_rows;
+        let is_there = head < args.pass_heads && first + head < args.ratio;
+        let len = if is_there { args.dv.saturating_sub(start).min(args.steps * piece_rows) } else { 0 };
+        let head_piece = head * args.head_warps.get() * args.steps;
+        Unit { head: first + head, start, len, piece: head_piece + of_head * args.steps, head_piece }
+    }
+
+    /// The v heads from `first` on, as many as are computed at a time.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn pass<E: Element, const V: usize, const CHUNKS: usize, const ROWS: usize, const WIDE: bool>(
+    unsafe fn heads<
+        E: Element,
+        const LANES: u32,
+        const V: usize,
+        const CHUNKS: usize,
+        const ROWS: usize,
+        const WIDE: bool,
+    >(
         &self,
         read: &Read,
-        pass: &Pass,
+        first: u32,
     ) {
+        let Self { gpu, args, room, .. } = self;
+        let gpu = *gpu;
+        let piece_rows = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PIECE;
+        let padded = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PADDED;
+        let landing = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::LANDING;
+        let (warp, warps, lane) = (gpu.thread() / 32, gpu.threads() / 32, gpu.lane());
+        let unit = self.unit(first, piece_rows);
+        let v_head = self.head * args.ratio + unit.head;
+        let has_row = lane < unit.len;
         // SAFETY: the caller's promises. Shared memory is written before a barrier and read behind it.
         unsafe {
-            let padded = LANES * (V * CHUNKS) as u32;
-            let mut rows = Rows::<V, CHUNKS, ROWS>::new(self.gpu, pass.low);
-            let mut is_prepared = false;
-            while !is_prepared || rows.start < pass.high {
-                // The first rows are on their way while the convolution is computed.
-                rows.load::<E, WIDE, _>(self, read, pass);
-                if !is_prepared {
-                    if self.args.conv_width == 4 {
-                        self.convolve::<4>(read, pass, padded);
-                    } else {
-                        self.convolve::<0>(read, pass, padded);
-                    }
-                    self.gates(read, pass);
-                    // Here every block has read the window of q and k.
-                    self.wait();
-                    if pass.first == 0 {
-                        self.norm_qk(padded);
-                        self.gpu.barrier();
-                    }
-                    is_prepared = true;
-                }
-                // A block without rows has been here for the sake of the others.
-                if rows.start < pass.high {
-                    rows.recur::<E, WIDE, _>(self, pass);
-                }
-                rows.start += self.gpu.threads() / LANES * ROWS as u32;
-            }
-            self.keep_windows(read, pass);
+            // Everything that is read from far away is sent for before any of it is used.
+            let state = args.state.address + read.recurrent as u64 * args.state.strides[0];
+            let mut rows = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::begin(
+                gpu,
+                args,
+                state,
+                v_head,
+                unit.start,
+                unit.len,
+                room.landing + warp * landing,
+            );
+            let windows = Windows::of(gpu, args, read, self.sequence);
+            let gates = if unit.len > 0 { self.gates(read, &unit, v_head) } else { Gates::NONE };
+            let (weight, mut z) = if has_row {
+                (element(gpu, &args.norm_weight, unit.start + lane), self.z(&unit, 0))
+            } else {
+                (0.0, 0.0)
+            };
+            self.convolve::<WIDE>(read, &windows, &unit, first == 0, padded);
             self.wait();
-            self.finish(pass);
-            // Nobody ends, or begins the next pass, before all have read this one's outputs.
-            if self.blocks > 1 || pass.first + pass.heads < self.args.ratio {
+
+            let lengths = self.lengths(padded);
+            let mut step = 0;
+            while step * piece_rows < unit.len {
+                rows.compute(gpu, args, step, |t| Token {
+                    decay: of_lane(gpu, gates.decay, t),
+                    beta: of_lane(gpu, gates.beta, t),
+                    q_scale: of_lane(gpu, lengths[0], t),
+                    k_scale: of_lane(gpu, lengths[1], t),
+                    to: u64::from(gpu.shuffle(gates.to as u32, t))
+                        | u64::from(gpu.shuffle((gates.to >> 32) as u32, t)) << 32,
+                    q: room.q + t * padded * 4,
+                    k: room.k + t * padded * 4,
+                    v: room.v + (t * warps + warp) * WARP_ROWS * 4,
+                    o: room.o + (t * warps + warp) * WARP_ROWS * 4,
+                });
+                step += 1;
+            }
+            gpu.sync_warp();
+
+            // Sums of squares, piece by piece.
+            let o = |t: u32| room.o + ((t * warps + warp) * WARP_ROWS + lane) * 4;
+            let mut t = 0;
+            while t < args.tokens {
+                let o = if has_row { shared(gpu, o(t)) } else { 0.0 };
+                let sum = sum_of(gpu, o * o, piece_rows);
+                if has_row && lane.is_multiple_of(piece_rows) {
+                    let piece = t * self.pieces + unit.piece + lane / piece_rows;
+                    self.tell(room.sums + piece * 4, sum);
+                }
+                t += 1;
+            }
+            self.wait();
+
+            // The gated norm of the lane's row.
+            let pieces = args.dv.div_ceil(piece_rows);
+            let mut t = 0;
+            while unit.len > 0 && t < args.tokens {
+                let next = if has_row && t + 1 < args.tokens { self.z(&unit, t + 1) } else { 0.0 };
+                let mut sum = 0.0;
+                let mut i = lane;
+                while i < pieces {
+                    sum += shared(gpu, room.sums + (t * self.pieces + unit.head_piece + i) * 4);
+                    i += 32;
+                }
+                let sum = gpu.sum::<32>(sum);
+                if has_row {
+                    let scale = math::rms_scale(sum, args.dv as f32, args.norm_eps);
+                    let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
+                    let y = math::gated(shared(gpu, o(t)), scale, weight, z, gate);
+                    store(gpu, args.out.dtype, self.out(unit.head, unit.start + lane, t), y);
+                }
+                z = next;
+                t += 1;
+            }
+            if windows.rolls {
+                self.roll(read, &windows, &unit, first == 0);
+            }
+            if first + args.pass_heads < args.ratio {
+                // What the next heads write in shared memory has been read.
                 self.wait();
             }
         }
     }
 
-    /// q, k and v, convolved, into shared memory.
+    /// The gate's input of the lane's row at a token.
+    ///
+    /// # Safety
+    /// As [`run`]; the row is there.
+    #[inline(always)]
+    unsafe fn z(&self, unit: &Unit, t: u32) -> f32 {
+        let Args { dv, z, .. } = self.args;
+        let at = self.feature(z, unit.head * dv + unit.start + self.gpu.lane(), t);
+        // SAFETY: the caller's promise.
+        unsafe { load(self.gpu, z.dtype, at) }
+    }
+
+    /// Decay and beta of the v head, and where its state goes: token t's in lane t.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn convolve<const W: usize>(&self, read: &Read, pass: &Pass, padded: u32) {
+    unsafe fn gates(&self, read: &Read, unit: &Unit, v_head: u32) -> Gates {
+        let Self { gpu, args, .. } = self;
+        let t = gpu.lane().min(args.tokens - 1);
+        // SAFETY: the caller's promises.
+        unsafe {
+            let gate = |field: &Field| load(*gpu, field.dtype, self.feature(field, unit.head, t));
+            let (a, b) = (gate(&args.a), gate(&args.b));
+            let (a_log, dt_bias) = (element(*gpu, &args.A_log, v_head), element(*gpu, &args.dt_bias, v_head));
+            Gates {
+                decay: exp(math::log_decay(a, a_log, dt_bias)),
+                beta: math::beta(b, args.beta_scale),
+                to: args.kept.address(*gpu, args, self.sequence, read.recurrent, t),
+            }
+        }
+    }
+
+    /// q, k and v, convolved, into shared memory, and the windows that do not roll.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    unsafe fn convolve<const WIDE: bool>(
+        &self,
+        read: &Read,
+        windows: &Windows,
+        unit: &Unit,
+        with_qk: bool,
+        padded: u32,
+    ) {
         let Self { gpu, args, room, .. } = self;
-        let (thread, threads, dk) = (gpu.thread(), gpu.threads(), args.dk);
-        let of_qk = if pass.first == 0 { 2 * dk } else { 0 };
-        let mut i = thread;
+        let (gpu, dk, lane) = (*gpu, args.dk, gpu.lane());
+        let (mut i, step) = self.thread_of_cluster();
+        let of_qk = if with_qk { 2 * dk } else { 0 };
+        let of_v = self.channel_of_v(read, unit);
+        let has_row = lane < unit.len;
+        let values = room.v + (gpu.thread() / 32 * WARP_ROWS + lane) * 4;
+        let put_v = |t: u32, c: f32| {
+            // SAFETY: one lane's place.
+            unsafe { gpu.store_shared4(values + t * (gpu.threads() * 4), c.to_bits()) }
+        };
         // SAFETY: the caller's promises; each place is one thread's.
         unsafe {
-            while i < of_qk + (pass.high - pass.low) {
-                let (channel, to, step) = if i < of_qk {
+            if WIDE {
+                let start_of_v = if has_row { Some(of_v.start(gpu, args)) } else { None };
+                let mut channel = self.channel_of_qk(read, i.min(2 * dk - 1));
+                let mut start = if i < of_qk { Some(channel.start(gpu, args)) } else { None };
+                if let Some(start) = start_of_v {
+                    of_v.run(gpu, args, start, windows, put_v);
+                }
+                if with_qk && gpu.cluster_blocks() > 1 {
+                    gpu.cluster_wait();
+                }
+                while let Some(given) = start {
                     let to = if i < dk { room.q + i * 4 } else { room.k + (i - dk) * 4 };
-                    (self.channel_of_qk(read, i), to, padded * 4)
-                } else {
-                    let row = i - of_qk;
-                    (self.channel_of_v(read, pass, pass.low + row), room.v + row * 4, args.block_rows * 4)
-                };
+                    channel.run(gpu, args, given, windows, |t, c| self.tell(to + t * padded * 4, c));
+                    i += step;
+                    start = None;
+                    if i < of_qk {
+                        channel = self.channel_of_qk(read, i);
+                        start = Some(channel.start(gpu, args));
+                    }
+                }
+            } else {
+                if has_row {
+                    of_v.run_any(gpu, args, windows, put_v);
+                }
+                if with_qk && gpu.cluster_blocks() > 1 {
+                    gpu.cluster_wait();
+                }
+                while i < of_qk {
+                    let to = if i < dk { room.q + i * 4 } else { room.k + (i - dk) * 4 };
+                    self.channel_of_qk(read, i)
+                        .run_any(gpu, args, windows, |t, c| self.tell(to + t * padded * 4, c));
+                    i += step;
+                }
+            }
+            if !has_row {
                 let mut t = 0;
                 while t < args.tokens {
-                    let c = channel.convolved::<W>(*gpu, args, t);
-                    gpu.store_shared4(to + t * step, c.to_bits());
+                    put_v(t, 0.0);
                     t += 1;
                 }
-                i += threads;
             }
-            let mut t = 0;
-            while t < 2 * args.tokens && pass.first == 0 {
-                let mut i = dk + thread;
+            // Zeros behind queries and keys: of each block its own.
+            let mut line = 0;
+            while dk < padded && with_qk && line < 2 * args.tokens {
+                let mut i = dk + gpu.thread();
                 while i < padded {
-                    gpu.store_shared4(room.q + (t * padded + i) * 4, 0);
-                    i += threads;
+                    gpu.store_shared4(room.q + (line * padded + i) * 4, 0);
+                    i += gpu.threads();
                 }
-                t += 1;
+                line += 1;
             }
         }
     }
 
-    /// Decay and beta of each token and v head, and where each token's state goes. By the last threads: the first ones have more to
-    /// convolve.
-    ///
-    /// # Safety
-    /// As [`run`].
-    #[inline(always)]
-    unsafe fn gates(&self, read: &Read, pass: &Pass) {
-        let Self { gpu, args, room, .. } = self;
-        let mut n = gpu.threads() - 1 - gpu.thread();
-        // SAFETY: the caller's promises; each place is one thread's.
-        unsafe {
-            if pass.first == 0 && n < args.tokens {
-                let to = args.kept.address(*gpu, args, self.sequence, read.recurrent, n);
-                gpu.store_shared8(room.to + n * 8, to);
-            }
-            while n < args.tokens * pass.heads {
-                let (mut t, mut j) = (0, n);
-                while j >= pass.heads {
-                    (t, j) = (t + 1, j - pass.heads);
-                }
-                let row = self.row() + u64::from(t);
-                let gate = |field: &args::Field| {
-                    let at = field.address
-                        + row * field.row_stride
-                        + u64::from(self.head) * field.head_step
-                        + u64::from((pass.first + j) * size(field.dtype));
-                    load(*gpu, field.dtype, at)
-                };
-                let head = self.head * args.ratio + pass.first + j;
-                let (a_log, dt_bias) = (element(*gpu, &args.A_log, head), element(*gpu, &args.dt_bias, head));
-                let decay = exp(math::log_decay(gate(&args.a), a_log, dt_bias));
-                let beta = math::beta(gate(&args.b), args.beta_scale);
-                let pair = u64::from(decay.to_bits()) | u64::from(beta.to_bits()) << 32;
-                gpu.store_shared8(room.gates + (t * args.pass_heads + j) * 8, pair);
-                n += gpu.threads();
-            }
-        }
-    }
-
-    /// Brings q and k to their lengths, a warp a row.
+    /// What brings each token's query and key to their lengths: token t's in lane t.
     ///
     /// # Safety
     /// As [`run`]; they are in shared memory, for all to see.
     #[inline(always)]
-    unsafe fn norm_qk(&self, padded: u32) {
+    unsafe fn lengths(&self, padded: u32) -> [f32; 2] {
         let Self { gpu, args, room, .. } = self;
-        let mut row = gpu.thread() / 32;
-        while row < 2 * args.tokens {
-            let line = room.q + row * padded * 4;
-            let mut sum = 0.0;
-            let mut i = gpu.lane();
-            // SAFETY: the caller's promises; each number is one lane's.
-            unsafe {
-                while i < args.dk {
-                    let x = shared(*gpu, line + i * 4);
-                    sum = Lanes::mul_add(x, x, sum);
-                    i += 32;
-                }
-                let scale = if row < args.tokens { args.scale } else { 1.0 };
-                let factor = math::l2_scale(gpu.sum::<32>(sum), args.l2norm_eps, scale);
-                let mut i = gpu.lane();
-                while i < args.dk {
-                    let x = shared(*gpu, line + i * 4);
-                    gpu.store_shared4(line + i * 4, (x * factor).to_bits());
-                    i += 32;
-                }
-            }
-            row += gpu.threads() / 32;
-        }
-    }
-
-    /// The windows of the channels of this block, and of its part of those that the cluster shares.
-    ///
-    /// # Safety
-    /// As [`run`]; all blocks of the cluster have read them.
-    #[inline(always)]
-    unsafe fn keep_windows(&self, read: &Read, pass: &Pass) {
-        let Self { gpu, args, .. } = self;
-        if args.conv_kept.kind == args::NOTHING {
-            return;
-        }
-        // SAFETY: the caller's promises; each channel is one thread's.
-        unsafe {
-            let mut i = self.rank * gpu.threads() + gpu.thread();
-            while i < 2 * args.dk && pass.first == 0 {
-                self.channel_of_qk(read, i).keep(*gpu, args, read, self.sequence);
-                i += self.blocks * gpu.threads();
-            }
-            let mut row = pass.low + gpu.thread();
-            while row < pass.high {
-                self.channel_of_v(read, pass, row).keep(*gpu, args, read, self.sequence);
-                row += gpu.threads();
-            }
-        }
-    }
-
-    /// The gated norm of this block's rows, a warp a head and token. The sum goes over the whole head, whosever its rows are.
-    ///
-    /// # Safety
-    /// As [`run`]; the outputs of all blocks are in shared memory, for all to see.
-    #[inline(always)]
-    unsafe fn finish(&self, pass: &Pass) {
-        let Self { gpu, args, room, .. } = self;
-        if pass.low >= pass.high {
-            return;
-        }
-        let (from, _) = args.head_v_dim.divide(pass.low);
-        let (last, _) = args.head_v_dim.divide(pass.high - 1);
-        let heads = last + 1 - from;
-        let mut n = gpu.thread() / 32;
-        while n < args.tokens * heads {
-            let (mut t, mut j) = (0, from + n);
-            while j > last {
-                (t, j) = (t + 1, j - heads);
-            }
-            let outputs = room.o + t * args.block_rows * 4;
-            let mut sum = 0.0;
-            let mut i = gpu.lane();
-            // SAFETY: the caller's promises; each output is one lane's.
-            unsafe {
-                while i < args.dv {
-                    let (rank, at) = args.of_block.divide(j * args.dv + i);
-                    let at = outputs + at * 4;
-                    let o =
-                        if rank == self.rank { gpu.load_shared4(at) } else { gpu.load_cluster4(at, rank) };
-                    let o = f32::from_bits(o);
-                    sum = Lanes::mul_add(o, o, sum);
-                    i += 32;
-                }
-                let scale = math::rms_scale(gpu.sum::<32>(sum), args.dv as f32, args.norm_eps);
-                let z = args.z.address
-                    + (self.row() + u64::from(t)) * args.z.row_stride
-                    + u64::from(self.head) * args.z.head_step;
-                let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
-                let mut i = gpu.lane();
-                while i < args.dv {
-                    let row = j * args.dv + i;
-                    if row >= pass.low && row < pass.high {
-                        let o = shared(*gpu, outputs + (row - pass.low) * 4);
-                        let at = z + u64::from((pass.first * args.dv + row) * size(args.z.dtype));
-                        let z = load(*gpu, args.z.dtype, at);
-                        let weight = element(*gpu, &args.norm_weight, i);
-                        let y = math::gated(o, scale, weight, z, gate);
-                        store(*gpu, args.out.dtype, self.out(pass.first, row, t), y);
-                    }
-                    i += 32;
-                }
-            }
-            n += gpu.threads() / 32;
-        }
-    }
-}
-
-/// The rows of S that a thread holds its columns of.
-struct Rows<const V: usize, const CHUNKS: usize, const ROWS: usize> {
-    /// The first of those that the block has in its registers.
-    start: u32,
-    /// Of this thread's rows the first, from `start` on; its lane among those of a row.
-    group: u32,
-    lane: u32,
-    /// From one of its rows to the next.
-    step: u32,
-    s: [[[f32; V]; CHUNKS]; ROWS],
-}
-
-impl<const V: usize, const CHUNKS: usize, const ROWS: usize> Rows<V, CHUNKS, ROWS> {
-    #[inline(always)]
-    fn new(gpu: &impl Gpu, start: u32) -> Self {
-        let (group, step) = (gpu.thread() / LANES, gpu.threads() / LANES);
-        Self { start, group, lane: gpu.thread() % LANES, step, s: [[[0.0; V]; CHUNKS]; ROWS] }
-    }
-
-    /// Which row the thread's `n`th is.
-    #[inline(always)]
-    fn row<const WIDE: bool>(&self, n: usize) -> u32 {
-        // Where DK is not dense, DV is: a thread's rows are neighbours in memory.
-        let n = n as u32;
-        self.start + if WIDE { self.group + n * self.step } else { self.group * ROWS as u32 + n }
-    }
-
-    /// The first column of a chunk.
-    #[inline(always)]
-    fn column(&self, chunk: usize) -> u32 {
-        (chunk as u32 * LANES + self.lane) * V as u32
-    }
-
-    /// Reads the rows from `start` on, those that there are.
-    ///
-    /// # Safety
-    /// As [`run`].
-    #[inline(always)]
-    unsafe fn load<E: Element, const WIDE: bool, G: Hopper + Warp>(
-        &mut self,
-        block: &Block<'_, G>,
-        read: &Read,
-        pass: &Pass,
-    ) {
-        let args = block.args;
-        let [of_slot, of_head, of_row, of_column] = args.state.strides;
-        let base = args.state.address
-            + read.recurrent as u64 * of_slot
-            + u64::from(block.head * args.ratio + pass.first) * of_head;
-        let mut bytes = [[Bytes16([0; 4]); CHUNKS]; ROWS];
-        let mut n = 0;
-        while n < ROWS {
-            let row = self.row::<WIDE>(n);
-            let (j, i) = args.head_v_dim.divide(row);
-            let at = base + u64::from(j) * of_head + u64::from(i) * of_row;
-            let mut c = 0;
-            while c < CHUNKS {
-                let column = self.column(c);
-                // SAFETY: the caller's promise.
-                unsafe {
-                    if WIDE {
-                        if row < pass.high && column < args.dk {
-                            bytes[n][c] = block.gpu.load16(at + u64::from(column * E::BYTES));
-                        }
-                    } else {
-                        let mut v = 0;
-                        while v < V {
-                            let column = column + v as u32;
-                            self.s[n][c][v] = 0.0;
-                            if row < pass.high && column < args.dk {
-                                self.s[n][c][v] = E::load(block.gpu, at + u64::from(column) * of_column);
-                            }
-                            v += 1;
-                        }
-                    }
-                }
-                c += 1;
-            }
-            n += 1;
-        }
-        if WIDE {
-            let mut n = 0;
-            while n < ROWS {
-                let mut c = 0;
-                while c < CHUNKS {
-                    let mut v = 0;
-                    while v < V {
-                        self.s[n][c][v] = E::of(bytes[n][c], v);
-                        v += 1;
-                    }
-                    c += 1;
-                }
-                n += 1;
-            }
-        }
-    }
-
-    /// The thread's columns of a line of q or k.
-    ///
-    /// # Safety
-    /// As [`run`]; the line is in shared memory, for all to see.
-    #[inline(always)]
-    unsafe fn line(&self, gpu: &impl Gpu, line: u32) -> [[f32; V]; CHUNKS] {
-        let mut numbers = [[0.0; V]; CHUNKS];
-        let mut c = 0;
-        while c < CHUNKS {
-            let mut v = 0;
-            while v < V {
-                // SAFETY: the caller's promise.
-                let Bytes16(four) =
-                    unsafe { Bytes16::load_shared(gpu, line + (self.column(c) + v as u32) * 4) };
-                let mut i = 0;
-                while i < 4 {
-                    numbers[c][(v + i) % V] = f32::from_bits(four[i]);
-                    i += 1;
-                }
-                v += 4;
-            }
-            c += 1;
-        }
-        numbers
-    }
-
-    /// All tokens on the rows that are loaded.
-    ///
-    /// # Safety
-    /// As [`run`]; q, k, v, gates and addresses are in shared memory, for all to see.
-    #[inline(always)]
-    unsafe fn recur<E: Element, const WIDE: bool, G: Hopper + Warp>(
-        &mut self,
-        block: &Block<'_, G>,
-        pass: &Pass,
-    ) {
-        let Block { gpu, args, room, .. } = block;
+        let (gpu, mut factors) = (*gpu, [0.0; 2]);
         let mut t = 0;
         while t < args.tokens {
-            // SAFETY: the caller's promises.
-            unsafe {
-                let to = gpu.load_shared8(room.to + t * 8);
-                let padded = LANES * (V * CHUNKS) as u32;
-                let k = self.line(*gpu, room.k + t * padded * 4);
-                let q = self.line(*gpu, room.q + t * padded * 4);
-                let mut n = 0;
-                while n < ROWS {
-                    let row = self.row::<WIDE>(n);
-                    // Lanes of rows that are not there go along with those of the others.
-                    let is_there = row < pass.high;
-                    let near = if is_there { row } else { pass.low };
-                    let (j, i) = args.head_v_dim.divide(near);
-                    let gates = gpu.load_shared8(room.gates + (t * args.pass_heads + j) * 8);
-                    let (decay, beta) = (f32::from_bits(gates as u32), f32::from_bits((gates >> 32) as u32));
-                    let place = (t * args.block_rows + near - pass.low) * 4;
-                    let v = shared(*gpu, room.v + place);
-                    let s = &mut self.s[n];
-                    let mut sum = 0.0;
-                    each::<V, CHUNKS>(|c, x| sum = Lanes::mul_add(s[c][x], k[c][x], sum));
-                    let r = decay * gpu.sum::<{ LANES }>(sum);
-                    let correction = math::correction(beta, v, r);
-                    let mut sum = 0.0;
-                    each::<V, CHUNKS>(|c, x| {
-                        s[c][x] = Lanes::mul_add(k[c][x], correction, s[c][x] * decay);
-                        sum = Lanes::mul_add(s[c][x], q[c][x], sum);
-                    });
-                    let o = gpu.sum::<{ LANES }>(sum);
-                    if is_there && self.lane == 0 {
-                        gpu.store_shared4(room.o + place, o.to_bits());
-                    }
-                    if is_there && to != 0 {
-                        let [.., of_head, of_row, of_column] = args.kept.to.strides;
-                        let head = block.head * args.ratio + pass.first + j;
-                        let at = to + u64::from(head) * of_head + u64::from(i) * of_row;
-                        self.store::<E, WIDE>(*gpu, args, n, at, of_column);
-                    }
-                    let s = &mut self.s[n];
-                    each::<V, CHUNKS>(|c, x| s[c][x] = E::rounded(s[c][x]));
-                    n += 1;
-                }
+            let mut sums = [0.0; 2];
+            let mut i = gpu.lane();
+            while i < padded {
+                let at = (t * padded + i) * 4;
+                // SAFETY: the caller's promise.
+                let (q, k) = unsafe { (shared(gpu, room.q + at), shared(gpu, room.k + at)) };
+                sums = [Lanes::mul_add(q, q, sums[0]), Lanes::mul_add(k, k, sums[1])];
+                i += 32;
+            }
+            let sums = [gpu.sum::<32>(sums[0]), gpu.sum::<32>(sums[1])];
+            if gpu.lane() == t {
+                factors = [
+                    math::l2_scale(sums[0], args.l2norm_eps, args.scale),
+                    math::l2_scale(sums[1], args.l2norm_eps, 1.0),
+                ];
             }
             t += 1;
         }
+        factors
     }
 
-    /// Writes the thread's columns of its `n`th row.
+    /// The rolling windows of the channels of this thread.
     ///
     /// # Safety
-    /// As [`run`]; the row at `at` is one to be written.
+    /// As [`run`]; it has read them.
     #[inline(always)]
-    unsafe fn store<E: Element, const WIDE: bool>(
-        &self,
-        gpu: &impl Gpu,
-        args: &Args,
-        n: usize,
-        at: u64,
-        of_column: u64,
-    ) {
-        let mut c = 0;
-        while c < CHUNKS {
-            let column = self.column(c);
+    unsafe fn roll(&self, read: &Read, windows: &Windows, unit: &Unit, with_qk: bool) {
+        let Self { gpu, args, .. } = self;
+        let (mut i, step) = self.thread_of_cluster();
+        let of_qk = if with_qk { 2 * args.dk } else { 0 };
+        let mut of_v = gpu.lane() < unit.len;
+        while of_v || i < of_qk {
+            let channel = if of_v { self.channel_of_v(read, unit) } else { self.channel_of_qk(read, i) };
             // SAFETY: the caller's promise.
-            unsafe {
-                if WIDE {
-                    if column < args.dk {
-                        gpu.store16(at + u64::from(column * E::BYTES), E::packed(&self.s[n][c]));
-                    }
-                } else {
-                    let mut v = 0;
-                    while v < V {
-                        let column = column + v as u32;
-                        if column < args.dk {
-                            E::store(gpu, at + u64::from(column) * of_column, self.s[n][c][v]);
-                        }
-                        v += 1;
-                    }
-                }
-            }
-            c += 1;
+            unsafe { channel.roll(*gpu, args, read, windows.rolling()) }
+            i += if of_v { 0 } else { step };
+            of_v = false;
         }
     }
 }
 
-/// Every column of a thread, in the order in which they are added up.
+/// Of a v head, in lane t what belongs to token t.
+#[derive(Clone, Copy)]
+struct Gates {
+    decay: f32,
+    beta: f32,
+    to: u64,
+}
+
+impl Gates {
+    const NONE: Self = Self { decay: 0.0, beta: 0.0, to: 0 };
+}
+
+/// The number that lane `lane` has.
 #[inline(always)]
-fn each<const V: usize, const CHUNKS: usize>(mut f: impl FnMut(usize, usize)) {
-    let mut c = 0;
-    while c < CHUNKS {
-        let mut v = 0;
-        while v < V {
-            f(c, v);
-            v += 1;
-        }
-        c += 1;
+fn of_lane(gpu: &impl Warp, value: f32, lane: u32) -> f32 {
+    f32::from_bits(gpu.shuffle(value.to_bits(), lane))
+}
+
+/// The sum over neighbouring lanes, `lanes` (a power of two) at a time.
+#[inline(always)]
+fn sum_of(gpu: &impl Warp, value: f32, lanes: u32) -> f32 {
+    match lanes {
+        4 => gpu.sum::<4>(value),
+        8 => gpu.sum::<8>(value),
+        _ => gpu.sum::<16>(value),
     }
 }

@@ -60,8 +60,16 @@ pub trait Hopper: Gpu {
     fn cluster_rank(&self) -> u32;
     /// Blocks of a cluster; 1 where the launch names none.
     fn cluster_blocks(&self) -> u32;
+    /// Says that this thread is here, and goes on. Before it says so again it waits ([`Hopper::cluster_wait`]).
+    fn cluster_arrive(&self);
+    /// Waits until every thread of the cluster has arrived. What they wrote before they did, all can read after.
+    fn cluster_wait(&self);
     /// Waits until every thread of the cluster is here. What they wrote before, all can read after.
-    fn cluster_barrier(&self);
+    #[inline(always)]
+    fn cluster_barrier(&self) {
+        self.cluster_arrive();
+        self.cluster_wait();
+    }
     /// Reads 4 bytes of the shared memory of block `rank` of the cluster. That block must not end before: a
     /// cluster barrier follows.
     ///

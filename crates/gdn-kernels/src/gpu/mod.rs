@@ -57,6 +57,13 @@ pub trait Gpu {
     /// kernel was launched the ordinary way there is nothing to wait for.
     fn wait_for_previous(&self);
 
+    /// The f32 of an f16. Of a NaN it is not said which.
+    fn f32_of_f16(&self, bits: u16) -> f32;
+    /// Two numbers to the nearest f16, ties to even, the first in the low half. NaN becomes 0x7fff.
+    fn f16_pair(&self, low: f32, high: f32) -> u32;
+    /// Two numbers to the nearest bf16, as [`Gpu::f16_pair`].
+    fn bf16_pair(&self, low: f32, high: f32) -> u32;
+
     /// Reads 16 bytes of global memory in one access.
     ///
     /// # Safety

@@ -4,9 +4,10 @@
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
 use gdn_kernels::{
     decode::{
-        LANES, MOST_THREADS,
+        WARP_ROWS,
         args::{self, Args, Room, Strided, Vector},
     },
+    modules::DECODE_SHARED,
     split::Divisor,
 };
 
@@ -297,29 +298,36 @@ pub(crate) struct Profile {
     pub(crate) multiprocessors: u32,
     /// The most blocks of a cluster.
     pub(crate) most_cluster: u32,
-    /// Tests and measurements choose the blocks of a cluster by themselves.
-    pub(crate) cluster: Option<u32>,
-    /// The most bytes of shared memory that a pass over several v heads may take.
+    /// The most bytes of shared memory of a block.
     pub(crate) most_shared: u32,
+    /// Tests and measurements choose for themselves: the blocks of a cluster,
+    pub(crate) cluster: Option<u32>,
+    /// the pieces of a warp,
+    pub(crate) steps: Option<u32>,
+    /// and whether v heads are computed one after the other.
+    pub(crate) one_by_one: bool,
 }
 
 impl Profile {
     pub(crate) fn of(gpu: &Gpu) -> Self {
-        let most_cluster = if gpu.info().compute_capability >= (9, 0) { 8 } else { 1 };
+        let info = gpu.info();
         Self {
-            multiprocessors: gpu.info().multiprocessors,
-            most_cluster,
+            multiprocessors: info.multiprocessors,
+            most_cluster: if info.compute_capability >= (9, 0) { 8 } else { 1 },
+            most_shared: info.shared_bytes_per_block.min(DECODE_SHARED),
             cluster: None,
-            most_shared: MOST_SHARED,
+            steps: None,
+            one_by_one: false,
         }
     }
 }
 
-/// So that two blocks and more have room on a multiprocessor of any device.
-pub(crate) const MOST_SHARED: u32 = 40 << 10;
 const MOST_DIM: usize = 256;
-/// The fewest rows that a block is made for.
-const FEWEST_ROWS: u32 = 16;
+/// Warps of a block, at most and where there is a choice.
+const MOST_WARPS: u32 = 16;
+const WARPS: u32 = 8;
+/// Warps that a multiprocessor is given at a time, where each could have fewer rows.
+const RESIDENT_WARPS: u32 = 24;
 
 /// The kernel to launch, its arguments and its grid.
 #[derive(Clone, Copy, Debug)]
@@ -332,30 +340,97 @@ pub(crate) struct Job {
     pub(crate) cluster: u32,
 }
 
-/// A kernel's name, the columns it takes at most, and the rows of a thread.
-type Choice = (&'static str, u32, u32);
+/// A kernel, and how it holds rows.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    name: &'static str,
+    /// Columns of a row, at most.
+    columns: u32,
+    /// Rows of a piece.
+    piece_rows: u32,
+    /// Bytes of shared memory in which the pieces of a warp land.
+    landing: u32,
+}
+
+const fn choice(name: &'static str, columns: u32, piece_rows: u32, landing: u32) -> Choice {
+    Choice { name, columns, piece_rows, landing }
+}
 
 /// For states of f32, f16 and bf16: by the columns of a row, and the one for rows of any strides.
 const CHOICES: [[Choice; 4]; 3] = [
     [
-        ("gdn_decode_f32_64", 64, 2),
-        ("gdn_decode_f32_128", 128, 2),
-        ("gdn_decode_f32_256", 256, 1),
-        ("gdn_decode_f32_narrow", 256, 1),
+        choice("gdn_decode_f32_64", 64, 8, 4096),
+        choice("gdn_decode_f32_128", 128, 8, 8192),
+        choice("gdn_decode_f32_256", 256, 4, 8192),
+        choice("gdn_decode_f32_narrow", 256, 4, 0),
     ],
     [
-        ("gdn_decode_f16_64", 64, 2),
-        ("gdn_decode_f16_128", 128, 2),
-        ("gdn_decode_f16_256", 256, 1),
-        ("gdn_decode_f16_narrow", 256, 1),
+        choice("gdn_decode_f16_64", 64, 8, 2048),
+        choice("gdn_decode_f16_128", 128, 8, 4096),
+        choice("gdn_decode_f16_256", 256, 4, 4096),
+        choice("gdn_decode_f16_narrow", 256, 4, 0),
     ],
     [
-        ("gdn_decode_bf16_64", 64, 2),
-        ("gdn_decode_bf16_128", 128, 2),
-        ("gdn_decode_bf16_256", 256, 1),
-        ("gdn_decode_bf16_narrow", 256, 1),
+        choice("gdn_decode_bf16_64", 64, 8, 2048),
+        choice("gdn_decode_bf16_128", 128, 8, 4096),
+        choice("gdn_decode_bf16_256", 256, 4, 4096),
+        choice("gdn_decode_bf16_narrow", 256, 4, 0),
     ],
 ];
+
+/// How the rows of a key head's states are shared out.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    /// Blocks of a cluster.
+    cluster: u32,
+    /// Pieces of a warp, and warps of a v head.
+    steps: u32,
+    head_warps: u32,
+    /// v heads at a time.
+    pass_heads: u32,
+    /// Warps of a block.
+    warps: u32,
+    /// Bytes of shared memory of a block.
+    shared: u32,
+}
+
+impl Share {
+    /// For `groups` key heads of all sequences, each with `ratio` v heads of `dv` rows, and `tokens` tokens.
+    fn new(choice: &Choice, groups: u32, ratio: u32, dv: u32, tokens: u32, profile: &Profile) -> Self {
+        let pieces = dv.div_ceil(choice.piece_rows);
+        let most_steps = WARP_ROWS / choice.piece_rows;
+        let head_warps = |steps: u32| pieces.div_ceil(steps);
+        // As few pieces a warp as leave the device not too many warps.
+        let room = u64::from(profile.multiprocessors * RESIDENT_WARPS);
+        let fits = |steps: u32| u64::from(groups) * u64::from(ratio * head_warps(steps)) <= room;
+        let mut steps = 1;
+        while steps < most_steps && !fits(steps) {
+            steps *= 2;
+        }
+        let steps = profile.steps.map_or(steps, |steps| steps.min(most_steps));
+        let head_warps = head_warps(steps);
+        let all = ratio * head_warps;
+        // As many blocks as there are multiprocessors, or as the warps need.
+        let mut cluster = 1;
+        while cluster < profile.most_cluster
+            && (all > cluster * WARPS
+                || groups * 2 * cluster <= profile.multiprocessors && all >= cluster * WARPS)
+        {
+            cluster *= 2;
+        }
+        let cluster = profile.cluster.unwrap_or(cluster);
+        let mut pass_heads = if profile.one_by_one { 1 } else { ratio.min(cluster * MOST_WARPS / head_warps) };
+        loop {
+            let warps = (pass_heads * head_warps).div_ceil(cluster);
+            let pieces = pass_heads * head_warps * steps;
+            let shared = Room::new(tokens, choice.columns, warps, pieces, choice.landing).bytes;
+            if pass_heads <= 1 || shared <= profile.most_shared {
+                return Self { cluster, steps, head_warps, pass_heads: pass_heads.max(1), warps, shared };
+            }
+            pass_heads = pass_heads.div_ceil(2);
+        }
+    }
+}
 
 fn number(dtype: Dtype) -> u32 {
     match dtype {
@@ -456,17 +531,6 @@ impl Job {
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
         let (t, ratio) = (plan.tokens_per_sequence as u32, ratio as u32);
         let groups = n.checked_mul(hk).and_then(|groups| u32::try_from(groups).ok()).ok_or_else(too_many)?;
-        let cluster = profile.cluster.unwrap_or_else(|| {
-            let mut blocks = 1;
-            while blocks < profile.most_cluster
-                && u64::from(groups) * u64::from(2 * blocks) <= u64::from(profile.multiprocessors)
-                && ratio * dv >= 2 * blocks * FEWEST_ROWS
-            {
-                blocks *= 2;
-            }
-            blocks
-        });
-        let blocks = groups.checked_mul(cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
         let state = &plan.recurrent.state;
         let (kept_windows, kept_state) =
             (kept(&plan.conv.state, &plan.conv.kept), kept(state, &plan.recurrent.kept));
@@ -483,32 +547,30 @@ impl Job {
         let is_wide =
             state.is_dense(3) && (dk == 1 || kept_state.to.strides[4] == element) && all.is_multiple_of(16);
         let choices = &CHOICES[number(state.kind) as usize];
-        let fits = |choice: &&Choice| choice.1 >= dk;
-        let wide = choices[..3].iter().find(fits).filter(|_| is_wide);
-        let (kernel, padded, rows) = *wide.unwrap_or(&choices[3]);
-        let block_rows = |heads: u32| (heads * dv).div_ceil(cluster);
-        let room = |heads: u32| Room::new(t, padded, block_rows(heads), heads).bytes;
-        let mut pass_heads = ratio;
-        while pass_heads > 1 && room(pass_heads) > profile.most_shared {
-            pass_heads = pass_heads.div_ceil(2);
-        }
-        let block_rows = block_rows(pass_heads);
-        let threads = (block_rows.div_ceil(rows) * LANES).next_multiple_of(32).clamp(64, MOST_THREADS);
+        // The registers that hold a window have room for 4 taps.
+        let is_wide = is_wide && layer.conv_width == 4;
+        let wide = choices[..3].iter().find(|choice| is_wide && choice.columns >= dk);
+        let share = |choice: &Choice| Share::new(choice, groups, ratio, dv, t, &profile);
+        let (choice, share) = wide
+            .map(|choice| (choice, share(choice)))
+            .filter(|(_, share)| share.shared <= profile.most_shared)
+            .unwrap_or_else(|| (&choices[3], share(&choices[3])));
+        let blocks =
+            groups.checked_mul(share.cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
         let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
         let index_columns = plan.slots.state_indices.map_or(1, |indices| indices.sizes[1]);
         let most_accepted = if index_columns > 1 { index_columns.min(t as usize) as u32 } else { t };
         let args = Args {
             num_k_heads: divisor(hk as u32)?,
-            head_v_dim: divisor(dv)?,
-            of_block: divisor(block_rows)?,
+            head_warps: divisor(share.head_warps)?,
             dk,
             dv,
             ratio,
             tokens: t,
             conv_width: layer.conv_width as u32,
-            cluster_shift: cluster.trailing_zeros(),
-            pass_heads,
-            block_rows,
+            cluster_shift: share.cluster.trailing_zeros(),
+            pass_heads: share.pass_heads,
+            steps: share.steps,
             sigmoid: u32::from(layer.gate == Gate::Sigmoid),
             l2norm_eps: layer.l2norm_eps,
             norm_eps: layer.norm_eps,
@@ -539,6 +601,13 @@ impl Job {
             state_indices: indices(plan.slots.state_indices.as_ref()),
             num_accepted_tokens: indices(plan.num_accepted_tokens.as_ref()),
         };
-        Ok(Some(Self { kernel, args, blocks, threads, shared: room(pass_heads), cluster }))
+        Ok(Some(Self {
+            kernel: choice.name,
+            args,
+            blocks,
+            threads: share.warps * 32,
+            shared: share.shared,
+            cluster: share.cluster,
+        }))
     }
 }

@@ -29,6 +29,8 @@ pub struct DeviceInfo {
     pub compute_capability: (i32, i32),
     /// How many there are.
     pub multiprocessors: u32,
+    /// The most bytes of shared memory that a block can have.
+    pub shared_bytes_per_block: u32,
     /// Bytes of its memory.
     pub memory_bytes: usize,
     /// Bytes of its second-level cache.
@@ -102,6 +104,8 @@ fn info(ordinal: usize) -> Result<DeviceInfo, CudaError> {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.unsigned_abs(),
+        shared_bytes_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+            .unsigned_abs(),
         // SAFETY: `device` came from the driver.
         memory_bytes: unsafe { result::device::total_mem(device) }
             .map_err(driver(ordinal, "cuDeviceTotalMem"))?,

@@ -7,7 +7,7 @@ use std::{
 
 use cudarc::driver::{
     CudaContext, result,
-    sys::{self, CUfunction, CUfunction_attribute, CUmodule},
+    sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule},
 };
 use gdn_kernels::modules::{self, Kernel, Module};
 
@@ -119,13 +119,19 @@ impl Family {
             // SAFETY: the module was loaded above and stays.
             let function = unsafe { result::module::get_function(module, name) }
                 .map_err(driver(ordinal, "cuModuleGetFunction"))?;
+            let most = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+            let most = most.map_err(driver(ordinal, "cuDeviceGetAttribute"))? as u32;
             if kernel.shared > SHARED_BY_DEFAULT {
                 let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: a function of the module.
                 unsafe {
-                    result::function::set_function_attribute(function, attribute, kernel.shared as i32)
+                    result::function::set_function_attribute(function, attribute, kernel.shared.min(most) as i32)
                 }
                 .map_err(driver(ordinal, "cuFuncSetAttribute"))?;
+                let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                // SAFETY: as above.
+                unsafe { result::function::set_function_attribute(function, attribute, ALL_SHARED) }
+                    .map_err(driver(ordinal, "cuFuncSetAttribute"))?;
             }
             Ok(Function(function))
         };
@@ -135,6 +141,9 @@ impl Family {
 
 /// Bytes of dynamic shared memory that a launch may ask for without having said so before.
 const SHARED_BY_DEFAULT: u32 = 48 << 10;
+
+/// Per cent of a multiprocessor's memory that should be shared memory rather than cache.
+const ALL_SHARED: i32 = 100;
 
 /// The PTX of some of the kernels: what comes before the first, and each of them up to the brace that ends
 /// it. Kernels share nothing.

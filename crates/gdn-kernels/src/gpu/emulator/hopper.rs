@@ -159,7 +159,12 @@ impl Hopper for Thread<'_> {
         self.cluster.launch.cluster
     }
 
-    fn cluster_barrier(&self) {
+    fn cluster_arrive(&self) {
+        self.cluster.arrive(self.id);
+    }
+
+    fn cluster_wait(&self) {
+        self.cluster.expect_arrived(self.id);
         self.wait(Wait::Cluster);
     }
 

@@ -39,6 +39,7 @@ use core::cell::RefCell;
 use std::vec::Vec;
 
 use corosensei::Yielder;
+use gdn_math::element;
 
 pub use memory::{Memory, POISON, Place};
 
@@ -241,6 +242,18 @@ impl Gpu for Thread<'_> {
 
     fn wait_for_previous(&self) {}
 
+    fn f32_of_f16(&self, bits: u16) -> f32 {
+        element::f32_of_f16(bits)
+    }
+
+    fn f16_pair(&self, low: f32, high: f32) -> u32 {
+        pair(low, high, element::f16_of_f32)
+    }
+
+    fn bf16_pair(&self, low: f32, high: f32) -> u32 {
+        pair(low, high, element::bf16_of_f32)
+    }
+
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         sixteen(self.load(address))
     }
@@ -313,6 +326,12 @@ impl Gpu for Thread<'_> {
     unsafe fn store_shared2(&self, at: u32, value: u16) {
         self.store_shared(self.block, at, value.to_ne_bytes());
     }
+}
+
+/// Two numbers as 16 bits each. A NaN is what the machine makes of it.
+fn pair(low: f32, high: f32, narrow: fn(f32) -> u16) -> u32 {
+    let [low, high] = [low, high].map(|x| if x.is_nan() { 0x7fff } else { u32::from(narrow(x)) });
+    low | high << 16
 }
 
 fn sixteen(bytes: [u8; 16]) -> Bytes16 {

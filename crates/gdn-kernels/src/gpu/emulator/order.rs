@@ -110,6 +110,40 @@ impl Clocks {
         }
     }
 
+    /// A thread is at a barrier, and goes on: what it did and knows now.
+    pub(super) fn arrive(&mut self, thread: usize) -> Arrival {
+        let clock = &mut self.threads[thread];
+        clock.now += 1;
+        Arrival { thread, known: Rc::clone(&clock.known), at: clock.now - 1 }
+    }
+
+    /// What those that arrived did and know, together.
+    pub(super) fn gathered(&self, arrivals: &[Arrival]) -> Known {
+        let mut all = self.nothing();
+        let mut last = self.nothing();
+        for Arrival { known, .. } in arrivals {
+            if !Rc::ptr_eq(known, &last) {
+                all = joined(&all, known);
+                last = Rc::clone(known);
+            }
+        }
+        let told = Rc::make_mut(&mut all);
+        for Arrival { thread, at, .. } in arrivals {
+            told[*thread] = told[*thread].max(*at);
+        }
+        all
+    }
+
+    /// A thread that arrived learns what was gathered.
+    pub(super) fn leave(&mut self, arrival: &Arrival, gathered: &Known) {
+        let clock = &mut self.threads[arrival.thread];
+        if Rc::ptr_eq(&clock.known, &arrival.known) {
+            clock.known = Rc::clone(gathered);
+        } else {
+            clock.known = joined(&clock.known, gathered);
+        }
+    }
+
     /// What a thread wrote so far can be seen by asynchronous units, once others know of it.
     pub(super) fn fence(&mut self, thread: usize) {
         let clock = &mut self.threads[thread];
@@ -126,6 +160,19 @@ impl Clocks {
         }
         let known = if other == thread { u32::MAX } else { self.threads[thread].known[other] };
         self.threads[other].fences.iter().any(|fence| write.at < *fence && *fence <= known)
+    }
+}
+
+/// A thread at a barrier that it does not stay at.
+pub(super) struct Arrival {
+    thread: usize,
+    known: Known,
+    at: u32,
+}
+
+impl Arrival {
+    pub(super) fn thread(&self) -> usize {
+        self.thread
     }
 }
 

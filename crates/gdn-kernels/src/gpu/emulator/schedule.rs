@@ -12,7 +12,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 use super::{
     Launch, Thread, WARP,
     memory::{Memory, Who},
-    order::Clocks,
+    order::{Arrival, Clocks, Known},
     shared::Shared,
     wgmma::Products,
 };
@@ -24,7 +24,7 @@ const STACK_BYTES: usize = 256 << 10;
 pub(super) enum Wait {
     /// A barrier of the block; all threads of it where `threads` is 0.
     Barrier { number: u32, threads: u32 },
-    /// All threads of the cluster.
+    /// All threads of the cluster, to arrive.
     Cluster,
     /// The others of its warp or warpgroup.
     Collective(Call),
@@ -112,6 +112,26 @@ pub(super) struct Block {
     pub(super) products: RefCell<Vec<Products>>,
 }
 
+/// The cluster's barrier: for each thread how often it arrived and left, and who came to each of its phases.
+struct Gathering {
+    phases: Vec<Phase>,
+    arrived: Vec<usize>,
+    left: Vec<usize>,
+}
+
+#[derive(Default)]
+struct Phase {
+    /// In the order of the threads once all have come.
+    arrivals: Vec<Arrival>,
+    gathered: Option<Known>,
+}
+
+impl Gathering {
+    fn new(threads: usize) -> Self {
+        Self { phases: Vec::new(), arrived: vec![0; threads], left: vec![0; threads] }
+    }
+}
+
 /// Blocks that run together; one, where the launch names no clusters.
 pub(super) struct Cluster<'a> {
     pub(super) memory: &'a Memory,
@@ -121,6 +141,7 @@ pub(super) struct Cluster<'a> {
     pub(super) number: u32,
     pub(super) clocks: RefCell<Clocks>,
     pub(super) flights: RefCell<Vec<Flight>>,
+    gathering: RefCell<Gathering>,
     /// Threads that have not returned.
     pub(super) running: RefCell<Vec<bool>>,
     pub(super) random: RefCell<Random>,
@@ -142,6 +163,7 @@ impl<'a> Cluster<'a> {
             number: 0,
             clocks: RefCell::new(Clocks::new(all)),
             flights: RefCell::default(),
+            gathering: RefCell::new(Gathering::new(all)),
             running: RefCell::new(vec![true; all]),
             random: RefCell::new(Random::new(launch.seed)),
         }
@@ -152,6 +174,7 @@ impl<'a> Cluster<'a> {
         self.number = self.memory.next_cluster();
         self.clocks.get_mut().reset();
         self.flights.get_mut().clear();
+        *self.gathering.get_mut() = Gathering::new(self.running.get_mut().len());
         self.running.get_mut().fill(true);
         for (rank, block) in (0..).zip(&mut self.blocks) {
             block.index = [x + rank, y, z];
@@ -199,6 +222,50 @@ impl<'a> Cluster<'a> {
         for coroutine in turns.coroutines {
             STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
         }
+    }
+
+    /// A thread arrives at the cluster's barrier.
+    pub(super) fn arrive(&self, thread: usize) {
+        let mut gathering = self.gathering.borrow_mut();
+        let Gathering { phases, arrived, left } = &mut *gathering;
+        assert!(
+            arrived[thread] == left[thread],
+            "{} arrives at the cluster's barrier and has not waited since it did so before",
+            self.name(thread)
+        );
+        if phases.len() == arrived[thread] {
+            phases.push(Phase::default());
+        }
+        phases[arrived[thread]].arrivals.push(self.clocks.borrow_mut().arrive(thread));
+        arrived[thread] += 1;
+    }
+
+    /// That a thread that will wait for the cluster has arrived.
+    pub(super) fn expect_arrived(&self, thread: usize) {
+        let gathering = self.gathering.borrow();
+        assert!(
+            gathering.arrived[thread] > gathering.left[thread],
+            "{} waits at the cluster's barrier and has not arrived there",
+            self.name(thread)
+        );
+    }
+
+    /// Whether all have arrived for whom a thread waits, which then leaves.
+    fn leaves(&self, thread: usize) -> bool {
+        let mut gathering = self.gathering.borrow_mut();
+        let Gathering { phases, left, .. } = &mut *gathering;
+        let Phase { arrivals, gathered } = &mut phases[left[thread]];
+        let mut clocks = self.clocks.borrow_mut();
+        if arrivals.len() < left.len() {
+            return false;
+        }
+        let gathered = gathered.get_or_insert_with(|| {
+            arrivals.sort_by_key(Arrival::thread);
+            clocks.gathered(arrivals)
+        });
+        clocks.leave(&arrivals[thread], gathered);
+        left[thread] += 1;
+        true
     }
 
     /// Lands a bulk copy, one at random. Whether there was one.
@@ -375,10 +442,10 @@ impl Turns<'_> {
                 }
             }
         }
-        if self.waits.iter().all(|wait| matches!(wait, Some(Wait::Cluster))) {
-            let members: Vec<usize> = (0..all).collect();
-            self.cluster.clocks.borrow_mut().meet(&members);
-            self.go_on(members);
+        for thread in 0..all {
+            if matches!(self.waits[thread], Some(Wait::Cluster)) && self.cluster.leaves(thread) {
+                self.go_on([thread]);
+            }
         }
     }
 

@@ -148,17 +148,25 @@ impl<S: Shared> Hopper for Nvptx<S> {
 
     #[cfg(sm_90)]
     #[inline(always)]
-    fn cluster_barrier(&self) {
+    fn cluster_arrive(&self) {
+        // SAFETY: orders memory, nothing else.
+        unsafe { cluster_arrive() }
+    }
+
+    #[cfg(sm_90)]
+    #[inline(always)]
+    fn cluster_wait(&self) {
         // SAFETY: orders memory and waits, nothing else.
-        unsafe {
-            cluster_arrive();
-            cluster_wait();
-        }
+        unsafe { cluster_wait() }
     }
 
     #[cfg(not(sm_90))]
     #[inline(always)]
-    fn cluster_barrier(&self) {
+    fn cluster_arrive(&self) {}
+
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    fn cluster_wait(&self) {
         self.barrier();
     }
 

@@ -129,6 +129,36 @@ impl<S: Shared> Gpu for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn f32_of_f16(&self, bits: u16) -> f32 {
+        let value: f32;
+        // SAFETY: arithmetic, here and below.
+        unsafe { asm!("cvt.f32.f16 {}, {};", out(reg32) value, in(reg16) bits, options(pure, nomem, nostack)) }
+        value
+    }
+
+    #[inline(always)]
+    fn f16_pair(&self, low: f32, high: f32) -> u32 {
+        let pair: u32;
+        // SAFETY: as above.
+        unsafe {
+            asm!("cvt.rn.f16x2.f32 {}, {}, {};",
+                out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack));
+        }
+        pair
+    }
+
+    #[inline(always)]
+    fn bf16_pair(&self, low: f32, high: f32) -> u32 {
+        let pair: u32;
+        // SAFETY: as above.
+        unsafe {
+            asm!("cvt.rn.bf16x2.f32 {}, {}, {};",
+                out(reg32) pair, in(reg32) high, in(reg32) low, options(pure, nomem, nostack));
+        }
+        pair
+    }
+
+    #[inline(always)]
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller's promise.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     cpu::{Cpu, decode},
-    cuda::decode::{MOST_SHARED, Profile},
+    cuda::decode::Profile,
     decode::Decode,
     dtype::Dtype,
     layer::Gate,
@@ -20,9 +20,16 @@ use crate::{
 /// Runs a call as a device of this profile would.
 pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 
-/// With so many blocks a cluster; with few bytes v heads one after the other.
-fn profile(cluster: u32, most_shared: u32) -> Profile {
-    Profile { multiprocessors: 132, most_cluster: 8, cluster: Some(cluster), most_shared }
+/// With so many blocks a cluster and pieces a warp, as far as there are; v heads all at once or one after the other.
+fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
+    Profile {
+        multiprocessors: 132,
+        most_cluster: 8,
+        most_shared: 227 << 10,
+        cluster: Some(cluster),
+        steps: Some(steps),
+        one_by_one,
+    }
 }
 
 /// What a call leaves.
@@ -35,11 +42,11 @@ fn check(options: &Options, form: Form, sequences: usize, tokens: usize, run: &m
     let before = Batch::new(options, form, &vec![tokens; sequences]);
     let what = format!("decode of {tokens}, {options:?}, {form:?}");
     let mut first = before.clone();
-    first.decode_by(|call| run(call, profile(1, MOST_SHARED)));
+    first.decode_by(|call| run(call, profile(1, 8, false)));
     first.check(&before, &what);
-    for (cluster, most_shared) in [(1, 0), (4, MOST_SHARED), (8, 0)] {
+    for (cluster, steps, one_by_one) in [(1, 2, true), (4, 1, false), (8, 4, true)] {
         let mut other = before.clone();
-        other.decode_by(|call| run(call, profile(cluster, most_shared)));
+        other.decode_by(|call| run(call, profile(cluster, steps, one_by_one)));
         assert!(results(&first) == results(&other), "{what}: {cluster} blocks give other bits");
     }
 }
@@ -212,7 +219,7 @@ pub(super) fn contracts(run: &mut Run<'_>) {
                 let before = Kept::new(state_order, state_dtype, more_columns);
                 let (mut cpu, mut first) = (before.clone(), before.clone());
                 cpu.run(way, |call| decode(call, &Cpu::new().threads(1)).unwrap());
-                first.run(way, |call| run(call, profile(1, MOST_SHARED)));
+                first.run(way, |call| run(call, profile(1, 8, false)));
                 let what = format!("way {way}, {state_order:?}, {more_columns} more columns");
                 let names = ["out", "conv_state", "recurrent_state", "states", "windows"];
                 let [out, conv, recurrent, states, windows] = names.map(|name| format!("{what}: {name}"));
@@ -222,7 +229,7 @@ pub(super) fn contracts(run: &mut Run<'_>) {
                 same(&states, &first.states, &cpu.states, &before.states);
                 same(&windows, &first.windows, &cpu.windows, &before.windows);
                 let mut other = before.clone();
-                other.run(way, |call| run(call, profile(4, 0)));
+                other.run(way, |call| run(call, profile(4, 2, true)));
                 assert!(
                     results(&first.batch) == results(&other.batch)
                         && first.states.bytes == other.states.bytes
@@ -255,10 +262,10 @@ pub(super) fn tokens_at_once(run: &mut Run<'_>) {
                 for [_, f] in one.setup.mixed_ba.places() {
                     one.setup.mixed_ba.set([0, f], all.setup.mixed_ba.get([t, f]));
                 }
-                one.decode_by(|call| run(call, profile(2, MOST_SHARED)));
+                one.decode_by(|call| run(call, profile(2, 1, false)));
                 outputs.extend(one.out.all());
             }
-            all.decode_by(|call| run(call, profile(1, MOST_SHARED)));
+            all.decode_by(|call| run(call, profile(1, 8, false)));
             assert_eq!(all.out.all(), outputs, "{form:?}");
             assert!(all.conv.all() == one.conv.all() && all.recurrent.all() == one.recurrent.all());
         }
@@ -278,7 +285,7 @@ pub(super) fn slots_that_are_not_there(run: &mut Run<'_>) {
                 }
             }
             let mut after = before.clone();
-            after.decode_by(|call| run(call, profile(2, MOST_SHARED)));
+            after.decode_by(|call| run(call, profile(2, 1, false)));
             // For the check these are padding.
             after.slots = vec![3, -1, 1, -1];
             after.check(&before, &format!("slot {wrong}"));
