@@ -73,15 +73,15 @@ kernels! { "decode":
     gdn_decode_f32_64(DecodeArgs) = decode::run::<F32, 8, 4, 2, 2, true>;
     gdn_decode_f32_128(DecodeArgs) = decode::run::<F32, 8, 4, 4, 2, true>;
     gdn_decode_f32_256(DecodeArgs) = decode::run::<F32, 16, 4, 4, 2, true>;
-    gdn_decode_f32_narrow(DecodeArgs) = decode::run::<F32, 8, 1, 32, 1, false>;
+    gdn_decode_f32_narrow(DecodeArgs) = decode::run::<F32, 16, 1, 16, 2, false>;
     gdn_decode_f16_64(DecodeArgs) = decode::run::<F16, 8, 8, 1, 2, true>;
     gdn_decode_f16_128(DecodeArgs) = decode::run::<F16, 8, 8, 2, 2, true>;
     gdn_decode_f16_256(DecodeArgs) = decode::run::<F16, 16, 8, 2, 2, true>;
-    gdn_decode_f16_narrow(DecodeArgs) = decode::run::<F16, 8, 1, 32, 1, false>;
+    gdn_decode_f16_narrow(DecodeArgs) = decode::run::<F16, 16, 1, 16, 2, false>;
     gdn_decode_bf16_64(DecodeArgs) = decode::run::<Bf16, 8, 8, 1, 2, true>;
     gdn_decode_bf16_128(DecodeArgs) = decode::run::<Bf16, 8, 8, 2, 2, true>;
     gdn_decode_bf16_256(DecodeArgs) = decode::run::<Bf16, 16, 8, 2, 2, true>;
-    gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Bf16, 8, 1, 32, 1, false>;
+    gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Bf16, 16, 1, 16, 2, false>;
 }
 
 kernels! { "convergence":

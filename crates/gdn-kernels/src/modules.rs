@@ -174,22 +174,26 @@ const SPLIT: &[&[Kernel]] = &[
 pub const DECODE_SHARED: u32 = 227 << 10;
 
 const fn decode(name: &'static str) -> Kernel {
-    Kernel { threads: 512, shared: DECODE_SHARED, ..Kernel::new(name) }
+    Kernel { threads: 384, shared: DECODE_SHARED, ..Kernel::new(name) }
+}
+
+const fn decode_narrow(name: &'static str) -> Kernel {
+    Kernel { threads: 256, blocks: 1, ..decode(name) }
 }
 
 const DECODE: &[&[Kernel]] = &[
     &[decode("gdn_decode_f32_64").wide(0, 4)],
     &[decode("gdn_decode_f32_128").wide(0, 8)],
     &[decode("gdn_decode_f32_256").wide(0, 8)],
-    &[decode("gdn_decode_f32_narrow")],
+    &[decode_narrow("gdn_decode_f32_narrow")],
     &[decode("gdn_decode_f16_64").wide(0, 2)],
     &[decode("gdn_decode_f16_128").wide(0, 4)],
     &[decode("gdn_decode_f16_256").wide(0, 4)],
-    &[decode("gdn_decode_f16_narrow")],
+    &[decode_narrow("gdn_decode_f16_narrow")],
     &[decode("gdn_decode_bf16_64").wide(0, 2)],
     &[decode("gdn_decode_bf16_128").wide(0, 4)],
     &[decode("gdn_decode_bf16_256").wide(0, 4)],
-    &[decode("gdn_decode_bf16_narrow")],
+    &[decode_narrow("gdn_decode_bf16_narrow")],
 ];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[

@@ -71,7 +71,7 @@ pub struct Kept<const D: usize> {
     pub slots: i64,
     /// [`NOTHING`] to [`EACH_IN`].
     pub kind: u32,
-    /// Of [`LAST_AT`] and [`EACH_IN`].
+    /// Of all but [`NOTHING`] and [`LAST`]: of a sequence and, with [`EACH`], a token.
     pub indices: Indices,
 }
 
@@ -131,8 +131,8 @@ pub struct Args {
     pub pad_slot_id: i64,
     /// The projections.
     pub q: Field,
-    /// See `q`.
-    pub k: Field,
+    /// Keys lie like queries: so many bytes behind them (which may wrap).
+    pub k_behind_q: u64,
     /// See `q`.
     pub v: Field,
     /// See `q`.

@@ -35,12 +35,14 @@ pub(super) struct Start {
 }
 
 impl Channel {
-    /// Channel `channel`, which is feature `i` of a key head's in a field.
+    /// Channel `channel`, which is feature `i` of a key head's in a field, or in one that lies so many bytes behind it.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "each is one number of the channel's place")]
     pub(super) fn new(
         args: &Args,
         read: &Read,
         field: &Field,
+        behind: u64,
         row: u64,
         head: u32,
         i: u32,
@@ -48,7 +50,7 @@ impl Channel {
     ) -> Self {
         let [of_slot, of_channel, of_column] = args.conv_state.strides;
         let channel = u64::from(channel);
-        let x = field.address
+        let x = field.address.wrapping_add(behind)
             + row * field.row_stride
             + u64::from(head) * field.head_step
             + u64::from(i * size(field.dtype));

@@ -95,13 +95,14 @@ pub(super) fn size(dtype: u32) -> u32 {
 #[inline(always)]
 pub(super) unsafe fn bits(gpu: &impl Gpu, dtype: u32, address: u64) -> u32 {
     // SAFETY: the caller's promise.
-    unsafe { if dtype == args::F32 { gpu.load4(address) } else { u32::from(gpu.load2(address)) } }
+    unsafe { gpu.load4_or_2(address, dtype == args::F32) }
 }
 
-/// What these bits stand for.
+/// What these bits stand for. What each dtype would make of them is at hand before one is chosen: no branch.
 #[inline(always)]
 pub(super) fn number(gpu: &impl Gpu, dtype: u32, bits: u32) -> f32 {
-    let half = if dtype == args::BF16 { f32_of_bf16(bits as u16) } else { gpu.f32_of_f16(bits as u16) };
+    let (of_bf16, of_f16) = (f32_of_bf16(bits as u16), gpu.f32_of_f16(bits as u16));
+    let half = if dtype == args::BF16 { of_bf16 } else { of_f16 };
     if dtype == args::F32 { f32::from_bits(bits) } else { half }
 }
 
@@ -121,15 +122,11 @@ pub(super) unsafe fn load(gpu: &impl Gpu, dtype: u32, address: u64) -> f32 {
 /// It is writable, at a multiple of its size, and no other thread's.
 #[inline(always)]
 pub(super) unsafe fn store(gpu: &impl Gpu, dtype: u32, address: u64, value: f32) {
-    let half = if dtype == args::BF16 { gpu.bf16_pair(value, 0.0) } else { gpu.f16_pair(value, 0.0) };
+    let (of_bf16, of_f16) = (gpu.bf16_pair(value, 0.0), gpu.f16_pair(value, 0.0));
+    let half = if dtype == args::BF16 { of_bf16 } else { of_f16 };
+    let bits = if dtype == args::F32 { value.to_bits() } else { half };
     // SAFETY: the caller's promise.
-    unsafe {
-        if dtype == args::F32 {
-            gpu.store4(address, value.to_bits());
-        } else {
-            gpu.store2(address, half as u16);
-        }
-    }
+    unsafe { gpu.store4_or_2(address, bits, dtype == args::F32) }
 }
 
 /// An f32 of shared memory.

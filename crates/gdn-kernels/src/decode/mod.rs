@@ -93,7 +93,7 @@ pub unsafe fn run<
 ) {
     gpu.let_next_start();
     if gpu.cluster_blocks() > 1 {
-        gpu.cluster_arrive();
+        gpu.cluster_arrive_relaxed();
     }
     let [block, ..] = gpu.block();
     let (sequence, head) = args.num_k_heads.divide(block >> args.cluster_shift);
@@ -114,9 +114,15 @@ pub unsafe fn run<
     unsafe {
         if let Some(read) = Read::of(gpu, args, sequence) {
             let mut first = 0;
-            while first < args.ratio {
+            loop {
                 block.heads::<E, LANES, V, CHUNKS, ROWS, WIDE>(&read, first);
                 first += args.pass_heads;
+                // The wide kernels are for heads that are computed all at once.
+                if WIDE || first >= args.ratio {
+                    break;
+                }
+                // What the next heads write in shared memory has been read.
+                block.wait();
             }
         } else {
             block.clear();
@@ -211,11 +217,12 @@ impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
     /// Channel `i` of q and k side by side.
     #[inline(always)]
     fn channel_of_qk(&self, read: &Read, i: u32) -> Channel {
-        let Args { dk, q, k, .. } = self.args;
-        let keys = self.args.num_k_heads.get() * dk;
-        let (field, i, channel) =
-            if i < *dk { (q, i, self.head * dk + i) } else { (k, i - dk, keys + self.head * dk + i - dk) };
-        Channel::new(self.args, read, field, self.row, self.head, i, channel)
+        let Args { dk, q, k_behind_q, .. } = self.args;
+        let is_key = i >= *dk;
+        let (i, before) = if is_key { (i - dk, self.args.num_k_heads.get() * dk) } else { (i, 0) };
+        let behind = if is_key { *k_behind_q } else { 0 };
+        let channel = before + self.head * dk + i;
+        Channel::new(self.args, read, q, behind, self.row, self.head, i, channel)
     }
 
     /// The channel of the lane's row.
@@ -224,7 +231,7 @@ impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
         let Args { dk, dv, ratio, v, .. } = self.args;
         let i = unit.head * dv + unit.start + self.gpu.lane();
         let channel = 2 * self.args.num_k_heads.get() * dk + self.head * ratio * dv + i;
-        Channel::new(self.args, read, v, self.row, self.head, i, channel)
+        Channel::new(self.args, read, v, 0, self.row, self.head, i, channel)
     }
 
     /// What this warp does of the v heads from `first` on.
@@ -345,10 +352,6 @@ impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
             }
             if windows.rolls {
                 self.roll(read, &windows, &unit, first == 0);
-            }
-            if first + args.pass_heads < args.ratio {
-                // What the next heads write in shared memory has been read.
-                self.wait();
             }
         }
     }
@@ -506,13 +509,15 @@ impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
         let Self { gpu, args, .. } = self;
         let (mut i, step) = self.thread_of_cluster();
         let of_qk = if with_qk { 2 * args.dk } else { 0 };
-        let mut of_v = gpu.lane() < unit.len;
-        while of_v || i < of_qk {
-            let channel = if of_v { self.channel_of_v(read, unit) } else { self.channel_of_qk(read, i) };
-            // SAFETY: the caller's promise.
-            unsafe { channel.roll(*gpu, args, read, windows.rolling()) }
-            i += if of_v { 0 } else { step };
-            of_v = false;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if gpu.lane() < unit.len {
+                self.channel_of_v(read, unit).roll(*gpu, args, read, windows.rolling());
+            }
+            while i < of_qk {
+                self.channel_of_qk(read, i).roll(*gpu, args, read, windows.rolling());
+                i += step;
+            }
         }
     }
 }

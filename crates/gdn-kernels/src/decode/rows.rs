@@ -165,6 +165,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             gpu.wait_copies::<{ STAGES - 1 }>();
         }
         let stage = self.landing + step % STAGES * Self::STAGE;
+        let of_column = gpu.unforeseen(self.of_column);
         let mut n = 0;
         while n < ROWS {
             let mut c = 0;
@@ -183,7 +184,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                         } else if self.has(gpu, step, n) && Self::has_column(gpu, args, c, v) {
                             let at = self.from
                                 + Self::distance(step, n) * self.of_row
-                                + (c as u64 * u64::from(LANES) * V as u64 + v as u64) * self.of_column;
+                                + (c as u64 * u64::from(LANES) * V as u64 + v as u64) * of_column;
                             number(gpu, E::DTYPE, bits(gpu, E::DTYPE, at))
                         } else {
                             0.0
@@ -253,20 +254,25 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             let mut t = 0;
             while t < args.tokens {
                 let token = token(t);
-                let (q, k) = (Self::line(gpu, token.q), Self::line(gpu, token.k));
                 let place = |n: usize| (Self::distance(step, n) as u32 + gpu.lane() / LANES) * 4;
+                let k = Self::line(gpu, token.k);
+                let products = self.products(gpu, &k);
                 let mut n = 0;
                 while n < ROWS {
+                    let r = token.decay * (token.k_scale * products[n]);
                     let v = shared(gpu, token.v + place(n));
-                    let s = &mut self.s[n];
-                    let r = token.decay * (token.k_scale * gpu.sum::<LANES>(dot(s, &k)));
                     let correction = math::correction(token.beta, v, r) * token.k_scale;
+                    let s = &mut self.s[n];
                     each::<V, CHUNKS>(|c, x| {
                         s[c][x] = Lanes::mul_add(k[c][x], correction, s[c][x] * token.decay);
                     });
-                    let o = token.q_scale * gpu.sum::<LANES>(dot(s, &q));
+                    n += 1;
+                }
+                let products = self.products(gpu, &Self::line(gpu, token.q));
+                let mut n = 0;
+                while n < ROWS {
                     if gpu.lane().is_multiple_of(LANES) {
-                        gpu.store_shared4(token.o + place(n), o.to_bits());
+                        gpu.store_shared4(token.o + place(n), (token.q_scale * products[n]).to_bits());
                     }
                     n += 1;
                 }
@@ -274,6 +280,27 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                 t += 1;
             }
         }
+    }
+
+    /// The products of the lane's rows and a query or key, row by row side by side.
+    #[inline(always)]
+    fn products(&self, gpu: &impl Warp, line: &[[f32; V]; CHUNKS]) -> [f32; ROWS] {
+        let mut sums = [0.0; ROWS];
+        let mut n = 0;
+        while n < ROWS {
+            sums[n] = dot(&self.s[n], line);
+            n += 1;
+        }
+        let mut mask = LANES / 2;
+        while mask > 0 {
+            let mut n = 0;
+            while n < ROWS {
+                sums[n] += f32::from_bits(gpu.shuffle_xor(sums[n].to_bits(), mask));
+                n += 1;
+            }
+            mask /= 2;
+        }
+        sums
     }
 
     /// Writes a piece to where the state after a token goes, if it goes anywhere. Where tokens follow, what is left of
@@ -284,6 +311,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     #[inline(always)]
     unsafe fn keep(&mut self, gpu: &impl Warp, args: &Args, step: u32, to: u64, more: bool) {
         let [.., to_row, to_column] = args.kept.to.strides;
+        let to_column = gpu.unforeseen(to_column);
         let mut n = 0;
         while n < ROWS {
             let is_kept = to != 0 && self.has(gpu, step, n);

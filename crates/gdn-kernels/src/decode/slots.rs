@@ -102,17 +102,19 @@ impl<const D: usize> Kept<D> {
         read: i64,
         token: u32,
     ) -> u64 {
-        let is_last = token + 1 == args.tokens;
-        // SAFETY: the caller's promise.
-        let slot = unsafe {
-            match self.kind {
-                args::LAST if is_last => read,
-                args::LAST_AT if is_last => slot(gpu, args, &self.indices, sequence, 0, self.slots),
-                args::EACH => slot(gpu, args, &args.state_indices, sequence, token, self.slots),
-                args::EACH_IN => slot(gpu, args, &self.indices, sequence, 0, self.slots),
-                _ => -1,
-            }
+        let is_kept = match self.kind {
+            args::NOTHING => false,
+            args::LAST | args::LAST_AT => token + 1 == args.tokens,
+            _ => true,
         };
+        if !is_kept {
+            return 0;
+        }
+        let mut slot = read;
+        if self.kind != args::LAST {
+            // SAFETY: the caller's promise.
+            slot = unsafe { self::slot(gpu, args, &self.indices, sequence, token, self.slots) };
+        }
         if slot < 0 {
             return 0;
         }

@@ -64,6 +64,10 @@ pub trait Gpu {
     /// Two numbers to the nearest bf16, as [`Gpu::f16_pair`].
     fn bf16_pair(&self, low: f32, high: f32) -> u32;
 
+    /// The same number, of which the compiler does not know that it is: what is computed from it is not computed
+    /// ahead of time, where it would take up registers.
+    fn unforeseen(&self, number: u64) -> u64;
+
     /// Reads 16 bytes of global memory in one access.
     ///
     /// # Safety
@@ -90,6 +94,11 @@ pub trait Gpu {
     /// The byte at `address` is readable.
     unsafe fn load1(&self, address: u64) -> u8;
 
+    /// Reads 4 bytes where `four` says so, else 2, without a branch.
+    ///
+    /// # Safety
+    /// `address` is a multiple of so many, and so many bytes from it are readable.
+    unsafe fn load4_or_2(&self, address: u64, four: bool) -> u32;
     /// Writes 16 bytes of global memory in one access.
     ///
     /// # Safety
@@ -115,6 +124,12 @@ pub trait Gpu {
     /// # Safety
     /// The byte at `address` is writable and no other thread's.
     unsafe fn store1(&self, address: u64, value: u8);
+
+    /// Writes 4 bytes where `four` says so, else the lower 2, without a branch.
+    ///
+    /// # Safety
+    /// `address` is a multiple of so many, and so many bytes from it are writable and no other thread's.
+    unsafe fn store4_or_2(&self, address: u64, value: u32, four: bool);
 
     /// Reads 16 bytes of shared memory.
     ///

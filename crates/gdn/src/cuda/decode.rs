@@ -17,7 +17,7 @@ use crate::{
     decode::{Decode, Plan},
     dtype::Dtype,
     layer::{Field, Gate, Projections},
-    state::{Keep, Kept},
+    state::{Keep, Kept, SlotsOf},
     tensor::{Element, Index, IndexType, Indices, Operand, Space, Tensor, expect_apart, placed},
     view::{DeviceAddress, Packed, Unpacked},
 };
@@ -323,8 +323,7 @@ impl Profile {
 }
 
 const MOST_DIM: usize = 256;
-/// Warps of a block, at most and where there is a choice.
-const MOST_WARPS: u32 = 16;
+/// Warps of a block where there is a choice.
 const WARPS: u32 = 8;
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
 const RESIDENT_WARPS: u32 = 24;
@@ -348,8 +347,15 @@ struct Choice {
     columns: u32,
     /// Rows of a piece.
     piece_rows: u32,
-    /// Bytes of shared memory in which the pieces of a warp land.
+    /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
+}
+
+impl Choice {
+    /// Warps of a block, at most.
+    fn most_warps(&self) -> u32 {
+        if self.landing > 0 { 12 } else { 8 }
+    }
 }
 
 const fn choice(name: &'static str, columns: u32, piece_rows: u32, landing: u32) -> Choice {
@@ -395,37 +401,60 @@ struct Share {
 }
 
 impl Share {
-    /// For `groups` key heads of all sequences, each with `ratio` v heads of `dv` rows, and `tokens` tokens.
-    fn new(choice: &Choice, groups: u32, ratio: u32, dv: u32, tokens: u32, profile: &Profile) -> Self {
+    /// For `groups` key heads of all sequences, each with `ratio` v heads of `dv` rows, and `tokens` tokens. `None` where
+    /// a cluster has no room for what it computes: that does not depend on `groups`, since kernels differ in their
+    /// bits.
+    fn new(choice: &Choice, groups: u32, ratio: u32, dv: u32, tokens: u32, profile: &Profile) -> Option<Self> {
         let pieces = dv.div_ceil(choice.piece_rows);
         let most_steps = WARP_ROWS / choice.piece_rows;
-        let head_warps = |steps: u32| pieces.div_ceil(steps);
-        // As few pieces a warp as leave the device not too many warps.
-        let room = u64::from(profile.multiprocessors * RESIDENT_WARPS);
-        let fits = |steps: u32| u64::from(groups) * u64::from(ratio * head_warps(steps)) <= room;
-        let mut steps = 1;
-        while steps < most_steps && !fits(steps) {
-            steps *= 2;
-        }
-        let steps = profile.steps.map_or(steps, |steps| steps.min(most_steps));
-        let head_warps = head_warps(steps);
-        let all = ratio * head_warps;
-        // As many blocks as there are multiprocessors, or as the warps need.
-        let mut cluster = 1;
-        while cluster < profile.most_cluster
-            && (all > cluster * WARPS
-                || groups * 2 * cluster <= profile.multiprocessors && all >= cluster * WARPS)
-        {
-            cluster *= 2;
-        }
-        let cluster = profile.cluster.unwrap_or(cluster);
-        let mut pass_heads = if profile.one_by_one { 1 } else { ratio.min(cluster * MOST_WARPS / head_warps) };
-        loop {
+        let most_warps = choice.most_warps();
+        let most_cluster = profile.cluster.unwrap_or(profile.most_cluster);
+        let share = |steps: u32, cluster: u32, pass_heads: u32| {
+            let head_warps = pieces.div_ceil(steps);
             let warps = (pass_heads * head_warps).div_ceil(cluster);
-            let pieces = pass_heads * head_warps * steps;
-            let shared = Room::new(tokens, choice.columns, warps, pieces, choice.landing).bytes;
-            if pass_heads <= 1 || shared <= profile.most_shared {
-                return Self { cluster, steps, head_warps, pass_heads: pass_heads.max(1), warps, shared };
+            let all = pass_heads * head_warps * steps;
+            let shared = Room::new(tokens, choice.columns, warps, all, choice.landing).bytes;
+            let has_room = warps <= most_warps && shared <= profile.most_shared;
+            has_room.then_some(Self { cluster, steps, head_warps, pass_heads, warps, shared })
+        };
+        let cluster_of = |steps: u32| {
+            let all = ratio * pieces.div_ceil(steps);
+            let mut cluster = 1;
+            // As many blocks as there are multiprocessors, or as the warps need.
+            while cluster < most_cluster
+                && (all > cluster * WARPS
+                    || groups * 2 * cluster <= profile.multiprocessors && all >= cluster * WARPS)
+            {
+                cluster *= 2;
+            }
+            profile.cluster.unwrap_or(cluster)
+        };
+        if choice.landing > 0 {
+            // In as few warps as can be.
+            share(most_steps, most_cluster, ratio)?;
+            // As few pieces a warp as leave the device not too many warps.
+            let most = u64::from(profile.multiprocessors * RESIDENT_WARPS);
+            let mut steps = profile.steps.unwrap_or(1).min(most_steps);
+            while steps < most_steps {
+                let warps = u64::from(groups) * u64::from(ratio * pieces.div_ceil(steps));
+                let is_good = profile.steps.is_some() || warps <= most;
+                let share = share(steps, cluster_of(steps), ratio).filter(|_| is_good);
+                if share.is_some() {
+                    return share;
+                }
+                steps *= 2;
+            }
+            return share(most_steps, cluster_of(most_steps), ratio)
+                .or_else(|| share(most_steps, most_cluster, ratio));
+        }
+        // v heads as many at a time as have room.
+        let steps = profile.steps.unwrap_or(most_steps).min(most_steps);
+        let mut pass_heads = if profile.one_by_one { 1 } else { ratio };
+        loop {
+            let share = share(steps, cluster_of(steps), pass_heads)
+                .or_else(|| share(most_steps, cluster_of(most_steps), pass_heads));
+            if share.is_some() || pass_heads == 1 {
+                return share;
             }
             pass_heads = pass_heads.div_ceil(2);
         }
@@ -475,6 +504,7 @@ fn indices<const D: usize>(indices: Option<&Operand<DeviceAddress, IndexType, D>
 fn kept<const D: usize, const E: usize>(
     state: &Operand<DeviceAddress, Dtype, D>,
     kept: &Kept<DeviceAddress, E>,
+    slots: &SlotsOf<DeviceAddress>,
 ) -> args::Kept<E> {
     // The state itself, as if its slots had one token each.
     let own = Operand {
@@ -487,15 +517,16 @@ fn kept<const D: usize, const E: usize>(
             _ => state.strides[dim - 1],
         }),
     };
+    let one = |at: &Operand<DeviceAddress, IndexType, 1>| args::Indices { column: 0, ..indices(Some(at)) };
     let (to, kind, at) = match kept {
-        Kept::Nothing => (&own, args::NOTHING, None),
-        Kept::Last => (&own, args::LAST, None),
-        Kept::LastAt(at) => (&own, args::LAST_AT, Some(at)),
-        Kept::Each => (&own, args::EACH, None),
-        Kept::EachIn(states, at) => (states, args::EACH_IN, at.as_ref()),
+        Kept::Nothing => (&own, args::NOTHING, args::Indices::default()),
+        Kept::Last => (&own, args::LAST, args::Indices::default()),
+        Kept::LastAt(at) => (&own, args::LAST_AT, one(at)),
+        Kept::Each => (&own, args::EACH, indices(slots.state_indices.as_ref())),
+        Kept::EachIn(states, at) => (states, args::EACH_IN, at.as_ref().map(one).unwrap_or_default()),
     };
     let slots = if kind == args::EACH_IN { to.sizes[0] } else { state.sizes[0] };
-    args::Kept { to: strided(to), slots: slots as i64, kind, indices: indices(at) }
+    args::Kept { to: strided(to), slots: slots as i64, kind, indices: at }
 }
 
 impl Job {
@@ -533,7 +564,7 @@ impl Job {
         let groups = n.checked_mul(hk).and_then(|groups| u32::try_from(groups).ok()).ok_or_else(too_many)?;
         let state = &plan.recurrent.state;
         let (kept_windows, kept_state) =
-            (kept(&plan.conv.state, &plan.conv.kept), kept(state, &plan.recurrent.kept));
+            (kept(&plan.conv.state, &plan.conv.kept, &plan.slots), kept(state, &plan.recurrent.kept, &plan.slots));
         let read = strided(state);
         let element = state.kind.size() as u64;
         // Rows are dense, and they and all distances between them multiples of 16 bytes.
@@ -550,11 +581,9 @@ impl Job {
         // The registers that hold a window have room for 4 taps.
         let is_wide = is_wide && layer.conv_width == 4;
         let wide = choices[..3].iter().find(|choice| is_wide && choice.columns >= dk);
-        let share = |choice: &Choice| Share::new(choice, groups, ratio, dv, t, &profile);
-        let (choice, share) = wide
-            .map(|choice| (choice, share(choice)))
-            .filter(|(_, share)| share.shared <= profile.most_shared)
-            .unwrap_or_else(|| (&choices[3], share(&choices[3])));
+        let share = |choice| Share::new(choice, groups, ratio, dv, t, &profile).map(|share| (choice, share));
+        let (choice, share) =
+            wide.and_then(share).or_else(|| share(&choices[3])).ok_or_else(too_many)?;
         let blocks =
             groups.checked_mul(share.cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
         let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
@@ -581,7 +610,7 @@ impl Job {
             conv_columns: u32::try_from(plan.conv.state.sizes[2]).map_err(|_| too_many())?,
             pad_slot_id: plan.slots.pad_slot_id,
             q: field(&tokens.q),
-            k: field(&tokens.k),
+            k_behind_q: field(&tokens.k).address.wrapping_sub(field(&tokens.q).address),
             v: field(&tokens.v),
             z: field(&tokens.z),
             b: field(&tokens.b),

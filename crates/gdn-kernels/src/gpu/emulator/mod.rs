@@ -254,6 +254,10 @@ impl Gpu for Thread<'_> {
         pair(low, high, element::bf16_of_f32)
     }
 
+    fn unforeseen(&self, number: u64) -> u64 {
+        number
+    }
+
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         sixteen(self.load(address))
     }
@@ -273,6 +277,22 @@ impl Gpu for Thread<'_> {
     unsafe fn load1(&self, address: u64) -> u8 {
         let [byte] = self.load(address);
         byte
+    }
+
+    unsafe fn load4_or_2(&self, address: u64, four: bool) -> u32 {
+        if four {
+            u32::from_ne_bytes(self.load(address))
+        } else {
+            u32::from(u16::from_ne_bytes(self.load(address)))
+        }
+    }
+
+    unsafe fn store4_or_2(&self, address: u64, value: u32, four: bool) {
+        if four {
+            self.store(address, value.to_ne_bytes());
+        } else {
+            self.store(address, (value as u16).to_ne_bytes());
+        }
     }
 
     unsafe fn store16(&self, address: u64, value: Bytes16) {

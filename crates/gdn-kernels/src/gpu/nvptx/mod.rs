@@ -159,6 +159,13 @@ impl<S: Shared> Gpu for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn unforeseen(&self, mut number: u64) -> u64 {
+        // SAFETY: does nothing.
+        unsafe { asm!("/* {} */", inout(reg64) number, options(nomem, nostack)) };
+        number
+    }
+
+    #[inline(always)]
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller's promise.
@@ -208,6 +215,38 @@ impl<S: Shared> Gpu for Nvptx<S> {
             asm!("ld.global.u8 {}, [{}];", out(reg32) value, in(reg64) address, options(readonly, nostack));
         }
         value as u8
+    }
+
+    #[inline(always)]
+    unsafe fn load4_or_2(&self, address: u64, four: bool) -> u32 {
+        let value: u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .pred four;",
+                "setp.ne.u32 four, {}, 0;",
+                "@four ld.global.u32 {}, [{}];",
+                "@!four ld.global.u16 {1}, [{2}];",
+                "}}",
+                in(reg32) u32::from(four), out(reg32) value, in(reg64) address, options(readonly, nostack));
+        }
+        value
+    }
+
+    #[inline(always)]
+    unsafe fn store4_or_2(&self, address: u64, value: u32, four: bool) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .pred four;",
+                "setp.ne.u32 four, {}, 0;",
+                "@four st.global.u32 [{}], {};",
+                "@!four st.global.u16 [{1}], {2};",
+                "}}",
+                in(reg32) u32::from(four), in(reg64) address, in(reg32) value, options(nostack));
+        }
     }
 
     #[inline(always)]

@@ -137,7 +137,7 @@ fn measure_decode() {
     let heads = [16, 32, 128, 128];
     let [hk, hv, dk, dv] = heads;
     let options = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new(heads) };
-    for (dtype, tokens) in [(Dtype::F32, 1), (Dtype::BF16, 1), (Dtype::BF16, 4)] {
+    for (dtype, tokens) in [(Dtype::F32, 1), (Dtype::BF16, 1), (Dtype::BF16, 4), (Dtype::F32, 4)] {
         for sequences in [1usize, 4, 16, 64, 512] {
             let setup = Setup::new(&options, tokens);
             let channels = setup.layer.conv_channels();
@@ -160,7 +160,7 @@ fn measure_decode() {
             let (weight_at, vector_at) = (at(&weight), at(&vector));
             let [states, windows, copies, outputs, qkvz, ba] =
                 [&state, &conv, &target, &out, &qkvz, &ba].map(at);
-            let call = |i: usize, most: Option<u32>| {
+            let call = |i: usize, cluster: Option<u32>, steps: Option<u32>| {
                 let first = (i * sequences) as u64;
                 let tensor =
                     |at, dtype, sizes, strides| crate::tensor::Tensor::at_device(at, dtype, sizes, strides);
@@ -217,7 +217,7 @@ fn measure_decode() {
                 let gpu = gpu.clone().check_pointers(false);
                 // SAFETY: tensors that outlive the graph.
                 unsafe {
-                    run(&gpu, &plan, Profile { cluster: most, ..Profile::of(&gpu) }, stream.cu_stream())
+                    run(&gpu, &plan, Profile { cluster, steps, ..Profile::of(&gpu) }, stream.cu_stream())
                 }
                 .unwrap();
             };
@@ -235,11 +235,17 @@ fn measure_decode() {
                     .unwrap();
             };
             let mut ways: Vec<(String, _)> = vec![
-                (String::from("chosen"), capture(&|i| call(i, None))),
+                (String::from("chosen"), capture(&|i| call(i, None, None))),
                 (String::from("copy"), capture(&copy)),
             ];
             for blocks in [1, 2, 4, 8] {
-                ways.push((format!("{blocks} blocks"), capture(&|i| call(i, Some(blocks)))));
+                for steps in [1, 2, 4] {
+                    if 16 / steps * 2 > blocks * 12 {
+                        continue;
+                    }
+                    let graph = capture(&|i| call(i, Some(blocks), Some(steps)));
+                    ways.push((format!("{blocks}x{steps}"), graph));
+                }
             }
             let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
             let mut line = format!("decode,{hk}/{hv},{dtype},T={tokens},B={sequences}");
