@@ -136,8 +136,8 @@ impl Module {
 pub static MODULES: &[Module] = &[
     Module { op: "split", target: Target::Sm90, ptx: text!("split.sm_90.ptx"), families: SPLIT },
     Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), families: SPLIT },
-    Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE },
-    Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE },
+    Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE_90 },
+    Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE_80 },
 ];
 
 /// Those that only tests load.
@@ -173,28 +173,56 @@ const SPLIT: &[&[Kernel]] = &[
 /// Shared memory that a block of the decode asks for, at most: that of a Hopper's multiprocessor, or what there is.
 pub const DECODE_SHARED: u32 = 227 << 10;
 
-const fn decode(name: &'static str) -> Kernel {
-    Kernel { threads: 384, shared: DECODE_SHARED, ..Kernel::new(name) }
+/// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. The narrow kernels
+/// have 8.
+pub const fn decode_warps(target: Target) -> u32 {
+    match target {
+        Target::Sm80 => 12,
+        Target::Sm90 | Target::Sm90a => 16,
+    }
+}
+
+const fn decode(target: Target, name: &'static str) -> Kernel {
+    Kernel { threads: decode_warps(target) * 32, blocks: 1, shared: DECODE_SHARED, ..Kernel::new(name) }
 }
 
 const fn decode_narrow(name: &'static str) -> Kernel {
-    Kernel { threads: 256, blocks: 1, ..decode(name) }
+    Kernel { threads: 256, ..decode(Target::Sm80, name) }
 }
 
-const DECODE: &[&[Kernel]] = &[
-    &[decode("gdn_decode_f32_64").wide(0, 4)],
-    &[decode("gdn_decode_f32_128").wide(0, 8)],
-    &[decode("gdn_decode_f32_256").wide(0, 8)],
-    &[decode_narrow("gdn_decode_f32_narrow")],
-    &[decode("gdn_decode_f16_64").wide(0, 2)],
-    &[decode("gdn_decode_f16_128").wide(0, 4)],
-    &[decode("gdn_decode_f16_256").wide(0, 4)],
-    &[decode_narrow("gdn_decode_f16_narrow")],
-    &[decode("gdn_decode_bf16_64").wide(0, 2)],
-    &[decode("gdn_decode_bf16_128").wide(0, 4)],
-    &[decode("gdn_decode_bf16_256").wide(0, 4)],
-    &[decode_narrow("gdn_decode_bf16_narrow")],
-];
+const fn decodes(target: Target) -> [[Kernel; 1]; 12] {
+    [
+        [decode(target, "gdn_decode_f32_64").wide(0, 4)],
+        [decode(target, "gdn_decode_f32_128").wide(0, 8)],
+        [decode(target, "gdn_decode_f32_256").wide(0, 8)],
+        [decode_narrow("gdn_decode_f32_narrow")],
+        [decode(target, "gdn_decode_f16_64").wide(0, 2)],
+        [decode(target, "gdn_decode_f16_128").wide(0, 4)],
+        [decode(target, "gdn_decode_f16_256").wide(0, 4)],
+        [decode_narrow("gdn_decode_f16_narrow")],
+        [decode(target, "gdn_decode_bf16_64").wide(0, 2)],
+        [decode(target, "gdn_decode_bf16_128").wide(0, 4)],
+        [decode(target, "gdn_decode_bf16_256").wide(0, 4)],
+        [decode_narrow("gdn_decode_bf16_narrow")],
+    ]
+}
+
+const DECODES_90: [[Kernel; 1]; 12] = decodes(Target::Sm90);
+const DECODES_80: [[Kernel; 1]; 12] = decodes(Target::Sm80);
+
+/// A family each.
+const fn families(kernels: &'static [[Kernel; 1]; 12]) -> [&'static [Kernel]; 12] {
+    let mut families: [&'static [Kernel]; 12] = [&[]; 12];
+    let mut i = 0;
+    while i < 12 {
+        families[i] = &kernels[i];
+        i += 1;
+    }
+    families
+}
+
+const DECODE_90: &[&[Kernel]] = &families(&DECODES_90);
+const DECODE_80: &[&[Kernel]] = &families(&DECODES_80);
 
 const CONVERGENCE: &[&[Kernel]] = &[&[
     Kernel::new("gdn_convergence_barrier_and_shuffle").collectives(Collectives {

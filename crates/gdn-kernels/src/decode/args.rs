@@ -93,6 +93,8 @@ pub const EACH_IN: u32 = 4;
 pub struct Args {
     /// By HK.
     pub num_k_heads: Divisor,
+    /// By the blocks of a cluster.
+    pub cluster: Divisor,
     /// By the warps that compute one v head.
     pub head_warps: Divisor,
     /// DK.
@@ -105,10 +107,10 @@ pub struct Args {
     pub tokens: u32,
     /// W.
     pub conv_width: u32,
-    /// log2 of the blocks of a cluster.
-    pub cluster_shift: u32,
-    /// v heads of a key head that a cluster computes at a time.
+    /// v heads of a key head that a block computes at a time.
     pub pass_heads: u32,
+    /// v heads of a key head that are a block's: with more than one block they are computed all at once.
+    pub block_heads: u32,
     /// Pieces of rows that a warp computes, one after the other.
     pub steps: u32,
     /// Whether the gate is a sigmoid rather than a silu.
@@ -182,8 +184,10 @@ pub struct Room {
     pub v: u32,
     /// `[T][warps * 32]`: outputs, before the norm.
     pub o: u32,
-    /// `[T][pieces]`: sums of the outputs' squares, of all pieces of the cluster.
+    /// `[T][pieces]`: sums of the outputs' squares, of all pieces of the block.
     pub sums: u32,
+    /// `[3][threads]`: the window of each thread's channel of q or k, where other blocks read it in memory.
+    pub windows: u32,
     /// Where rows of S land.
     pub landing: u32,
     /// How many bytes all take.
@@ -191,15 +195,24 @@ pub struct Room {
 }
 
 impl Room {
-    /// For `tokens` tokens, keys of `padded` numbers, `pieces` pieces in a cluster, and `landing` bytes for each warp.
+    /// For `tokens` tokens, keys of `padded` numbers, `pieces` pieces in a block, `landing` bytes for each warp, and so
+    /// many blocks a cluster.
     #[inline(always)]
-    pub const fn new(tokens: u32, padded: u32, warps: u32, pieces: u32, landing: u32) -> Self {
+    pub const fn new(
+        tokens: u32,
+        padded: u32,
+        warps: u32,
+        pieces: u32,
+        landing: u32,
+        blocks: u32,
+    ) -> Self {
         let k = tokens * padded * 4;
         let v = 2 * k;
         let o = v + tokens * warps * 128;
         let sums = o + tokens * warps * 128;
-        let end = sums + tokens * pieces * 4;
+        let windows = sums + tokens * pieces * 4;
+        let end = windows + if blocks > 1 { 3 * warps * 128 } else { 0 };
         let start = (end + 15) / 16 * 16;
-        Self { q: 0, k, v, o, sums, landing: start, bytes: start + warps * landing }
+        Self { q: 0, k, v, o, sums, windows, landing: start, bytes: start + warps * landing }
     }
 }

@@ -93,7 +93,8 @@ impl Channel {
         start
     }
 
-    /// The convolution's result for each token, and the windows that are kept of it, unless they roll ([`rolls`]).
+    /// The convolution's result for each token, and the windows that are kept beside the state. What is left in the
+    /// window after the last token.
     ///
     /// # Safety
     /// As [`Channel::start`].
@@ -105,7 +106,7 @@ impl Channel {
         start: Start,
         kept: &Windows,
         mut put: impl FnMut(u32, f32),
-    ) {
+    ) -> [f32; TAPS - 1] {
         let mut taps = [0.0; TAPS];
         let mut inputs = [0.0; TAPS];
         let mut i = 0;
@@ -139,20 +140,35 @@ impl Channel {
                 i += 1;
             }
             put(t, math::activation(sum));
-            let to = kept.after(args, t);
-            if to != 0 {
-                let [.., of_channel, of_column] = args.conv_kept.to.strides;
-                let at = to + self.channel * of_channel;
-                let mut i = 0;
-                while i + 1 < TAPS {
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        store(gpu, args.conv_kept.to.dtype, at + i as u64 * of_column, inputs[i + 1]);
-                    }
-                    i += 1;
-                }
+            if kept.each != 0 {
+                let at = kept.each + u64::from(t) * args.conv_kept.to.strides[1];
+                // SAFETY: the caller's promise.
+                unsafe { self.put_window(gpu, args, at, [inputs[1], inputs[2], inputs[3]]) }
             }
             t += 1;
+        }
+        [inputs[1], inputs[2], inputs[3]]
+    }
+
+    /// Writes a window to the slot at `to`.
+    ///
+    /// # Safety
+    /// The channel is there; nobody reads or writes its window there.
+    #[inline(always)]
+    pub(super) unsafe fn put_window(
+        &self,
+        gpu: &impl Gpu,
+        args: &Args,
+        to: u64,
+        window: [f32; TAPS - 1],
+    ) {
+        let [.., of_channel, of_column] = args.conv_kept.to.strides;
+        let at = to + self.channel * of_channel;
+        let mut i = 0;
+        while i + 1 < TAPS {
+            // SAFETY: the caller's promise.
+            unsafe { store(gpu, args.conv_kept.to.dtype, at + i as u64 * of_column, window[i]) }
+            i += 1;
         }
     }
 
@@ -208,29 +224,41 @@ impl Channel {
             t += 1;
         }
         let mut t = 0;
-        while t < args.tokens {
-            let to = kept.after(args, t);
-            let [.., of_channel, of_column] = args.conv_kept.to.strides;
-            let mut column = 0;
-            while to != 0 && column + 1 < args.conv_width {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let x = self.input(gpu, args, t + 1 + column);
-                    let at = to + self.channel * of_channel + u64::from(column) * of_column;
-                    store(gpu, args.conv_kept.to.dtype, at, x);
-                }
-                column += 1;
-            }
+        while kept.each != 0 && t < args.tokens {
+            let to = kept.each + u64::from(t) * args.conv_kept.to.strides[1];
+            // SAFETY: the caller's promise.
+            unsafe { self.put_inputs(gpu, args, to, t + 1) }
             t += 1;
         }
     }
 
-    /// Keeps a channel's rolling window. Columns are moved in order, so it may move onto itself.
+    /// Writes W - 1 inputs from `first` on to the slot at `to`. In order, so that a window may move onto itself.
     ///
     /// # Safety
-    /// The channel is there.
+    /// As [`Channel::put_window`].
     #[inline(always)]
-    pub(super) unsafe fn roll(&self, gpu: &impl Gpu, args: &Args, read: &Read, to: u64) {
+    unsafe fn put_inputs(&self, gpu: &impl Gpu, args: &Args, to: u64, first: u32) {
+        let [.., of_channel, of_column] = args.conv_kept.to.strides;
+        let mut column = 0;
+        while column + 1 < args.conv_width {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let x = self.input(gpu, args, first + column);
+                let at = to + self.channel * of_channel + u64::from(column) * of_column;
+                store(gpu, args.conv_kept.to.dtype, at, x);
+            }
+            column += 1;
+        }
+    }
+
+    /// Keeps a channel's window after the last token, which may roll. Columns are moved in order, so it may move onto
+    /// itself.
+    ///
+    /// # Safety
+    /// As [`Channel::put_window`].
+    #[inline(always)]
+    pub(super) unsafe fn keep_last(&self, gpu: &impl Gpu, args: &Args, read: &Read, kept: &Windows) {
+        let to = kept.last;
         let (tokens, width) = (args.tokens, args.conv_width);
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
         // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
@@ -243,7 +271,7 @@ impl Channel {
         let from = args.conv_state.address + read.conv as u64 * of_slot + self.channel * from_channel;
         let to = to + self.channel * of_channel;
         let mut column = 0;
-        while column < columns {
+        while kept.last != 0 && column < columns {
             // SAFETY: the caller's promise.
             unsafe {
                 let x = if column < stay {
@@ -258,13 +286,13 @@ impl Channel {
     }
 }
 
-/// Where the windows of a sequence go.
+/// Where the windows of a sequence go: addresses of slots, 0 for nowhere.
 #[derive(Clone, Copy)]
 pub(super) struct Windows {
-    /// 0 for nowhere.
-    to: u64,
-    /// Whether it rolls: it has more columns than the convolution reads, or some of the last call's tokens go.
-    pub(super) rolls: bool,
+    /// The one after the last token, in `conv_state`.
+    pub(super) last: u64,
+    /// Those after each token, elsewhere: the first one's.
+    each: u64,
 }
 
 impl Windows {
@@ -273,26 +301,25 @@ impl Windows {
     #[inline(always)]
     pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) -> Self {
         let kept = &args.conv_kept;
-        let token = if kept.kind == args::EACH_IN { 0 } else { args.tokens - 1 };
+        let is_each = kept.kind == args::EACH_IN;
+        let token = if is_each { 0 } else { args.tokens - 1 };
         // SAFETY: the caller's promise.
         let to = unsafe { kept.address(gpu, args, sequence, read.conv, token) };
-        let is_wide = read.accepted > 0 || args.conv_columns + 1 > args.conv_width;
-        Self { to, rolls: kept.kind != args::EACH_IN && is_wide && to != 0 }
+        if is_each { Self { last: 0, each: to } } else { Self { last: to, each: 0 } }
     }
 
-    /// Where a channel's window after token `t` goes, 0 for nowhere.
-    #[inline(always)]
-    fn after(&self, args: &Args, t: u32) -> u64 {
-        let each = args.conv_kept.kind == args::EACH_IN;
-        if self.to == 0 || self.rolls || !each && t + 1 < args.tokens {
-            return 0;
-        }
-        self.to + if each { u64::from(t) * args.conv_kept.to.strides[1] } else { 0 }
+    /// The same, but for the one after the last token.
+    pub(super) fn without_last(&self) -> Self {
+        Self { last: 0, ..*self }
     }
 
-    /// Where a window that rolls goes.
-    #[inline(always)]
-    pub(super) fn rolling(&self) -> u64 {
-        self.to
-    }
+    /// For a thread whose channels another one keeps.
+    pub(super) const NONE: Self = Self { last: 0, each: 0 };
+}
+
+/// Whether a window is more than what the convolution reads and the next call's begins with: it has more columns, or
+/// some of the last call's tokens go.
+#[inline(always)]
+pub(super) fn rolls(args: &Args) -> bool {
+    args.num_accepted_tokens.address != 0 || args.conv_columns + 1 > args.conv_width
 }

@@ -7,7 +7,7 @@ use gdn_kernels::{
         WARP_ROWS,
         args::{self, Args, Room, Strided, Vector},
     },
-    modules::DECODE_SHARED,
+    modules::{DECODE_SHARED, Target, decode_warps},
     split::Divisor,
 };
 
@@ -298,6 +298,8 @@ pub(crate) struct Profile {
     pub(crate) multiprocessors: u32,
     /// The most blocks of a cluster.
     pub(crate) most_cluster: u32,
+    /// The most warps of a block.
+    pub(crate) most_warps: u32,
     /// The most bytes of shared memory of a block.
     pub(crate) most_shared: u32,
     /// Tests and measurements choose for themselves: the blocks of a cluster,
@@ -311,9 +313,11 @@ pub(crate) struct Profile {
 impl Profile {
     pub(crate) fn of(gpu: &Gpu) -> Self {
         let info = gpu.info();
+        let has_clusters = info.compute_capability >= (9, 0);
         Self {
             multiprocessors: info.multiprocessors,
-            most_cluster: if info.compute_capability >= (9, 0) { 8 } else { 1 },
+            most_cluster: if has_clusters { 8 } else { 1 },
+            most_warps: decode_warps(if has_clusters { Target::Sm90 } else { Target::Sm80 }),
             most_shared: info.shared_bytes_per_block.min(DECODE_SHARED),
             cluster: None,
             steps: None,
@@ -323,8 +327,6 @@ impl Profile {
 }
 
 const MOST_DIM: usize = 256;
-/// Warps of a block where there is a choice.
-const WARPS: u32 = 8;
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
 const RESIDENT_WARPS: u32 = 24;
 
@@ -349,13 +351,6 @@ struct Choice {
     piece_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
-}
-
-impl Choice {
-    /// Warps of a block, at most.
-    fn most_warps(&self) -> u32 {
-        if self.landing > 0 { 12 } else { 8 }
-    }
 }
 
 const fn choice(name: &'static str, columns: u32, piece_rows: u32, landing: u32) -> Choice {
@@ -387,76 +382,93 @@ const CHOICES: [[Choice; 4]; 3] = [
 /// How the rows of a key head's states are shared out.
 #[derive(Clone, Copy, Debug)]
 struct Share {
-    /// Blocks of a cluster.
+    /// Blocks of a cluster, and v heads of a block.
     cluster: u32,
+    block_heads: u32,
+    /// v heads of a block at a time.
+    pass_heads: u32,
     /// Pieces of a warp, and warps of a v head.
     steps: u32,
     head_warps: u32,
-    /// v heads at a time.
-    pass_heads: u32,
     /// Warps of a block.
     warps: u32,
     /// Bytes of shared memory of a block.
     shared: u32,
 }
 
+/// What is to be shared out.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    /// Key heads of all sequences.
+    groups: u32,
+    /// v heads of each, and their rows.
+    ratio: u32,
+    dv: u32,
+    dk: u32,
+    tokens: u32,
+}
+
 impl Share {
-    /// For `groups` key heads of all sequences, each with `ratio` v heads of `dv` rows, and `tokens` tokens. `None` where
-    /// a cluster has no room for what it computes: that does not depend on `groups`, since kernels differ in their
-    /// bits.
-    fn new(choice: &Choice, groups: u32, ratio: u32, dv: u32, tokens: u32, profile: &Profile) -> Option<Self> {
-        let pieces = dv.div_ceil(choice.piece_rows);
-        let most_steps = WARP_ROWS / choice.piece_rows;
-        let most_warps = choice.most_warps();
-        let most_cluster = profile.cluster.unwrap_or(profile.most_cluster);
-        let share = |steps: u32, cluster: u32, pass_heads: u32| {
-            let head_warps = pieces.div_ceil(steps);
-            let warps = (pass_heads * head_warps).div_ceil(cluster);
-            let all = pass_heads * head_warps * steps;
-            let shared = Room::new(tokens, choice.columns, warps, all, choice.landing).bytes;
-            let has_room = warps <= most_warps && shared <= profile.most_shared;
-            has_room.then_some(Self { cluster, steps, head_warps, pass_heads, warps, shared })
-        };
-        let cluster_of = |steps: u32| {
-            let all = ratio * pieces.div_ceil(steps);
-            let mut cluster = 1;
-            // As many blocks as there are multiprocessors, or as the warps need.
-            while cluster < most_cluster
-                && (all > cluster * WARPS
-                    || groups * 2 * cluster <= profile.multiprocessors && all >= cluster * WARPS)
-            {
-                cluster *= 2;
-            }
-            profile.cluster.unwrap_or(cluster)
-        };
-        if choice.landing > 0 {
-            // In as few warps as can be.
-            share(most_steps, most_cluster, ratio)?;
-            // As few pieces a warp as leave the device not too many warps.
-            let most = u64::from(profile.multiprocessors * RESIDENT_WARPS);
-            let mut steps = profile.steps.unwrap_or(1).min(most_steps);
-            while steps < most_steps {
-                let warps = u64::from(groups) * u64::from(ratio * pieces.div_ceil(steps));
-                let is_good = profile.steps.is_some() || warps <= most;
-                let share = share(steps, cluster_of(steps), ratio).filter(|_| is_good);
-                if share.is_some() {
-                    return share;
-                }
-                steps *= 2;
-            }
-            return share(most_steps, cluster_of(most_steps), ratio)
-                .or_else(|| share(most_steps, most_cluster, ratio));
+    /// `None` where a block has no room for what it computes. Whether there is one does not depend on how many key heads
+    /// there are, since kernels differ in their bits.
+    fn new(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
+        if choice.landing == 0 {
+            return Self::in_passes(choice, work, profile);
         }
-        // v heads as many at a time as have room.
+        // In as few warps as can be.
+        let most_steps = WARP_ROWS / choice.piece_rows;
+        let last = Self::of(choice, work, profile, 1, most_steps)
+            .or_else(|| (2..=work.ratio).find_map(|cluster| Self::of(choice, work, profile, cluster, 1)))?;
+        if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
+            return Self::of(choice, work, profile, cluster, steps).or(Some(last));
+        }
+        // As few pieces a warp, and v heads a block, as leave the device not too much to do at a time.
+        let mut best = last;
+        let mut most = 0;
+        for cluster in 1..=work.ratio {
+            for steps in (0..=most_steps.ilog2()).map(|log| 1 << log) {
+                let Some(share) = Self::of(choice, work, profile, cluster, steps) else { continue };
+                let blocks = u64::from(work.groups) * u64::from(cluster);
+                let warps = blocks * u64::from(share.warps);
+                let fits = blocks <= u64::from(profile.multiprocessors)
+                    && warps <= u64::from(profile.multiprocessors * RESIDENT_WARPS);
+                if fits && warps > most {
+                    (best, most) = (share, warps);
+                }
+            }
+        }
+        Some(best)
+    }
+
+    /// So many blocks a cluster, pieces a warp, and all v heads at once.
+    fn of(choice: &Choice, work: &Work, profile: &Profile, cluster: u32, steps: u32) -> Option<Self> {
+        let steps = steps.min(WARP_ROWS / choice.piece_rows);
+        let pieces = work.dv.div_ceil(choice.piece_rows);
+        let (head_warps, block_heads) = (pieces.div_ceil(steps), work.ratio.div_ceil(cluster));
+        let warps = block_heads * head_warps;
+        let all = warps * steps;
+        let shared = Room::new(work.tokens, choice.columns, warps, all, choice.landing, cluster).bytes;
+        let is_there = cluster == 1
+            || cluster <= profile.most_cluster && work.ratio.is_multiple_of(cluster) && warps * 32 >= 2 * work.dk;
+        let has_room = warps <= if choice.landing > 0 { profile.most_warps } else { 8 } && shared <= profile.most_shared;
+        let share =
+            Self { cluster, block_heads, pass_heads: block_heads, steps, head_warps, warps, shared };
+        (is_there && has_room).then_some(share)
+    }
+
+    /// One block a key head, with v heads as many at a time as have room.
+    fn in_passes(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
+        let most_steps = WARP_ROWS / choice.piece_rows;
         let steps = profile.steps.unwrap_or(most_steps).min(most_steps);
-        let mut pass_heads = if profile.one_by_one { 1 } else { ratio };
+        let mut heads = if profile.one_by_one { 1 } else { work.ratio };
         loop {
-            let share = share(steps, cluster_of(steps), pass_heads)
-                .or_else(|| share(most_steps, cluster_of(most_steps), pass_heads));
-            if share.is_some() || pass_heads == 1 {
+            let work = Work { ratio: heads, ..*work };
+            let share = Self::of(choice, &work, profile, 1, steps)
+                .or_else(|| Self::of(choice, &work, profile, 1, most_steps));
+            if share.is_some() || heads == 1 {
                 return share;
             }
-            pass_heads = pass_heads.div_ceil(2);
+            heads = heads.div_ceil(2);
         }
     }
 }
@@ -581,7 +593,8 @@ impl Job {
         // The registers that hold a window have room for 4 taps.
         let is_wide = is_wide && layer.conv_width == 4;
         let wide = choices[..3].iter().find(|choice| is_wide && choice.columns >= dk);
-        let share = |choice| Share::new(choice, groups, ratio, dv, t, &profile).map(|share| (choice, share));
+        let work = Work { groups, ratio, dv, dk, tokens: t };
+        let share = |choice| Share::new(choice, &work, &profile).map(|share| (choice, share));
         let (choice, share) =
             wide.and_then(share).or_else(|| share(&choices[3])).ok_or_else(too_many)?;
         let blocks =
@@ -591,14 +604,15 @@ impl Job {
         let most_accepted = if index_columns > 1 { index_columns.min(t as usize) as u32 } else { t };
         let args = Args {
             num_k_heads: divisor(hk as u32)?,
+            cluster: divisor(share.cluster)?,
             head_warps: divisor(share.head_warps)?,
             dk,
             dv,
             ratio,
             tokens: t,
             conv_width: layer.conv_width as u32,
-            cluster_shift: share.cluster.trailing_zeros(),
             pass_heads: share.pass_heads,
+            block_heads: if share.cluster > 1 { share.block_heads } else { ratio },
             steps: share.steps,
             sigmoid: u32::from(layer.gate == Gate::Sigmoid),
             l2norm_eps: layer.l2norm_eps,

@@ -224,11 +224,11 @@ impl<S: Shared> Gpu for Nvptx<S> {
         unsafe {
             asm!(
                 "{{",
-                ".reg .pred four;",
-                "setp.ne.u32 four, {}, 0;",
-                "@four ld.global.u32 {}, [{}];",
-                "@!four ld.global.u16 {1}, [{2}];",
-                "}}",
+                "\t.reg .pred four;",
+                "\tsetp.ne.u32 four, {}, 0;",
+                "\t@four ld.global.u32 {}, [{}];",
+                "\t@!four ld.global.u16 {1}, [{2}];",
+                "\t}}",
                 in(reg32) u32::from(four), out(reg32) value, in(reg64) address, options(readonly, nostack));
         }
         value
@@ -240,11 +240,11 @@ impl<S: Shared> Gpu for Nvptx<S> {
         unsafe {
             asm!(
                 "{{",
-                ".reg .pred four;",
-                "setp.ne.u32 four, {}, 0;",
-                "@four st.global.u32 [{}], {};",
-                "@!four st.global.u16 [{1}], {2};",
-                "}}",
+                "\t.reg .pred four;",
+                "\tsetp.ne.u32 four, {}, 0;",
+                "\t@four st.global.u32 [{}], {};",
+                "\t@!four st.global.u16 [{1}], {2};",
+                "\t}}",
                 in(reg32) u32::from(four), in(reg64) address, in(reg32) value, options(nostack));
         }
     }

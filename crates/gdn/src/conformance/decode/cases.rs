@@ -25,6 +25,7 @@ fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
     Profile {
         multiprocessors: 132,
         most_cluster: 8,
+        most_warps: 16,
         most_shared: 227 << 10,
         cluster: Some(cluster),
         steps: Some(steps),
