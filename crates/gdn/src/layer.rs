@@ -20,8 +20,7 @@ use crate::{
 ///
 /// 1. `x = mixed_qkv`, from the split.
 /// 2. `c = silu(conv_bias + sum_j conv_weight[:, j] * x(t - W + 1 + j))`, W =
-/// [`conv_width`](Self::conv_width).
-///    What lies before the sequence is in `conv_state`.
+///    [`conv_width`](Self::conv_width). What lies before the sequence is in `conv_state`.
 /// 3. `q, k, v = c`; `q = q * scale / sqrt(sum q^2 + l2norm_eps)`, `k = k / sqrt(sum k^2 + l2norm_eps)`.
 /// 4. `g = -exp(A_log) * softplus(a + dt_bias)`, `beta = sigmoid(b) * beta_scale`.
 /// 5. `S *= exp(g)`; `S += beta * (v - S k) k^T`; `o = S q`, where S is `[DV, DK]`, one for each v head.

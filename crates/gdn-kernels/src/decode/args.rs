@@ -198,21 +198,14 @@ impl Room {
     /// For `tokens` tokens, keys of `padded` numbers, `pieces` pieces in a block, `landing` bytes for each warp, and so
     /// many blocks a cluster.
     #[inline(always)]
-    pub const fn new(
-        tokens: u32,
-        padded: u32,
-        warps: u32,
-        pieces: u32,
-        landing: u32,
-        blocks: u32,
-    ) -> Self {
+    pub const fn new(tokens: u32, padded: u32, warps: u32, pieces: u32, landing: u32, blocks: u32) -> Self {
         let k = tokens * padded * 4;
         let v = 2 * k;
         let o = v + tokens * warps * 128;
         let sums = o + tokens * warps * 128;
         let windows = sums + tokens * pieces * 4;
         let end = windows + if blocks > 1 { 3 * warps * 128 } else { 0 };
-        let start = (end + 15) / 16 * 16;
+        let start = (end + 15) & !15;
         Self { q: 0, k, v, o, sums, windows, landing: start, bytes: start + warps * landing }
     }
 }

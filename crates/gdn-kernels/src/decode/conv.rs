@@ -155,13 +155,7 @@ impl Channel {
     /// # Safety
     /// The channel is there; nobody reads or writes its window there.
     #[inline(always)]
-    pub(super) unsafe fn put_window(
-        &self,
-        gpu: &impl Gpu,
-        args: &Args,
-        to: u64,
-        window: [f32; TAPS - 1],
-    ) {
+    pub(super) unsafe fn put_window(&self, gpu: &impl Gpu, args: &Args, to: u64, window: [f32; TAPS - 1]) {
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
         let at = to + self.channel * of_channel;
         let mut i = 0;
@@ -263,7 +257,11 @@ impl Channel {
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
         // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
         let (old, stay, columns) = if read.accepted > 0 {
-            (read.accepted, width.saturating_sub(2), (width + tokens).saturating_sub(2).min(args.conv_columns))
+            (
+                read.accepted,
+                width.saturating_sub(2),
+                (width + tokens).saturating_sub(2).min(args.conv_columns),
+            )
         } else {
             (tokens, args.conv_columns.saturating_sub(tokens), args.conv_columns)
         };

@@ -50,6 +50,7 @@ mod error;
 mod host;
 mod launch;
 mod module;
+pub(crate) mod share;
 pub(crate) mod split;
 mod views;
 

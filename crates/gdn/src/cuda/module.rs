@@ -119,13 +119,18 @@ impl Family {
             // SAFETY: the module was loaded above and stays.
             let function = unsafe { result::module::get_function(module, name) }
                 .map_err(driver(ordinal, "cuModuleGetFunction"))?;
-            let most = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+            let most =
+                context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
             let most = most.map_err(driver(ordinal, "cuDeviceGetAttribute"))? as u32;
             if kernel.shared > SHARED_BY_DEFAULT {
                 let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: a function of the module.
                 unsafe {
-                    result::function::set_function_attribute(function, attribute, kernel.shared.min(most) as i32)
+                    result::function::set_function_attribute(
+                        function,
+                        attribute,
+                        kernel.shared.min(most) as i32,
+                    )
                 }
                 .map_err(driver(ordinal, "cuFuncSetAttribute"))?;
                 let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;

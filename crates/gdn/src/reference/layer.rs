@@ -138,7 +138,7 @@ pub fn softplus(x: f64) -> f64 {
 ///
 /// 1. x = `mixed_qkv`(t).
 /// 2. c = silu(`conv_bias` + sum over j < W of `conv_weight`[:, j] * x(t - W + 1 + j)); earlier x come from
-/// `conv_state`.
+///    `conv_state`.
 /// 3. q, k, v = c; q = q / sqrt(sum q^2 + `l2norm_eps`) * `scale`; k = k / sqrt(sum k^2 + `l2norm_eps`).
 /// 4. g = -exp(`A_log`) * softplus(a + `dt_bias`); beta = sigmoid(b) * `beta_scale`.
 /// 5. S = S * exp(g); r = S k; S = S + beta * (v - r) k^T; o = S q.

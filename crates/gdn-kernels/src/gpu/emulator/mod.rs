@@ -4,15 +4,13 @@
 //! address:
 //!
 //! - an access outside every buffer or outside shared memory, at a wrong alignment, or to memory nobody
-//! wrote;
+//!   wrote;
 //! - a second store to a byte of an output or of a state;
 //! - a byte of a state that one block writes and another one touches: blocks run in any order, here in a
-//! random one that
-//!   [`Launch::seed`] chooses;
+//!   random one that [`Launch::seed`] chooses;
 //! - a race: two threads touch the same memory, one of them writes, and no barrier orders the two;
 //! - a touch of memory to which an asynchronous copy is on its way, or a write to memory that a product or a
-//! bulk store still
-//!   reads; copies land as late as the waits allow;
+//!   bulk store still reads; copies land as late as the waits allow;
 //! - a barrier, shuffle, product or mbarrier that threads wait at in vain.
 //!
 //! Buffers know which of their bytes were stored to, so that a test can tell what a kernel left out.

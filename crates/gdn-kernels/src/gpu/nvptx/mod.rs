@@ -132,7 +132,9 @@ impl<S: Shared> Gpu for Nvptx<S> {
     fn f32_of_f16(&self, bits: u16) -> f32 {
         let value: f32;
         // SAFETY: arithmetic, here and below.
-        unsafe { asm!("cvt.f32.f16 {}, {};", out(reg32) value, in(reg16) bits, options(pure, nomem, nostack)) }
+        unsafe {
+            asm!("cvt.f32.f16 {}, {};", out(reg32) value, in(reg16) bits, options(pure, nomem, nostack))
+        }
         value
     }
 

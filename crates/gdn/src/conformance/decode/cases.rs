@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     cpu::{Cpu, decode},
-    cuda::decode::Profile,
+    cuda::share::Profile,
     decode::Decode,
     dtype::Dtype,
     layer::Gate,

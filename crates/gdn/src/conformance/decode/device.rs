@@ -3,18 +3,18 @@
 use cudarc::driver::{CudaSlice, DevicePtr, sys};
 
 use super::{
-    Access, Call, cases,
+    Access, Call, Extent,
+    batch::{Batch, Form},
+    cases,
     emulator::emulate,
     extents,
-    memory::Memory,
+    memory::{Memory, Random, relative},
     moved,
     setup::{Options, Setup},
 };
 use crate::{
-    cuda::{
-        CudaError, Gpu,
-        decode::{Profile, run},
-    },
+    cpu::Cpu,
+    cuda::{CudaError, Gpu, decode::run, share::Profile},
     decode::{Decode, Plan},
     dtype::Dtype,
     state::{ConvState, Keep, RecurrentState, Slots},
@@ -43,38 +43,64 @@ fn on(gpu: &Gpu, profile: Profile) -> Profile {
     Profile { cluster, most_cluster, most_warps, ..profile }
 }
 
+/// The tensors of a call on the device.
+struct Placed {
+    plan: Plan<DeviceAddress>,
+    /// Each one's memory, and where it begins there.
+    tensors: Vec<(Extent, usize, CudaSlice<u8>)>,
+}
+
+impl Placed {
+    fn new(call: &mut Call<'_, '_>, gpu: &Gpu) -> Self {
+        let stream = gpu.stream();
+        let plan = Plan::new(call).unwrap();
+        let tensors: Vec<_> = extents(&plan)
+            .into_iter()
+            .map(|extent| {
+                let start = extent.at.addr() % 256;
+                let mut bytes = vec![0xA5; start + extent.bytes];
+                // SAFETY: the tensor's memory, from its first element to its last.
+                bytes[start..]
+                    .copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
+                // One byte at least, to have an address.
+                bytes.push(0xA5);
+                (extent, start, stream.clone_htod(&bytes).unwrap())
+            })
+            .collect();
+        let address = |at: *mut u8| {
+            let found = tensors.iter().find(|(extent, ..)| extent.at == at);
+            let (_, start, memory) = found.expect("a tensor of the plan");
+            DeviceAddress(memory.device_ptr(stream).0 + *start as u64)
+        };
+        let plan = moved(&plan, address);
+        stream.synchronize().unwrap();
+        Self { plan, tensors }
+    }
+
+    fn launch(&self, profile: Profile, gpu: &Gpu) {
+        // SAFETY: the tensors are at these addresses until the stream is done, which `fetch` waits for.
+        unsafe { run(gpu, &self.plan, on(gpu, profile), gpu.stream().cu_stream()) }.unwrap();
+    }
+
+    /// Copies what was written back to the host's tensors.
+    fn fetch(&self, gpu: &Gpu) {
+        let written = self.tensors.iter().filter(|(extent, ..)| extent.access != Access::Reads);
+        for (extent, start, memory) in written {
+            let bytes = gpu.stream().clone_dtoh(memory).unwrap();
+            let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
+            assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
+            // SAFETY: the tensor's memory, which the call may write.
+            unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
+                .copy_from_slice(&bytes[*start..*start + extent.bytes]);
+        }
+    }
+}
+
 /// Runs a call on the device, within tensors that are copied there and back.
 fn launch(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
-    let stream = gpu.stream();
-    let plan = Plan::new(call).unwrap();
-    let mut placed: Vec<_> = extents(&plan)
-        .into_iter()
-        .map(|extent| {
-            let start = extent.at.addr() % 256;
-            let mut bytes = vec![0xA5; start + extent.bytes];
-            // SAFETY: the tensor's memory, from its first element to its last.
-            bytes[start..].copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
-            // One byte at least, to have an address.
-            bytes.push(0xA5);
-            (extent, start, stream.clone_htod(&bytes).unwrap())
-        })
-        .collect();
-    let address = |at: *mut u8| {
-        let found = placed.iter().find(|(extent, ..)| extent.at == at);
-        let (_, start, memory) = found.expect("a tensor of the plan");
-        DeviceAddress(memory.device_ptr(stream).0 + *start as u64)
-    };
-    let plan = moved(&plan, address);
-    // SAFETY: the tensors are at these addresses until the stream is done, which the copies below wait for.
-    unsafe { run(gpu, &plan, on(gpu, profile), stream.cu_stream()) }.unwrap();
-    for (extent, start, memory) in placed.iter_mut().filter(|(extent, ..)| extent.access != Access::Reads) {
-        let bytes = stream.clone_dtoh(memory).unwrap();
-        let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
-        assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
-        // SAFETY: the tensor's memory, which the call may write.
-        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
-            .copy_from_slice(&bytes[*start..*start + extent.bytes]);
-    }
+    let placed = Placed::new(call, gpu);
+    placed.launch(profile, gpu);
+    placed.fetch(gpu);
 }
 
 /// Runs a call on the device and on the emulator, for the same bits.
@@ -82,7 +108,7 @@ fn both(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
     let plan = Plan::new(call).unwrap();
     let written: Vec<_> =
         extents(&plan).into_iter().filter(|extent| extent.access != Access::Reads).collect();
-    let copy = |extent: &super::Extent| {
+    let copy = |extent: &Extent| {
         // SAFETY: the memory of a tensor of the call.
         unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) }.to_vec()
     };
@@ -125,6 +151,96 @@ fn contracts_on_the_gpu_alone() {
     let Some(gpu) = gpu() else { return };
     cases::contracts(&mut |call, profile| launch(call, profile, &gpu));
     cases::slots_that_are_not_there(&mut |call, profile| launch(call, profile, &gpu));
+}
+
+/// A graph is replayed ten thousand times, with other slots each time, and leaves what as many calls on the CPU leave.
+#[test]
+fn ten_thousand_replays_with_other_slots() {
+    let Some(gpu) = gpu() else { return };
+    gpu.warmup().unwrap();
+    let stream = gpu.stream();
+    let mut cpu = Batch::new(&Options::new([1, 2, 64, 32]), Form::default(), &[1; 3]);
+    let mut device = cpu.clone();
+    let slots = cpu.recurrent.sizes[0] as u64;
+    let mut random = Random(5);
+    let mut placed = None;
+    let mut indices = None;
+    device.decode_by(|call| {
+        let new = Placed::new(call, &gpu);
+        let at = new.plan.slots.state_indices.as_ref().unwrap().at;
+        let is_there = |(_, start, memory): &(Extent, usize, CudaSlice<u8>)| {
+            DeviceAddress(memory.device_ptr(stream).0 + *start as u64) == at
+        };
+        indices = new.tensors.iter().position(is_there);
+        placed = Some(new);
+    });
+    let (mut placed, indices) = (placed.unwrap(), indices.unwrap());
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    placed.launch(Profile::of(&gpu), &gpu);
+    let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    for _ in 0..10_000 {
+        let first = random.bits() % slots;
+        // Three different ones, of which one may be padding.
+        cpu.slots = (0..3).map(|i| ((first + i * 2) % slots) as i64).collect();
+        if random.bits() % 4 == 0 {
+            cpu.slots[1] = -1;
+        }
+        let (_, start, memory) = &mut placed.tensors[indices];
+        let bytes: Vec<u8> = cpu.slots.iter().flat_map(|slot| (*slot as i32).to_ne_bytes()).collect();
+        let mut place = memory.slice_mut(*start..*start + bytes.len());
+        stream.memcpy_htod(&bytes, &mut place).unwrap();
+        graph.launch().unwrap();
+        cpu.decode(&Cpu::new().threads(1));
+    }
+    placed.fetch(&gpu);
+    for (name, got, right) in [
+        ("out", device.out.all(), cpu.out.all()),
+        ("conv_state", device.conv.all(), cpu.conv.all()),
+        ("recurrent_state", device.recurrent.all(), cpu.recurrent.all()),
+    ] {
+        let error = relative(&got, &right);
+        assert!(error < 1e-5, "{name} is off the CPU's by {error:.2e} after ten thousand replays");
+    }
+}
+
+/// Calls on two streams at a time, on tensors of their own, leave what they leave one after the other.
+#[test]
+fn two_streams_at_a_time() {
+    let Some(first) = gpu() else { return };
+    let second = Gpu::on(&first.stream().context().new_stream().unwrap()).unwrap();
+    first.warmup().unwrap();
+    let batch =
+        |seed| Batch::new(&Options { seed, ..Options::new([2, 4, 128, 128]) }, Form::default(), &[1; 5]);
+    let alone = |seed, gpu: &Gpu| {
+        let mut batch = batch(seed);
+        batch.decode_by(|call| {
+            let placed = Placed::new(call, gpu);
+            (0..200).for_each(|_| placed.launch(Profile::of(gpu), gpu));
+            placed.fetch(gpu);
+        });
+        batch
+    };
+    let (right, other_right) = (alone(1, &first), alone(2, &first));
+    let (mut got, mut other) = (batch(1), batch(2));
+    got.decode_by(|call| {
+        let placed = Placed::new(call, &first);
+        other.decode_by(|call| {
+            let other = Placed::new(call, &second);
+            for _ in 0..200 {
+                placed.launch(Profile::of(&first), &first);
+                other.launch(Profile::of(&second), &second);
+            }
+            other.fetch(&second);
+        });
+        placed.fetch(&first);
+    });
+    for (got, right) in [(&got, &right), (&other, &other_right)] {
+        assert!(
+            got.out.bytes == right.out.bytes
+                && got.recurrent.bytes == right.recurrent.bytes
+                && got.conv.bytes == right.conv.bytes
+        );
+    }
 }
 
 /// Microseconds of a call by heads, state and B, replayed from a graph with slots rotated past the second-level cache,

@@ -7,7 +7,7 @@ use gdn_kernels::{
 
 use super::{Access, Call, cases, extents, moved};
 use crate::{
-    cuda::decode::{Job, Profile},
+    cuda::{decode::Job, share::Profile},
     decode::Plan,
     view::DeviceAddress,
 };
