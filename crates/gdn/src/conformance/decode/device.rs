@@ -235,11 +235,8 @@ fn two_streams_at_a_time() {
         placed.fetch(&first);
     });
     for (got, right) in [(&got, &right), (&other, &other_right)] {
-        assert!(
-            got.out.bytes == right.out.bytes
-                && got.recurrent.bytes == right.recurrent.bytes
-                && got.conv.bytes == right.conv.bytes
-        );
+        let results = |batch: &Batch| [batch.out.all(), batch.recurrent.all(), batch.conv.all()];
+        assert_eq!(results(got), results(right));
     }
 }
 
