@@ -56,9 +56,11 @@ pub fn correction<L: Lanes>(beta: L, v: L, r: L) -> L {
 /// The output's last step: `o * rms_scale * norm_weight * gate(z)`.
 #[inline(always)]
 pub fn gated<L: Lanes>(o: L, rms_scale: L, norm_weight: L, z: L, gate: Gate) -> L {
-    let gate = match gate {
-        Gate::Silu => silu(z),
-        Gate::Sigmoid => sigmoid(z),
+    // silu(z) or sigmoid(z): they differ in what is divided.
+    let numerator = match gate {
+        Gate::Silu => z,
+        Gate::Sigmoid => z.splat(1.0),
     };
+    let gate = numerator.over(exp(z.negated()).plus(z.splat(1.0)));
     o.times(rms_scale).times(norm_weight).times(gate)
 }

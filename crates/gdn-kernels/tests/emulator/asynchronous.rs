@@ -246,7 +246,43 @@ fn misused_clusters_are_found() {
                     gpu.cluster_barrier();
                 }
             }),
+            ("has not waited since", |_, gpu| {
+                gpu.cluster_arrive();
+                gpu.cluster_arrive();
+            }),
+            ("has not arrived there", |_, gpu| gpu.cluster_wait()),
+            // What is done after an arrival is not told by it.
+            ("with no barrier between", |_, gpu| unsafe {
+                gpu.cluster_arrive();
+                gpu.store_shared4(gpu.thread() * 4, 1);
+                gpu.cluster_wait();
+                let _ = gpu.load_cluster4(gpu.thread() * 4, gpu.cluster_rank() ^ 1);
+                gpu.cluster_barrier();
+            }),
+            // The window of the decode: all blocks read it, and one of them writes it too soon.
+            ("block", |b, gpu| unsafe {
+                let at = b.state + u64::from(gpu.block()[0] / 2 * 128 + gpu.thread() * 4);
+                let _ = gpu.load4(at);
+                gpu.cluster_arrive();
+                if gpu.cluster_rank() == 0 {
+                    gpu.store4(at, 1);
+                }
+                gpu.cluster_wait();
+            }),
         ],
+    );
+    right(
+        launch,
+        &[|b, gpu| unsafe {
+            let at = b.state + u64::from(gpu.block()[0] / 2 * 128 + gpu.thread() * 4);
+            let _ = gpu.load4(at);
+            gpu.cluster_arrive();
+            gpu.store_shared4(gpu.thread() * 4, 1);
+            gpu.cluster_wait();
+            if gpu.cluster_rank() == 0 {
+                gpu.store4(at, 1);
+            }
+        }],
     );
     let uneven = catch_unwind(|| run(&Memory::new(), Launch::new([3, 1, 1], 32).cluster(2), |_| {}));
     assert!(uneven.unwrap_err().downcast_ref::<String>().unwrap().contains("clusters of 2"));

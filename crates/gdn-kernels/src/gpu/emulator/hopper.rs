@@ -160,11 +160,7 @@ impl Hopper for Thread<'_> {
     }
 
     fn cluster_arrive(&self) {
-        self.cluster.arrive(self.id, true);
-    }
-
-    fn cluster_arrive_relaxed(&self) {
-        self.cluster.arrive(self.id, false);
+        self.cluster.arrive(self.id);
     }
 
     fn cluster_wait(&self) {

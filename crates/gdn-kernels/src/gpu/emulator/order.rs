@@ -110,17 +110,11 @@ impl Clocks {
         }
     }
 
-    /// A thread is at a barrier, and goes on: what it did and knows now, if it tells.
-    pub(super) fn arrive(&mut self, thread: usize, tells: bool) -> Arrival {
-        let nothing = self.nothing();
+    /// A thread is at a barrier, and goes on: what it did and knows now.
+    pub(super) fn arrive(&mut self, thread: usize) -> Arrival {
         let clock = &mut self.threads[thread];
         clock.now += 1;
-        let at = clock.now - 1;
-        if tells {
-            Arrival { thread, known: Rc::clone(&clock.known), at }
-        } else {
-            Arrival { thread, known: nothing, at: 0 }
-        }
+        Arrival { thread, known: Rc::clone(&clock.known), at: clock.now - 1 }
     }
 
     /// What those that arrived did and know, together.

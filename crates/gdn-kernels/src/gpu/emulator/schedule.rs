@@ -224,8 +224,8 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// A thread arrives at the cluster's barrier, and may tell what it did.
-    pub(super) fn arrive(&self, thread: usize, tells: bool) {
+    /// A thread arrives at the cluster's barrier.
+    pub(super) fn arrive(&self, thread: usize) {
         let mut gathering = self.gathering.borrow_mut();
         let Gathering { phases, arrived, left } = &mut *gathering;
         assert!(
@@ -236,7 +236,7 @@ impl<'a> Cluster<'a> {
         if phases.len() == arrived[thread] {
             phases.push(Phase::default());
         }
-        phases[arrived[thread]].arrivals.push(self.clocks.borrow_mut().arrive(thread, tells));
+        phases[arrived[thread]].arrivals.push(self.clocks.borrow_mut().arrive(thread));
         arrived[thread] += 1;
     }
 

@@ -11,8 +11,6 @@ use crate::gpu::{Bytes16, Hopper};
 unsafe extern "C" {
     #[link_name = "llvm.nvvm.barrier.cluster.arrive.aligned"]
     fn cluster_arrive();
-    #[link_name = "llvm.nvvm.barrier.cluster.arrive.relaxed.aligned"]
-    fn cluster_arrive_relaxed();
     #[link_name = "llvm.nvvm.barrier.cluster.wait.aligned"]
     fn cluster_wait();
 }
@@ -154,17 +152,6 @@ impl<S: Shared> Hopper for Nvptx<S> {
         // SAFETY: orders memory, nothing else.
         unsafe { cluster_arrive() }
     }
-
-    #[cfg(sm_90)]
-    #[inline(always)]
-    fn cluster_arrive_relaxed(&self) {
-        // SAFETY: counts this thread, nothing else.
-        unsafe { cluster_arrive_relaxed() }
-    }
-
-    #[cfg(not(sm_90))]
-    #[inline(always)]
-    fn cluster_arrive_relaxed(&self) {}
 
     #[cfg(sm_90)]
     #[inline(always)]
