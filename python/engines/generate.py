@@ -3,9 +3,9 @@
     python generate.py RUNS.json OUT.json
 
 RUNS.json is a list of runs: `model`, a folder; `prompts`, lists of token ids; `tokens`, how many to generate;
-`options` for `vllm.LLM`; `install`, whether `gdn.integrations.vllm.installed()` is around it. OUT.json gets,
-for each run and prompt, the `tokens` and at each place the `logprobs` of the five likeliest; and whether gdn
-was on.
+`rounds`, how often; `options` for `vllm.LLM`; `install`, whether `gdn.integrations.vllm.installed()` is around
+it. OUT.json gets, for each run and prompt of the last round, the `tokens`, at each place the `logprobs` of the
+five likeliest, and how many tokens of the prompt were `cached`; and whether gdn was on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def generate(run: dict[str, Any]) -> list[dict[str, Any]]:
     loaded = time.perf_counter()
     sampling = SamplingParams(temperature=0, max_tokens=run["tokens"], ignore_eos=True, logprobs=5)
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in run["prompts"]]
-    outputs = [one.outputs[0] for one in llm.generate(prompts, sampling, use_tqdm=False)]
+    for _ in range(run["rounds"]):
+        answers = llm.generate(prompts, sampling, use_tqdm=False)
     print(
         f"{run['name']}: {loaded - began:.1f} s to load, {time.perf_counter() - loaded:.1f} s to generate",
         flush=True,
@@ -40,10 +41,13 @@ def generate(run: dict[str, Any]) -> list[dict[str, Any]]:
     gc.collect()
     return [
         {
-            "tokens": list(output.token_ids),
-            "logprobs": [{token: one.logprob for token, one in place.items()} for place in output.logprobs],
+            "tokens": list(answer.outputs[0].token_ids),
+            "logprobs": [
+                {token: one.logprob for token, one in place.items()} for place in answer.outputs[0].logprobs
+            ],
+            "cached": answer.num_cached_tokens,
         }
-        for output in outputs
+        for answer in answers
     ]
 
 

@@ -2,9 +2,9 @@
 
     python models.py FOLDER
 
-Three layers of Gated DeltaNet and one of attention, as in the models themselves; 4 key heads and 8 value
-heads of 64, which both ranks of two can share. A_log and dt_bias are spread as in trained models, so that
-states are neither forgotten at once nor kept for ever.
+Two layers of Gated DeltaNet and one of attention; 4 key heads and 8 value heads of 64, which two ranks can
+share. A_log and dt_bias are spread as in trained models, so that states are neither forgotten at once nor kept
+for ever.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import transformers
 VOCABULARY = 512
 SIZES = {
     "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention"] * 2 + ["full_attention"],
     "vocab_size": VOCABULARY,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -38,7 +38,7 @@ SIZES = {
 }
 EXPERTS = {
     "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,  # all of them: which ones a token goes to is no matter of rounding
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
     "decoder_sparse_step": 1,

@@ -7,6 +7,7 @@ side, each on a core of its own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 import models
 import pytest
+import truth
 
 HERE = Path(__file__).parent
 GENERATE = HERE / "generate.py"
@@ -28,19 +30,20 @@ LENGTHS = (1, 2, 3, 7, 16, 33, 64, 65, 130, 700)
 TOKENS = 32
 CORES = sorted(os.sched_getaffinity(0))
 ON = "gdn is on"
+TIE = 0.2  # the lead of a token over another that may come in its place: both their errors
+MARGIN = 1.1  # of the mean error over some hundred places; seen were 0.84 to 0.99
+WORST = 0.5  # of a logprob, anywhere; vLLM's own are off by 0.3
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++"), reason="vLLM compiles C++ when it runs: g++ is missing"
 )
 
 
-def prompts(model: str) -> list[list[int]]:
-    """Ten prompts; for Qwen3.5 not the one of a single token, on which vLLM's own code fails."""
+def prompts(model: str, plugin: bool) -> list[list[int]]:
+    """Ten; without gdn one less for Qwen3.5, of whose prompts vLLM's own code refuses those of one token."""
     made = random.Random(0)
-    lengths = (
-        LENGTHS if model == "qwen3-next" else LENGTHS[1:]
-    )  # causal_conv1d_fwd_cpu: "expect x to be transposed"
-    return [[made.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
+    all_of_them = [[made.randrange(3, models.VOCABULARY) for _ in range(n)] for n in LENGTHS]
+    return all_of_them if plugin or model == "qwen3-next" else all_of_them[1:]
 
 
 def environment(plugin: bool, bind: str, folder: Path) -> dict[str, str]:
@@ -67,12 +70,15 @@ class Engine:
         for name in models.MODELS:
             models.make(name, folder / name)
 
-    def run(self, name: str, model: str, install: bool = False, **options: Any) -> dict[str, Any]:
+    def run(
+        self, name: str, model: str, plugin: bool, install: bool = False, rounds: int = 1, **options: Any
+    ) -> dict[str, Any]:
         return {
             "name": name,
             "model": str(self.folder / model),
-            "prompts": prompts(model),
+            "prompts": prompts(model, plugin),
             "tokens": TOKENS,
+            "rounds": rounds,
             "install": install,
             "options": options,
         }
@@ -89,7 +95,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=900,
         )
         assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stdout[-6000:]}"
         print(*(line for line in done.stdout.splitlines() if "s to load" in line), sep="\n")
@@ -102,52 +108,87 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine(tmp_path_factory.mktemp("vllm"))
 
 
+HOW = {
+    "eager": {"enforce_eager": True},
+    "compiled": {},
+    # In one batch with decodes; asked a second time, half of the longest prompt comes from the cache.
+    "in pieces, cached": {"enforce_eager": True, "max_num_batched_tokens": 128, "rounds": 2},
+}
+
+
 @pytest.fixture(scope="module")
 def both(engine: Engine) -> tuple[Any, Any]:
-    """What vLLM makes of each model, eager and compiled, without gdn and with it: (results, log) each."""
-    runs = [
-        engine.run(f"{model} {how}", model, enforce_eager=how == "eager")
-        for model in models.MODELS
-        for how in ("eager", "compiled")
-    ]
-    installed = engine.run("qwen3-next installed", "qwen3-next", install=True, enforce_eager=True)
+    """What vLLM makes of each model in each way, without gdn and with it: (results, log) each."""
+
+    def runs(plugin: bool) -> list[dict[str, Any]]:
+        made = [
+            engine.run(f"{model}, {how}", model, plugin, **HOW[how]) for model in models.MODELS for how in HOW
+        ]
+        script = engine.run("in a script", "qwen3-next", plugin, install=True, enforce_eager=True)
+        return made if plugin else [*made, script]
+
     with ThreadPoolExecutor(2) as pool:
-        own = pool.submit(engine.generate, [*runs, installed], False, str(CORES[0]))
-        gdns = pool.submit(engine.generate, runs, True, str(CORES[-1]))
+        own = pool.submit(engine.generate, runs(False), False, str(CORES[0]))
+        gdns = pool.submit(engine.generate, runs(True), True, str(CORES[-1]))
         return own.result(), gdns.result()
 
 
-def same(own: dict[str, Any], gdns: dict[str, Any]) -> None:
-    """Tokens and logprobs have the same bits; and the model does not say one thing only."""
-    assert gdns["outputs"] == own["outputs"]
-    assert len({token for output in own["outputs"] for token in output["tokens"]}) > 50
+def held(engine: Engine, model: str, own: list[dict[str, Any]], gdns: list[dict[str, Any]]) -> None:
+    """gdn's tokens are vLLM's but for ties within rounding, and its logprobs as near to the truth as vLLM's.
+
+    The truth is the same model in float32. With gdn and without, the engine rounds to bfloat16 between most
+    operations, so its logprobs are off by 0.05 in the mean; tokens that are nearer to each other than that may
+    change places, and then what follows is another text, of which only the truth can judge.
+    """
+    folder = str(engine.folder / model)
+    for prompt, theirs, found in zip(prompts(model, False), own, gdns[-len(own) :], strict=True):
+        for token, other, place in zip(theirs["tokens"], found["tokens"], theirs["logprobs"], strict=True):
+            if token != other:
+                lead = place[str(token)] - place.get(str(other), -math.inf)
+                assert lead <= TIE, f"after {len(prompt)} tokens {other} in place of {token}, {lead} likelier"
+                break
+    vllms = truth.errors(folder, prompts(model, False), own)
+    errors = truth.errors(folder, prompts(model, True), gdns)
+    print(f"{model}: off by {errors.mean():.4f}, at most {errors.max():.3f}")
+    print(f"{model}: without gdn by {vllms.mean():.4f}, at most {vllms.max():.3f}")
+    assert errors.mean() <= MARGIN * vllms.mean() and errors.max() <= WORST
+    assert len({token for output in gdns for token in output["tokens"]}) > 50
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("model", models.MODELS)
-def test_tokens_and_logprobs_with_the_plugin(both, model, how):
+def test_tokens_and_logprobs_with_the_plugin(engine, both, model, how):
     (own, own_log), (gdns, gdns_log) = both
-    assert ON in gdns_log
-    assert gdns[f"{model} {how}"]["on"] and not own[f"{model} {how}"]["on"]
-    same(own[f"{model} {how}"], gdns[f"{model} {how}"])
+    assert ON in gdns_log and gdns[f"{model}, {how}"]["on"] and not own[f"{model}, {how}"]["on"]
+    held(engine, model, own[f"{model}, {how}"]["outputs"], gdns[f"{model}, {how}"]["outputs"])
+    if how == "in pieces, cached":
+        for results in (own, gdns):
+            assert results[f"{model}, {how}"]["outputs"][-1]["cached"] > 256
 
 
 def test_install_in_a_script(both):
-    (own, log), _ = both
-    assert own["qwen3-next installed"]["on"] and log.count(ON) == 1
-    assert "not those that vLLM spawns" in log
-    same(own["qwen3-next eager"], own["qwen3-next installed"])
+    """The same bits as by the plugin."""
+    (own, log), (gdns, _) = both
+    assert own["in a script"]["on"] and log.count(ON) == 1
+    assert "not those that vLLM spawns" in " ".join(log.split())
+    assert own["in a script"]["outputs"] == gdns["qwen3-next, eager"]["outputs"]
 
 
 def test_two_ranks_of_tensor_parallelism(engine):
     """The plugin is on in each worker, which vLLM spawns."""
     ranks = f"{CORES[0]}|{CORES[-1]}"
-    run = engine.run("two ranks", "qwen3-next", enforce_eager=True, tensor_parallel_size=2)
-    (own, log), (gdns, gdns_log) = (engine.generate([run], plugin, ranks) for plugin in (False, True))
+    (own, log), (gdns, gdns_log) = (
+        engine.generate(
+            [engine.run("two ranks", "qwen3-next", plugin, enforce_eager=True, tensor_parallel_size=2)],
+            plugin,
+            ranks,
+        )
+        for plugin in (False, True)
+    )
     assert ON not in log
     workers = {line.partition(")")[0] for line in gdns_log.splitlines() if ON in line and "Worker" in line}
     assert len(workers) == 2, gdns_log[-6000:]
-    same(own["two ranks"], gdns["two ranks"])
+    held(engine, "qwen3-next", own["two ranks"]["outputs"], gdns["two ranks"]["outputs"])
 
 
 def test_a_completion_streamed_by_the_server(engine, both):
@@ -168,7 +209,7 @@ def test_a_completion_streamed_by_the_server(engine, both):
         try:
             wait_for(server, f"http://127.0.0.1:{port}/health", log)
             asked = {
-                "prompt": prompts("qwen3-next")[4],
+                "prompt": prompts("qwen3-next", True)[4],
                 "max_tokens": TOKENS,
                 "temperature": 0,
                 "ignore_eos": True,
@@ -187,14 +228,14 @@ def test_a_completion_streamed_by_the_server(engine, both):
     pieces = [json.loads(line)["choices"][0]["text"] for line in lines if line and line != "[DONE]"]
     assert len(pieces) > 1 and lines[-2:].count("[DONE]") == 1
     assert any(ON in line and "(Worker" in line for line in log.read_text().splitlines())
-    (own, _), _ = both
+    _, (gdns, _) = both
     assert "".join(pieces).split() == [
-        f"t{token}" for token in own["qwen3-next eager"]["outputs"][4]["tokens"]
+        f"t{token}" for token in gdns["qwen3-next, eager"]["outputs"][4]["tokens"]
     ]
 
 
 def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
-    until = time.monotonic() + 240
+    until = time.monotonic() + 600
     while True:
         try:
             with urllib.request.urlopen(address, timeout=5):

@@ -420,6 +420,18 @@ def test_a_method_that_another_plugin_has_wrapped_is_refused(vllm, monkeypatch):
     refused("has wrapped vllm's QwenGatedDeltaNetAttention.forward_cpu")
 
 
+def test_install_while_a_model_is_loaded(vllm):
+    """The layer is imported then, with other defaults for new tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), integration.installed():
+            assert integration.is_installed()
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("change", ["order", "dtype", "shape", "bits", "call"])
 def test_the_trial_sees_every_difference(vllm, monkeypatch, change):
     """What gdn hands on is wrong in one way."""

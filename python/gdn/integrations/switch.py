@@ -16,19 +16,20 @@ class Switch:
     """An integration that is off or on.
 
     `apply(any_release)` replaces something in an engine, or raises with nothing changed. It returns what
-    undoes it. `told` is the line that is logged when it is on. `caution()` is what somebody who calls
-    `install` has to be warned of, or None.
+    undoes it. `told`, or what it returns, is the line that is logged when it is on. `caution()` is what
+    somebody who calls `install` has to be warned of, or None.
     """
 
     def __init__(
         self,
         logger: logging.Logger,
-        told: str,
+        told: str | Callable[[], str],
         apply: Callable[..., Undo],
         caution: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._logger, self._told, self._apply, self._caution = logger, told, apply, caution
         self._undo: Undo | None = None
+        self._on = ""
         self._lock = RLock()
 
     def install(self, any_release: bool = False) -> None:
@@ -47,7 +48,7 @@ class Switch:
             if self._undo is not None:
                 self._undo()
                 self._undo = None
-                self._logger.info("gdn is off, what was there is back; it was: %s", self._told)
+                self._logger.info("gdn is off, what was there is back; it was: %s", self._on)
 
     def is_installed(self) -> bool:
         """Whether gdn's split is in its place."""
@@ -83,4 +84,5 @@ class Switch:
         with self._lock:
             if self._undo is None:
                 self._undo = self._apply(any_release, **how)
-                self._logger.log(level, "gdn is on: %s", self._told)
+                self._on = self._told if isinstance(self._told, str) else self._told()
+                self._logger.log(level, "gdn is on: %s", self._on)

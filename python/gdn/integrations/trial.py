@@ -10,10 +10,25 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 Handed = list[tuple[str, tuple[Any, ...]]]
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """New tensors are on the CPU and float32: engines set other defaults while they load a model."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def difference(
@@ -73,7 +88,7 @@ def _run(method: Callable[..., Any], layer: type, tiny: Mapping[str, Any], ops: 
         function.__closure__,
     )
     (rows,) = {made().shape[0] for made in tiny["projections"].values()}
-    seen(_Tiny(layer, attributes), torch.zeros(rows, 1, dtype=torch.bfloat16))
+    seen(Tiny(layer, **attributes), torch.zeros(rows, 1, dtype=torch.bfloat16))
     return handed
 
 
@@ -85,14 +100,16 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-class _Tiny:
+class Tiny:
     """Has the attributes given, and else the methods of `layer`."""
 
-    def __init__(self, layer: type, attributes: Mapping[str, Any]) -> None:
+    def __init__(self, layer: type, **attributes: Any) -> None:
         vars(self).update(attributes, _layer=layer)
 
     def __getattr__(self, name: str) -> Any:
         found = inspect.getattr_static(vars(self)["_layer"], name, None)
+        if isinstance(found, staticmethod):
+            return found.__func__
         if not inspect.isfunction(found):
             raise AttributeError(f"the tiny layer of the trial has no {name}")
         return types.MethodType(found, self)

@@ -1,4 +1,7 @@
-"""vLLM: the split of Qwen3-Next's layer, `QwenGatedDeltaNetAttention`, on CUDA and on the CPU.
+"""vLLM: `QwenGatedDeltaNetAttention`, the layer of Qwen3-Next and Qwen3.5.
+
+On a CPU everything between its two GEMMs goes through gdn (`gdn.integrations.vllm_cpu`), on CUDA the split of
+Qwen3-Next's packed projections.
 
 As a plugin, in every process of the engine, by vLLM's own choice of plugins:
 
@@ -14,8 +17,8 @@ Which release of vLLM it is does not matter, nor which distribution (vllm, vllm-
 methods have the signatures below and that a tiny layer hands on the same bits with gdn and without, which is
 tried before anything is replaced (`gdn.integrations.trial`).
 
-Only the interleaved packing is touched. Qwen3.5's contiguous packing comes apart into views, and vLLM takes
-those. What is left to the layer's own split of the interleaved packing: see
+On CUDA only the interleaved packing is touched. Qwen3.5's contiguous packing comes apart into views, and vLLM
+takes those. What is left to the layer's own split of the interleaved packing: see
 `gdn.integrations.rewrite.goes_to_gdn`.
 """
 
@@ -54,7 +57,7 @@ def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...
 
 
 def _tiny(interleaved: bool, tp_size: int) -> dict[str, Any]:
-    """The layer of one of `tp_size` ranks, for the trial: in all 4 key heads of 16 and 8 value heads of 24."""
+    """The layer of one of `tp_size` ranks, for the trial: 4 key heads of 16, 8 value heads of 24 in all."""
     import torch
 
     heads = {"num_k_heads": 4, "num_v_heads": 8, "head_k_dim": 16, "head_v_dim": 24}
@@ -93,7 +96,41 @@ def _apply(any_release: bool) -> Undo:
     layer = getattr(importlib.import_module(MODULE), LAYER)
     known.check_platform("vllm")
     known.check_signatures("vllm", layer, SIGNATURES)
-    return rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn, accepts=_try)
+    with trial.on_the_cpu():
+        undo = rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn, accepts=_try)
+    if not _on_a_cpu():
+        return undo
+    try:
+        with trial.on_the_cpu():
+            _put_core(layer)
+    except BaseException:
+        undo()
+        raise
+    return undo  # which puts back `forward_cpu` as well
+
+
+def _on_a_cpu() -> bool:
+    return importlib.import_module("vllm.platforms").current_platform.device_type == "cpu"
+
+
+def _put_core(layer: type) -> None:
+    """Everything between the GEMMs, in `forward_cpu`, where a step of a tiny layer comes out the same."""
+    core = importlib.import_module("gdn.integrations.vllm_cpu")
+    core.register()
+    own = layer.forward_cpu
+    ours = core.forward(own)
+    if found := importlib.import_module("gdn.integrations.vllm_cpu_trial").difference(layer, own, ours):
+        raise known.UnknownEngine(
+            f"gdn does not know this {LAYER}.forward_cpu of {known.release(*DISTRIBUTIONS)}: on a step of a "
+            f"tiny layer {found}. {known.NOTHING_CHANGED}"
+        )
+    layer.forward_cpu = ours
+
+
+def _told() -> str:
+    if _on_a_cpu():
+        return f"gdn.Layer in place of everything between the GEMMs of {MODULE}.{LAYER}.forward_cpu"
+    return f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}"
 
 
 def _caution() -> str | None:
@@ -101,14 +138,14 @@ def _caution() -> str | None:
         return None
     return (
         "gdn.integrations.vllm.install() reaches this process and those forked from it, not those that vLLM "
-        "spawns: its engine on a CPU unless VLLM_ENABLE_V1_MULTIPROCESSING=0, and workers of tensor parallelism. "
-        "VLLM_PLUGINS=gdn reaches all of them"
+        "spawns: its engine on a CPU unless VLLM_ENABLE_V1_MULTIPROCESSING=0, and workers of tensor "
+        "parallelism. VLLM_PLUGINS=gdn reaches all of them"
     )
 
 
 _switch = Switch(
     logging.getLogger(f"vllm.{__name__}"),  # below vLLM's own logger, whose handlers show it
-    f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}",
+    _told,
     _apply,
     _caution,
 )
