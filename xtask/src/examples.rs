@@ -1,8 +1,8 @@
-//! `cargo xtask examples`: compiles the examples that are packages of their own.
+//! `cargo xtask examples`: compiles the examples that are packages of their own, and runs what a CPU can.
 //!
-//! candle's build calls nvcc and links CUDA's libraries. Where there is no nvcc, a stand-in that makes empty
-//! files and empty libraries are enough to build the example and to see that it fits candle and that both
-//! want the same cudarc; what comes out is never run.
+//! candle's build for CUDA calls nvcc and links CUDA's libraries. Where there is no nvcc, a stand-in that
+//! makes empty files and empty libraries are enough to build the example and to see that it fits candle and
+//! that both want the same cudarc; what comes out is never run.
 
 use std::{env, fs, path::PathBuf};
 
@@ -25,15 +25,19 @@ done
 /// The libraries that candle links.
 const LIBRARIES: [&str; 6] = ["cuda", "nvrtc", "curand", "cublas", "cublasLt", "cudart"];
 
-/// Builds `examples/candle`.
+/// Builds `examples/candle`, and runs its layer on the CPU.
 ///
 /// # Errors
 /// What cargo says.
 pub(crate) fn run() -> anyhow::Result<()> {
     let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let mut cargo = cargo(&["rustc"]);
-    cargo.current_dir(root().join("examples/candle"));
-    cargo.env("CARGO_TARGET_DIR", target_dir.join("candle"));
+    let candle = |args: &[&str]| {
+        let mut cargo = cargo(args);
+        cargo.current_dir(root().join("examples/candle")).env("CARGO_TARGET_DIR", target_dir.join("candle"));
+        cargo
+    };
+    run_to_end(&mut candle(&["run", "--bin", "layer"]))?;
+    let mut cargo = candle(&["rustc", "--bin", "split", "--features", "cuda"]);
     if !has("nvcc") {
         let cuda = target_dir.join("tools/no-cuda");
         for folder in ["bin", "include", "lib64"] {

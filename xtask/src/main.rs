@@ -36,7 +36,7 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
-    /// Compile the examples that are packages of their own
+    /// Compile the examples that are packages of their own, and run what a CPU can
     Examples,
     /// Lower the Triton kernel with triton-ascend, and run what comes out on the CPU
     Ascend {
