@@ -34,11 +34,12 @@ SIZES = {
     "num_attention_heads": 16,
     "head_dim": 256,
     "intermediate_size": 6144,
+}
+EXPERTS = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
     "num_experts": 16,
     "num_experts_per_tok": 10,
-    "vocab_size": 4096,
 }
 NEW = 33
 OPTIONS: dict[str, Any] = {
@@ -55,7 +56,7 @@ OPTIONS: dict[str, Any] = {
 def seconds(llm: Any, tokens: int, batch: int, new: int) -> float:
     from vllm import SamplingParams, TokensPrompt
 
-    prompts = [[(i * 7919 + r * 104729) % 4000 + 3 for i in range(tokens)] for r in range(batch)]
+    prompts = [[(i * 7919 + r * 104729) % 500 + 3 for i in range(tokens)] for r in range(batch)]
     sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     began = time.perf_counter()
     llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
@@ -114,7 +115,7 @@ def main() -> None:
     if args.what == "make":
         import models
 
-        models.make(args.rest[0], Path(args.model), **SIZES)
+        models.make(args.rest[0], Path(args.model), **SIZES, **(EXPERTS if args.rest[0] == "qwen3-next" else {}))
         return
     args.name = Path(args.model).name
     cores = sorted(os.sched_getaffinity(0))[:2]

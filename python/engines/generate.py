@@ -3,9 +3,9 @@
     python generate.py RUNS.json OUT.json
 
 RUNS.json is a list of runs: `model`, a folder; `prompts`, lists of token ids; `tokens`, how many to generate;
-`rounds`, how often; `options` for `vllm.LLM`; `install`, whether `gdn.integrations.vllm.installed()` is around
-it. OUT.json gets, for each run and prompt of the last round, the `tokens`, at each place the `logprobs` of the
-five likeliest, and how many tokens of the prompt were `cached`; and whether gdn was on.
+`rounds`, how often; `options` for `vllm.LLM`; `install`, whether `gdn.integrations.vllm.installed()` is
+around it. OUT.json gets, for each run and prompt of the last round, the `tokens`, at each place the `logprobs`
+of the five likeliest, and how many tokens of the prompt were `cached`; and whether gdn was on.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python models.py FOLDER
 
 Two layers of Gated DeltaNet and one of attention; 4 key heads and 8 value heads of 64, which two ranks can
-share. A_log and dt_bias are spread as in trained models, so that states are neither forgotten at once nor kept
-for ever.
+share. A_log and dt_bias are spread as in trained models, so that states are neither forgotten at once nor
+kept for ever.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ EXPERTS = {
 MODELS = ("qwen3-next", "qwen3.5")
 
 
-def make(name: str, folder: Path) -> None:
-    """Writes the model `name` in bfloat16, and a tokenizer that calls token 7 "t7"."""
+def make(name: str, folder: Path, **sizes: int) -> None:
+    """Writes the model `name` in bfloat16, and a tokenizer that calls token 7 "t7". `sizes` are others."""
     if name == "qwen3-next":
-        model = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**SIZES, **EXPERTS))
+        config = transformers.Qwen3NextConfig(**SIZES | EXPERTS | sizes)
+        model = transformers.Qwen3NextForCausalLM(config)
     else:
-        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**SIZES))
+        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**SIZES | sizes))
     fill(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -137,8 +137,8 @@ def held(engine: Engine, model: str, own: list[dict[str, Any]], gdns: list[dict[
     """gdn's tokens are vLLM's but for ties within rounding, and its logprobs as near to the truth as vLLM's.
 
     The truth is the same model in float32. With gdn and without, the engine rounds to bfloat16 between most
-    operations, so its logprobs are off by 0.05 in the mean; tokens that are nearer to each other than that may
-    change places, and then what follows is another text, of which only the truth can judge.
+    operations, so its logprobs are off by 0.05 in the mean; tokens that are nearer to each other than that
+    may change places, and then what follows is another text, of which only the truth can judge.
     """
     folder = str(engine.folder / model)
     for prompt, theirs, found in zip(prompts(model, False), own, gdns[-len(own) :], strict=True):
