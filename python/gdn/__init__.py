@@ -95,7 +95,7 @@ def split(
         packing: ``"interleaved"`` (Qwen3-Next: for each k head ``q | k | v of R heads | z of R heads``, and ``b | a``) or
             ``"contiguous"`` (Qwen3.5, Qwen3.6: ``Q | K | V | Z``, and ``B | A``).
         out: Tensors to write to, instead of fresh ones. They may be strided like the inputs, and overlap nothing.
-        backend: ``None`` for the one that the device has, or ``"triton"``.
+        backend: ``None`` for the one that the device has, or ``"triton"``, which has no derivative.
 
     Returns:
         ``mixed_qkv [N, 2*HK*DK + HV*DV]`` (all queries, all keys, all values), ``z [N, HV, DV]``, ``b [N, HV]``, ``a [N, HV]``.
@@ -117,7 +117,7 @@ def split(
         return _torch.split(
             mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out
         )
-    return _backend(backend).split(
+    return _backend(backend, mixed_qkvz, mixed_ba).split(
         mixed_qkvz, mixed_ba, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out=out
     )
 
@@ -150,15 +150,16 @@ def merge(
         return _torch.merge(
             mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out
         )
-    return _backend(backend).merge(
+    return _backend(backend, mixed_qkv, z, b, a).merge(
         mixed_qkv, z, b, a, num_k_heads, num_v_heads, head_k_dim, head_v_dim, packing, out=out
     )
 
 
-def _backend(name: str) -> Any:
+def _backend(name: str, *tensors: Any) -> Any:
     if name == "triton":
         from . import triton_split
 
+        _torch.check_backend(name, tensors)
         return triton_split
     raise ValueError(f"backend is {name!r}, expected None or 'triton'")
 

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling as is_compiling
 from . import _gdn, npu
 
 __all__ = [
+    "check_backend",
     "check_memory",
     "check_weight",
     "has_tangent",
@@ -207,6 +208,18 @@ def _autograd(name: str, function: Any) -> Any:
     return kernel
 
 
+def _autograd_out(name: str) -> Any:
+    """An out variant's kernel for autograd: what is written to has no derivative, and nobody is to miss it."""
+    operator, read = getattr(torch.ops.gdn, name).out, len(_NAMES[name])
+
+    def kernel(keyset: Any, *arguments: Any, **outputs: Tensor) -> None:
+        _check_written(arguments[:read], tuple(outputs.values()))
+        with torch._C._AutoDispatchBelowAutograd():
+            operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **outputs)
+
+    return kernel
+
+
 def _lazy_out(name: str) -> Any:
     """An out variant's kernel for views that are negated or conjugated when they are read. (PyTorch's own cannot write to such outputs.)"""
     operator = getattr(torch.ops.gdn, name).out
@@ -257,6 +270,7 @@ torch.library.register_fake("gdn::merge.out", _fake_out)
 _library = torch.library.Library("gdn", "IMPL")
 for _name, _function in (("split", _Split), ("merge", _Merge)):
     _library.impl(_name, _autograd(_name, _function), "Autograd", with_keyset=True)
+    _library.impl(f"{_name}.out", _autograd_out(_name), "Autograd", with_keyset=True)
     for _key in ("Negative", "Conjugate"):
         _library.impl(f"{_name}.out", _lazy_out(_name), _key)
     torch.library.register_vmap(f"gdn::{_name}", _vmap(_name))
@@ -306,11 +320,24 @@ def merge(
 def _outputs(out: Sequence[Tensor], inputs: Sequence[Any], expected: str, number: int) -> Sequence[Tensor]:
     if len(out) != number:
         raise ValueError(f"out has {len(out)} tensors, expected {number}: {expected}")
+    _check_written(inputs, out)
+    return out
+
+
+def _check_written(inputs: Sequence[Any], out: Sequence[Tensor]) -> None:
+    """Raises where somebody would miss the derivative of what is written to."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise ValueError("out cannot be given where an input requires grad: a written tensor has no gradient")
     if has_tangent((*inputs, *out)):
         raise ValueError("out cannot be given where a tensor has a tangent: a written tensor has none")
-    return out
+
+
+def check_backend(name: str, tensors: Sequence[Any]) -> None:
+    """Raises where somebody would miss the derivative of what a backend makes, which autograd does not see."""
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if wants_gradient or has_tangent(tensors):
+        raise ValueError(f"backend is {name!r}, which has no derivative: leave it out where one is wanted")
 
 
 def has_tangent(tensors: Sequence[Any]) -> bool:

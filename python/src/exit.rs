@@ -4,8 +4,9 @@
 //! `pthread_exit`, which unwinds through the frames of whoever asked: here Rust's, which have destructors,
 //! with an unwinder that may be another one than libc's. That ends in a crash. So no call of ours asks for
 //! the GIL then. Before the interpreter begins to end, [`wait`] lets those finish that gave it up. From then
-//! on calls keep it, but for those that run others' Python code, which may give it up anywhere: they sleep
-//! for ever, as all daemon threads do from Python 3.14 on.
+//! on calls keep it, but for those that run others' code, which may give it up anywhere: Python's, and
+//! PyTorch's, whose functions do so even to say whether a tensor is negated. They sleep for ever, as all
+//! daemon threads do from Python 3.14 on.
 
 use std::{
     sync::{
@@ -29,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The thread that ends it.
 static LAST: OnceLock<ThreadId> = OnceLock::new();
 
-/// What may give up the GIL while it lives: others' Python code. Never made where the interpreter is about to
+/// What may give up the GIL while it lives: others' code. Never made where the interpreter is about to
 /// end under another thread.
 pub(crate) struct Outside;
 

@@ -10,13 +10,25 @@ pytest.importorskip("numpy")
 TEXT = """
 import sys, threading, time
 kind, n, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-if kind != "torch":
+is_torch = kind in ("torch", "floats", "old", "layer")
+if not is_torch:
     sys.modules["torch"] = None
 import numpy as np
+if kind == "old":  # a PyTorch whose versions are advanced through Python, as torch 2.11
+    import importlib.util
+    import torch
+    path = importlib.util.find_spec("gdn").submodule_search_locations[0] + "/_gdn.abi3.so"
+    spec = importlib.util.spec_from_file_location("gdn._gdn", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    register = module.register
+    module.register = lambda torch: register(torch, without=["torch_tensor_from_pyobject"])
+    sys.modules["gdn._gdn"] = module
 import gdn
 
 HEADS = (4, 8, 64, 64)
-qkvz, ba = np.ones((n, 1536), "i2"), np.ones((n, 16), "i2")
+elements = "f4" if kind in ("floats", "layer") else "i2"  # of floats PyTorch is asked whether they are negated
+qkvz, ba = np.ones((n, 1536), elements), np.ones((n, 16), elements)
 weight = np.ones((1536, n), "f4")
 
 
@@ -37,14 +49,29 @@ class Slow:
         return self.array.__dlpack__(**how)
 
 
-if kind == "torch":
+if is_torch:
     import torch
 
     qkvz, ba = torch.from_numpy(qkvz), torch.from_numpy(ba)
 out = gdn.split(qkvz, ba, *HEADS)
 if kind == "python":
     qkvz, ba, out = Slow(qkvz), Slow(ba), tuple(map(Slow, out))
+if kind == "layer":
+    ones = torch.ones
+    layer = gdn.Layer(HEADS, conv_weight=ones(1024, 4), A_log=ones(8), dt_bias=ones(8), norm_weight=ones(64))
+    states = threading.local()
+
+
+def decode():
+    if not hasattr(states, "pair"):
+        states.pair = torch.zeros(n, 1024, 3), torch.zeros(n, 8, 64, 64)
+    layer.decode((qkvz, ba), *states.pair)
+
+
 calls = {
+    "layer": decode,
+    "floats": lambda: gdn.split(qkvz, ba, *HEADS, out=out),
+    "old": lambda: gdn.split(qkvz, ba, *HEADS, out=out),
     "numpy": lambda: gdn.split(qkvz, ba, *HEADS),
     "torch": lambda: gdn.split(qkvz, ba, *HEADS, out=out),
     "python": lambda: gdn.split(qkvz, ba, *HEADS, out=out),
@@ -85,6 +112,9 @@ if how == "busy":  # what else runs at the end lets the threads in
         ("python", 700, "end"),
         ("python", 700, "busy"),
         ("torch", 700, "end"),
+        ("old", 700, "busy"),
+        ("floats", 3, "end"),
+        ("layer", 1, "end"),
     ],
 )
 def test_daemon_threads_inside_calls(kind, n, how, python):

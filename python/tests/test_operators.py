@@ -206,6 +206,40 @@ def test_out_and_gradients_do_not_mix(device):
     assert all(map(torch.equal, out, parts_of([qkvz, ba])))
 
 
+def test_derivatives_are_not_lost(device):
+    """The operators' out variants and the other backend have none, and say so."""
+    fw = torch.autograd.forward_ad
+    qkvz, ba = inputs(device)
+    parts = parts_of([qkvz, ba])
+    out = {name: torch.zeros_like(part) for name, part in zip(PARTS, parts, strict=True)}
+    packed = dict(mixed_qkvz=torch.zeros_like(qkvz), mixed_ba=torch.zeros_like(ba))
+    split, merge = torch.ops.gdn.split.out, torch.ops.gdn.merge.out
+
+    def refused(message, qkvz, parts, out):
+        with pytest.raises(ValueError, match=f"out cannot be given where .* {message}"):
+            split(qkvz, ba, *HEADS, **out)
+        with pytest.raises(ValueError, match=f"out cannot be given where .* {message}"):
+            merge(*parts, *HEADS, **packed)
+        with pytest.raises(ValueError, match="backend is 'triton', which has no derivative"):
+            gdn.split(qkvz, ba, *HEADS, backend="triton")
+        with pytest.raises(ValueError, match="backend is 'triton', which has no derivative"):
+            gdn.merge(*parts, *HEADS, backend="triton")
+
+    refused(
+        "requires grad", qkvz.clone().requires_grad_(), [parts[0].clone().requires_grad_(), *parts[1:]], out
+    )
+    with fw.dual_level():
+        duals = [fw.make_dual(one, torch.ones_like(one)) for one in (qkvz, parts[0], out["mixed_qkv"])]
+        refused("has a tangent", duals[0], [duals[1], *parts[1:]], out)
+        with pytest.raises(ValueError, match="has a tangent"):
+            split(qkvz, ba, *HEADS, **out | dict(mixed_qkv=duals[2]))
+        assert not any(one.any() for one in (*out.values(), *packed.values()))
+        split(qkvz, ba, *HEADS, **out)
+    with torch.no_grad():
+        split(qkvz.clone().requires_grad_(), ba, *HEADS, **out)
+    assert all(map(torch.equal, out.values(), parts))
+
+
 def test_out_that_requires_grad_is_refused(device):
     qkvz, ba = inputs(device)
     out = tuple(torch.zeros_like(part).requires_grad_() for part in parts_of([qkvz, ba]))

@@ -13,7 +13,8 @@ use pyo3::{
 };
 
 use crate::{
-    dlpack, exit,
+    dlpack,
+    exit::{self, Outside},
     ops::{Place, layout, numbers_of, text},
     outputs::{fresh, handed_over},
     tensor::{DType, Device, Tensor, type_error, value_error},
@@ -477,6 +478,8 @@ pub(crate) fn on_objects<'py>(
         return Err(value_error(format!("{} is None, expected a tensor", names[first])));
     };
     let torch = torch::get().filter(|torch| torch.is_tensor(&lead));
+    // What is asked of PyTorch may give up the GIL.
+    let _outside = torch.map(|_| Outside::new(py));
     let mut operands = Operands::new(names);
     let (mut lent, mut is_operator) = (Vec::new(), false);
     for (i, object) in objects.iter().enumerate() {

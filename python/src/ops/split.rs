@@ -12,7 +12,8 @@ use pyo3::{
 };
 
 use crate::{
-    dlpack, exit,
+    dlpack,
+    exit::{self, Outside},
     ops::{self, Place, WORTH_DETACHING, cuda_error, gpu, not_a, numbers},
     outputs::{fresh, handed_over, is_of},
     tensor::{Device, RowsOf, Shape, Tensor, type_error, value_error},
@@ -309,6 +310,8 @@ fn run<'py, const READ: usize>(
     let out = out.map(|out| given(&out, direction)).transpose()?;
     let first = direction.read().start;
     let torch = torch::get().filter(|torch| torch.is_tensor(&read[0]));
+    // What is asked of PyTorch may give up the GIL.
+    let _outside = torch.map(|_| Outside::new(py));
     let mut lent = Vec::new();
     let mut tensors = [Tensor::NONE; 6];
     let mut is_operator = false;
