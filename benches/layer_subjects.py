@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,54 +263,32 @@ class Vllm:
         }
 
 
-class Call(ctypes.Structure):
-    """As in layer_shim.rs."""
-
-    _fields_ = (
-        ("heads", ctypes.c_uint64 * 4),
-        *((name, ctypes.c_uint64) for name in ("is_bf16", "threads", "batch", "tokens")),
-        ("inputs", ctypes.c_void_p * 6),
-        *((name, ctypes.c_void_p) for name in ("conv_state", "recurrent_state", "out")),
-    )
-
-
 class Gdn:
-    """`gdn::prefill` and `gdn::decode`, through the C function of layer_shim.rs. The output is a fresh tensor, as the peers' is."""
+    """`gdn.Layer`, on PyTorch's threads."""
 
     l2norm_eps = 1e-6
 
     def __init__(self, inputs: Inputs, rotations: int) -> None:
-        path = PEERS.parent / "target" / "release" / "examples" / "libgdn_layer_shim.so"
-        if not path.exists():
-            raise Unavailable(f"no {path}; cargo build --release -p gdn --example gdn_layer_shim")
-        self.library = ctypes.CDLL(str(path))
-        weights = [weight.to(inputs.dtype) for weight in inputs.weights.values()]
-        self.inputs = [inputs.mixed_qkvz, inputs.mixed_ba, *weights]
+        try:
+            from gdn import Layer
+        except ImportError as error:
+            raise Unavailable(f"the Python package has no layer: {error}; pip install ./python") from None
+        weights = {name: weight.to(inputs.dtype) for name, weight in inputs.weights.items()}
+        self.layer = Layer(inputs.heads, "interleaved", **weights)
+        self.projections = (inputs.mixed_qkvz, inputs.mixed_ba)
         states = (inputs.conv_state, inputs.recurrent_state)
         self.caches = [tuple(state.clone() for state in states) for _ in range(rotations)]
-        self.calls = [
-            Call(
-                heads=inputs.heads,
-                is_bf16=inputs.dtype == torch.bfloat16,
-                threads=torch.get_num_threads(),
-                batch=inputs.batch,
-                tokens=inputs.tokens,
-                inputs=tuple(tensor.data_ptr() for tensor in self.inputs),
-                conv_state=conv_state.data_ptr(),
-                recurrent_state=recurrent_state.data_ptr(),
-            )
-            for conv_state, recurrent_state in self.caches
-        ]
-        self.shape = (inputs.batch * inputs.tokens, inputs.heads[1], inputs.heads[3])
-        self.message = ctypes.create_string_buffer(500)
+        self.starts = self.fresh = None
+        if inputs.tokens > 1:
+            self.starts = torch.arange(0, inputs.batch * inputs.tokens + 1, inputs.tokens)
+            self.fresh = torch.zeros(inputs.batch, dtype=torch.bool)
 
     def run(self, i: int) -> torch.Tensor:
-        out = torch.empty(self.shape, dtype=self.inputs[0].dtype)
-        call = self.calls[i]
-        call.out = out.data_ptr()
-        if self.library.gdn_layer_run(ctypes.byref(call), self.message, ctypes.c_size_t(500)):
-            raise RuntimeError(self.message.value.decode())
-        return out
+        if self.starts is None:
+            return self.layer.decode(self.projections, *self.caches[i])
+        return self.layer.prefill(
+            self.projections, self.starts, *self.caches[i], has_initial_state=self.fresh
+        )
 
     def states(self, i: int) -> dict[str, torch.Tensor]:
         return dict(zip(("conv_state", "recurrent_state"), self.caches[i]))

@@ -5,30 +5,33 @@ use crate::shell::{cargo, command, has, root, run, skip};
 /// This machine's target, which the compiler's flags are for.
 pub(crate) const HOST: &str = env!("XTASK_HOST");
 
-/// The library's copy code and the command, with a red zone around every allocation. The sanitizer is in the
+/// The library's tests that are worth running on more than this machine as it is: of its ops on the CPU,
+/// against their oracles.
+pub(crate) const LIBRARY: [&str; 11] = [
+    "--package",
+    "gdn",
+    "--lib",
+    "--test",
+    "errors",
+    "--test",
+    "golden",
+    "--test",
+    "split",
+    "--test",
+    "layer",
+];
+
+/// The library's ops and the command, with a red zone around every allocation. The sanitizer is in the
 /// stable compiler, behind its own lock.
 pub(crate) fn sanitizer() -> anyhow::Result<()> {
     if !HOST.ends_with("-linux-gnu") {
         skip(format!("the address sanitizer: there is none for {HOST}"));
         return Ok(());
     }
-    let library = [
-        "--package",
-        "gdn",
-        "--lib",
-        "--test",
-        "errors",
-        "--test",
-        "golden",
-        "--test",
-        "split",
-        "--test",
-        "layer",
-    ];
     // A thousand runs in which a system call fails are left to the tests without it: they take five times as
     // long.
     let the_command = ["--package", "gdn-cli", "--", "--skip", "faults::"];
-    for packages in [&library[..], &the_command] {
+    for packages in [&LIBRARY[..], &the_command] {
         let mut tests = cargo(&[&["test", "--target", HOST], packages].concat());
         tests
             .env("RUSTC_BOOTSTRAP", "1")

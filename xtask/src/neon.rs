@@ -9,7 +9,10 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use anyhow::{Context, bail};
 
-use crate::shell::{apt_install, cargo, command, has, root, run, skip};
+use crate::{
+    memory::LIBRARY,
+    shell::{apt_install, cargo, command, has, root, run, skip},
+};
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
@@ -36,20 +39,8 @@ pub(crate) fn test() -> anyhow::Result<()> {
     }
     // A plain core: NEON and nothing later.
     let runner = format!("{EMULATOR} -cpu cortex-a53 -L /usr/aarch64-linux-gnu");
-    let tests = [
-        "--lib",
-        "--test",
-        "errors",
-        "--test",
-        "golden",
-        "--test",
-        "split",
-        "--test",
-        "allocations",
-        "--test",
-        "layer",
-    ];
-    let mut tests = cargo(&[&["test", "--package", "gdn", "--target", TARGET], &tests[..]].concat());
+    let mut tests =
+        cargo(&[&["test", "--target", TARGET], &LIBRARY[..], &["--test", "allocations"]].concat());
     tests
         .env("RUSTC", toolchain.join("rustc"))
         .env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", LINKER)

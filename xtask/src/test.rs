@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use crate::{
     ascend, deny, engines, examples, fuzz, memory, neon, ptx, python,
@@ -66,6 +66,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         !skipped && args.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
     };
     let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|(name, _)| chosen(name));
+    let steps: Vec<_> = steps.collect();
+    if steps.is_empty() {
+        let names: Vec<_> = quick.iter().chain(&slow).map(|(name, _)| *name).collect();
+        bail!("no step is left to run; there are: {}", names.join(", "));
+    }
     for (name, step) in steps {
         let started = Instant::now();
         println!("\n== {name}");

@@ -11,6 +11,10 @@ use super::{
 };
 use crate::decode::MAX_TOKENS;
 
+/// Bytes of an ordinary page of memory, past which a processor does not look ahead by itself: the next page's
+/// first line is asked for at the start of each.
+const PAGE: usize = 4096;
+
 /// Registers of columns that are computed side by side.
 const COLUMNS: usize = 4;
 
@@ -123,6 +127,10 @@ impl Recurrence {
                 let mut corrections = [0.0; N];
                 if i < steps {
                     let (row, t) = (i / self.num_tokens * N, i % self.num_tokens);
+                    let at = self.from.row(rows.start + row);
+                    if t == 0 && at.addr() % PAGE < N * self.from.step {
+                        L::prefetch(at.wrapping_add(PAGE));
+                    }
                     corrections = self.correct_rows::<L, E, N>(rows.start + row, t);
                 }
                 if ahead > 0 {

@@ -8,3 +8,4 @@ mod errors;
 mod invariants;
 mod memory;
 mod setup;
+mod small;

@@ -329,6 +329,23 @@ mod tests {
     }
 
     #[inline(always)]
+    unsafe fn halves<L: Register>(numbers: &[f32]) {
+        use gdn_math::element::{f16_of_f32, f32_of_f16};
+        for given in numbers.chunks_exact(L::LEN) {
+            let (mut bits, mut back) = (vec![0xA5A5u16; L::LEN], vec![0.0; L::LEN]);
+            // SAFETY: `LEN` of each; the machine has the instruction set.
+            unsafe {
+                L::load(given.as_ptr()).store_f16(bits.as_mut_ptr());
+                L::load_f16(bits.as_ptr()).store(back.as_mut_ptr());
+            }
+            for ((x, bits), back) in given.iter().zip(bits).zip(back) {
+                assert!(bits == f16_of_f32(*x), "{x:e} is {bits:#06x}");
+                assert!(back.to_bits() == f32_of_f16(bits).to_bits(), "{bits:#06x} is {back:e}");
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn orders<L: Register>(_: &[f32]) {
         let lanes: Vec<f32> = (0..4 * L::LEN).map(|i| i as f32 + 0.5).collect();
         // SAFETY: as many lanes as four registers have; the machine has the instruction set.
@@ -373,6 +390,16 @@ mod tests {
                 pairs(&all);
                 pairs(&none_nan);
             }
+        }
+    }
+
+    #[test]
+    fn registers_of_f16_are_rounded_as_one_number_is() {
+        let all: Vec<f32> = (0..=u16::MAX).map(gdn_math::element::f32_of_f16).chain(numbers()).collect();
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let halves = for_isa!(isa, halves(numbers: &[f32]));
+            // SAFETY: `for_isa` looked at the machine.
+            unsafe { halves(&all) };
         }
     }
 

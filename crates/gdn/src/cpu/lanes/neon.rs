@@ -1,11 +1,8 @@
 //! Four f32, on 64-bit Arm.
 
-use std::arch::aarch64 as arm;
+use std::arch::{aarch64 as arm, asm};
 
-use gdn_math::{
-    Lanes,
-    element::{f16_of_f32, f32_of_f16},
-};
+use gdn_math::Lanes;
 
 use super::Register;
 
@@ -156,25 +153,35 @@ impl Register for F32x4 {
         }
     }
 
+    // Rust has no stable type for the intrinsics of f16. The instructions are of the first 64-bit Arm.
     #[inline(always)]
     unsafe fn load_f16(src: *const u16) -> Self {
-        let mut lanes = [0.0; 4];
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            *lane = f32_of_f16(unsafe { src.add(i).read_unaligned() });
+        // SAFETY: the caller's promise. Bytes have no alignment. The instruction touches registers alone.
+        unsafe {
+            let narrow = arm::vld1_u8(src.cast());
+            let wide: arm::float32x4_t;
+            asm!(
+                "fcvtl {wide:v}.4s, {narrow:v}.4h",
+                wide = lateout(vreg) wide,
+                narrow = in(vreg) narrow,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            Self(wide)
         }
-        // SAFETY: four f32, and the caller's promise.
-        unsafe { Self::load(lanes.as_ptr()) }
     }
 
     #[inline(always)]
     unsafe fn store_f16(self, dst: *mut u16) {
-        let mut lanes = [0.0; 4];
-        // SAFETY: four f32.
-        unsafe { self.store(lanes.as_mut_ptr()) };
-        for (i, lane) in lanes.into_iter().enumerate() {
-            // SAFETY: the caller's promise.
-            unsafe { dst.add(i).write_unaligned(f16_of_f32(lane)) };
+        // SAFETY: as above.
+        unsafe {
+            let narrow: arm::uint8x8_t;
+            asm!(
+                "fcvtn {narrow:v}.4h, {wide:v}.4s",
+                narrow = lateout(vreg) narrow,
+                wide = in(vreg) self.0,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            arm::vst1_u8(dst.cast(), narrow);
         }
     }
 
