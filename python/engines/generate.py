@@ -25,9 +25,8 @@ def generate(run: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     began = time.perf_counter()
-    llm = LLM(
-        model=run["model"], dtype="bfloat16", max_model_len=4096, max_num_seqs=16, seed=0, **run["options"]
-    )
+    options = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 16, "seed": 0} | run["options"]
+    llm = LLM(model=run["model"], **options)
     loaded = time.perf_counter()
     sampling = SamplingParams(temperature=0, max_tokens=run["tokens"], ignore_eos=True, logprobs=5)
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in run["prompts"]]
