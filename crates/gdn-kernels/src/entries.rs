@@ -5,6 +5,7 @@
 use crate::{
     decode::{self, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
+    prefill::{self, args::Args as PrefillArgs},
     probe, split,
 };
 
@@ -82,6 +83,17 @@ kernels! { "decode":
     gdn_decode_bf16_128(DecodeArgs) = decode::run::<Bf16, 8, 8, 2, 2, true>;
     gdn_decode_bf16_256(DecodeArgs) = decode::run::<Bf16, 16, 8, 2, 2, true>;
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Bf16, 16, 1, 16, 2, false>;
+}
+
+// The convolution by the numbers that a head has at most, the scan by those of a key.
+kernels! { "prefill":
+    gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<1, _>;
+    gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<2, _>;
+    gdn_prefill_prepare(PrefillArgs) = prefill::prepare::run;
+    gdn_prefill_scan_64(PrefillArgs) = prefill::scan::run::<8, _>;
+    gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, _>;
+    gdn_prefill_scan_128(PrefillArgs) = prefill::scan::run::<16, _>;
+    gdn_prefill_norm(PrefillArgs) = prefill::norm::run;
 }
 
 kernels! { "convergence":

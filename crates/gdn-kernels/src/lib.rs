@@ -11,6 +11,7 @@
 //! | `gpu/emulator/` | the same on the host, for tests |
 //! | `split.rs` | the split and its inverse, and the arguments a host hands over |
 //! | `decode/` | the decode: convolution, gates, delta rule and gated norm in one launch |
+//! | `prefill/` | the prefill: whole sequences in chunks, as products on tensor cores |
 //! | `probe/` | kernels that use each capability, to test both implementations |
 //! | `entries.rs` | the names under which the driver finds them |
 //! | `modules.rs` | the table of kernels: what they are compiled for, and what must hold of each |
@@ -32,6 +33,7 @@ pub mod decode;
 #[cfg(any(feature = "emulator", target_arch = "nvptx64"))]
 pub mod entries;
 pub mod gpu;
+pub mod prefill;
 pub mod probe;
 pub mod split;
 

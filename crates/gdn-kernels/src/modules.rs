@@ -138,6 +138,7 @@ pub static MODULES: &[Module] = &[
     Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), families: SPLIT },
     Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE_90 },
     Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE_80 },
+    Module { op: "prefill", target: Target::Sm80, ptx: text!("prefill.sm_80.ptx"), families: PREFILL },
 ];
 
 /// Those that only tests load.
@@ -223,6 +224,28 @@ const fn families(kernels: &'static [[Kernel; 1]; 12]) -> [&'static [Kernel]; 12
 
 const DECODE_90: &[&[Kernel]] = &families(&DECODES_90);
 const DECODE_80: &[&[Kernel]] = &families(&DECODES_80);
+
+/// With as much shared memory as there is.
+const fn prefill(name: &'static str, threads: u32) -> Kernel {
+    Kernel { threads, shared: 227 << 10, ..Kernel::new(name) }
+}
+
+/// One block a multiprocessor: a warp needs all the registers that there are.
+const fn scan(name: &'static str) -> Kernel {
+    Kernel { blocks: 1, ..prefill(name, 256) }
+}
+
+const PREFILL: &[&[Kernel]] = &[
+    &[
+        Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_128").threads(128) },
+        prefill("gdn_prefill_prepare", 256).hmma(8),
+        Kernel { blocks: 2, ..prefill("gdn_prefill_norm", 256) },
+    ],
+    &[Kernel::new("gdn_prefill_convolve_256").threads(128)],
+    &[scan("gdn_prefill_scan_64").hmma(136)],
+    &[scan("gdn_prefill_scan_96").hmma(184)],
+    &[scan("gdn_prefill_scan_128").hmma(232)],
+];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[
     Kernel::new("gdn_convergence_barrier_and_shuffle").collectives(Collectives {

@@ -37,6 +37,11 @@ pub trait TensorCore: Warp {
     /// what lies below two bits past an f32, adds, and cuts the sum to an f32: `docs/gpu-kernels.md`.
     fn mma<T: Float16>(&self, a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4];
 
+    /// Two f16 in a word, each to nearest, ties to even; NaN becomes `0x7fff`.
+    fn pack_f16(&self, low: f32, high: f32) -> u32;
+    /// The two f16 of a word, the low one first.
+    fn unpack_f16(&self, two: u32) -> [f32; 2];
+
     /// Reads four 8 x 8 matrices of 16-bit elements. Lane `8 * m + r` says where row `r` of matrix `m` is: 16
     /// bytes of shared memory. Of each matrix lane `4 * g + t` gets columns `2t, 2t+1` of row `g`; with
     /// `TRANSPOSED`, rows `2t, 2t+1` of column `g`.

@@ -5,3 +5,6 @@ mod split;
 
 #[cfg(feature = "cuda")]
 mod decode;
+
+#[cfg(feature = "cuda")]
+mod prefill;

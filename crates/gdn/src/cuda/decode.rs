@@ -98,6 +98,18 @@ pub struct Write<'a> {
     _recorded: SyncOnDrop<'a>,
 }
 
+impl Read<'_> {
+    pub(super) fn stream(&self) -> CUstream {
+        self.stream
+    }
+}
+
+impl Write<'_> {
+    pub(super) fn stream(&self) -> CUstream {
+        self.stream
+    }
+}
+
 impl Space for Read<'_> {
     type Raw = DeviceAddress;
 
@@ -315,7 +327,7 @@ fn number(dtype: Dtype) -> u32 {
     }
 }
 
-fn field(field: &Field<DeviceAddress>) -> args::Field {
+pub(super) fn field(field: &Field<DeviceAddress>) -> args::Field {
     args::Field {
         address: field.at.0 + field.start as u64,
         row_stride: field.row_stride as u64,
@@ -324,17 +336,17 @@ fn field(field: &Field<DeviceAddress>) -> args::Field {
     }
 }
 
-fn vector(vector: &Operand<DeviceAddress, Dtype, 1>) -> Vector {
+pub(super) fn vector(vector: &Operand<DeviceAddress, Dtype, 1>) -> Vector {
     let stride = (vector.strides[0] * vector.kind.size()) as u64;
     Vector { address: vector.at.0, stride, dtype: number(vector.kind) }
 }
 
-fn strided<const D: usize>(tensor: &Operand<DeviceAddress, Dtype, D>) -> Strided<D> {
+pub(super) fn strided<const D: usize>(tensor: &Operand<DeviceAddress, Dtype, D>) -> Strided<D> {
     let strides = tensor.strides.map(|stride| (stride * tensor.kind.size()) as u64);
     Strided { address: tensor.at.0, strides, dtype: number(tensor.kind) }
 }
 
-fn indices<const D: usize>(indices: Option<&Operand<DeviceAddress, IndexType, D>>) -> args::Indices {
+pub(super) fn indices<const D: usize>(indices: Option<&Operand<DeviceAddress, IndexType, D>>) -> args::Indices {
     indices.map_or_else(args::Indices::default, |indices| {
         let bytes = |dim: usize| indices.strides.get(dim).map_or(0, |stride| stride * indices.kind.size());
         args::Indices {

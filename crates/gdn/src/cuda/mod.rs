@@ -1,4 +1,4 @@
-//! NVIDIA GPUs: each op as one kernel launch, on the caller's stream and memory.
+//! NVIDIA GPUs: each op as one kernel launch or a few, on the caller's stream and memory.
 //!
 //! The kernels are Rust, compiled to PTX beforehand, embedded, and compiled by the driver for the device when
 //! they are first used ([`Gpu::warmup`]). Nothing but the driver is needed, and that only when a device is
@@ -8,9 +8,9 @@
 //!
 //! | for | call | takes |
 //! |---|---|---|
-//! | Rust programs | [`split()`], [`merge()`], [`decode()`] | views of cudarc's slices, checked and ordered |
+//! | Rust programs | [`split()`], [`merge()`], [`decode()`], [`prefill()`] | views of cudarc's slices, checked and ordered |
 //! | tools | [`split_host`], [`merge_host`] | the CPU's own views, copied there and back |
-//! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`], [`Gpu::decode_raw`] | device pointers and a `CUstream` |
+//! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`], [`Gpu::decode_raw`], [`Gpu::prefill_raw`] | device pointers and a `CUstream` |
 //! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
 //!
 //! ```no_run
@@ -50,6 +50,7 @@ mod error;
 mod host;
 mod launch;
 mod module;
+pub(crate) mod prefill;
 pub(crate) mod share;
 pub(crate) mod split;
 mod views;
@@ -60,5 +61,6 @@ pub use cudarc;
 pub use decode::{Read, Write, decode};
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
+pub use prefill::{PREFILL_CHUNK, prefill, prefill_scratch_bytes, prefill_supports};
 pub use split::{merge, merge_host, split, split_host};
 pub use views::{RawRows, Rows, RowsMut};

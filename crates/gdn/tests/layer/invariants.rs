@@ -25,24 +25,6 @@ fn forms() -> impl Iterator<Item = (Options, Form)> {
         })
 }
 
-/// Rows of a setup as one of their own.
-fn rows(setup: &Setup, rows: &std::ops::Range<usize>) -> Setup {
-    let cut = |memory: &Memory<2>| {
-        Memory::dense(memory.dtype, [rows.len(), memory.sizes[1]])
-            .fill(|[t, f]| memory.get([rows.start + t, f]))
-    };
-    Setup {
-        num_tokens: rows.len(),
-        mixed_qkvz: cut(&setup.mixed_qkvz),
-        mixed_ba: cut(&setup.mixed_ba),
-        mixed_qkv: cut(&setup.mixed_qkv),
-        z: cut(&setup.z),
-        b: cut(&setup.b),
-        a: cut(&setup.a),
-        ..setup.clone()
-    }
-}
-
 /// Some tokens of the first sequence of a batch, alone, in slot 0, with the states that it has.
 fn part(batch: &Batch, sequence: usize, tokens: std::ops::Range<usize>) -> Batch {
     let start = batch.starts()[sequence];
@@ -51,7 +33,7 @@ fn part(batch: &Batch, sequence: usize, tokens: std::ops::Range<usize>) -> Batch
     let one = |sizes: [usize; 3]| Memory::dense(batch.conv.dtype, [1, sizes[1], sizes[2]]);
     let [_, a, b, c] = batch.recurrent.sizes;
     Batch {
-        setup: rows(&batch.setup, &(start + tokens.start..start + tokens.end)),
+        setup: batch.setup.rows(start + tokens.start..start + tokens.end),
         form: batch.form,
         lens: vec![tokens.len()],
         slots: vec![0],

@@ -157,6 +157,20 @@ impl<const D: usize> Memory<D> {
     }
 }
 
+impl Memory<2> {
+    /// So many rows, these again and again.
+    #[allow(dead_code, reason = "for measurements on GPUs")]
+    pub fn repeated(&self, rows: usize) -> Self {
+        let mut all = Self::dense(self.dtype, [rows, self.sizes[1]]);
+        let bytes = self.sizes[1] * self.dtype.size();
+        for row in 0..rows {
+            let (from, to) = (self.at([row % self.sizes[0], 0]).start, all.at([row, 0]).start);
+            all.bytes[to..to + bytes].copy_from_slice(&self.bytes[from..from + bytes]);
+        }
+        all
+    }
+}
+
 /// Index data of either type.
 #[derive(Clone, Debug)]
 pub struct Numbers {

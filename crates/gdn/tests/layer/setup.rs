@@ -182,6 +182,24 @@ impl Setup {
         }
     }
 
+    /// Some rows as a setup of their own.
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let cut = |memory: &Memory<2>| {
+            Memory::dense(memory.dtype, [rows.len(), memory.sizes[1]])
+                .fill(|[t, f]| memory.get([rows.start + t, f]))
+        };
+        Self {
+            num_tokens: rows.len(),
+            mixed_qkvz: cut(&self.mixed_qkvz),
+            mixed_ba: cut(&self.mixed_ba),
+            mixed_qkv: cut(&self.mixed_qkv),
+            z: cut(&self.z),
+            b: cut(&self.b),
+            a: cut(&self.a),
+            ..self.clone()
+        }
+    }
+
     pub fn projections(&self) -> Projections<Shared<'_>> {
         if self.packed {
             Projections::Packed(Packed { mixed_qkvz: self.mixed_qkvz.view(), mixed_ba: self.mixed_ba.view() })

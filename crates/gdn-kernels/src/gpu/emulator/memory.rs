@@ -220,6 +220,11 @@ impl Memory {
     pub(super) fn begin(&self) {
         for buffer in &mut *self.buffers.borrow_mut() {
             buffer.stored.iter_mut().for_each(|stored| *stored = (*stored).min(BEFORE));
+            let Kind::State { touched, .. } = &mut buffer.kind else { continue };
+            for touched in touched.iter_mut().filter(|touched| touched.reader == SEVERAL) {
+                touched.reader = NOBODY;
+                touched.by.forget_reads();
+            }
         }
         self.first.set(self.clusters.get());
     }

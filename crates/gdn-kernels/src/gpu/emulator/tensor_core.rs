@@ -1,5 +1,7 @@
 //! [`TensorCore`] on the host.
 
+use gdn_math::element::{f16_of_f32, f32_of_f16};
+
 use super::{
     Thread, WARP,
     schedule::Company,
@@ -63,6 +65,15 @@ fn load<const N: usize, const TRANSPOSED: bool>(company: &Company<'_>, registers
 }
 
 impl TensorCore for Thread<'_> {
+    fn pack_f16(&self, low: f32, high: f32) -> u32 {
+        let [low, high] = [low, high].map(|x| if x.is_nan() { 0x7fff } else { f16_of_f32(x) });
+        u32::from(low) | u32::from(high) << 16
+    }
+
+    fn unpack_f16(&self, two: u32) -> [f32; 2] {
+        [two as u16, (two >> 16) as u16].map(f32_of_f16)
+    }
+
     fn mma<T: Float16>(&self, a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
         let name = if T::BF16 { "a product of bfloat16" } else { "a product of half precision" };
         self.collective(WARP, name, (a, b, c), product::<T>).2

@@ -51,6 +51,28 @@ impl<S: Shared> TensorCore for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn pack_f16(&self, low: f32, high: f32) -> u32 {
+        let two: u32;
+        // SAFETY: registers alone.
+        unsafe {
+            asm!("cvt.rn.f16x2.f32 {}, {}, {};", out(reg32) two, in(reg32) high, in(reg32) low,
+                options(pure, nomem, nostack));
+        }
+        two
+    }
+
+    #[inline(always)]
+    fn unpack_f16(&self, two: u32) -> [f32; 2] {
+        let (low, high): (f32, f32);
+        // SAFETY: as above.
+        unsafe {
+            asm!("{{.reg .b16 low, high; mov.b32 {{low, high}}, {2}; cvt.f32.f16 {0}, low; cvt.f32.f16 {1}, high;}}",
+                out(reg32) low, out(reg32) high, in(reg32) two, options(pure, nomem, nostack));
+        }
+        [low, high]
+    }
+
+    #[inline(always)]
     unsafe fn load_matrix4<const TRANSPOSED: bool>(&self, at: u32) -> [u32; 4] {
         if TRANSPOSED { load_matrix4!(".trans", self.shared(at)) } else { load_matrix4!("", self.shared(at)) }
     }

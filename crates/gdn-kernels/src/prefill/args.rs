@@ -1,0 +1,306 @@
+//! What the host hands over to the prefill, and the layout of scratch and shared memory.
+
+pub use crate::decode::args::{BF16, F16, F32, Field, Indices, Strided, Vector};
+use crate::split::Divisor;
+
+/// Tokens of a chunk.
+pub const CHUNK: u32 = 64;
+/// Rows of S that a warp of the scan has.
+pub const WARP_ROWS: u32 = 16;
+/// Rows of S whose values lie together in scratch: two warps' worth.
+pub const SLICE: u32 = 32;
+/// Threads of a block of the preparation and of the norm.
+pub const THREADS: u32 = 256;
+/// Threads of a block of the convolution.
+pub const CONVOLVE_THREADS: u32 = 128;
+/// v heads of which a block of the preparation inverts the matrices at a time.
+pub const GROUP: u32 = 2;
+/// Taps of the convolution, at most.
+pub const TAPS: u32 = 4;
+
+/// Tensors between the kernels, for each chunk of a window. The first five are f16, the others f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Scratch {
+    /// `[chunks, HK, CHUNK, DK]`, normed.
+    pub q: u64,
+    /// As `q`.
+    pub k: u64,
+    /// `[chunks, HV, DV / SLICE, CHUNK, SLICE]`: values; then `[chunks, HV, DV, CHUNK]`: outputs, in their
+    /// place.
+    pub v: u64,
+    /// `[chunks, HV, CHUNK, CHUNK]`: the inverse of I + strictLower(beta e^D K K^T).
+    pub t: u64,
+    /// `[chunks, HV, CHUNK, CHUNK]`: lower(e^D Q K^T).
+    pub p: u64,
+    /// `[chunks, HV, CHUNK, 4]`: for each token what its value is multiplied with, what is subtracted of what
+    /// the state has for its key, e^G, and e^(G_last - G).
+    pub factors: u64,
+    /// `[chunks, HK, CHUNK]`: the sums of keys' squares.
+    pub k_squares: u64,
+    /// `[chunks, HV, CHUNK]`: what a token's values are multiplied with.
+    pub v_scales: u64,
+    /// `[chunks, HV, DV]`: what a row of outputs is multiplied with.
+    pub out_scales: u64,
+    /// `[HV, DV, DK]` each, in f32: the states of the sequence that goes on from the window before, and of
+    /// the one that goes on in the next.
+    pub carry: [u64; 2],
+    /// Bytes of all.
+    pub bytes: u64,
+}
+
+impl Scratch {
+    /// From an address, a multiple of 256, for windows of so many chunks.
+    pub const fn new(at: u64, chunks: u64, hk: u64, hv: u64, dk: u64, dv: u64) -> Self {
+        const TOKENS: u64 = CHUNK as u64;
+        let keys = (chunks * hk * TOKENS * dk * 2).next_multiple_of(256);
+        let values = (chunks * hv * TOKENS * dv * 2).next_multiple_of(256);
+        let squares = chunks * hv * TOKENS * TOKENS * 2;
+        let k = at + keys;
+        let v = k + keys;
+        let t = v + values;
+        let p = t + squares;
+        let factors = p + squares;
+        let k_squares = factors + chunks * hv * TOKENS * 16;
+        let v_scales = k_squares + chunks * hk * TOKENS * 4;
+        let out_scales = v_scales + chunks * hv * TOKENS * 4;
+        let carry = out_scales + (chunks * hv * dv * 4).next_multiple_of(256);
+        let state = hv * dv * dk * 4;
+        let bytes = carry + 2 * state - at;
+        Self { q: at, k, v, t, p, factors, k_squares, v_scales, out_scales, carry: [carry, carry + state], bytes }
+    }
+
+    /// As the next window has it.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self { carry: [self.carry[1], self.carry[0]], ..self }
+    }
+}
+
+/// What the host hands over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+#[allow(non_snake_case, reason = "the name that the field has in every checkpoint and engine")]
+pub struct Args {
+    /// N.
+    pub num_tokens: u64,
+    /// B.
+    pub num_sequences: u32,
+    /// The first chunk of this window.
+    pub first_chunk: u32,
+    /// The chunk after its last.
+    pub end_chunk: u32,
+    /// By HK.
+    pub num_k_heads: Divisor,
+    /// By HV.
+    pub num_v_heads: Divisor,
+    /// By 2 HK + HV.
+    pub all_heads: Divisor,
+    /// By the 16 bytes of a key.
+    pub key_words: Divisor,
+    /// By the blocks of the scan for a v head.
+    pub slices: Divisor,
+    /// By DK.
+    pub head_k_dim: Divisor,
+    /// By R * DV.
+    pub group_v_dim: Divisor,
+    /// By R.
+    pub ratio: Divisor,
+    /// DK.
+    pub dk: u32,
+    /// DV.
+    pub dv: u32,
+    /// W, at most [`TAPS`].
+    pub conv_width: u32,
+    /// Chunks that the scan has in shared memory, 1 or 2.
+    pub stages: u32,
+    /// Whether the gate is a sigmoid rather than a silu.
+    pub sigmoid: u32,
+    /// Whether rows of q, k, v, z and of the taps begin at multiples of four elements, and the taps are four
+    /// and dense.
+    pub wide: u32,
+    /// The same of rows of `out`.
+    pub wide_out: u32,
+    /// The same of rows or columns of `state`, whichever are dense.
+    pub wide_state: u32,
+    /// The same of `checkpoints`.
+    pub wide_checkpoints: u32,
+    /// See `Layer`.
+    pub l2norm_eps: f32,
+    /// See `Layer`.
+    pub norm_eps: f32,
+    /// See `Layer`.
+    pub scale: f32,
+    /// See `Layer`.
+    pub beta_scale: f32,
+    /// A negative index is padding, and so is this one.
+    pub pad_slot_id: i64,
+    /// `[B + 1]`
+    pub cu_seqlens: Indices,
+    /// `[B]`
+    pub has_initial_state: Indices,
+    /// `[B, ...]`
+    pub state_indices: Indices,
+    /// The projections. Those of q, k and v have one row stride and one dtype.
+    pub q: Field,
+    /// See `q`.
+    pub k: Field,
+    /// See `q`.
+    pub v: Field,
+    /// See `q`.
+    pub z: Field,
+    /// See `q`.
+    pub b: Field,
+    /// See `q`.
+    pub a: Field,
+    /// `[C, W]`
+    pub conv_weight: Strided<2>,
+    /// `[C]`
+    pub conv_bias: Vector,
+    /// `[HV]`
+    pub A_log: Vector,
+    /// `[HV]`
+    pub dt_bias: Vector,
+    /// `[DV]`
+    pub norm_weight: Vector,
+    /// `[N, HV, DV]`
+    pub out: Strided<3>,
+    /// `[slots, C, columns]`; address 0: there is none.
+    pub conv_state: Strided<3>,
+    /// Slots of `conv_state`.
+    pub conv_slots: i64,
+    /// Columns of `conv_state`.
+    pub conv_columns: u32,
+    /// Whether there are checkpoints.
+    pub has_checkpoints: u32,
+    /// By the chunks from a checkpoint to the next.
+    pub every: Divisor,
+    /// `[slots, HV, DV, DK]`; address 0: there is none.
+    pub state: Strided<4>,
+    /// Slots of `state`.
+    pub slots: i64,
+    /// `[B]`
+    pub starts: Indices,
+    /// `[checkpoints, HV, DV, DK]`
+    pub checkpoints: Strided<4>,
+    /// `[checkpoints, C, columns]`; address 0: there are none.
+    pub windows: Strided<3>,
+    /// How many checkpoints there is room for.
+    pub checkpoint_slots: i64,
+    /// Columns of `windows`.
+    pub window_columns: u32,
+    /// Tensors between the kernels.
+    pub scratch: Scratch,
+}
+
+impl Args {
+    /// Of q (0), k (1) or v (2) where the first key head's features are in row 0, and bytes from a key head's
+    /// to the next one's.
+    #[inline(always)]
+    pub(super) fn field(&self, which: u32) -> (u64, u64) {
+        // Not a choice among references: the arguments would be copied to memory of the thread's.
+        let all = |i: u32| 0u64.wrapping_sub(u64::from(which == i));
+        let pick = |q: u64, k: u64, v: u64| q & all(0) | k & all(1) | v & all(2);
+        let Self { q, k, v, .. } = self;
+        (pick(q.address, k.address, v.address), pick(q.head_step, k.head_step, v.head_step))
+    }
+}
+
+/// Bytes of a row of so many f16 in shared memory: 16 more, so that rows that are read together lie in other
+/// banks.
+#[inline(always)]
+pub const fn padded(columns: u32) -> u32 {
+    columns * 2 + 16
+}
+
+/// Where things are in the shared memory of a block of the preparation, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct PrepareRoom {
+    /// `[CHUNK][DK, padded]`, f16.
+    pub q: u32,
+    /// As `q`.
+    pub k: u32,
+    /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
+    pub g: u32,
+    /// `[R][CHUNK]`, f32.
+    pub beta: u32,
+    /// `[GROUP][CHUNK][SQUARE]`, f32.
+    pub squares: u32,
+    /// How many bytes all take.
+    pub bytes: u32,
+}
+
+/// f32 from a row of a square matrix to the next.
+pub const SQUARE: u32 = CHUNK + 4;
+
+impl PrepareRoom {
+    /// For keys of `dk` numbers, `ratio` v heads a key head.
+    #[inline(always)]
+    pub const fn new(dk: u32, ratio: u32) -> Self {
+        let k = CHUNK * padded(dk);
+        let g = 2 * k;
+        let beta = g + ratio * CHUNK * 4;
+        let squares = beta + ratio * CHUNK * 4;
+        let heads = if ratio < GROUP { ratio } else { GROUP };
+        Self { q: 0, k, g, beta, squares, bytes: squares + heads * CHUNK * SQUARE * 4 }
+    }
+}
+
+/// Where things of one chunk are in the shared memory of a block of the scan, in bytes.
+///
+/// The first two have as many bytes as all warps' rows of S in f32, which come through here.
+#[derive(Clone, Copy, Debug)]
+pub struct ScanRoom {
+    /// `[CHUNK][DK, padded]`
+    pub q: u32,
+    /// As `q`.
+    pub k: u32,
+    /// `[CHUNK][CHUNK, padded]`
+    pub t: u32,
+    /// As `t`.
+    pub p: u32,
+    /// `[CHUNK][4]`, f32.
+    pub factors: u32,
+    /// `[slices][CHUNK][SLICE, padded]`
+    pub v: u32,
+    /// How many bytes all take.
+    pub bytes: u32,
+}
+
+impl ScanRoom {
+    /// For keys of `dk` numbers, `slices` times [`SLICE`] rows of S.
+    #[inline(always)]
+    pub const fn new(dk: u32, slices: u32) -> Self {
+        let k = CHUNK * padded(dk);
+        let t = 2 * k;
+        let p = t + CHUNK * padded(CHUNK);
+        let factors = p + CHUNK * padded(CHUNK);
+        let v = factors + CHUNK * 16;
+        Self { q: 0, k, t, p, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
+    }
+
+    /// Bytes through which a warp with rows of S hands over to the one that makes its outputs: S, U, and what
+    /// brings products with them back.
+    #[inline(always)]
+    pub const fn handed(dk: u32) -> u32 {
+        dk / 16 * 512 + 2048 + WARP_ROWS * 8
+    }
+
+    /// Bytes of a block's shared memory.
+    #[inline(always)]
+    pub const fn all(dk: u32, slices: u32, stages: u32) -> u32 {
+        stages * Self::new(dk, slices).bytes + slices * (SLICE / WARP_ROWS) * Self::handed(dk)
+    }
+}
+
+/// Bytes of a row of S in shared memory.
+#[inline(always)]
+pub const fn state_row(dk: u32) -> u32 {
+    (dk + 8) * 4
+}
+
+/// Bytes of shared memory of a block of the norm: outputs, and sums of squares.
+#[inline(always)]
+pub const fn norm_bytes(dv: u32) -> u32 {
+    CHUNK * (dv + 1) * 4 + THREADS / 32 * CHUNK * 4
+}

@@ -1,0 +1,157 @@
+//! Four elements at a time, of any dtype, and how f32 are brought into the range of f16.
+
+use gdn_math::element::{bf16_of_f32, f32_of_bf16};
+
+use super::args::{BF16, F32, Vector};
+use crate::gpu::{Bytes16, TensorCore};
+
+/// Bytes of an element.
+#[inline(always)]
+pub(super) fn size(dtype: u32) -> u32 {
+    if dtype == F32 { 4 } else { 2 }
+}
+
+/// The two numbers of 16 bits in a word, without a branch.
+#[inline(always)]
+fn widened(gpu: &impl TensorCore, dtype: u32, two: u32) -> [f32; 2] {
+    let [low, high] = gpu.unpack_f16(two);
+    if dtype == BF16 { [f32_of_bf16(two as u16), f32_of_bf16((two >> 16) as u16)] } else { [low, high] }
+}
+
+/// Two numbers in 16 bits each, to nearest.
+#[inline(always)]
+fn narrowed(gpu: &impl TensorCore, dtype: u32, [low, high]: [f32; 2]) -> u32 {
+    let f16 = gpu.pack_f16(low, high);
+    let bf16 = u32::from(bf16_of_f32(low)) | u32::from(bf16_of_f32(high)) << 16;
+    if dtype == BF16 { bf16 } else { f16 }
+}
+
+/// One element.
+///
+/// # Safety
+/// It is readable, at a multiple of its size.
+#[inline(always)]
+pub(super) unsafe fn load(gpu: &impl TensorCore, dtype: u32, address: u64) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype == F32 {
+            return f32::from_bits(gpu.load4(address));
+        }
+        let [value, _] = widened(gpu, dtype, u32::from(gpu.load2(address)));
+        value
+    }
+}
+
+/// Writes one element, rounded to nearest.
+///
+/// # Safety
+/// It is writable, at a multiple of its size, and no other thread's.
+#[inline(always)]
+pub(super) unsafe fn store(gpu: &impl TensorCore, dtype: u32, address: u64, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype == F32 {
+            gpu.store4(address, value.to_bits());
+        } else {
+            gpu.store2(address, narrowed(gpu, dtype, [value, 0.0]) as u16);
+        }
+    }
+}
+
+/// Element `i` of a vector.
+///
+/// # Safety
+/// It is there.
+#[inline(always)]
+pub(super) unsafe fn of_vector(gpu: &impl TensorCore, vector: &Vector, i: u32) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe { load(gpu, vector.dtype, vector.address + u64::from(i) * vector.stride) }
+}
+
+/// Four elements, `stride` bytes apart; `wide`: dense, at a multiple of their size together.
+///
+/// # Safety
+/// They are readable, each at a multiple of its size.
+#[inline(always)]
+pub(super) unsafe fn load4(gpu: &impl TensorCore, dtype: u32, address: u64, stride: u64, wide: bool) -> [f32; 4] {
+    let mut bits = [0u32; 4];
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype == F32 {
+            if wide {
+                Bytes16(bits) = gpu.load16(address);
+            } else {
+                let mut i = 0;
+                while i < 4 {
+                    bits[i] = gpu.load4(address + i as u64 * stride);
+                    i += 1;
+                }
+            }
+            return bits.map(f32::from_bits);
+        }
+        if wide {
+            let four = gpu.load8(address);
+            (bits[0], bits[1]) = (four as u32, (four >> 32) as u32);
+        } else {
+            let mut i = 0;
+            while i < 4 {
+                bits[i / 2] |= u32::from(gpu.load2(address + i as u64 * stride)) << (i % 2 * 16);
+                i += 1;
+            }
+        }
+    }
+    let ([a, b], [c, d]) = (widened(gpu, dtype, bits[0]), widened(gpu, dtype, bits[1]));
+    [a, b, c, d]
+}
+
+/// Writes four elements, as [`load4`] reads them.
+///
+/// # Safety
+/// They are writable, each at a multiple of its size, and no other thread's.
+#[inline(always)]
+pub(super) unsafe fn store4(
+    gpu: &impl TensorCore,
+    dtype: u32,
+    address: u64,
+    stride: u64,
+    wide: bool,
+    values: [f32; 4],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype == F32 {
+            let bits = values.map(f32::to_bits);
+            if wide {
+                gpu.store16(address, Bytes16(bits));
+                return;
+            }
+            let mut i = 0;
+            while i < 4 {
+                gpu.store4(address + i as u64 * stride, bits[i]);
+                i += 1;
+            }
+            return;
+        }
+        let [a, b, c, d] = values;
+        let bits = [narrowed(gpu, dtype, [a, b]), narrowed(gpu, dtype, [c, d])];
+        if wide {
+            gpu.store8(address, u64::from(bits[0]) | u64::from(bits[1]) << 32);
+            return;
+        }
+        let mut i = 0;
+        while i < 4 {
+            gpu.store2(address + i as u64 * stride, (bits[i / 2] >> (i % 2 * 16)) as u16);
+            i += 1;
+        }
+    }
+}
+
+/// A power of two that brings `largest`, and with it all numbers of a row, into the range of f16, and its
+/// inverse. What is less than 2^-29 of the largest loses places. Numbers from 2^-45 to 2^75 come to be from
+/// 2^14 to 2^15.
+#[inline(always)]
+pub(super) fn power(largest: f32) -> (f32, f32) {
+    let exponent = (largest.to_bits() >> 23) & 0xff;
+    let up = (127u32 + 127 + 14).saturating_sub(exponent).clamp(127 - 60, 127 + 60);
+    (f32::from_bits(up << 23), f32::from_bits((254 - up) << 23))
+}

@@ -1,0 +1,15 @@
+//! The prefill: any number of tokens of any number of sequences through everything between the layer's two
+//! GEMMs, in chunks of 64 tokens, in four kernels for each window of chunks: [`convolve`] and [`prepare`],
+//! which need no state, [`scan`], from chunk to chunk, and [`norm`]. Grids depend on N and B alone; which
+//! chunk is whose the kernels read from `cu_seqlens`.
+
+pub mod args;
+pub mod convolve;
+mod element;
+pub mod norm;
+mod outputs;
+pub mod prepare;
+pub mod scan;
+mod sequence;
+mod state;
+mod tiles;

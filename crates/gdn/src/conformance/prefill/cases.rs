@@ -1,0 +1,284 @@
+//! The cases, for any backend that runs a [`Call`].
+
+use super::{
+    Call,
+    batch::{Batch, Form, Precision},
+    memory::{Memory, Numbers, Random},
+    setup::{Inputs, Options},
+};
+use crate::{
+    argument::ArgumentError,
+    cuda::{
+        CudaError,
+        prefill::{Job, PREFILL_CHUNK, Profile, prefill_scratch_bytes, prefill_supports},
+    },
+    dtype::Dtype,
+    heads::Heads,
+    layer::{Gate, Layer},
+    packing::{Layout, Packing},
+    prefill::{Checkpoints, Plan},
+    tensor::IndexType,
+    view::{Address, DeviceAddress},
+};
+
+/// Runs a call as a device of this profile would.
+pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
+
+/// Products are of f16.
+const PRECISION: Precision = Precision { error: 5e-4, change: 1.0 / 2048.0 };
+
+/// All of shared memory, the launch's own choices.
+const WHOLE: Profile = Profile { multiprocessors: 132, shared: 227 << 10, window: None, threads: None };
+
+/// As little shared memory as any device has, windows of two chunks, blocks with twice the rows.
+const SMALL: Profile =
+    Profile { multiprocessors: 132, shared: 99 << 10, window: Some(2), threads: Some(256) };
+
+/// Bytes of scratch that a call takes.
+pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usize {
+    let tokens = profile.window.map_or(usize::MAX, |window| window * PREFILL_CHUNK);
+    let (tokens, sequences) = (plan.tokens.num_tokens.min(tokens), plan.slots.num_sequences);
+    prefill_scratch_bytes(&plan.tokens.layer, tokens, sequences)
+}
+
+/// What a call leaves.
+fn results(batch: &Batch) -> [&[u8]; 3] {
+    [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
+}
+
+/// Holds prefill of some sequences to the oracle, and other windows and blocks to the same bits.
+fn check(options: &Options, form: Form, lens: &[usize], run: &mut Run<'_>) {
+    let before = Batch::new(options, form, lens);
+    check_batch(&before, &format!("prefill of {lens:?}, {options:?}, {form:?}"), run);
+}
+
+fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
+    let mut first = before.clone();
+    first.prefill_by(None, |call| run(call, WHOLE));
+    first.check_to(PRECISION, before, what);
+    let mut other = before.clone();
+    other.prefill_by(None, |call| run(call, SMALL));
+    assert!(results(&first) == results(&other), "{what}: other windows give other bits");
+}
+
+/// Shapes, dtypes and orders.
+pub(super) fn oracle(run: &mut Run<'_>) {
+    for heads in [
+        [1, 2, 128, 128],
+        [2, 2, 64, 64],
+        [1, 3, 64, 96],
+        [1, 1, 128, 96],
+        [1, 1, 96, 192],
+        [1, 1, 64, 256],
+    ] {
+        check(&Options::new(heads), Form::default(), &[70], run);
+    }
+    for (dtype, state_dtype, state_order) in [
+        (Dtype::BF16, Dtype::F32, [3, 2]),
+        (Dtype::F16, Dtype::BF16, [2, 3]),
+        (Dtype::BF16, Dtype::F16, [3, 2]),
+    ] {
+        let options = Options { dtype, ba_dtype: dtype, weight_dtype: dtype, ..Options::new([1, 2, 64, 64]) };
+        let form = Form { out_dtype: dtype, state_dtype, conv_dtype: dtype, state_order, ..Form::default() };
+        check(&options, form, &[66, 3], run);
+    }
+    let lens = [0, 1, 63, 64, 65, 0, 127, 128, 129, 2];
+    check(&Options::new([1, 1, 64, 64]), Form::default(), &lens, run);
+}
+
+/// What breaks implementations.
+pub(super) fn hostile(run: &mut Run<'_>) {
+    for inputs in Inputs::ALL {
+        for beta_scale in [1.0, 2.0] {
+            let options = Options { inputs, beta_scale, ..Options::new([1, 2, 64, 64]) };
+            check(&options, Form::default(), &[70], run);
+        }
+    }
+}
+
+/// Layers at random.
+pub(super) fn any_layer(count: u64, run: &mut Run<'_>) {
+    for seed in 0..count {
+        let mut random = Random(seed * 7919 + 5);
+        let mut below = |n: u64| (random.bits() % n) as usize;
+        let (hk, ratio) = (below(2) + 1, below(3) + 1);
+        let dims = [64, 64, 96, 128];
+        let options = Options {
+            heads: [hk, hk * ratio, dims[below(4)], dims[below(4)]],
+            packing: if below(2) == 0 { Packing::Interleaved } else { Packing::Contiguous },
+            packed: below(2) == 0,
+            dtype: Dtype::ALL[below(3)],
+            ba_dtype: Dtype::ALL[below(3)],
+            weight_dtype: Dtype::ALL[below(3)],
+            conv_width: below(4) + 1,
+            conv_bias: below(2) == 0,
+            gate: if below(2) == 0 { Gate::Sigmoid } else { Gate::Silu },
+            beta_scale: 1.0,
+            inputs: Inputs::ALL[below(10)],
+            gap: below(9),
+            // Elements stay at multiples of their size.
+            misalignment: 0,
+            seed,
+        };
+        let form = Form {
+            conv_dtype: Dtype::ALL[below(3)],
+            state_dtype: Dtype::ALL[below(3)],
+            state_order: if below(2) == 0 { [2, 3] } else { [3, 2] },
+            conv_order: if below(2) == 0 { [1, 2] } else { [2, 1] },
+            more_columns: below(3),
+            out_dtype: Dtype::ALL[below(3)],
+            gap: below(20),
+            index_type: if below(2) == 0 { IndexType::I64 } else { IndexType::I32 },
+            pad_slot_id: if below(2) == 0 { 0 } else { -1 },
+        };
+        let lens: Vec<usize> = (0..below(4)).map(|_| below(150)).collect();
+        check(&options, form, &lens, run);
+    }
+}
+
+/// Padding, flags, neighbours, cuts, checkpoints, wrong indices, refusals.
+pub(super) fn contracts(run: &mut Run<'_>) {
+    padding(run);
+    initial_states(run);
+    alone_and_in_parts(run);
+    checkpoints(run);
+    refusals();
+}
+
+/// Padding, and slots that the CPU would refuse, are skipped: zeros, and nothing touched. NaN there reaches
+/// nobody.
+fn padding(run: &mut Run<'_>) {
+    for wrong in [-1, -7, 6, 1 << 30] {
+        let mut before = Batch::new(&Options::new([1, 2, 64, 64]), Form::default(), &[3, 65, 2, 9]);
+        before.slots = vec![3, wrong, 1, wrong];
+        for t in (3..68).chain(70..79) {
+            for f in 0..before.setup.mixed_qkvz.sizes[1] {
+                before.setup.mixed_qkvz.set([t, f], f64::NAN);
+            }
+        }
+        let mut after = before.clone();
+        after.prefill_by(None, |call| run(call, WHOLE));
+        // For the check these are padding.
+        after.slots = vec![3, -1, 1, -1];
+        after.check_to(PRECISION, &before, &format!("slot {wrong}"));
+    }
+}
+
+/// Sequences that begin with zeros, whatever their slots hold.
+fn initial_states(run: &mut Run<'_>) {
+    let mut before = Batch::new(&Options::new([1, 2, 64, 64]), Form::default(), &[0, 67, 0, 2, 130]);
+    before.has_initial_state = Some(vec![0, 0, 1, 0, 1]);
+    check_batch(&before, "flags", run);
+}
+
+/// A sequence alone, in its batch, and cut at multiples of the chunk.
+fn alone_and_in_parts(run: &mut Run<'_>) {
+    let form = Form { more_columns: 1, ..Form::default() };
+    let options = Options { dtype: Dtype::BF16, ..Options::new([1, 2, 64, 64]) };
+    let before = Batch::new(&options, form, &[5, 200, 64]);
+    let mut whole = before.clone();
+    whole.prefill_by(None, |call| run(call, WHOLE));
+    let mut parts = before.clone();
+    let mut start = 5;
+    let mut outputs = Vec::new();
+    for len in [64, 128, 8] {
+        let mut part = before.clone();
+        part.setup = before.setup.rows(start..start + len);
+        (part.lens, part.slots) = (vec![len], vec![before.slots[1]]);
+        (part.conv, part.recurrent) = (parts.conv.clone(), parts.recurrent.clone());
+        part.out = Memory::dense(Dtype::F32, [len, 2, 64]);
+        part.prefill_by(None, |call| run(call, SMALL));
+        (parts.conv, parts.recurrent) = (part.conv.clone(), part.recurrent.clone());
+        outputs.extend(part.out.all());
+        start += len;
+    }
+    let slot = before.slots[1] as usize;
+    assert_eq!(whole.out_of(5..205), outputs, "cut, outputs have other bits");
+    let (whole, parts) = (whole.state(slot), parts.state(slot));
+    assert!(
+        whole.conv_state == parts.conv_state && whole.recurrent_state == parts.recurrent_state,
+        "cut, states have other bits"
+    );
+}
+
+/// States inside the sequences are those of sequences that end there.
+fn checkpoints(run: &mut Run<'_>) {
+    for (state_dtype, profile) in [(Dtype::F32, WHOLE), (Dtype::BF16, SMALL)] {
+        let form = Form { state_dtype, ..Form::default() };
+        let options = Options::new([1, 2, 64, 96]);
+        let lens = [130, 64, 63, 256];
+        let before = Batch::new(&options, form, &lens);
+        let mut after = before.clone();
+        let [_, hv, dv, dk] = before.recurrent.sizes;
+        let channels = before.conv.sizes[1];
+        let mut states = Memory::dense(state_dtype, [8, hv, dv, dk]);
+        let mut windows = Memory::dense(Dtype::F32, [8, channels, 4]);
+        let (untouched_states, untouched_windows) = (states.clone(), windows.clone());
+        // Two for the first, one for the second, none, four for the last, for which there is no room for all.
+        let starts = Numbers::new(&[1, 0, 7, 4], IndexType::I64);
+        let kept = Checkpoints {
+            every: 64,
+            starts: starts.view([4]),
+            recurrent_states: states.view_mut(),
+            conv_states: Some(windows.view_mut()),
+        };
+        after.prefill_by(Some(kept), |call| run(call, profile));
+        after.check_to(PRECISION, &before, "with checkpoints");
+        let mut made = vec![false; 8];
+        for (sequence, start) in [(0, 1), (1, 0), (3, 4)] {
+            for i in 0..lens[sequence] / 64 {
+                let mut short = before.clone();
+                let first = before.starts()[sequence];
+                short.setup = before.setup.rows(first..first + 64 * (i + 1));
+                (short.lens, short.slots) = (vec![64 * (i + 1)], vec![before.slots[sequence]]);
+                short.out = Memory::dense(Dtype::F32, [64 * (i + 1), hv, dv]);
+                short.prefill_by(None, |call| run(call, WHOLE));
+                let state = short.state(before.slots[sequence] as usize);
+                let place = start + i;
+                made[place] = true;
+                let got: Vec<f64> =
+                    (0..hv * dv * dk).map(|i| states.get([place, i / (dv * dk), i / dk % dv, i % dk])).collect();
+                assert_eq!(got, state.recurrent_state, "checkpoint {i} of sequence {sequence}");
+                let got: Vec<f64> =
+                    (0..channels * 3).map(|i| windows.get([place, i / 3, 1 + i % 3])).collect();
+                assert_eq!(got, state.conv_state, "window {i} of sequence {sequence}");
+            }
+        }
+        states.check_untouched(&untouched_states, "checkpoints", |[place, ..]| made[place]);
+        windows.check_untouched(&untouched_windows, "windows", |[place, _, column]| made[place] && column > 0);
+    }
+}
+
+/// What the kernels do not take is refused by name, with both numbers.
+fn refusals() {
+    let layer = |heads: [usize; 4]| {
+        let [hk, hv, dk, dv] = heads;
+        Layer::new(Layout::new(Heads::new(hk, hv, dk, dv).unwrap(), Packing::Interleaved))
+    };
+    let refused = |layer: &Layer| match prefill_supports(layer) {
+        Err(ArgumentError::Value { argument, got, .. }) => (argument, got),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(&layer([1, 1, 80, 64])), ("head_k_dim", "80".to_owned()));
+    assert_eq!(refused(&layer([1, 1, 256, 64])), ("head_k_dim", "256".to_owned()));
+    assert_eq!(refused(&layer([1, 1, 64, 48])), ("head_v_dim", "48".to_owned()));
+    assert_eq!(refused(&Layer { conv_width: 5, ..layer([1, 1, 64, 64]) }), ("conv_width", "5".to_owned()));
+    assert_eq!(refused(&Layer { beta_scale: 2.5, ..layer([1, 1, 64, 64]) }), ("beta_scale", "2.5".to_owned()));
+    prefill_supports(&layer([16, 32, 128, 128])).unwrap();
+    let mut batch = Batch::new(&Options::new([1, 1, 64, 64]), Form::default(), &[3]);
+    batch.prefill_by(None, |call| {
+        let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
+        let bytes = scratch_bytes(&plan, WHOLE);
+        let few = Job::new(&plan, (DeviceAddress(256), bytes - 1), WHOLE).unwrap_err();
+        let CudaError::Argument(ArgumentError::Length { argument, got, expected, .. }) = few else {
+            panic!("{few}")
+        };
+        assert_eq!((argument, got, expected), ("scratch", bytes - 1, bytes));
+        let odd = Job::new(&plan, (DeviceAddress(264), bytes), WHOLE).unwrap_err();
+        assert!(matches!(odd, CudaError::Argument(ArgumentError::Value { argument: "scratch", .. })), "{odd}");
+    });
+    // Scratch is bounded, whatever the tokens.
+    let most = prefill_scratch_bytes(&layer([16, 32, 128, 128]), 10_000_000, 1);
+    assert!(most < 260 << 20, "{most}");
+    assert_eq!(most, prefill_scratch_bytes(&layer([16, 32, 128, 128]), 20_000_000, 1000));
+}

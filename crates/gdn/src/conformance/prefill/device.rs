@@ -1,0 +1,207 @@
+//! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are
+//! skipped.
+
+use cudarc::driver::{CudaSlice, DevicePtr, sys};
+
+use super::{
+    Access, Call,
+    batch::{Batch, Form},
+    cases,
+    emulator::emulate,
+    extents, moved,
+    setup::Options,
+};
+use crate::{
+    cuda::{
+        CudaError, Gpu,
+        prefill::{Job, Profile, run},
+    },
+    dtype::Dtype,
+    prefill::Plan,
+    view::DeviceAddress,
+};
+
+/// On a stream of its own: the default one cannot be captured.
+fn gpu() -> Option<Gpu> {
+    match Gpu::new(0) {
+        Ok(gpu) => {
+            let stream = gpu.stream().context().new_stream().unwrap();
+            Some(Gpu::on(&stream).unwrap())
+        }
+        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// No more shared memory than the device has.
+fn on(gpu: &Gpu, profile: Profile) -> Profile {
+    Profile { shared: profile.shared.min(Profile::of(gpu).shared), ..profile }
+}
+
+/// The tensors of a call on the device: each with the bytes before it.
+struct Placed {
+    tensors: Vec<(super::Extent, usize, CudaSlice<u8>)>,
+    /// Where the scratch memory is, and how much.
+    at: (DeviceAddress, usize),
+    _scratch: CudaSlice<u8>,
+    plan: Plan<DeviceAddress>,
+}
+
+impl Placed {
+    fn new(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) -> Self {
+        let stream = gpu.stream();
+        let plan = Plan::new(call).unwrap();
+        let tensors: Vec<_> = extents(&plan)
+            .into_iter()
+            .map(|extent| {
+                let start = extent.at.addr() % 256;
+                let mut bytes = vec![0xA5; start + extent.bytes];
+                // SAFETY: the tensor's memory, from its first element to its last.
+                bytes[start..].copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
+                // One byte at least, to have an address.
+                bytes.push(0xA5);
+                (extent, start, stream.clone_htod(&bytes).unwrap())
+            })
+            .collect();
+        let scratch = stream.clone_htod(&vec![0xFF; cases::scratch_bytes(&plan, profile)]).unwrap();
+        let address = |at: *mut u8| {
+            let found = tensors.iter().find(|(extent, ..)| extent.at == at);
+            let (_, start, memory) = found.expect("a tensor of the plan");
+            DeviceAddress(memory.device_ptr(stream).0 + *start as u64)
+        };
+        let plan = moved(&plan, address);
+        let at = (DeviceAddress(scratch.device_ptr(stream).0), scratch.len());
+        stream.synchronize().unwrap();
+        Self { tensors, at, _scratch: scratch, plan }
+    }
+
+    fn run(&self, profile: Profile, gpu: &Gpu) {
+        let stream = gpu.stream();
+        // SAFETY: the tensors are at these addresses as long as `self`, which outlives the stream's work.
+        unsafe { run(gpu, &self.plan, self.at, on(gpu, profile), stream.cu_stream()) }.unwrap();
+    }
+}
+
+/// Runs a call on the device, within tensors that are copied there and back.
+fn launch(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
+    let placed = Placed::new(call, profile, gpu);
+    placed.run(profile, gpu);
+    for (extent, start, memory) in placed.tensors.iter().filter(|(e, ..)| e.access != Access::Reads) {
+        let bytes = gpu.stream().clone_dtoh(memory).unwrap();
+        let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
+        assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
+        // SAFETY: the tensor's memory, which the call may write.
+        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
+            .copy_from_slice(&bytes[*start..*start + extent.bytes]);
+    }
+}
+
+/// Runs a call on the device and on the emulator, for the same bits.
+fn both(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
+    let plan = Plan::new(call).unwrap();
+    let written: Vec<_> = extents(&plan).into_iter().filter(|e| e.access != Access::Reads).collect();
+    let copy = |extent: &super::Extent| {
+        // SAFETY: the memory of a tensor of the call.
+        unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) }.to_vec()
+    };
+    let bytes = || -> Vec<Vec<u8>> { written.iter().map(copy).collect() };
+    let before = bytes();
+    emulate(call, on(gpu, profile));
+    let emulated = bytes();
+    for (extent, before) in written.iter().zip(&before) {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }.copy_from_slice(before);
+    }
+    launch(call, profile, gpu);
+    assert!(bytes() == emulated, "the device's bits are not the emulator's");
+}
+
+#[test]
+fn the_oracle_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::oracle(&mut |call, profile| both(call, profile, &gpu));
+    cases::hostile(&mut |call, profile| both(call, profile, &gpu));
+}
+
+#[test]
+fn any_layer_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::any_layer(40, &mut |call, profile| launch(call, profile, &gpu));
+    cases::any_layer(8, &mut |call, profile| both(call, profile, &gpu));
+}
+
+#[test]
+fn contracts_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::contracts(&mut |call, profile| both(call, profile, &gpu));
+}
+
+/// For tools that look at every access: the device alone.
+#[test]
+fn contracts_on_the_gpu_alone() {
+    let Some(gpu) = gpu() else { return };
+    cases::contracts(&mut |call, profile| launch(call, profile, &gpu));
+}
+
+/// Microseconds of a call and of each of its first four launches, by heads and lengths.
+#[test]
+#[ignore = "a measurement"]
+fn measure_prefill() {
+    let gpu = gpu().expect("a GPU").check_pointers(false);
+    gpu.warmup().unwrap();
+    let stream = gpu.stream();
+    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    for (heads, lens) in [
+        ([16, 32, 128, 128], vec![512]),
+        ([16, 32, 128, 128], vec![2048]),
+        ([16, 32, 128, 128], vec![8192]),
+        ([16, 32, 128, 128], vec![32768]),
+        ([16, 32, 128, 128], vec![2048; 4]),
+        ([16, 32, 128, 128], vec![100, 1, 3000, 777, 4096]),
+        ([4, 8, 128, 128], vec![8192]),
+        ([16, 48, 128, 128], vec![8192]),
+    ] {
+        let options = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new(heads) };
+        let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
+        let mut batch = Batch::repeated(&options, form, &lens, 64);
+        batch.prefill_by(None, |call| {
+            let choices = [(None, u32::MAX), (Some(128), u32::MAX), (Some(256), u32::MAX), (Some(256), 110 << 10)];
+            for (threads, shared) in choices {
+                let profile = Profile { threads, ..Profile::of(&gpu) };
+                let profile = Profile { shared: profile.shared.min(shared), ..profile };
+                let placed = Placed::new(call, profile, &gpu);
+                let time = |work: &dyn Fn()| {
+                    let mut times: Vec<f32> = (0..12)
+                        .map(|_| {
+                            let start = stream.record_event(flags).unwrap();
+                            work();
+                            let end = stream.record_event(flags).unwrap();
+                            start.elapsed_ms(&end).unwrap() * 1000.0
+                        })
+                        .collect();
+                    times.sort_by(f32::total_cmp);
+                    times[5]
+                };
+                stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+                placed.run(profile, &gpu);
+                let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+                let all = time(&|| graph.launch().unwrap());
+                let job = Job::new(&placed.plan, placed.at, profile).unwrap().unwrap();
+                let steps: Vec<f32> = job
+                    .steps()
+                    .take(4)
+                    // SAFETY: as above.
+                    .map(|step| time(&|| unsafe { step.launch(&gpu, stream.cu_stream()) }.unwrap()))
+                    .collect();
+                println!(
+                    "prefill,{heads:?},{lens:?},threads {threads:?},shared {}: {all:.1} us, steps {steps:.1?} of {}",
+                    profile.shared,
+                    job.steps().count()
+                );
+            }
+        });
+    }
+}

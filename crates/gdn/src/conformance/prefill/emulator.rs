@@ -1,0 +1,102 @@
+//! The cases on the emulated GPU, which checks every access and runs blocks and threads in a random order.
+
+use gdn_kernels::{
+    emulator::{self, Memory, Place, Thread},
+    entries,
+};
+
+use super::{Access, Call, cases, extents, moved};
+use crate::{
+    cuda::prefill::{Job, Profile, Step},
+    prefill::Plan,
+    view::DeviceAddress,
+};
+
+macro_rules! kernels {
+    ($step:ident, $gpu:ident: $($name:ident)*) => {
+        match $step.kernel {
+            // SAFETY: the emulator checks every access.
+            $(stringify!($name) => unsafe { entries::$name($gpu, &$step.args) },)*
+            other => panic!("there is no kernel {other}"),
+        }
+    };
+}
+
+fn kernel(step: &Step, gpu: &Thread<'_>) {
+    kernels!(step, gpu:
+        gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_prepare gdn_prefill_norm
+        gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128);
+}
+
+/// Runs a call on the emulator. The kernels that it took.
+pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static str> {
+    let plan = Plan::new(call).unwrap();
+    let memory = Memory::new();
+    let placed: Vec<_> = extents(&plan)
+        .into_iter()
+        .map(|extent| {
+            // SAFETY: the tensor's memory, from its first element to its last.
+            let bytes = unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) };
+            let place = Place { misalignment: extent.at.addr() as u64 % 256, ..Place::dense(bytes.len()) };
+            let address = match extent.access {
+                Access::Reads => memory.input(bytes, place),
+                Access::Writes => memory.output(bytes.len(), place),
+                Access::Updates => memory.state(bytes, place),
+            };
+            (extent, address)
+        })
+        .collect();
+    let address = |at: *mut u8| {
+        let found = placed.iter().find(|(extent, _)| extent.at == at);
+        DeviceAddress(found.expect("a tensor of the plan").1)
+    };
+    let bytes = cases::scratch_bytes(&plan, profile);
+    let scratch = memory.scratch(bytes, Place::dense(bytes));
+    let Some(job) = Job::new(&moved(&plan, address), (DeviceAddress(scratch), bytes), profile).unwrap() else {
+        return Vec::new();
+    };
+    let mut kernels = Vec::new();
+    for (i, step) in job.steps().enumerate() {
+        let launch = emulator::Launch::new([step.blocks, 1, 1], step.threads).shared(step.shared);
+        emulator::run_in_step(&memory, launch.seed(i as u64 * 31 + 7), |gpu| kernel(&step, gpu));
+        kernels.push(step.kernel);
+    }
+    for (extent, address) in placed.iter().filter(|(extent, _)| extent.access != Access::Reads) {
+        let (bytes, stored) = memory.read(*address);
+        for (i, (byte, stored)) in bytes.iter().zip(stored).enumerate() {
+            if stored == 1 {
+                // SAFETY: a byte of the tensor's memory, which the call may write.
+                unsafe { extent.at.add(i).write(*byte) };
+            }
+        }
+    }
+    kernels
+}
+
+#[test]
+fn the_oracle_on_the_emulator() {
+    let mut seen = std::collections::BTreeSet::new();
+    cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
+    assert_eq!(seen.len(), 7, "{seen:?}");
+}
+
+#[test]
+fn hostile_inputs_on_the_emulator() {
+    cases::hostile(&mut |call, profile| {
+        emulate(call, profile);
+    });
+}
+
+#[test]
+fn any_layer_on_the_emulator() {
+    cases::any_layer(8, &mut |call, profile| {
+        emulate(call, profile);
+    });
+}
+
+#[test]
+fn contracts_on_the_emulator() {
+    cases::contracts(&mut |call, profile| {
+        emulate(call, profile);
+    });
+}

@@ -1,0 +1,550 @@
+//! Prefill on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernels' arguments
+//! and grids for a checked plan.
+
+use cudarc::driver::{DevicePtrMut, sys::CUstream};
+use gdn_kernels::{
+    prefill::args::{
+        Args, CHUNK, CONVOLVE_THREADS, Indices, PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS, THREADS, norm_bytes,
+    },
+    split::Divisor,
+};
+
+use super::{
+    decode::{Read, Write, field, indices, strided, vector},
+    device::Gpu,
+    error::CudaError,
+    launch::Launch,
+    module::Current,
+};
+use crate::{
+    argument::{ArgumentError, Because},
+    layer::{Gate, Layer, Projections},
+    prefill::{Plan, Prefill},
+    view::{DeviceAddress, Packed, Unpacked},
+};
+
+/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits.
+pub const PREFILL_CHUNK: usize = CHUNK as usize;
+
+/// Scratch memory is for windows of so many chunks that they take no more than this.
+const MOST_SCRATCH: usize = 256 << 20;
+
+/// The lengths of keys, and of values, that the kernels are made for.
+const DIMS: [(&str, &[usize], &str); 2] = [
+    ("head_k_dim", &[64, 96, 128], "64, 96 or 128"),
+    ("head_v_dim", &[64, 96, 128, 192, 256], "64, 96, 128, 192 or 256"),
+];
+
+/// Whether prefill on a GPU takes a layer: DK of 64, 96 or 128, DV of 64, 96, 128, 192 or 256, a `conv_width`
+/// of at most 4, a `beta_scale` from 0 to 2 (a larger one lets the delta rule grow without bound).
+///
+/// # Errors
+/// [`ArgumentError::Value`], which says what is not taken.
+pub fn prefill_supports(layer: &Layer) -> Result<(), ArgumentError> {
+    let refuse = |argument, got: String, expected: String| {
+        Err(ArgumentError::Value { argument, got, expected: expected + " on a GPU" })
+    };
+    let heads = layer.heads();
+    for ((argument, taken, expected), got) in DIMS.into_iter().zip([heads.head_k_dim(), heads.head_v_dim()]) {
+        if !taken.contains(&got) {
+            return refuse(argument, got.to_string(), expected.to_owned());
+        }
+    }
+    if layer.conv_width > TAPS as usize {
+        return refuse("conv_width", layer.conv_width.to_string(), format!("at most {TAPS}"));
+    }
+    if !(0.0..=2.0).contains(&layer.beta_scale) {
+        return refuse("beta_scale", layer.beta_scale.to_string(), "from 0 to 2".to_owned());
+    }
+    Ok(())
+}
+
+/// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
+/// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
+pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
+    let window = window(layer, chunks(num_tokens, num_sequences));
+    usize::try_from(scratch(layer, 0, window).bytes).unwrap_or(usize::MAX)
+}
+
+/// Chunks that there are at most: each sequence begins one.
+fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
+    (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
+}
+
+/// Chunks of a window.
+fn window(layer: &Layer, chunks: usize) -> usize {
+    let of_one = scratch(layer, 0, 1);
+    let bytes = usize::try_from(of_one.carry[0]).unwrap_or(usize::MAX);
+    chunks.min(MOST_SCRATCH / bytes.max(1)).max(1)
+}
+
+fn scratch(layer: &Layer, at: u64, chunks: usize) -> Scratch {
+    let heads = layer.heads();
+    let [hk, hv, dk, dv] =
+        [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()].map(|n| n as u64);
+    Scratch::new(at, chunks as u64, hk, hv, dk, dv)
+}
+
+impl Gpu {
+    /// [`gdn::prefill`](crate::prefill()) by four kernel launches on `stream` for each window of some 10,000
+    /// tokens, and nothing else. The call returns before the work is done. It allocates nothing, waits for
+    /// nothing and reads nothing of the device's memory, so it can be captured in a CUDA graph once
+    /// [`Gpu::warmup`] was called; `cu_seqlens`, indices and flags may change between replays.
+    ///
+    /// Shapes, dtypes, strides and overlaps are checked as on the CPU; [`prefill_supports`] says which layers
+    /// are taken. `checkpoints.every` is a multiple of [`PREFILL_CHUNK`], and addresses are multiples of the
+    /// size of their elements. Indices are read by the kernels, which touch nothing outside the tensors
+    /// whatever these say: entries of `cu_seqlens` are brought to 0 to N, a sequence whose slot is not there
+    /// is skipped as if it were padding. Rows that belong to no sequence are not written; where two sequences
+    /// have one slot, what they leave there is not defined.
+    ///
+    /// Between the six steps numbers are f32 or, where matrices are multiplied, f16 that are scaled row by
+    /// row, so results are some 3e-4 of their norm off the exact ones, before they are rounded to the dtypes
+    /// of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot and the
+    /// neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
+    ///
+    /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooManySequences`],
+    /// [`CudaError::Driver`].
+    ///
+    /// # Safety
+    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the first kernel
+    /// starts until the last is done, all tensors and the scratch memory are in memory that the device can
+    /// reach, those that are read are not written, those that are written neither read nor written by
+    /// anything else, and these have no two elements in one place.
+    pub unsafe fn prefill_raw(
+        &self,
+        call: &Prefill<DeviceAddress, DeviceAddress>,
+        scratch: (DeviceAddress, usize),
+        stream: CUstream,
+    ) -> Result<(), CudaError> {
+        let plan = Plan::new(call)?;
+        // SAFETY: the caller's promise.
+        unsafe { run(self, &plan, scratch, Profile::of(self), stream) }
+    }
+}
+
+/// # Safety
+/// That of [`Gpu::prefill_raw`], for the tensors of a plan.
+pub(crate) unsafe fn run(
+    gpu: &Gpu,
+    plan: &Plan<DeviceAddress>,
+    scratch: (DeviceAddress, usize),
+    profile: Profile,
+    stream: CUstream,
+) -> Result<(), CudaError> {
+    let Some(job) = Job::new(plan, scratch, profile)? else { return Ok(()) };
+    let _current = Current::new(gpu.context())?;
+    if gpu.check_pointers {
+        named(plan, |argument, address, _| gpu.owns(argument, address))?;
+        gpu.owns("scratch", scratch.0)?;
+    }
+    // The kernels are for compute capability 8.0 too, and wait for nothing by themselves.
+    let gpu = gpu.clone().programmatic(false);
+    for step in job.steps() {
+        // SAFETY: the arguments were made from a checked plan, and the grids for them. The caller answers for
+        // the memory and the stream.
+        unsafe { step.launch(&gpu, stream) }?;
+    }
+    Ok(())
+}
+
+/// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
+/// date, on the GPU's stream: the counterpart of [`gdn::prefill`](crate::prefill()), and what
+/// [`Gpu::prefill_raw`] says.
+///
+/// The tensors are views of slices, as for [`decode`](super::decode()).
+///
+/// # Errors
+/// Those of [`Gpu::prefill_raw`], and [`CudaError::WrongStream`] for views that were made for another stream
+/// than this GPU's.
+pub fn prefill(
+    call: &mut Prefill<Read<'_>, Write<'_>>,
+    scratch: &mut impl DevicePtrMut<u8>,
+    gpu: &Gpu,
+) -> Result<(), CudaError> {
+    let plan = Plan::new(call)?;
+    let stream = gpu.stream().cu_stream();
+    streams(call, stream)?;
+    let len = scratch.len();
+    let (address, _recorded) = scratch.device_ptr_mut(gpu.stream());
+    // SAFETY: the elements lie within slices that the views borrow, the written ones exclusively and with no
+    // two elements in one place; cudarc orders what comes before and after on this stream.
+    unsafe { run(gpu, &plan, (address.into(), len), Profile::of(gpu), stream) }
+}
+
+/// That all views of a call were made for a stream.
+fn streams(call: &Prefill<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), CudaError> {
+    let expect = |argument: &'static str, got: CUstream| {
+        if got == stream { Ok(()) } else { Err(CudaError::WrongStream { argument }) }
+    };
+    match &call.projections {
+        Projections::Packed(Packed { mixed_qkvz, mixed_ba }) => {
+            expect("mixed_qkvz", mixed_qkvz.space().stream())?;
+            expect("mixed_ba", mixed_ba.space().stream())?;
+        }
+        Projections::Unpacked(Unpacked { mixed_qkv, z, b, a }) => {
+            for (argument, rows) in [("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a)] {
+                expect(argument, rows.space().stream())?;
+            }
+        }
+    }
+    let weights = &call.weights;
+    expect("conv_weight", weights.conv_weight.space().stream())?;
+    for (argument, vector) in [
+        ("conv_bias", weights.conv_bias.as_ref()),
+        ("A_log", Some(&weights.A_log)),
+        ("dt_bias", Some(&weights.dt_bias)),
+        ("norm_weight", Some(&weights.norm_weight)),
+    ] {
+        vector.map_or(Ok(()), |vector| expect(argument, vector.space().stream()))?;
+    }
+    let checkpoints = call.checkpoints.as_ref();
+    for (argument, got) in [
+        ("cu_seqlens", Some(call.cu_seqlens.space().stream())),
+        ("conv_state", call.conv_state.as_ref().map(|state| state.space().stream())),
+        ("recurrent_state", call.recurrent_state.as_ref().map(|state| state.space().stream())),
+        ("state_indices", call.slots.state_indices.as_ref().map(|indices| indices.space().stream())),
+        ("has_initial_state", call.has_initial_state.as_ref().map(|flags| flags.space().stream())),
+        ("checkpoints.starts", checkpoints.map(|kept| kept.starts.space().stream())),
+        ("checkpoints.recurrent_states", checkpoints.map(|kept| kept.recurrent_states.space().stream())),
+        (
+            "checkpoints.conv_states",
+            checkpoints.and_then(|kept| Some(kept.conv_states.as_ref()?.space().stream())),
+        ),
+        ("out", Some(call.out.space().stream())),
+    ] {
+        got.map_or(Ok(()), |got| expect(argument, got))?;
+    }
+    Ok(())
+}
+
+/// The tensors of a plan that have elements: their names, addresses, and bytes of an element.
+fn named<E>(
+    plan: &Plan<DeviceAddress>,
+    mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
+) -> Result<(), E> {
+    let tokens = &plan.tokens;
+    let is_packed = tokens.q.at == tokens.z.at;
+    let names = if is_packed {
+        ["mixed_qkvz", "mixed_qkvz", "mixed_ba", "mixed_ba"]
+    } else {
+        ["mixed_qkv", "z", "b", "a"]
+    };
+    if tokens.num_tokens > 0 {
+        for (name, field) in names.into_iter().zip([&tokens.q, &tokens.z, &tokens.b, &tokens.a]) {
+            see(name, field.at, field.dtype.size())?;
+        }
+        see("out", tokens.out.at, tokens.out.kind.size())?;
+    }
+    see("conv_weight", tokens.conv_weight.at, tokens.conv_weight.kind.size())?;
+    for (name, vector) in [
+        ("conv_bias", tokens.conv_bias.as_ref()),
+        ("A_log", Some(&tokens.A_log)),
+        ("dt_bias", Some(&tokens.dt_bias)),
+        ("norm_weight", Some(&tokens.norm_weight)),
+    ] {
+        vector.map_or(Ok(()), |vector| see(name, vector.at, vector.kind.size()))?;
+    }
+    see("cu_seqlens", plan.cu_seqlens.at, plan.cu_seqlens.kind.size())?;
+    if let Some(indices) = &plan.slots.state_indices {
+        see("state_indices", indices.at, indices.kind.size())?;
+    }
+    if let Some(flags) = &plan.has_initial_state {
+        see("has_initial_state", flags.at, flags.kind.size())?;
+    }
+    if let Some(conv) = plan.conv.as_ref().filter(|conv| !conv.state.sizes.contains(&0)) {
+        see("conv_state", conv.state.at, conv.state.kind.size())?;
+    }
+    if let Some(recurrent) = plan.recurrent.as_ref().filter(|state| !state.state.sizes.contains(&0)) {
+        see("recurrent_state", recurrent.state.at, recurrent.state.kind.size())?;
+    }
+    if let Some(kept) = plan.checkpoints.as_ref().filter(|kept| kept.recurrent_states.sizes[0] > 0) {
+        see("checkpoints.starts", kept.starts.at, kept.starts.kind.size())?;
+        let states = &kept.recurrent_states;
+        see("checkpoints.recurrent_states", states.at, states.kind.size())?;
+        if let Some(states) = kept.conv_states.as_ref().filter(|states| !states.sizes.contains(&0)) {
+            see("checkpoints.conv_states", states.at, states.kind.size())?;
+        }
+    }
+    Ok(())
+}
+
+/// What of a device decides the grid.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Profile {
+    pub(crate) multiprocessors: u32,
+    /// Bytes of shared memory that a block can have.
+    pub(crate) shared: u32,
+    /// Tests choose windows of few chunks, and the threads of a block of the scan.
+    pub(crate) window: Option<usize>,
+    pub(crate) threads: Option<u32>,
+}
+
+impl Profile {
+    pub(crate) fn of(gpu: &Gpu) -> Self {
+        let info = gpu.info();
+        Self {
+            multiprocessors: info.multiprocessors,
+            shared: u32::try_from(info.shared_bytes_per_block).unwrap_or(u32::MAX),
+            window: None,
+            threads: None,
+        }
+    }
+}
+
+/// One launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    pub(crate) kernel: &'static str,
+    pub(crate) args: Args,
+    pub(crate) blocks: u32,
+    pub(crate) threads: u32,
+    pub(crate) shared: u32,
+}
+
+impl Step {
+    /// # Safety
+    /// That of [`Gpu::launch`], for a step of a job in its order.
+    pub(crate) unsafe fn launch(self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
+        let function = gpu.kernels.kernel(gpu.context(), self.kernel)?;
+        let Self { blocks, threads, shared, args, .. } = self;
+        let launch = Launch { function, blocks: [blocks, 1, 1], threads, shared, cluster: 1 };
+        // SAFETY: the kernels take one `Args`; the caller's promise.
+        unsafe { gpu.launch(launch, args, stream) }
+    }
+}
+
+/// The arguments of all windows, and the grids of one chunk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job {
+    /// The last window's chunks end before this one.
+    chunks: u32,
+    window: u32,
+    args: Args,
+    convolve: Step,
+    prepare: Step,
+    scan: Step,
+    norm: Step,
+}
+
+/// Four elements of `size` bytes each can be read at once where all of these are multiples of them.
+fn is_wide(size: u64, all: impl IntoIterator<Item = u64>) -> bool {
+    all.into_iter().all(|number| number.is_multiple_of(4 * size))
+}
+
+fn no_tensor<const D: usize>() -> Strided<D> {
+    Strided { address: 0, strides: [0; D], dtype: 0 }
+}
+
+/// Whether rows or columns of states, whichever are dense, can be read four at once.
+fn is_wide_state(state: &Strided<4>, size: u64) -> bool {
+    let [of_slot, of_head, of_row, of_column] = state.strides;
+    let other = if of_column == size { of_row } else { of_column };
+    is_wide(size, [state.address, of_slot, of_head, other]) && (of_row == size || of_column == size)
+}
+
+impl Job {
+    /// `None` for no sequences: there is nothing to launch.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`] for what this backend does not take, [`CudaError::TooManySequences`].
+    pub(crate) fn new(
+        plan: &Plan<DeviceAddress>,
+        (at, scratch_bytes): (DeviceAddress, usize),
+        profile: Profile,
+    ) -> Result<Option<Self>, CudaError> {
+        let (tokens, num_sequences) = (&plan.tokens, plan.slots.num_sequences);
+        let layer = &tokens.layer;
+        prefill_supports(layer)?;
+        named(plan, |argument, DeviceAddress(address), size| {
+            if address.is_multiple_of(size as u64) {
+                return Ok(());
+            }
+            let (got, expected) = (format!("at address {address:#x}"), format!("at a multiple of {size}"));
+            Err(ArgumentError::Value { argument, got, expected })
+        })?;
+        if let Some(kept) = plan.checkpoints.filter(|kept| !kept.every.is_multiple_of(PREFILL_CHUNK)) {
+            let expected = format!("a multiple of {PREFILL_CHUNK} on a GPU");
+            return Err(ArgumentError::Value {
+                argument: "checkpoints.every",
+                got: kept.every.to_string(),
+                expected,
+            }
+            .into());
+        }
+        let chunks = chunks(tokens.num_tokens, num_sequences);
+        let window = profile.window.unwrap_or(usize::MAX).min(window(layer, chunks));
+        let scratch = scratch(layer, at.0, window);
+        if (scratch_bytes as u64) < scratch.bytes {
+            return Err(ArgumentError::Length {
+                argument: "scratch",
+                unit: "bytes",
+                got: scratch_bytes,
+                expected: scratch.bytes as usize,
+                because: Because::Op,
+            }
+            .into());
+        }
+        if !at.0.is_multiple_of(256) {
+            let (got, expected) = (format!("at address {:#x}", at.0), "at a multiple of 256".to_owned());
+            return Err(ArgumentError::Value { argument: "scratch", got, expected }.into());
+        }
+        if num_sequences == 0 {
+            return Ok(None);
+        }
+        let heads = layer.heads();
+        let (hk, hv, ratio) = (heads.num_k_heads(), heads.num_v_heads(), heads.ratio());
+        let too_many = || CudaError::TooManySequences { num_sequences, num_k_heads: hk };
+        let count =
+            |number: Option<usize>| number.and_then(|n| u32::try_from(n).ok()).filter(|n| *n < 1 << 31);
+        let number = |number: usize| count(Some(number)).ok_or_else(too_many);
+        // Features of a row, so of all channels, have 31 bits with room to spare.
+        number(heads.qkvz_features().saturating_mul(2))?;
+        let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
+        // As few blocks as multiprocessors have half the rows each: twice as many run side by side.
+        let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
+        let threads = profile.threads.unwrap_or_else(|| {
+            if halves.is_some_and(|halves| halves <= profile.multiprocessors) { 128 } else { 256 }
+        });
+        let room = |threads: u32, stages| ScanRoom::all(dk, threads / 128, stages);
+        let has_halves = dv.is_multiple_of(2 * SLICE) && room(256, 1) <= profile.shared;
+        let threads = if has_halves { threads } else { 128 };
+        let slices = dv / (threads / 128 * SLICE);
+        let scan_blocks = count((hv * slices as usize).checked_mul(num_sequences)).ok_or_else(too_many)?;
+        let (chunks, window) = (number(chunks)?, number(window)?);
+        count((window as usize).checked_mul(2 * hk + hv)).ok_or_else(too_many)?;
+        let stages = if room(threads, 2) <= profile.shared { 2 } else { 1 };
+        let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
+        let element = tokens.q.dtype.size() as u64;
+        let fields = [&tokens.q, &tokens.k, &tokens.v, &tokens.z].map(field);
+        let [q, k, v, z] = fields;
+        let weight = strided(&tokens.conv_weight);
+        let tap = tokens.conv_weight.kind.size() as u64;
+        let wide = is_wide(element, fields.iter().flat_map(|f| [f.address, f.row_stride, f.head_step]))
+            && is_wide(tap, [weight.address, weight.strides[0]])
+            && weight.strides[1] == tap
+            && layer.conv_width == TAPS as usize;
+        let (out, out_element) = (strided(&tokens.out), tokens.out.kind.size() as u64);
+        let [of_row, of_head, of_column] = out.strides;
+        let wide_out = is_wide(out_element, [out.address, of_row, of_head]) && of_column == out_element;
+        let state = plan.recurrent.as_ref().map(|recurrent| &recurrent.state);
+        let conv = plan.conv.as_ref().map(|conv| &conv.state);
+        let kept = plan.checkpoints.as_ref().filter(|kept| kept.recurrent_states.sizes[0] > 0);
+        let windows = kept.and_then(|kept| kept.conv_states.as_ref());
+        let wide_state = |state: &Strided<4>, size: usize| u32::from(is_wide_state(state, size as u64));
+        let columns = |columns: Option<usize>| number(columns.unwrap_or(0));
+        let args = Args {
+            num_tokens: tokens.num_tokens as u64,
+            num_sequences: number(num_sequences)?,
+            first_chunk: 0,
+            end_chunk: 0,
+            num_k_heads: divisor(hk as u32)?,
+            num_v_heads: divisor(hv as u32)?,
+            all_heads: divisor((2 * hk + hv) as u32)?,
+            key_words: divisor(dk / 8)?,
+            slices: divisor(slices)?,
+            head_k_dim: divisor(dk)?,
+            group_v_dim: divisor(ratio as u32 * dv)?,
+            ratio: divisor(ratio as u32)?,
+            dk,
+            dv,
+            conv_width: layer.conv_width as u32,
+            stages,
+            sigmoid: u32::from(layer.gate == Gate::Sigmoid),
+            wide: u32::from(wide),
+            wide_out: u32::from(wide_out),
+            wide_state: state.map_or(0, |state| wide_state(&strided(state), state.kind.size())),
+            wide_checkpoints: kept.map_or(0, |kept| {
+                wide_state(&strided(&kept.recurrent_states), kept.recurrent_states.kind.size())
+            }),
+            l2norm_eps: layer.l2norm_eps,
+            norm_eps: layer.norm_eps,
+            scale: layer.scale,
+            beta_scale: layer.beta_scale,
+            pad_slot_id: plan.slots.pad_slot_id,
+            cu_seqlens: indices(Some(&plan.cu_seqlens)),
+            has_initial_state: indices(plan.has_initial_state.as_ref()),
+            state_indices: indices(plan.slots.state_indices.as_ref()),
+            q,
+            k,
+            v,
+            z,
+            b: field(&tokens.b),
+            a: field(&tokens.a),
+            conv_weight: weight,
+            conv_bias: tokens.conv_bias.as_ref().map(vector).unwrap_or_default(),
+            A_log: vector(&tokens.A_log),
+            dt_bias: vector(&tokens.dt_bias),
+            norm_weight: vector(&tokens.norm_weight),
+            out,
+            conv_state: conv.map_or_else(no_tensor, strided),
+            conv_slots: conv.map_or(0, |conv| conv.sizes[0] as i64),
+            conv_columns: columns(conv.map(|conv| conv.sizes[2]))?,
+            has_checkpoints: u32::from(kept.is_some()),
+            every: divisor(number(kept.map_or(1, |kept| kept.every / PREFILL_CHUNK))?)?,
+            state: state.map_or_else(no_tensor, strided),
+            slots: state.map_or(0, |state| state.sizes[0] as i64),
+            starts: kept.map_or_else(Indices::default, |kept| indices(Some(&kept.starts))),
+            checkpoints: kept.map_or_else(no_tensor, |kept| strided(&kept.recurrent_states)),
+            windows: windows.map_or_else(no_tensor, strided),
+            checkpoint_slots: kept.map_or(0, |kept| kept.recurrent_states.sizes[0] as i64),
+            window_columns: columns(windows.map(|windows| windows.sizes[2]))?,
+            scratch,
+        };
+        let small = dk.max(dv) <= 128;
+        let convolve = Step {
+            kernel: if small { "gdn_prefill_convolve_128" } else { "gdn_prefill_convolve_256" },
+            args,
+            blocks: (2 * hk + hv) as u32,
+            threads: CONVOLVE_THREADS,
+            shared: 0,
+        };
+        let prepare = Step {
+            kernel: "gdn_prefill_prepare",
+            args,
+            blocks: hk as u32,
+            threads: THREADS,
+            shared: PrepareRoom::new(dk, ratio as u32).bytes,
+        };
+        let kernel = match dk {
+            64 => "gdn_prefill_scan_64",
+            96 => "gdn_prefill_scan_96",
+            _ => "gdn_prefill_scan_128",
+        };
+        let scan = Step { kernel, args, blocks: scan_blocks, threads, shared: room(threads, stages) };
+        let norm = Step {
+            kernel: "gdn_prefill_norm",
+            args,
+            blocks: hv as u32,
+            threads: THREADS,
+            shared: norm_bytes(dv),
+        };
+        for step in [convolve, prepare, scan, norm] {
+            if step.shared > profile.shared {
+                let expected = format!(
+                    "heads that take at most {} bytes of shared memory a block, these take {}",
+                    profile.shared, step.shared
+                );
+                let got = heads.to_string();
+                return Err(ArgumentError::Value { argument: "layout", got, expected }.into());
+            }
+        }
+        Ok(Some(Self { chunks, window, args, convolve, prepare, scan, norm }))
+    }
+
+    /// The launches, in order.
+    pub(crate) fn steps(&self) -> impl Iterator<Item = Step> + '_ {
+        let mut scratch = self.args.scratch;
+        (0..self.chunks).step_by(self.window as usize).flat_map(move |first_chunk| {
+            let end_chunk = first_chunk.saturating_add(self.window).min(self.chunks);
+            let args = Args { first_chunk, end_chunk, scratch, ..self.args };
+            scratch = scratch.next();
+            let chunks = end_chunk - first_chunk;
+            let tokens = |step: Step| Step { args, blocks: step.blocks * chunks, ..step };
+            [tokens(self.convolve), tokens(self.prepare), Step { args, ..self.scan }, tokens(self.norm)]
+        })
+    }
+}
