@@ -67,7 +67,19 @@ impl Scratch {
         let carry = out_scales + (chunks * hv * dv * 4).next_multiple_of(256);
         let state = hv * dv * dk * 4;
         let bytes = carry + 2 * state - at;
-        Self { q: at, k, v, t, p, factors, k_squares, v_scales, out_scales, carry: [carry, carry + state], bytes }
+        Self {
+            q: at,
+            k,
+            v,
+            t,
+            p,
+            factors,
+            k_squares,
+            v_scales,
+            out_scales,
+            carry: [carry, carry + state],
+            bytes,
+        }
     }
 
     /// As the next window has it.

@@ -43,7 +43,9 @@ pub unsafe fn run<const SLOTS: usize, G: TensorCore>(gpu: &G, args: &Args) {
     let (hk, dk, dv) = (args.num_k_heads.get(), args.dk, args.dv);
     // SAFETY: the caller's promises, here and below.
     unsafe {
-        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else { return };
+        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
+            return;
+        };
         if sequence.slot < 0 {
             return;
         }
@@ -58,8 +60,20 @@ pub unsafe fn run<const SLOTS: usize, G: TensorCore>(gpu: &G, args: &Args) {
             let (group, within) = args.ratio.divide(head);
             (key_head, feature, dim, channel) = (group, within * dv, dv, 2 * hk * dk + head * dv);
         }
-        let block =
-            Block { gpu, args, sequence, before, tokens, chunk, which, head, key_head, feature, dim, channel };
+        let block = Block {
+            gpu,
+            args,
+            sequence,
+            before,
+            tokens,
+            chunk,
+            which,
+            head,
+            key_head,
+            feature,
+            dim,
+            channel,
+        };
         // Each warp has a run of tokens. Its length is not told to the compiler, which would unroll it.
         let run = CHUNK * 32 / gpu.threads().max(32);
         block.convolve::<SLOTS>(gpu.thread() / 32 * run, run);
@@ -214,13 +228,13 @@ impl<G: TensorCore> Block<'_, G> {
                     let column = column(slot);
                     if column < dim {
                         let [a, b, c, d] = values[slot].map(|value| value * factor);
-                        let four =
-                            u64::from(gpu.pack_f16(a, b)) | u64::from(gpu.pack_f16(c, d)) << 32;
+                        let four = u64::from(gpu.pack_f16(a, b)) | u64::from(gpu.pack_f16(c, d)) << 32;
                         let to = if is_key {
                             let to = if self.which == 0 { args.scratch.q } else { args.scratch.k };
                             to + ((of_key + place.1) * u64::from(dim) + u64::from(column)) * 2
                         } else {
-                            let slice = u64::from(column / 32 * CHUNK + token) * 64 + u64::from(column % 32 * 2);
+                            let slice =
+                                u64::from(column / 32 * CHUNK + token) * 64 + u64::from(column % 32 * 2);
                             args.scratch.v + of_value * u64::from(dim * 2) + slice
                         };
                         gpu.store8(to, four);
@@ -234,14 +248,7 @@ impl<G: TensorCore> Block<'_, G> {
 
     /// Four inputs `back` tokens before token `first` of the chunk: of the sequence's, or of its window.
     #[inline(always)]
-    unsafe fn input_before(
-        &self,
-        x: u64,
-        first: u32,
-        back: u32,
-        channel: u32,
-        column: u32,
-    ) -> [f32; 4] {
+    unsafe fn input_before(&self, x: u64, first: u32, back: u32, channel: u32, column: u32) -> [f32; 4] {
         let Self { gpu, args, .. } = *self;
         let (dtype, row_stride) = (args.q.dtype, args.q.row_stride);
         let element = u64::from(size(dtype));

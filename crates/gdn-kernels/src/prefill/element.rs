@@ -73,7 +73,13 @@ pub(super) unsafe fn of_vector(gpu: &impl TensorCore, vector: &Vector, i: u32) -
 /// # Safety
 /// They are readable, each at a multiple of its size.
 #[inline(always)]
-pub(super) unsafe fn load4(gpu: &impl TensorCore, dtype: u32, address: u64, stride: u64, wide: bool) -> [f32; 4] {
+pub(super) unsafe fn load4(
+    gpu: &impl TensorCore,
+    dtype: u32,
+    address: u64,
+    stride: u64,
+    wide: bool,
+) -> [f32; 4] {
     let mut bits = [0u32; 4];
     // SAFETY: the caller's promise.
     unsafe {

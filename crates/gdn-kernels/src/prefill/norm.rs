@@ -25,7 +25,9 @@ pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
     let sums = CHUNK * (dv + 1) * 4;
     // SAFETY: the caller's promises, here and below.
     unsafe {
-        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else { return };
+        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
+            return;
+        };
         let is_there = sequence.slot >= 0;
         if is_there {
             let from = args.scratch.v + of_head * u64::from(dv * CHUNK * 2);
@@ -77,7 +79,8 @@ pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
             while column < dv {
                 let mut y = [0.0; 4];
                 if is_there {
-                    let z = load4(gpu, args.z.dtype, z + u64::from(column) * element, element, args.wide != 0);
+                    let z =
+                        load4(gpu, args.z.dtype, z + u64::from(column) * element, element, args.wide != 0);
                     let weight = &args.norm_weight;
                     let at = weight.address + u64::from(column) * weight.stride;
                     let weight = load4(gpu, weight.dtype, at, weight.stride, false);

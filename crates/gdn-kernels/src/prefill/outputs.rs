@@ -118,7 +118,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Outputs<'a, G, TILES> {
             let row = head + u64::from(self.block.first + self.block.warp_row() + lane / 4 + r as u32 * 8);
             // SAFETY: as `run`.
             unsafe {
-                if lane % 4 == 0 {
+                if lane.is_multiple_of(4) {
                     let scale = down[r] * args.scale;
                     gpu.store4(args.scratch.out_scales + row * 4, scale.to_bits());
                 }

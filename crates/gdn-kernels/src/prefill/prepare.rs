@@ -43,7 +43,9 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     let (chunk, head) = args.num_k_heads.divide(gpu.block()[0]);
     // SAFETY: the caller's promises, here and below.
     unsafe {
-        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else { return };
+        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
+            return;
+        };
         if sequence.slot < 0 {
             return;
         }
@@ -78,7 +80,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     unsafe fn fetch(&self) {
         let Self { gpu, args, room, .. } = self;
         let words = args.dk / 8;
-        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK * args.dk * 2);
+        let head =
+            u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK * args.dk * 2);
         let mut i = gpu.thread();
         while i < CHUNK * words {
             let (row, word) = args.key_words.divide(i);
@@ -236,7 +239,14 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     /// For v head `h` beta e^D K K^T below the diagonal, into the `n`th square, by columns; and e^D Q K^T up
     /// to the diagonal.
     #[inline(always)]
-    unsafe fn masked(&self, h: u32, n: u32, [rows, columns]: [u32; 2], kk: &[[f32; 4]; 4], qk: &[[f32; 4]; 4]) {
+    unsafe fn masked(
+        &self,
+        h: u32,
+        n: u32,
+        [rows, columns]: [u32; 2],
+        kk: &[[f32; 4]; 4],
+        qk: &[[f32; 4]; 4],
+    ) {
         let Self { gpu, args, room, .. } = self;
         // The lane's own number, in a way that keeps places from being kept from head to head: there are no
         // registers for them.

@@ -105,7 +105,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
     #[inline(always)]
     unsafe fn hand_over_scales(&self, which: u32, down: [f32; 2]) {
         let gpu = self.block.gpu;
-        if gpu.lane() % 4 == 0 {
+        if gpu.lane().is_multiple_of(4) {
             let line = gpu.lane() / 4;
             let mut r = 0;
             while r < 2 {
@@ -135,7 +135,11 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
             // X^T. Of V^T four matrices of 8 tokens and 8 rows each.
             let factors = base + room.factors + lane % 4 * 32;
             let row = self.block.warp_row();
-            let v = base + room.v + row / SLICE * CHUNK * padded(SLICE) + row % SLICE * 2 + right(gpu, padded(SLICE));
+            let v = base
+                + room.v
+                + row / SLICE * CHUNK * padded(SLICE)
+                + row % SLICE * 2
+                + right(gpu, padded(SLICE));
             let mut pair = 0;
             while pair < 4 {
                 let words = gpu.load_matrix4::<true>(v + pair as u32 * 16 * padded(SLICE));

@@ -69,7 +69,13 @@ pub(super) fn packed(gpu: &impl TensorCore, low: &Tile, high: &Tile, factors: [f
 
 /// Adds the product with 16 x 16 of a right side to two tiles.
 #[inline(always)]
-pub(super) fn product(gpu: &impl TensorCore, left: [u32; 4], [b0, b1, b2, b3]: [u32; 4], sums: &mut Tokens, pair: usize) {
+pub(super) fn product(
+    gpu: &impl TensorCore,
+    left: [u32; 4],
+    [b0, b1, b2, b3]: [u32; 4],
+    sums: &mut Tokens,
+    pair: usize,
+) {
     sums[2 * pair] = gpu.mma::<F16>(left, [b0, b1], sums[2 * pair]);
     sums[2 * pair + 1] = gpu.mma::<F16>(left, [b2, b3], sums[2 * pair + 1]);
 }

@@ -104,6 +104,26 @@ fn wrong_accesses_are_found() {
     }
 }
 
+/// What blocks of one launch read, those of the next one may write.
+#[test]
+fn launches_come_one_after_the_other() {
+    let buffers = Buffers::new();
+    let blocks = Launch::new([3, 1, 1], 32);
+    for round in 0..2u32 {
+        let write = |gpu: &Thread<'_>| unsafe {
+            let [block, ..] = gpu.block();
+            if block == round {
+                gpu.store4(buffers.scratch + u64::from(gpu.thread() * 4), block);
+            }
+        };
+        run_in_step(&buffers.memory, blocks, write);
+        let read = |gpu: &Thread<'_>| unsafe {
+            assert_eq!(gpu.load4(buffers.scratch + u64::from(gpu.thread() * 4)), round);
+        };
+        run_in_step(&buffers.memory, blocks, read);
+    }
+}
+
 /// The race of a decode step in one launch: the blocks of v heads that share a key head's convolution state.
 #[test]
 fn races_between_blocks_through_a_state_are_found() {

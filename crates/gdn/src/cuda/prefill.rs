@@ -4,7 +4,8 @@
 use cudarc::driver::{DevicePtrMut, sys::CUstream};
 use gdn_kernels::{
     prefill::args::{
-        Args, CHUNK, CONVOLVE_THREADS, Indices, PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS, THREADS, norm_bytes,
+        Args, CHUNK, CONVOLVE_THREADS, Indices, PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS,
+        THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -288,7 +289,7 @@ impl Profile {
         let info = gpu.info();
         Self {
             multiprocessors: info.multiprocessors,
-            shared: u32::try_from(info.shared_bytes_per_block).unwrap_or(u32::MAX),
+            shared: info.shared_bytes_per_block,
             window: None,
             threads: None,
         }

@@ -5,7 +5,7 @@ use gdn::{Cpu, Dtype};
 use crate::{
     batch::{Batch, Form, every_isa},
     memory::Memory,
-    setup::{Options, Setup},
+    setup::Options,
 };
 
 fn forms() -> impl Iterator<Item = (Options, Form)> {

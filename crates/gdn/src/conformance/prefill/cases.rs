@@ -63,14 +63,9 @@ fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
 
 /// Shapes, dtypes and orders.
 pub(super) fn oracle(run: &mut Run<'_>) {
-    for heads in [
-        [1, 2, 128, 128],
-        [2, 2, 64, 64],
-        [1, 3, 64, 96],
-        [1, 1, 128, 96],
-        [1, 1, 96, 192],
-        [1, 1, 64, 256],
-    ] {
+    for heads in
+        [[1, 2, 128, 128], [2, 2, 64, 64], [1, 3, 64, 96], [1, 1, 128, 96], [1, 1, 96, 192], [1, 1, 64, 256]]
+    {
         check(&Options::new(heads), Form::default(), &[70], run);
     }
     for (dtype, state_dtype, state_order) in [
@@ -224,7 +219,7 @@ fn checkpoints(run: &mut Run<'_>) {
         };
         after.prefill_by(Some(kept), |call| run(call, profile));
         after.check_to(PRECISION, &before, "with checkpoints");
-        let mut made = vec![false; 8];
+        let mut made = [false; 8];
         for (sequence, start) in [(0, 1), (1, 0), (3, 4)] {
             for i in 0..lens[sequence] / 64 {
                 let mut short = before.clone();
@@ -236,8 +231,9 @@ fn checkpoints(run: &mut Run<'_>) {
                 let state = short.state(before.slots[sequence] as usize);
                 let place = start + i;
                 made[place] = true;
-                let got: Vec<f64> =
-                    (0..hv * dv * dk).map(|i| states.get([place, i / (dv * dk), i / dk % dv, i % dk])).collect();
+                let got: Vec<f64> = (0..hv * dv * dk)
+                    .map(|i| states.get([place, i / (dv * dk), i / dk % dv, i % dk]))
+                    .collect();
                 assert_eq!(got, state.recurrent_state, "checkpoint {i} of sequence {sequence}");
                 let got: Vec<f64> =
                     (0..channels * 3).map(|i| windows.get([place, i / 3, 1 + i % 3])).collect();
@@ -245,7 +241,8 @@ fn checkpoints(run: &mut Run<'_>) {
             }
         }
         states.check_untouched(&untouched_states, "checkpoints", |[place, ..]| made[place]);
-        windows.check_untouched(&untouched_windows, "windows", |[place, _, column]| made[place] && column > 0);
+        windows
+            .check_untouched(&untouched_windows, "windows", |[place, _, column]| made[place] && column > 0);
     }
 }
 
@@ -263,7 +260,10 @@ fn refusals() {
     assert_eq!(refused(&layer([1, 1, 256, 64])), ("head_k_dim", "256".to_owned()));
     assert_eq!(refused(&layer([1, 1, 64, 48])), ("head_v_dim", "48".to_owned()));
     assert_eq!(refused(&Layer { conv_width: 5, ..layer([1, 1, 64, 64]) }), ("conv_width", "5".to_owned()));
-    assert_eq!(refused(&Layer { beta_scale: 2.5, ..layer([1, 1, 64, 64]) }), ("beta_scale", "2.5".to_owned()));
+    assert_eq!(
+        refused(&Layer { beta_scale: 2.5, ..layer([1, 1, 64, 64]) }),
+        ("beta_scale", "2.5".to_owned())
+    );
     prefill_supports(&layer([16, 32, 128, 128])).unwrap();
     let mut batch = Batch::new(&Options::new([1, 1, 64, 64]), Form::default(), &[3]);
     batch.prefill_by(None, |call| {
@@ -275,7 +275,10 @@ fn refusals() {
         };
         assert_eq!((argument, got, expected), ("scratch", bytes - 1, bytes));
         let odd = Job::new(&plan, (DeviceAddress(264), bytes), WHOLE).unwrap_err();
-        assert!(matches!(odd, CudaError::Argument(ArgumentError::Value { argument: "scratch", .. })), "{odd}");
+        assert!(
+            matches!(odd, CudaError::Argument(ArgumentError::Value { argument: "scratch", .. })),
+            "{odd}"
+        );
     });
     // Scratch is bounded, whatever the tokens.
     let most = prefill_scratch_bytes(&layer([16, 32, 128, 128]), 10_000_000, 1);

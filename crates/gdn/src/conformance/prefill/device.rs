@@ -60,7 +60,8 @@ impl Placed {
                 let start = extent.at.addr() % 256;
                 let mut bytes = vec![0xA5; start + extent.bytes];
                 // SAFETY: the tensor's memory, from its first element to its last.
-                bytes[start..].copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
+                bytes[start..]
+                    .copy_from_slice(unsafe { std::slice::from_raw_parts(extent.at, extent.bytes) });
                 // One byte at least, to have an address.
                 bytes.push(0xA5);
                 (extent, start, stream.clone_htod(&bytes).unwrap())
@@ -168,10 +169,8 @@ fn measure_prefill() {
         let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
         let mut batch = Batch::repeated(&options, form, &lens, 64);
         batch.prefill_by(None, |call| {
-            let choices = [(None, u32::MAX), (Some(128), u32::MAX), (Some(256), u32::MAX), (Some(256), 110 << 10)];
-            for (threads, shared) in choices {
+            for threads in [None, Some(128), Some(256)] {
                 let profile = Profile { threads, ..Profile::of(&gpu) };
-                let profile = Profile { shared: profile.shared.min(shared), ..profile };
                 let placed = Placed::new(call, profile, &gpu);
                 let time = |work: &dyn Fn()| {
                     let mut times: Vec<f32> = (0..12)
@@ -197,8 +196,7 @@ fn measure_prefill() {
                     .map(|step| time(&|| unsafe { step.launch(&gpu, stream.cu_stream()) }.unwrap()))
                     .collect();
                 println!(
-                    "prefill,{heads:?},{lens:?},threads {threads:?},shared {}: {all:.1} us, steps {steps:.1?} of {}",
-                    profile.shared,
+                    "prefill,{heads:?},{lens:?},threads {threads:?}: {all:.1} us, steps {steps:.1?} of {}",
                     job.steps().count()
                 );
             }

@@ -52,7 +52,8 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
     };
     let bytes = cases::scratch_bytes(&plan, profile);
     let scratch = memory.scratch(bytes, Place::dense(bytes));
-    let Some(job) = Job::new(&moved(&plan, address), (DeviceAddress(scratch), bytes), profile).unwrap() else {
+    let Some(job) = Job::new(&moved(&plan, address), (DeviceAddress(scratch), bytes), profile).unwrap()
+    else {
         return Vec::new();
     };
     let mut kernels = Vec::new();
