@@ -16,6 +16,8 @@ use super::{
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
 
 const WARPS: u32 = THREADS / 32;
+/// f32 between the two halves of a row: none of their 16 bytes are the same.
+const SPACE: u32 = 4;
 /// Logs below this are as good: their exponentials are 0.
 const LEAST_LOG: f32 = -100.0;
 
@@ -273,7 +275,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                             masked[c] = decay * qk[tile][2 * half + c];
                             if j < i {
                                 let m = beta * (decay * kk[tile][2 * half + c]);
-                                gpu.store_shared4(square + (j * SQUARE + i) * 4, m.to_bits());
+                                gpu.store_shared4(square + (j * SQUARE + i + SPACE) * 4, m.to_bits());
                             }
                         }
                         c += 1;
@@ -313,7 +315,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     }
                     let mut four = 0;
                     while four < 4 {
-                        let Bytes16(m) = gpu.load_shared16(at(l, first + four as u32 * 4));
+                        let Bytes16(m) = gpu.load_shared16(at(l, first + four as u32 * 4 + SPACE));
                         let mut i = 0;
                         while i < 4 {
                             let sum = &mut sums[4 * four + i];
@@ -331,7 +333,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     let mut four = l / 4;
                     while four < 4 {
                         if four * 4 > l {
-                            let Bytes16(m) = gpu.load_shared16(at(first + l as u32, first + four as u32 * 4));
+                            let Bytes16(m) = gpu.load_shared16(at(first + l as u32, first + four as u32 * 4 + SPACE));
                             let mut i = 0;
                             while i < 4 {
                                 sums[4 * four + i] =
@@ -341,7 +343,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                         } else {
                             let mut i = l + 1;
                             while i < four * 4 + 4 {
-                                let m = gpu.load_shared4(at(first + l as u32, first + i as u32));
+                                let m = gpu.load_shared4(at(first + l as u32, first + i as u32 + SPACE));
                                 sums[i] = f32::from_bits(m).neg_mul_add(sums[l], sums[i]);
                                 i += 1;
                             }
