@@ -182,7 +182,7 @@ fn ten_thousand_replays_with_other_slots() {
         let first = random.bits() % slots;
         // Three different ones, of which one may be padding.
         cpu.slots = (0..3).map(|i| ((first + i * 2) % slots) as i64).collect();
-        if random.bits() % 4 == 0 {
+        if random.bits().is_multiple_of(4) {
             cpu.slots[1] = -1;
         }
         let (_, start, memory) = &mut placed.tensors[indices];
