@@ -67,7 +67,7 @@ struct Unit {
     head_piece: u32,
 }
 
-/// The kernel: states of elements `E`, rows as [`Rows`] has them.
+/// The kernel: states of elements `E`, rows as `Rows` has them.
 ///
 /// # Safety
 /// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each; more than

@@ -333,7 +333,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     let mut four = l / 4;
                     while four < 4 {
                         if four * 4 > l {
-                            let Bytes16(m) = gpu.load_shared16(at(first + l as u32, first + four as u32 * 4 + SPACE));
+                            let Bytes16(m) =
+                                gpu.load_shared16(at(first + l as u32, first + four as u32 * 4 + SPACE));
                             let mut i = 0;
                             while i < 4 {
                                 sums[4 * four + i] =

@@ -1,8 +1,8 @@
 //! The third kernel: from chunk to chunk, a block for each sequence, v head and 32 or 64 rows of S.
 //!
 //! Half of the warps have 16 rows of S each in their registers, in f32, and go from chunk to chunk
-//! ([`state`](super::state)); each of the others makes the outputs of one of these and copies what both need
-//! next ([`outputs`](super::outputs)). Rows need nothing of one another: everything is transposed, so that
+//! (`state.rs`); each of the others makes the outputs of one of these and copies what both need
+//! next (`outputs.rs`). Rows need nothing of one another: everything is transposed, so that
 //! rows of S are rows of the accumulators, and what one product leaves is the left side of the next. For a
 //! chunk:
 //!

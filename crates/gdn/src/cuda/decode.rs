@@ -346,7 +346,9 @@ pub(super) fn strided<const D: usize>(tensor: &Operand<DeviceAddress, Dtype, D>)
     Strided { address: tensor.at.0, strides, dtype: number(tensor.kind) }
 }
 
-pub(super) fn indices<const D: usize>(indices: Option<&Operand<DeviceAddress, IndexType, D>>) -> args::Indices {
+pub(super) fn indices<const D: usize>(
+    indices: Option<&Operand<DeviceAddress, IndexType, D>>,
+) -> args::Indices {
     indices.map_or_else(args::Indices::default, |indices| {
         let bytes = |dim: usize| indices.strides.get(dim).map_or(0, |stride| stride * indices.kind.size());
         args::Indices {
