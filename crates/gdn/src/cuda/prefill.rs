@@ -100,7 +100,7 @@ impl Gpu {
     /// have one slot, what they leave there is not defined.
     ///
     /// Between the six steps numbers are f32 or, where matrices are multiplied, f16 that are scaled row by
-    /// row, so results are some 3e-4 of their norm off the exact ones, before they are rounded to the dtypes
+    /// row, so results may be 5e-4 of their norm off the exact ones, before they are rounded to the dtypes
     /// of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot and the
     /// neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
     ///
