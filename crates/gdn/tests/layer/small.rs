@@ -1,5 +1,5 @@
-//! Both ops on so little that an interpreter of Rust goes through it in seconds: `cargo xtask test` has Miri do
-//! so, with scalar code and one thread.
+//! Both ops on little, with scalar code and one thread: decode on so little that an interpreter of Rust goes
+//! through it too, and `cargo xtask test` has Miri do so.
 
 use gdn::{Cpu, Dtype, Packing, cpu::Isa};
 
