@@ -12,6 +12,8 @@ HEADS = [(2, 4, 16, 8), (1, 1, 8, 8), (3, 21, 4, 12), (2, 2, 80, 48)]
 LAYOUTS = ["dense", "channels last", "page", "wide"]
 B = 5
 DOORS = ["function", "operator", "numpy"]
+if torch.cuda.is_available():
+    DOORS += ["cuda function", "cuda operator"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,32 @@ def seed():
 
 
 def call(door, numbers, weights, projections, conv, state, out=None, **options):
-    """Decode through one of the doors, all of which write in place."""
+    """Decode through one of the doors, all of which write in place. ``cuda ...``: on the GPU, and copied back."""
+    if door.startswith("cuda "):
+        pairs = []
+
+        def there(one):
+            if not isinstance(one, torch.Tensor):
+                return one
+            moved = torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda")
+            pairs.append((one, moved.copy_(one)))
+            return moved
+
+        on_gpu = ol.Weights(*map(there, vars(weights).values()))
+        options = {name: there(one) for name, one in options.items()}
+        made = call(
+            door.removeprefix("cuda "),
+            numbers,
+            on_gpu,
+            tuple(map(there, projections)),
+            there(conv),
+            there(state),
+            there(out),
+            **options,
+        )
+        for one, moved in pairs:
+            one.copy_(moved)
+        return made.cpu() if out is None else out
     if door == "function":
         return ol.layer(numbers, weights).decode(projections, conv, state, out=out, **options)
     if door == "operator":
@@ -84,7 +111,7 @@ def test_one_token(heads, layout, kind, door):
                 assert torch.equal(conv[r][:, :-1], before[0][r][:, 1:])
 
 
-@pytest.mark.parametrize("door", ["function", "operator"])
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "numpy"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype, state_dtype, door):
@@ -326,3 +353,34 @@ def test_threads_give_the_same_bits(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(conv, one[0]) and torch.equal(state, one[1])
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("door", ["function", "operator"])
+def test_a_cuda_graph_of_a_decode(door):
+    """Slots change between replays; nothing is allocated, waited for or read by the host."""
+    heads = (2, 4, 64, 32)
+    numbers, weights = ol.Numbers(heads), ol.weights(heads)
+    on_gpu = ol.Weights(*(one if one is None else one.cuda() for one in vars(weights).values()))
+    projections = ol.projections(3, numbers, "packed")
+    conv, state = ol.states(8, heads, "dense")
+    there = [one.cuda() for one in (*projections, conv, state)]
+    slots = torch.tensor([1, 5, 3], dtype=torch.int32, device="cuda")
+    out = torch.empty(3, 4, 32, device="cuda")
+
+    def run():
+        call(door, numbers, on_gpu, tuple(there[:2]), there[2], there[3], out, state_indices=slots)
+
+    kept = there[2].clone(), there[3].clone()
+    run()
+    there[2].copy_(kept[0]), there[3].copy_(kept[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for some in ([1, 5, 3], [0, -1, 3], [7, 1, -1]):
+        slots.copy_(torch.tensor(some, dtype=torch.int32))
+        graph.replay()
+        right = call("function", numbers, weights, projections, conv, state, state_indices=slots.cpu())
+        ol.close(out.cpu(), right.double())
+    ol.close(there[3].cpu(), state.double())
+    assert torch.equal(there[2].cpu(), conv)

@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Kernels are loaded before a capture. A GPU is asked for once, and kept.
     let gpu = Gpu::on(&stream)?;
-    gpu.warmup()?;
+    gpu.warmup_split()?;
 
     // As an engine has them: device pointers, an element size, a row stride.
     let rows = |address, features| RawRows::new(address, 2, TOKENS, features, features);

@@ -238,8 +238,8 @@ macro_rules! view {
         }
 
         impl<const D: usize> $view<DeviceAddress, D> {
-            /// Elements in a device's memory: numbers that nothing on the host follows. Strides are in elements.
-            /// What an op writes must not share memory, which is for its caller to answer.
+            /// Elements in a device's memory, to be read: numbers that nothing on the host follows. Strides are in
+            /// elements.
             ///
             /// # Errors
             /// [`ArgumentError::TooLarge`].
@@ -360,6 +360,23 @@ impl<A, const D: usize> fmt::Debug for Tensor<A, D> {
 impl<A, const D: usize> fmt::Debug for Indices<A, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} {:?} with strides {:?}", self.index_type, self.sizes, self.strides)
+    }
+}
+
+impl<const D: usize> Tensor<DeviceAddress, D> {
+    /// Elements in a device's memory, to be read and written. Strides are in elements.
+    ///
+    /// # Errors
+    /// [`ArgumentError::TooLarge`]; [`ArgumentError::Stride`] where two elements would share memory.
+    #[cfg(feature = "cuda")]
+    pub fn at_device_mut(
+        at: impl Into<DeviceAddress>,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<Self, ArgumentError> {
+        expect_apart(sizes, strides)?;
+        Self::at_device(at, dtype, sizes, strides)
     }
 }
 

@@ -309,7 +309,7 @@ fn one_stream_after_another() {
 #[test]
 fn a_graph_replayed_after_the_inputs_changed() {
     let Some(gpu) = gpu() else { return };
-    gpu.warmup().unwrap();
+    gpu.warmup_split().unwrap();
     let stream = Arc::clone(gpu.stream());
     for programmatic in [true, false] {
         for num_rows in [1, 64, 3000] {
@@ -416,7 +416,7 @@ fn time_to_first_result() {
     let first = start.elapsed();
     tensors.check(&stream, 0);
     let start = Instant::now();
-    gpu.warmup().unwrap();
+    gpu.warmup_split().unwrap();
     println!(
         "the driver's own start {driver:.1?}, first result {first:.1?} after it, the other kernels {:.1?}",
         start.elapsed()

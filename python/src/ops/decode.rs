@@ -1,16 +1,16 @@
 //! Decode: the function, and what both doors come to.
 
-use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState};
+use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState, cuda};
 use pyo3::prelude::*;
 
 use super::layer::{
-    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, Operands,
+    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, OnDevice, Operands,
     RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, Wish, names, no_device,
-    not_both, on_objects, refused, take_projections, take_weights,
+    not_both, on_objects, refused, refused_by_gpu, take_projections, take_weights,
 };
 use crate::{
-    ops::{Place, integer, size},
-    tensor::value_error,
+    ops::{Place, gpu, integer, size},
+    tensor::{Device, value_error},
 };
 
 /// The tensors by position.
@@ -34,21 +34,29 @@ pub(crate) struct Call {
 impl Call {
     /// Checks everything but the values of indices.
     pub(crate) fn check(&self, operands: &Operands) -> PyResult<()> {
-        if !operands.device().is_cpu() {
-            return Err(no_device(operands, "decode", operands.device()));
+        let device = operands.device();
+        match device.kind {
+            _ if device.is_cpu() => self.build::<Host<'_>>(operands)?.check().map_err(refused),
+            Device::CUDA => cuda::check_decode(&self.build::<OnDevice>(operands)?).map_err(refused_by_gpu),
+            _ => Err(no_device(operands, "decode", "cpu or cuda")),
         }
-        self.build::<Host<'_>>(operands)?.check().map_err(refused)
     }
 
     /// Does it, on tensors that [`Operands::check`] saw.
     ///
     /// # Safety
     /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
-    /// or touches those that are written.
+    /// or touches those that are written. On a GPU the same until the work on the stream is done.
     pub(crate) unsafe fn run(&self, operands: &Operands, place: &Place) -> PyResult<()> {
         let device = operands.device();
+        if device.kind == Device::CUDA && !device.is_cpu() {
+            let call = self.build::<OnDevice>(operands)?;
+            let (gpu, stream) = (gpu(device.ordinal)?, (place.stream)(device)?);
+            // SAFETY: the caller's promise.
+            return unsafe { gpu.decode_raw(&call, stream.cast()) }.map_err(refused_by_gpu);
+        }
         if !device.is_cpu() {
-            return Err(no_device(operands, "decode", device));
+            return Err(no_device(operands, "decode", "cpu or cuda"));
         }
         let mut call = self.build::<Host<'_>>(operands)?;
         // States are most of what is read.

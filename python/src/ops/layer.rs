@@ -4,8 +4,8 @@
 use std::marker::PhantomData;
 
 use gdn::{
-    ArgumentError, Dtype, Exclusive, Gate, Heads, IndexType, Indices, Packed, Projections, Shared, Space,
-    Unpacked, Weights,
+    ArgumentError, DeviceAddress, Dtype, Exclusive, Gate, Heads, IndexType, Indices, Packed, Projections,
+    Shared, Space, Unpacked, Weights, cuda::CudaError,
 };
 use pyo3::{
     prelude::*,
@@ -15,7 +15,7 @@ use pyo3::{
 use crate::{
     dlpack,
     exit::{self, Outside},
-    ops::{Place, layout, numbers_of, text},
+    ops::{Place, cuda_error, layout, numbers_of, text},
     outputs::{fresh, handed_over},
     tensor::{DType, Device, Tensor, type_error, value_error},
     torch::{self, type_name},
@@ -197,6 +197,41 @@ impl<'a> Side for Host<'a> {
         let at = std::ptr::with_exposed_provenance(address);
         // SAFETY: as above.
         unsafe { Indices::from_raw(at, index_type, sizes, strides) }
+    }
+}
+
+/// A device's memory: addresses that nothing here follows.
+pub(crate) struct OnDevice;
+
+impl Side for OnDevice {
+    type Read = DeviceAddress;
+    type Write = DeviceAddress;
+
+    fn read<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<DeviceAddress, D>, ArgumentError> {
+        gdn::Tensor::at_device(address as u64, dtype, sizes, strides)
+    }
+
+    fn write<const D: usize>(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<gdn::Tensor<DeviceAddress, D>, ArgumentError> {
+        gdn::Tensor::at_device_mut(address as u64, dtype, sizes, strides)
+    }
+
+    fn indices<const D: usize>(
+        address: usize,
+        index_type: IndexType,
+        sizes: [usize; D],
+        strides: [usize; D],
+    ) -> Result<Indices<DeviceAddress, D>, ArgumentError> {
+        Indices::at_device(address as u64, index_type, sizes, strides)
     }
 }
 
@@ -441,11 +476,20 @@ pub(crate) fn not_both(argument: &str, where_: &str) -> PyErr {
     value_error(format!("{argument} is given, it must be None {where_}"))
 }
 
-/// That a call is on the CPU.
+/// That a call is on a device for which there is a kernel.
 #[cold]
-pub(crate) fn no_device(operands: &Operands, op: &str, device: Device) -> PyErr {
-    let name = operands.names[operands.first()];
-    value_error(format!("{name} is on {device}, expected cpu: gdn.{op} has no kernel for others"))
+pub(crate) fn no_device(operands: &Operands, op: &str, expected: &str) -> PyErr {
+    let (name, device) = (operands.names[operands.first()], operands.device());
+    value_error(format!("{name} is on {device}, expected {expected}: gdn.{op} has no kernel for others"))
+}
+
+/// A GPU's refusal, as Python's exception.
+#[cold]
+pub(crate) fn refused_by_gpu(error: CudaError) -> PyErr {
+    match error {
+        CudaError::Argument(error) => refused(error),
+        other => cuda_error(&other),
+    }
 }
 
 /// The objects that a call of Python's has, by position.
@@ -543,8 +587,8 @@ pub(crate) fn on_objects<'py>(
 
 /// An output that is not there yet, so that a call can be checked before memory is asked for.
 pub(crate) fn imagined(like: &Tensor, shape: &[usize]) -> Tensor {
-    // Far from where systems put memory.
-    Tensor::dense(usize::MAX / 4, like.dtype, like.device, shape)
+    // Far from where systems put memory, and at a multiple of every element.
+    Tensor::dense((usize::MAX / 4) & !255, like.dtype, like.device, shape)
 }
 
 /// The projections of a call: two or four tensors in a tuple or list, to their places among a call's objects.

@@ -144,8 +144,8 @@ pub(crate) fn cuda_error(error: &cuda::CudaError) -> PyErr {
     }
 }
 
-/// The device `cuda:ordinal`, made ready at its first call: kernels are loaded then, so that calls can be
-/// captured in graphs.
+/// The device `cuda:ordinal`, made ready at its first call: kernels of the split are loaded then, so that calls can be
+/// captured in graphs. One of the decode is loaded when it is first called.
 pub(crate) fn gpu(ordinal: i32) -> PyResult<&'static cuda::Gpu> {
     const MOST: usize = 64;
     static GPUS: [OnceLock<cuda::Gpu>; MOST] = [const { OnceLock::new() }; MOST];
@@ -158,6 +158,6 @@ pub(crate) fn gpu(ordinal: i32) -> PyResult<&'static cuda::Gpu> {
     }
     // Whose memory a pointer is was asked of the framework.
     let gpu = cuda::Gpu::new(index).map_err(|e| cuda_error(&e))?.check_pointers(false);
-    gpu.warmup().map_err(|e| cuda_error(&e))?;
+    gpu.warmup_split().map_err(|e| cuda_error(&e))?;
     Ok(cell.get_or_init(|| gpu))
 }

@@ -30,7 +30,7 @@ impl Call {
     /// Checks everything but the values of indices.
     pub(crate) fn check(&self, operands: &Operands) -> PyResult<()> {
         if !operands.device().is_cpu() {
-            return Err(no_device(operands, "prefill", operands.device()));
+            return Err(no_device(operands, "prefill", "cpu"));
         }
         self.build::<Host<'_>>(operands)?.check().map_err(refused)
     }
@@ -43,7 +43,7 @@ impl Call {
     pub(crate) unsafe fn run(&self, operands: &Operands, place: &Place) -> PyResult<()> {
         let device = operands.device();
         if !device.is_cpu() {
-            return Err(no_device(operands, "prefill", device));
+            return Err(no_device(operands, "prefill", "cpu"));
         }
         let mut call = self.build::<Host<'_>>(operands)?;
         let heads = self.layer.heads();

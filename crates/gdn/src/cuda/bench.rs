@@ -44,7 +44,7 @@ impl Bench {
         // A stream of its own: the default one cannot be captured.
         let stream = gpu.context().new_stream().map_err(failed("cuStreamCreate"))?;
         let gpu = Gpu::on(&stream)?;
-        gpu.warmup()?;
+        gpu.warmup_split()?;
         let heads = layout.heads;
         let (n, hv) = (from.mixed_qkvz.num_rows(), heads.num_v_heads());
         let sizes = [from.mixed_qkvz.element_size(), from.mixed_ba.element_size()];

@@ -57,6 +57,14 @@ impl Gpu {
     }
 }
 
+/// Whether [`Gpu::decode_raw`] takes a call: all that is checked before a kernel is launched, without a device.
+///
+/// # Errors
+/// [`CudaError::Argument`], [`CudaError::TooManySequences`].
+pub fn check_decode(call: &Decode<DeviceAddress, DeviceAddress>) -> Result<(), CudaError> {
+    Job::new(&Plan::new(call)?, Profile::LEAST).map(|_| ())
+}
+
 /// # Safety
 /// That of [`Gpu::decode_raw`], for the tensors of a plan.
 pub(crate) unsafe fn run(

@@ -168,13 +168,22 @@ impl Gpu {
         })
     }
 
-    /// Loads all kernels now rather than each family at its first call: some milliseconds, in which the
-    /// driver compiles them. To be done before calls are captured in a CUDA graph.
+    /// Loads all kernels now rather than each family at its first call, which takes seconds: the driver compiles
+    /// them. Calls that are captured in a CUDA graph are of kernels that were loaded before, by this or by a
+    /// call like them.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
     pub fn warmup(&self) -> Result<(), CudaError> {
-        self.kernels.warmup(self.stream.context())
+        self.kernels.warmup(self.stream.context(), |_| true)
+    }
+
+    /// [`Gpu::warmup`] for split and merge alone: some milliseconds.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn warmup_split(&self) -> Result<(), CudaError> {
+        self.kernels.warmup(self.stream.context(), |op| op == "split")
     }
 
     /// Whether a launch may overlap the end of the kernel before it in the stream (programmatic dependent

@@ -28,6 +28,7 @@ pub(super) struct Kernels {
 /// Kernels that are compiled together.
 #[derive(Debug)]
 struct Family {
+    op: &'static str,
     ptx: &'static str,
     kernels: &'static [Kernel],
     loaded: OnceLock<Vec<Function>>,
@@ -73,9 +74,14 @@ impl Kernels {
         Ok(family.functions(context)?[i].0)
     }
 
-    /// Loads all that is not loaded yet.
-    pub(super) fn warmup(&self, context: &CudaContext) -> Result<(), CudaError> {
-        self.families.iter().try_for_each(|family| family.functions(context).map(|_| ()))
+    /// Loads all that is not loaded yet of some ops.
+    pub(super) fn warmup(
+        &self,
+        context: &CudaContext,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<(), CudaError> {
+        let mut wanted = self.families.iter().filter(|family| wanted(family.op));
+        wanted.try_for_each(|family| family.functions(context).map(|_| ()))
     }
 }
 
@@ -87,7 +93,12 @@ fn families_for(table: &'static [Module], compute_capability: (i32, i32)) -> Vec
         first.is_some_and(|first| std::ptr::eq(first, *module))
     };
     let families = |module: &'static Module| {
-        module.families.iter().map(|kernels| Family { ptx: module.ptx, kernels, loaded: OnceLock::new() })
+        module.families.iter().map(|kernels| Family {
+            op: module.op,
+            ptx: module.ptx,
+            kernels,
+            loaded: OnceLock::new(),
+        })
     };
     table.iter().filter(of_its_op).flat_map(families).collect()
 }

@@ -26,6 +26,17 @@ pub(crate) struct Profile {
 }
 
 impl Profile {
+    /// The least that a device has on which the kernels run.
+    pub(crate) const LEAST: Self = Self {
+        multiprocessors: 1,
+        most_cluster: 1,
+        most_warps: decode_warps(Target::Sm80),
+        most_shared: 99 << 10,
+        cluster: None,
+        steps: None,
+        one_by_one: false,
+    };
+
     pub(crate) fn of(gpu: &Gpu) -> Self {
         let info = gpu.info();
         let has_clusters = info.compute_capability >= (9, 0);

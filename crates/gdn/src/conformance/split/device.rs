@@ -165,7 +165,7 @@ fn measure_choices() {
     let mut gpu = gpu().expect("a GPU");
     let stream = gpu.stream().context().new_stream().unwrap();
     gpu = Gpu::on(&stream).unwrap();
-    gpu.warmup().unwrap();
+    gpu.warmup_split().unwrap();
     for heads in [[16, 32, 128, 128], [4, 8, 128, 128]] {
         for num_rows in [1, 8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131_072] {
             let case = Case {

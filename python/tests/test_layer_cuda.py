@@ -1,0 +1,82 @@
+"""``Layer.decode`` on CUDA tensors, through both doors: held to float64, captured in a graph, compiled."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import oracle_layer as ol
+import test_decode
+
+import gdn
+
+pytestmark = pytest.mark.gpus(1)
+
+HEADS = [(2, 4, 128, 128), (4, 12, 64, 64)]
+
+
+def on_gpu(one):
+    return one.cuda() if isinstance(one, torch.Tensor) else one
+
+
+def sample(heads, layout, dtype=torch.float32, tokens=1):
+    """Arguments on the GPU, and what float64 makes of them."""
+    torch.manual_seed(0)
+    numbers, weights = ol.Numbers(heads), ol.weights(heads)
+    projections = ol.projections(4 * tokens, numbers, "packed", dtype)
+    conv, state = (one.cuda() for one in ol.states(9, heads, layout))
+    slots = [3, 1, 7, 0]
+    expected = test_decode.expected(numbers, weights, projections, conv.cpu(), state.cpu(), tokens, slots)
+    indices = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    weights = ol.Weights(*map(on_gpu, vars(weights).values()))
+    return numbers, weights, tuple(map(on_gpu, projections)), conv, state, indices, slots, expected
+
+
+@pytest.mark.parametrize("door", ["function", "operator"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["dense", "channels last"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_against_float64(heads, layout, dtype, tokens, door):
+    numbers, weights, projections, conv, state, indices, slots, expected = sample(
+        heads, layout, dtype, tokens
+    )
+    untouched = [slot for slot in range(9) if slot not in slots]
+    before = conv[untouched].clone(), state[untouched].clone()
+    options = dict(tokens_per_sequence=tokens, state_indices=indices)
+    out = test_decode.call(door, numbers, weights, projections, conv, state, **options)
+    for r, (y, windows, states) in enumerate(expected):
+        ol.close(out[r * tokens : (r + 1) * tokens].cpu(), y)
+        ol.close(state[slots[r]].cpu(), states[-1])
+        ol.close(conv[slots[r]].cpu(), windows[-1])
+    assert torch.equal(conv[untouched], before[0]) and torch.equal(state[untouched], before[1])
+
+
+def test_a_graph_of_it():
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    layer, out = ol.layer(numbers, weights), torch.zeros(4, 4, 128, device="cuda")
+    kept = conv.clone(), state.clone()
+    how = dict(state_indices=indices, out=out)
+    layer.decode(projections, conv, state, **how)  # kernels are loaded
+    expected = out.clone(), conv.clone(), state.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.decode(projections, conv, state, **how)
+    conv.copy_(kept[0])
+    state.copy_(kept[1])
+    out.zero_()
+    graph.replay()
+    assert all(map(torch.equal, (out, conv, state), expected))
+
+
+def test_what_is_supported():
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    layer = ol.layer(numbers, weights)
+    assert gdn.decode_supported(layer, projections, conv, state, state_indices=indices) is None
+    assert "state_indices is on cpu" in gdn.decode_supported(
+        layer, projections, conv, state, state_indices=indices.cpu()
+    )
+    wide = ol.Numbers((1, 1, 512, 64))
+    layer = ol.layer(wide, ol.Weights(*map(on_gpu, vars(ol.weights(wide.heads)).values())))
+    conv, state = (one.cuda() for one in ol.states(4, wide.heads, "dense"))
+    projections = tuple(map(on_gpu, ol.projections(4, wide, "packed")))
+    assert "512" in gdn.decode_supported(layer, projections, conv, state)
