@@ -168,7 +168,7 @@ impl<'a, const D: usize> Tensor<Write<'a>, D> {
     ///
     /// # Errors
     /// Those of [`Tensor::on`](Tensor::<Read<'_>, D>::on), and
-    /// [`ArgumentError::Stride`](crate::ArgumentError::Stride) where two elements would share memory.
+    /// [`ArgumentError::Stride`] where two elements would share memory.
     pub fn on_mut<T: Element>(
         slice: &'a mut impl DevicePtrMut<T>,
         sizes: [usize; D],
