@@ -326,6 +326,8 @@ def _outputs(out: Sequence[Tensor], inputs: Sequence[Any], expected: str, number
 
 def _check_written(inputs: Sequence[Any], out: Sequence[Tensor]) -> None:
     """Raises where somebody would miss the derivative of what is written to."""
+    # What is no tensor the operator refuses by name.
+    inputs, out = ([one for one in some if isinstance(one, Tensor)] for some in (inputs, out))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise ValueError("out cannot be given where an input requires grad: a written tensor has no gradient")
     if has_tangent((*inputs, *out)):

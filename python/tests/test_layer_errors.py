@@ -459,7 +459,9 @@ def test_tensors_of_two_devices(op):
 
 @pytest.mark.gpus(1)
 def test_devices_without_a_kernel():
-    given = {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in good("prefill").items()}
+    given = {
+        name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in good("prefill").items()
+    }
     message = "mixed_qkvz is on cuda:0, expected cpu: gdn.prefill has no kernel for others"
     assert message in reason_of("prefill", given)
     for door in ("function", "operator"):

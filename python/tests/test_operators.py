@@ -206,6 +206,24 @@ def test_out_and_gradients_do_not_mix(device):
     assert all(map(torch.equal, out, parts_of([qkvz, ba])))
 
 
+@pytest.mark.parametrize("wrong", [None, 7, "x"])
+def test_out_beside_what_is_no_tensor(wrong, device):
+    """It is refused in words, wherever it is, also where another tensor makes PyTorch look at the call."""
+    read = inputs(device, grad=True)
+    out = [torch.zeros_like(part) for part in parts_of([one.detach() for one in read])]
+    parts, packed = [part.clone().requires_grad_() for part in out], [torch.zeros_like(one) for one in read]
+    for call, read, written in ((gdn.split, read, out), (gdn.merge, parts, packed)):
+        for i in range(len(read)):
+            some = [wrong if j == i else one for j, one in enumerate(read)]
+            with pytest.raises((TypeError, ValueError, RuntimeError)):
+                call(*some, *HEADS, out=tuple(written))
+        for i in range(len(written)):
+            some = [wrong if j == i else one for j, one in enumerate(written)]
+            with pytest.raises((TypeError, ValueError, RuntimeError)):
+                call(*read, *HEADS, out=tuple(some))
+    assert not any(one.any() for one in (*out, *packed))
+
+
 def test_derivatives_are_not_lost(device):
     """The operators' out variants and the other backend have none, and say so."""
     fw = torch.autograd.forward_ad

@@ -17,7 +17,10 @@ const SEQUENCES: usize = 4;
 const SLOTS: usize = 16;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let Ok([_, ..]) = devices().as_deref() else { return Ok(println!("no device on this machine")) };
+    let Ok([_, ..]) = devices().as_deref() else {
+        println!("no device on this machine");
+        return Ok(());
+    };
     let stream = CudaContext::new(0)?.new_stream()?;
     let layer = Layer::new(Layout::new(Heads::preset("Qwen3-Next-80B-A3B")?, Packing::Interleaved));
     let (heads, channels) = (layer.heads(), layer.conv_channels());
