@@ -208,19 +208,28 @@ def test_out_and_gradients_do_not_mix(device):
 
 @pytest.mark.parametrize("wrong", [None, 7, "x"])
 def test_out_beside_what_is_no_tensor(wrong, device):
-    """It is refused in words, wherever it is, also where another tensor makes PyTorch look at the call."""
+    """It is refused in words, wherever it is, also where PyTorch has to see the call: by the way to its operators."""
+    from gdn import _torch
+
     read = inputs(device, grad=True)
     out = [torch.zeros_like(part) for part in parts_of([one.detach() for one in read])]
     parts, packed = [part.clone().requires_grad_() for part in out], [torch.zeros_like(one) for one in read]
-    for call, read, written in ((gdn.split, read, out), (gdn.merge, parts, packed)):
-        for i in range(len(read)):
-            some = [wrong if j == i else one for j, one in enumerate(read)]
-            with pytest.raises((TypeError, ValueError, RuntimeError)):
-                call(*some, *HEADS, out=tuple(written))
-        for i in range(len(written)):
-            some = [wrong if j == i else one for j, one in enumerate(written)]
-            with pytest.raises((TypeError, ValueError, RuntimeError)):
-                call(*read, *HEADS, out=tuple(some))
+    refused = pytest.raises((TypeError, ValueError, RuntimeError))
+    for ours, theirs, given, written in (
+        (gdn.split, _torch.split, read, out),
+        (gdn.merge, _torch.merge, parts, packed),
+    ):
+        cases = [
+            ([wrong if j == i else one for j, one in enumerate(given)], written) for i in range(len(given))
+        ]
+        cases += [
+            (given, [wrong if j == i else one for j, one in enumerate(written)]) for i in range(len(written))
+        ]
+        for some, into in cases:
+            with refused:
+                ours(*some, *HEADS, out=tuple(into))
+            with refused:
+                theirs(*some, *HEADS, "interleaved", tuple(into))
     assert not any(one.any() for one in (*out, *packed))
 
 
