@@ -241,7 +241,7 @@ const PREFILL: &[&[Kernel]] = &[
         prefill("gdn_prefill_prepare", 256).hmma(8),
         Kernel { blocks: 2, ..prefill("gdn_prefill_norm", 256) },
     ],
-    &[Kernel::new("gdn_prefill_convolve_256").threads(128)],
+    &[Kernel { blocks: 3, ..Kernel::new("gdn_prefill_convolve_256").threads(128) }],
     &[scan("gdn_prefill_scan_64").hmma(136)],
     &[scan("gdn_prefill_scan_96").hmma(184)],
     &[scan("gdn_prefill_scan_128").hmma(232)],

@@ -1,7 +1,7 @@
 //! The first kernel: split, convolution, silu and l2norm of a head of a chunk, a block for each; nothing is
 //! needed of any other. And the convolution's windows where a checkpoint is.
 
-use gdn_math::{Lanes, layer as math};
+use gdn_math::{Lanes, quick};
 
 use super::{
     args::{Args, CHUNK, TAPS},
@@ -188,7 +188,7 @@ impl<G: TensorCore> Block<'_, G> {
                                 }
                                 tap += 1;
                             }
-                            let c = math::activation(sum);
+                            let c = quick::silu(sum);
                             squares = Lanes::mul_add(c, c, squares);
                             largest = largest.max(c.abs());
                             values[slot][i] = c;
@@ -210,7 +210,7 @@ impl<G: TensorCore> Block<'_, G> {
                     if self.which == 1 && gpu.lane() == 0 {
                         gpu.store4(args.scratch.k_squares + (of_key + place.1) * 4, sum.to_bits());
                     }
-                    math::l2_scale(sum, args.l2norm_eps, 1.0)
+                    quick::inverse_root(sum + args.l2norm_eps)
                 } else {
                     let mut mask = 16;
                     while mask > 0 {

@@ -1,6 +1,6 @@
 //! Four elements at a time, of any dtype, and how f32 are brought into the range of f16.
 
-use gdn_math::element::{bf16_of_f32, f32_of_bf16};
+use gdn_math::element::f32_of_bf16;
 
 use super::args::{BF16, F32, Vector};
 use crate::gpu::{Bytes16, TensorCore};
@@ -21,9 +21,7 @@ fn widened(gpu: &impl TensorCore, dtype: u32, two: u32) -> [f32; 2] {
 /// Two numbers in 16 bits each, to nearest.
 #[inline(always)]
 fn narrowed(gpu: &impl TensorCore, dtype: u32, [low, high]: [f32; 2]) -> u32 {
-    let f16 = gpu.pack_f16(low, high);
-    let bf16 = u32::from(bf16_of_f32(low)) | u32::from(bf16_of_f32(high)) << 16;
-    if dtype == BF16 { bf16 } else { f16 }
+    if dtype == BF16 { gpu.bf16_pair(low, high) } else { gpu.pack_f16(low, high) }
 }
 
 /// One element.

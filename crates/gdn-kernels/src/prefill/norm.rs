@@ -1,6 +1,6 @@
 //! The last kernel: the gated norm, a block for each chunk and v head. Rows of padding become zeros.
 
-use gdn_math::{Lanes, layer as math};
+use gdn_math::{Lanes, layer as math, quick};
 
 use super::{
     args::{Args, CHUNK, THREADS},
@@ -55,7 +55,6 @@ pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
         let (_, within) = args.ratio.divide(head);
         let (key_head, _) = args.ratio.divide(head);
-        let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
         let [of_row, of_out_head, of_column] = args.out.strides;
         let element = u64::from(size(args.z.dtype));
         let mut token = warp;
@@ -87,7 +86,8 @@ pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
                     let mut i = 0;
                     while i < 4 {
                         let o = gpu.load_shared4((token * (dv + 1) + column + i as u32) * 4);
-                        y[i] = math::gated(f32::from_bits(o), scale, weight[i], z[i], gate);
+                        let gate = if args.sigmoid == 0 { quick::silu(z[i]) } else { quick::sigmoid(z[i]) };
+                        y[i] = f32::from_bits(o) * scale * weight[i] * gate;
                         i += 1;
                     }
                 }

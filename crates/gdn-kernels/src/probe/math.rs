@@ -1,7 +1,7 @@
 //! The arithmetic of `gdn-math` on a thread: the same bits as on the host.
 
 use gdn_math::{
-    Lanes,
+    Lanes, quick,
     special::{exp, log1p, sigmoid, silu, softplus},
 };
 
@@ -9,7 +9,7 @@ use super::Args;
 use crate::gpu::Gpu;
 
 /// Words that [`functions`] writes for each thread.
-pub const WORDS: usize = 8;
+pub const WORDS: usize = 12;
 
 /// What [`functions`] makes of a number.
 #[inline(always)]
@@ -24,6 +24,10 @@ pub fn all(x: f32) -> [f32; WORDS] {
         positive.root(),
         x.over(positive.plus(3.0)),
         x.mul_add(x, positive),
+        quick::exp(x),
+        quick::sigmoid(x),
+        quick::silu(x),
+        quick::inverse_root(positive),
     ]
 }
 
