@@ -40,6 +40,7 @@ class Settings:
         beta_scale: float,
         gate: str,
     ) -> Settings: ...
+    def refusal(self, op: str, device_type: str, conv_width: int) -> str | None: ...
 
 def decode(
     settings: Settings,

@@ -220,6 +220,9 @@ class Layer:
 
         What :meth:`decode` says of indices, padding, results and errors holds here too.
 
+        On a GPU DK is 64, 96 or 128, DV 64, 96, 128, 192 or 256, and W at most 4; products of matrices are of float16, and results may be
+        5e-4 of their norm off. Memory for what is between the kernels is PyTorch's.
+
         Args:
             projections: As for :meth:`decode`, N rows.
             cu_seqlens: ``[B + 1]``, ascending from 0 to N: sequence ``r`` has rows ``cu_seqlens[r]`` to ``cu_seqlens[r + 1]``.
@@ -228,7 +231,7 @@ class Layer:
             has_initial_state: ``[B]``, flags (bool, uint8 or whole numbers): a sequence without begins with zeros, whatever its slot
                 holds.
             checkpoint_every_n_tokens: Puts the state after so many tokens of a sequence, and after every multiple of them, into
-                ``state_checkpoints``; a multiple of 16. 0 for no checkpoints.
+                ``state_checkpoints``; a multiple of 16, on a GPU of 64. 0 for no checkpoints.
             checkpoint_starts: ``[B]``: where in ``state_checkpoints`` those of a sequence begin.
             state_checkpoints: ``[checkpoints, HV, DV, DK]`` with DK or DV dense.
             conv_checkpoints: ``[checkpoints, C, W - 1 or more]``: the last columns get the inputs of the convolution.
@@ -315,6 +318,7 @@ def _reason(
     weights = (layer.conv_weight, layer.conv_bias, layer.A_log, layer.dt_bias, layer.norm_weight)
     try:
         function(layer._numbers(), weights, *(given[name] for name in names), True)
-    except (ValueError, TypeError) as refused:
+    # A device may be too old.
+    except (ValueError, TypeError, RuntimeError) as refused:
         return str(refused)
     return None if _torch is None else _torch_layer.refusal(op, layer, given)

@@ -307,6 +307,22 @@ def test_wrong_arguments(op, make, change, message, is_of_values):
     fails(op, given | change(given), message, supported=is_of_values)
 
 
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize(
+    "op, make, change, message",
+    [case[:4] for case in cases() if not case[4]],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_wrong_arguments_on_a_gpu(op, make, change, message):
+    """The same sentences, but for values of indices, which only kernels see."""
+
+    def there(given):
+        return {name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in given.items()}
+
+    given = there(make())
+    fails(op, there(given | change(given)), message, doors=("function", "operator"))
+
+
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 @pytest.mark.parametrize(
     "name", ["qkvz", "ba", "conv_weight", "conv_bias", "A_log", "dt_bias", "norm_weight", "conv", "state"]
@@ -458,11 +474,11 @@ def test_tensors_of_two_devices(op):
 
 
 @pytest.mark.gpus(1)
-def test_devices_without_a_kernel():
+def test_dims_without_a_kernel():
     given = {
         name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in good("prefill").items()
     }
-    message = "mixed_qkvz is on cuda:0, expected cpu: gdn.prefill has no kernel for others"
+    message = "head_k_dim is 8, it must be 64, 96 or 128 on a GPU"
     assert message in reason_of("prefill", given)
     for door in ("function", "operator"):
         with pytest.raises((ValueError, RuntimeError), match=message):

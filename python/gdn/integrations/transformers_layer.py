@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import assume_constant_result, is_dynamo_compiling
 
 import gdn
+from gdn import _gdn
 
-#: Where there are kernels for both of the layer's ops.
-DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: What the layers' own functions do not heed, and kernels that take their place do.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -43,16 +42,35 @@ def in_inference(
     ) -> Any:
         if _is_for_gdn(self, hidden_states, norm, kwargs):
             is_known, cache = _cache(self, hidden_states, cache_params, cache_layer)
-            if is_known:
+            heads = (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
+            op = "decode" if _is_step(hidden_states, cache) else "prefill"
+            if is_known and _has_kernel(op, heads, self.conv_kernel_size, hidden_states.device.type):
                 return core(self, modeling.apply_mask_to_padding_states(hidden_states, attention_mask), cache)
         return original(self, hidden_states, cache_params, attention_mask, **kwargs)
 
     return forward
 
 
+@assume_constant_result
+def _has_kernel(op: str, heads: tuple[int, int, int, int], conv_width: int, device_type: str) -> bool:
+    """Whether `gdn.Layer` has `op` for such layers there: a GPU takes some dims only."""
+    return _kernels(op, heads, conv_width, device_type)
+
+
+@functools.cache
+def _kernels(op: str, heads: tuple[int, int, int, int], conv_width: int, device_type: str) -> bool:
+    settings = _gdn.Settings(heads, "interleaved", 1e-6, 1e-6, None, 1.0, "silu")
+    return settings.refusal(op, device_type, conv_width) is None
+
+
+def _is_step(hidden_states: Any, cache: Any) -> bool:
+    """Whether this is one token behind those that a cache's layer has seen."""
+    return cache is not None and cache.has_previous_state[0] and hidden_states.shape[1] == 1
+
+
 def _is_for_gdn(layer: Any, hidden_states: Any, norm: type, kwargs: dict[str, Any]) -> bool:
     """Whether nobody wants a derivative, and the layer is as it was made."""
-    if hidden_states.device.type not in DEVICES or hidden_states.dtype not in DTYPES:
+    if hidden_states.dtype not in DTYPES:
         return False
     if torch.is_grad_enabled():
         parameters = (hidden_states, *layer.parameters())
@@ -113,14 +131,13 @@ def _core(self: Any, hidden_states: Any, cache: Any) -> Any:
         named = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         projections = tuple(projection(rows) for projection in named)
     layer = gdn.Layer.from_module(self)
-    has_previous = cache is not None and cache.has_previous_state[0]
     states = (None, None) if cache is None else _states(self, cache, projections[0], batch_size)
-    if has_previous and seq_len == 1:
+    if _is_step(hidden_states, cache):
         out = layer.decode(projections, *states)
     else:
         ends = torch.arange(batch_size + 1, dtype=torch.int32, device=rows.device) * seq_len
         fresh = None
-        if cache is not None and not has_previous:
+        if cache is not None and not cache.has_previous_state[0]:
             fresh = torch.zeros(batch_size, dtype=torch.uint8, device=rows.device)
         out = layer.prefill(projections, ends, *states, has_initial_state=fresh)
         if cache is not None:

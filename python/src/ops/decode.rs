@@ -37,7 +37,11 @@ impl Call {
         let device = operands.device();
         match device.kind {
             _ if device.is_cpu() => self.build::<Host<'_>>(operands)?.check().map_err(refused),
-            Device::CUDA => cuda::check_decode(&self.build::<OnDevice>(operands)?).map_err(refused_by_gpu),
+            Device::CUDA => {
+                let call = self.build::<OnDevice>(operands)?;
+                gpu(device.ordinal)?;
+                cuda::check_decode(&call).map_err(refused_by_gpu)
+            }
             _ => Err(no_device(operands, "decode", "cpu or cuda")),
         }
     }
@@ -177,7 +181,7 @@ pub(crate) fn decode<'py>(
     (objects[MORE_STATES], objects[MORE_WINDOWS]) = (intermediate_states, intermediate_conv_windows);
     objects[OUT] = out;
     let wish = if only_check { Wish::Check } else { Wish::Run };
-    let check = |operands: &Operands| call.check(operands);
+    let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |operands: &Operands, place: &Place| unsafe { call.run(operands, place) };

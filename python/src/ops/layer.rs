@@ -5,7 +5,8 @@ use std::marker::PhantomData;
 
 use gdn::{
     ArgumentError, DeviceAddress, Dtype, Exclusive, Gate, Heads, IndexType, Indices, Packed, Projections,
-    Shared, Space, Unpacked, Weights, cuda::CudaError,
+    Shared, Space, Unpacked, Weights,
+    cuda::{self, CudaError},
 };
 use pyo3::{
     prelude::*,
@@ -94,6 +95,18 @@ impl Settings {
     ) -> PyResult<Self> {
         let factors = Factors { l2norm_eps, norm_eps, scale, beta_scale };
         layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?).map(Self)
+    }
+
+    /// Why `op`, decode or prefill, has no kernel for such a layer on a type of devices, whatever the tensors.
+    fn refusal(&self, op: &str, device_type: &str, conv_width: usize) -> Option<String> {
+        let layer = gdn::Layer { conv_width, ..self.0 };
+        let supported = match (device_type, op) {
+            ("cpu", _) => Ok(()),
+            ("cuda", "decode") => cuda::decode_supports(&layer),
+            ("cuda", _) => cuda::prefill_supports(&layer),
+            _ => return Some(format!("gdn.{op} has no kernel on {device_type}")),
+        };
+        supported.err().map(|error| error.to_string())
     }
 }
 
@@ -514,7 +527,7 @@ pub(crate) fn on_objects<'py>(
     heads: &Heads,
     mut objects: Objects<'py>,
     wish: Wish,
-    check: impl Fn(&Operands) -> PyResult<()>,
+    check: impl Fn(&Operands, &Place) -> PyResult<()>,
     run: impl Fn(&Operands, &Place) -> PyResult<()> + Sync,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let first = if objects[0].is_some() { 0 } else { 2 };
@@ -522,6 +535,7 @@ pub(crate) fn on_objects<'py>(
         return Err(value_error(format!("{} is None, expected a tensor", names[first])));
     };
     let torch = torch::get().filter(|torch| torch.is_tensor(&lead));
+    let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     // What is asked of PyTorch may give up the GIL.
     let _outside = torch.map(|_| Outside::new(py));
     let mut operands = Operands::new(names);
@@ -555,7 +569,7 @@ pub(crate) fn on_objects<'py>(
             shape = operands.out_shape(heads)?;
             operands.tensors[OUT] = Some(imagined(&known, &shape));
         }
-        check(&operands)?;
+        check(&operands, &place)?;
     }
     if wish == Wish::Check {
         return Ok(None);
@@ -576,7 +590,6 @@ pub(crate) fn on_objects<'py>(
         let (made, tensor) = fresh(torch, &lead, &known, &shape, names[OUT], &mut buffers)?;
         (objects[OUT], operands.tensors[OUT]) = (Some(made), Some(tensor));
     }
-    let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     exit::detach(py, || run(&operands, &place))?;
     drop(lent);
     match buffers.is_empty() {

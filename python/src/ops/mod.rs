@@ -8,7 +8,7 @@ pub(crate) mod split;
 
 use std::sync::OnceLock;
 
-use gdn::{Cpu, Heads, Layout, Packing, cpu::Executor, cuda};
+use gdn::{Cpu, DeviceAddress, Heads, Layout, Packing, cpu::Executor, cuda};
 use pyo3::{
     exceptions::{PyOverflowError, PyRuntimeError},
     prelude::*,
@@ -113,11 +113,17 @@ pub(crate) struct Place {
     pub(crate) threads: Option<Threads>,
     /// The stream of a CUDA device to work on.
     pub(crate) stream: fn(Device) -> PyResult<*mut std::ffi::c_void>,
+    /// Memory of a device's for work on that stream. `None` where there is none to be had.
+    pub(crate) scratch: Option<Scratch>,
 }
+
+/// Calls what it is given with the address of so many bytes, which are free again for what comes after on the
+/// stream.
+pub(crate) type Scratch = fn(Device, usize, &mut dyn FnMut(DeviceAddress) -> PyResult<()>) -> PyResult<()>;
 
 impl Place {
     /// Our own threads, and the legacy default stream.
-    pub(crate) const OURS: Self = Self { threads: None, stream: |_| Ok(std::ptr::null_mut()) };
+    pub(crate) const OURS: Self = Self { threads: None, stream: |_| Ok(std::ptr::null_mut()), scratch: None };
 
     /// Calls `work` with as many threads as there are and are worth it, for so many bytes to be read.
     #[inline]

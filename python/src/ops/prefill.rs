@@ -1,16 +1,16 @@
 //! Prefill: the function, and what both doors come to.
 
-use gdn::{Checkpoints, Cpu, Prefill};
+use gdn::{Checkpoints, Cpu, Prefill, cuda};
 use pyo3::prelude::*;
 
 use super::layer::{
-    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, Operands,
+    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, OnDevice, Operands,
     RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, Wish, names, no_device,
-    not_both, on_objects, refused, take_projections, take_weights,
+    not_both, on_objects, refused, refused_by_gpu, take_projections, take_weights,
 };
 use crate::{
-    ops::{Place, integer, size},
-    tensor::value_error,
+    ops::{Place, Scratch, gpu, integer, size},
+    tensor::{Device, value_error},
 };
 
 /// The tensors by position.
@@ -28,22 +28,38 @@ pub(crate) struct Call {
 
 impl Call {
     /// Checks everything but the values of indices.
-    pub(crate) fn check(&self, operands: &Operands) -> PyResult<()> {
-        if !operands.device().is_cpu() {
-            return Err(no_device(operands, "prefill", "cpu"));
+    pub(crate) fn check(&self, operands: &Operands, place: &Place) -> PyResult<()> {
+        let device = operands.device();
+        match device.kind {
+            _ if device.is_cpu() => self.build::<Host<'_>>(operands)?.check().map_err(refused),
+            Device::CUDA => {
+                let call = self.build::<OnDevice>(operands)?;
+                scratch_of(operands, place)?;
+                gpu(device.ordinal)?.check_prefill(&call).map_err(refused_by_gpu)
+            }
+            _ => Err(no_device(operands, "prefill", "cpu or cuda")),
         }
-        self.build::<Host<'_>>(operands)?.check().map_err(refused)
     }
 
     /// Does it, on tensors that [`Operands::check`] saw.
     ///
     /// # Safety
     /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
-    /// or touches those that are written.
+    /// or touches those that are written. On a GPU the same until the work on the stream is done.
     pub(crate) unsafe fn run(&self, operands: &Operands, place: &Place) -> PyResult<()> {
         let device = operands.device();
+        if device.kind == Device::CUDA && !device.is_cpu() {
+            let call = self.build::<OnDevice>(operands)?;
+            let (gpu, stream) = (gpu(device.ordinal)?, (place.stream)(device)?);
+            let (num_tokens, entries) = (call.out.sizes()[0], call.cu_seqlens.sizes()[0]);
+            let bytes = cuda::prefill_scratch_bytes(&call.layer, num_tokens, entries.saturating_sub(1));
+            return scratch_of(operands, place)?(device, bytes, &mut |at| {
+                // SAFETY: the caller's promise, and memory that is free for work on this stream.
+                unsafe { gpu.prefill_raw(&call, (at, bytes), stream.cast()) }.map_err(refused_by_gpu)
+            });
+        }
         if !device.is_cpu() {
-            return Err(no_device(operands, "prefill", "cpu"));
+            return Err(no_device(operands, "prefill", "cpu or cuda"));
         }
         let mut call = self.build::<Host<'_>>(operands)?;
         let heads = self.layer.heads();
@@ -88,6 +104,18 @@ impl Call {
             out: operands.write::<S, 3>(OUT)?,
         })
     }
+}
+
+/// Where the memory comes from that prefill takes on a GPU.
+fn scratch_of(operands: &Operands, place: &Place) -> PyResult<Scratch> {
+    place.scratch.ok_or_else(|| {
+        value_error(format!(
+            "{} is on {} and no torch.Tensor: gdn.prefill takes memory there, from PyTorch's allocator. Give PyTorch \
+             tensors, which torch.from_dlpack makes of such arrays without a copy",
+            operands.names[operands.first()],
+            operands.device()
+        ))
+    })
 }
 
 /// Tokens from a checkpoint to the next, 0 for none.
@@ -136,7 +164,7 @@ pub(crate) fn prefill<'py>(
     (objects[MORE_STATES], objects[MORE_WINDOWS]) = (state_checkpoints, conv_checkpoints);
     objects[OUT] = out;
     let wish = if only_check { Wish::Check } else { Wish::Run };
-    let check = |operands: &Operands| call.check(operands);
+    let check = |operands: &Operands, place: &Place| call.check(operands, place);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |operands: &Operands, place: &Place| unsafe { call.run(operands, place) };

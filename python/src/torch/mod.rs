@@ -21,7 +21,7 @@ use pyo3::{
     types::{PyDict, PyTuple, PyType},
 };
 
-use gdn::Block;
+use gdn::{Block, DeviceAddress};
 
 use self::{
     abi::{Check, DTYPES, Failed, FromBlob, Functions, ask},
@@ -501,8 +501,11 @@ unsafe extern "C" fn free(_: *mut c_void, block: *mut c_void) {
 }
 
 /// PyTorch's threads and streams.
-pub(crate) const PLACE: Place =
-    Place { threads: Some(Threads { most: num_threads, executor: &parallel_for }), stream };
+pub(crate) const PLACE: Place = Place {
+    threads: Some(Threads { most: num_threads, executor: &parallel_for }),
+    stream,
+    scratch: Some(scratch),
+};
 
 /// The threads that PyTorch would use. After a fork one: its threads stayed with the parent, and would be
 /// waited for.
@@ -516,6 +519,32 @@ fn num_threads() -> usize {
 fn stream(device: Device) -> PyResult<*mut c_void> {
     let stream = get().and_then(|torch| torch.exchange.stream(device));
     stream.ok_or_else(|| Failed("current_work_stream").into())
+}
+
+/// Memory of PyTorch's allocator, which is its again when the call returns: for work on the same stream.
+fn scratch(
+    device: Device,
+    bytes: usize,
+    work: &mut dyn FnMut(DeviceAddress) -> PyResult<()>,
+) -> PyResult<()> {
+    const BYTE: DType = DType { code: DType::UINT, bits: 8, lanes: 1 };
+    let torch = get().ok_or(Failed("aoti_torch_empty_strided"))?;
+    let number = torch.number_of(BYTE).ok_or(Failed("aoti_torch_dtype_uint8"))?;
+    if let Ok(handle) = torch.empty(&[bytes], number, device) {
+        // SAFETY: a tensor that lives.
+        let address = unsafe { ask!(torch, aoti_torch_get_data_ptr(handle.0))? };
+        return work(DeviceAddress(address as u64));
+    }
+    // No memory, most likely, which Python's function has an exception of its own for.
+    Python::attach(|py| {
+        let module = py.import(intern!(py, "torch"))?;
+        let kwargs = PyDict::new(py);
+        kwargs.set_item(intern!(py, "dtype"), module.getattr(intern!(py, "uint8"))?)?;
+        kwargs.set_item(intern!(py, "device"), device.to_string())?;
+        let made = module.call_method(intern!(py, "empty"), (bytes,), Some(&kwargs))?;
+        let address: u64 = made.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        work(DeviceAddress(address))
+    })
 }
 
 /// PyTorch's own threads, as [`gdn::cpu::Executor`]. They have the last op's rows in their caches, and wait

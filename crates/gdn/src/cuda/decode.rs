@@ -18,7 +18,7 @@ use crate::{
     argument::ArgumentError,
     decode::{Decode, Plan},
     dtype::Dtype,
-    layer::{Field, Gate, Projections},
+    layer::{Field, Gate, Layer, Projections},
     state::{Keep, Kept, SlotsOf},
     tensor::{Element, Index, IndexType, Indices, Operand, Space, Tensor, expect_apart, placed},
     view::{DeviceAddress, Packed, Unpacked},
@@ -63,6 +63,21 @@ impl Gpu {
 /// [`CudaError::Argument`], [`CudaError::TooManySequences`].
 pub fn check_decode(call: &Decode<DeviceAddress, DeviceAddress>) -> Result<(), CudaError> {
     Job::new(&Plan::new(call)?, Profile::LEAST).map(|_| ())
+}
+
+/// Whether decode on a GPU takes a layer: DK and DV of at most 256.
+///
+/// # Errors
+/// [`ArgumentError::Value`], which says what is not taken.
+pub fn decode_supports(layer: &Layer) -> Result<(), ArgumentError> {
+    let heads = layer.heads();
+    for (argument, got) in [("head_k_dim", heads.head_k_dim()), ("head_v_dim", heads.head_v_dim())] {
+        if got > MOST_DIM {
+            let expected = format!("at most {MOST_DIM} on a GPU");
+            return Err(ArgumentError::Value { argument, got: got.to_string(), expected });
+        }
+    }
+    Ok(())
 }
 
 /// # Safety
@@ -407,12 +422,7 @@ impl Job {
         let layer = &tokens.layer;
         let heads = layer.heads();
         let (hk, ratio) = (heads.num_k_heads(), heads.ratio());
-        for (argument, got) in [("head_k_dim", heads.head_k_dim()), ("head_v_dim", heads.head_v_dim())] {
-            if got > MOST_DIM {
-                let expected = format!("at most {MOST_DIM} on a GPU");
-                return Err(ArgumentError::Value { argument, got: got.to_string(), expected }.into());
-            }
-        }
+        decode_supports(layer)?;
         named(plan, |argument, DeviceAddress(address), size| {
             if address.is_multiple_of(size as u64) {
                 return Ok(());

@@ -125,6 +125,16 @@ impl Gpu {
         // SAFETY: the caller's promise.
         unsafe { run(self, &plan, scratch, Profile::of(self), stream) }
     }
+
+    /// Whether [`Gpu::prefill_raw`] takes a call: all that is checked before a kernel is launched, but for whose
+    /// memory the addresses are and the scratch memory.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`], [`CudaError::TooManySequences`].
+    pub fn check_prefill(&self, call: &Prefill<DeviceAddress, DeviceAddress>) -> Result<(), CudaError> {
+        let scratch = (DeviceAddress(0), usize::MAX);
+        Job::new(&Plan::new(call)?, scratch, Profile::of(self)).map(|_| ())
+    }
 }
 
 /// # Safety

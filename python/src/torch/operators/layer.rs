@@ -195,7 +195,7 @@ unsafe fn prefill_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is
         pad_slot_id,
         checkpoint_every_n_tokens: prefill::every(every)?,
     };
-    let check = |operands: &Operands| call.check(operands);
+    let check = |operands: &Operands| call.check(operands, &PLACE);
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
     let run = |operands: &Operands| unsafe { call.run(operands, &PLACE) };
     let done = on_handles(torch, &prefill::TENSORS, &call.layer.heads(), handles, check, run)?;
