@@ -160,10 +160,18 @@ def _call(op: str, layer: Any, projections: Any, others: Sequence[Any], out: Any
         beta_scale=layer.beta_scale,
         gate=layer.gate,
     )
+    if out is None and torch.compiler.is_compiling() and not _mutates(others, options):
+        # Inductor (seen in torch 2.11 to 2.15) fails on an operator that could mutate and is given nothing to.
+        out = projections[0].new_empty((projections[0].shape[0], layer.heads[1], layer.heads[3]))
     if out is None:
         return fresh(*arguments, **options)
     given(*arguments, **options, out=out)
     return out
+
+
+def _mutates(others: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a call is given states to bring up to date, or to keep some in."""
+    return any(one is not None for one in (*others[:2], *map(options.get, _WRITTEN)))
 
 
 def decode(layer: Any, projections: Any, others: Sequence[Any], out: Any, **options: Any) -> Any:

@@ -147,6 +147,17 @@ def test_a_layer_compiled_whole(op):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("given", ["no states", "conv_state", "recurrent_state"])
+def test_a_prefill_without_states_compiled_whole(given):
+    layer, (projections, cu, conv, state) = layer_call("prefill")
+    states = {"conv_state": dict(conv_state=conv), "recurrent_state": dict(recurrent_state=state)}
+    expected = layer.prefill(projections, cu, **{k: v.clone() for k, v in states.get(given, {}).items()})
+    run = torch.compile(
+        lambda *arguments, **options: layer.prefill(*arguments, **options) + 1, fullgraph=True
+    )
+    assert torch.equal(run(projections, cu, **states.get(given, {})), expected + 1)
+
+
 @pytest.mark.parametrize("which", ["mixed_qkvz", "conv_weight", "A_log", "conv_state", "recurrent_state"])
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 def test_gradients_are_refused(op, which):
