@@ -127,7 +127,7 @@ def test_each_call_against_float64(kind, dtype, monkeypatch):
 
                 y, windows, states = exact()
                 ol.near(out[rows].cpu(), y, f"out of {name}", lambda seed, exact=exact: exact(seed)[0])
-                last = lambda seed, exact=exact: exact(seed)[2][-1]  # noqa: E731
+                last = lambda seed, exact=exact: exact(seed)[2][-1]
                 ol.near(state[r].cpu(), states[-1], f"state of {name}", last)
                 assert torch.equal(conv[r][:, -3:].cpu().double(), windows[-1])
             held.append(name)
