@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="SGLang's kernels are Triton's")
 
 import gdn.integrations.sglang as integration
 from gdn.integrations import UnknownEngine, known
+from gdn.integrations.ops import VARIABLE
 
 FOLDER = peers.folder("sglang")
 pytestmark = pytest.mark.skipif(
@@ -71,6 +72,7 @@ def sglang(monkeypatch, request):
     ):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.setenv(VARIABLE, "split")  # the rest: test_integrations_sglang_layer.py
     folder = request.getfixturevalue("edited") if "edited" in request.fixturenames else FOLDER
     given = dict(GIVEN)
     if "msgspec" not in sys.modules and importlib.util.find_spec("msgspec") is None:

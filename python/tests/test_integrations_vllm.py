@@ -22,6 +22,7 @@ pytest.importorskip("einops", reason="vLLM's layer imports it")
 import gdn.integrations.vllm as integration
 from gdn.integrations import UnknownEngine, known, trial
 from gdn.integrations.on_import import OnImport
+from gdn.integrations.ops import VARIABLE
 
 FOLDER = peers.folder("vllm")
 pytestmark = pytest.mark.skipif(
@@ -68,6 +69,7 @@ def edited(tmp_path):
 def vllm(monkeypatch, request):
     """vLLM's modules, importable; no plugin chosen."""
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv(VARIABLE, "split")  # the rest on CUDA: test_integrations_vllm_cuda.py
     folder = request.getfixturevalue("edited") if "edited" in request.fixturenames else FOLDER
     envs = SimpleNamespace(VLLM_PLUGINS=None)
     with stand_ins.engine(folder, "vllm", REAL, GIVEN):

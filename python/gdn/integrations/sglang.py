@@ -1,4 +1,7 @@
-"""SGLang: `fused_qkvzba_split_reshape_cat` and `..._contiguous`, replaced through its HookRegistry.
+"""SGLang, through its HookRegistry: `fused_qkvzba_split_reshape_cat` and `..._contiguous`, and the layers that call them.
+
+The two functions are replaced by gdn's own. Around the `forward` of Qwen3-Next's and Qwen3.5's layers is a hook that gives everything between their
+two GEMMs to gdn (`gdn.integrations.sglang_layer`), for the ops that `GDN_OPS` names (`gdn.integrations.ops`).
 
 As a plugin, in every process of the engine, by SGLang's own choice of plugins:
 
@@ -21,6 +24,8 @@ from typing import Any
 
 import gdn
 from gdn.integrations import known
+from gdn.integrations.on_import import OnImport
+from gdn.integrations.ops import chosen
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in SGLANG_PLUGINS
@@ -38,20 +43,61 @@ SOURCES = {
     "fused_qkvzba_split_reshape_cat_contiguous_kernel": ("65c28e1289f1391a",),
 }
 
+LAYERS = {
+    ("sglang.srt.models.qwen3_next", "Qwen3GatedDeltaNet"): "interleaved",
+    ("sglang.srt.models.qwen3_5", "Qwen3_5GatedDeltaNet"): "contiguous",
+}
+LAYER_SOURCES = {
+    "Qwen3GatedDeltaNet": {
+        "forward": ("e84fb2ad8083c19e",),
+        "_forward_input_proj": ("ad9d6fc10de8d20d",),
+    },
+    "Qwen3_5GatedDeltaNet": {
+        "forward": ("176f57dafb57243d",),
+        "_forward_input_proj": ("f652a1eae8d1dd4a",),
+    },
+}
+_logger = logging.getLogger(f"sglang.{__name__}")  # below SGLang's own loggers
+
 
 def _apply(any_release: bool, now: bool = True) -> Undo:
-    """`now=False` leaves it to SGLang to apply the hooks, once all plugins have registered theirs."""
+    """`now=False` leaves it to SGLang to apply the split's hooks, once all plugins have registered theirs."""
+    ops = chosen()
     known.check_release("sglang", RELEASES, any_release)
     registry = importlib.import_module(REGISTRY)
+    undoes: list[Undo] = []
+
+    def undo() -> None:
+        for one in reversed(undoes):
+            one()
+
+    try:
+        if "split" in ops:
+            undoes.append(_put_split(registry, now))
+        known.check_platform("sglang")
+        if set(ops) != {"split"}:
+            for (module, layer), packing in LAYERS.items():
+                undoes.append(_when_there(registry, module, layer, packing, ops))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _check_free(registry: Any, target: str, function: Any) -> None:
+    """Refuses where somebody else has replaced or wrapped the target, or is to."""
+    hooks = registry.HookRegistry
+    replaced = any(kind == registry.HookType.REPLACE for kind, *_ in hooks._hooks.get(target, ()))
+    if replaced or target in hooks._patched or hasattr(function, "__wrapped__"):
+        raise known.UnknownEngine(f"another plugin has hooks on {target} already. {known.NOTHING_CHANGED}")
+
+
+def _put_split(registry: Any, now: bool) -> Undo:
     module = importlib.import_module(MODULE)
     known.check_platform("sglang")
     hooks, targets = registry.HookRegistry, {name: f"{MODULE}.{name}" for name in BY}
     for name, target in targets.items():
-        replaced = any(kind == registry.HookType.REPLACE for kind, *_ in hooks._hooks.get(target, ()))
-        if replaced or target in hooks._patched or hasattr(getattr(module, name, None), "__wrapped__"):
-            raise known.UnknownEngine(
-                f"another plugin has hooks on {target} already. {known.NOTHING_CHANGED}"
-            )
+        _check_free(registry, target, getattr(module, name, None))
     known.check_sources("sglang", module, SOURCES)
 
     originals = {name: getattr(module, name) for name in BY}
@@ -64,6 +110,56 @@ def _apply(any_release: bool, now: bool = True) -> Undo:
     if any(getattr(module, name) is original for name, original in originals.items()):
         undo()  # the registry only logs why
         raise known.UnknownEngine(f"SGLang's HookRegistry took no hooks on {MODULE}. {known.NOTHING_CHANGED}")
+    return undo
+
+
+def _when_there(registry: Any, module: str, layer: str, packing: str, ops: tuple[str, ...]) -> Undo:
+    """Puts the layer's hook now, or when SGLang imports its module: not in processes that run no model."""
+    if module in sys.modules:
+        return _put_layer(registry, sys.modules[module], layer, packing, ops)
+    undoes: list[Undo] = []
+
+    def then(imported: ModuleType) -> None:
+        try:
+            undoes.append(_put_layer(registry, imported, layer, packing, ops))
+        except known.UnknownEngine as refused:
+            _logger.warning("gdn leaves %s to SGLang: %s", layer, refused)
+
+    waiting = OnImport(module, then)
+    undoes.append(waiting.cancel)
+
+    def undo() -> None:
+        for one in reversed(undoes):
+            one()
+
+    return undo
+
+
+def _put_layer(registry: Any, module: ModuleType, layer: str, packing: str, ops: tuple[str, ...]) -> Undo:
+    cls, hooks = getattr(module, layer), registry.HookRegistry
+    target = f"{module.__name__}.{layer}.forward"
+    if hooks._hooks.get(target):
+        raise known.UnknownEngine(f"another plugin has hooks on {target} already. {known.NOTHING_CHANGED}")
+    known.check_sources("sglang", cls, LAYER_SOURCES[layer])
+    original = cls.forward
+    hook = importlib.import_module("gdn.integrations.sglang_layer").around(packing, ops, _logger)
+    hooks.register(target, hook, registry.HookType.AROUND)
+    try:
+        # Not `apply_hooks`, which may be at work on another's hook, and have imported the module for it.
+        hooks._apply_target(target, hooks._hooks[target])
+    except BaseException:
+        del hooks._hooks[target]
+        raise
+    hooks._patched.add(target)
+
+    def undo() -> None:
+        others = [one for one in hooks._hooks.pop(target, ()) if one[1] is not hook]
+        hooks._patched.discard(target)
+        cls.forward = original
+        if others:
+            hooks._hooks[target] = others
+            hooks.apply_hooks()
+
     return undo
 
 
@@ -100,11 +196,16 @@ def _rebind(old: Any, new: Any) -> None:
                 setattr(module, name, new)
 
 
-_switch = Switch(
-    logging.getLogger(f"sglang.{__name__}"),  # below SGLang's own loggers
-    f"gdn's own in place of {' and '.join(BY)} of {MODULE}",
-    _apply,
-)
+def _told() -> str:
+    ops = chosen()
+    told = [f"gdn's own in place of {' and '.join(BY)} of {MODULE}"] if "split" in ops else []
+    if rest := [one for one in ops if one != "split"]:
+        layers = " and ".join(layer for _, layer in LAYERS)
+        told.append(f"gdn.Layer between the GEMMs of {layers} for {', '.join(rest)}")
+    return "; ".join(told) or "nothing, since GDN_OPS is empty"
+
+
+_switch = Switch(_logger, _told, _apply)
 install, uninstall = _switch.install, _switch.uninstall
 is_installed, installed = _switch.is_installed, _switch.installed
 

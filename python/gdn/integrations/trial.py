@@ -37,7 +37,7 @@ def difference(
     """How what `before` and `after` hand on differs, as the end of a sentence; None where it does not.
 
     `layer` is the class that has the methods. `tiny` has the attributes of the layer and its `projections`,
-    functions of no arguments by the names of the modules that make them. `ops` is the namespace of the
+    functions of no arguments by the names of the modules that make them; `of_norm` has what its norm has. `ops` is the namespace of the
     engine's operators in `torch.ops`.
     """
     handed = []
@@ -73,10 +73,11 @@ def _run(method: Callable[..., Any], layer: type, tiny: Mapping[str, Any], ops: 
 
         return record
 
-    attributes = {name: value for name, value in tiny.items() if name != "projections"}
+    attributes = {name: value for name, value in tiny.items() if name not in ("projections", "of_norm")}
     for name, made in tiny["projections"].items():
         attributes[name] = lambda hidden, made=made: (made(), None)
     attributes["norm"] = recording("norm", lambda x, z: x)
+    vars(attributes["norm"]).update(tiny.get("of_norm", {}))
     attributes["out_proj"] = recording("out_proj", lambda x: (x, None))
     operators = _Recorded(lambda name: recording(name, lambda *args: None))
     function = inspect.unwrap(method)

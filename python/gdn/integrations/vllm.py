@@ -1,7 +1,7 @@
 """vLLM: `QwenGatedDeltaNetAttention`, the layer of Qwen3-Next and Qwen3.5.
 
-On a CPU everything between its two GEMMs goes through gdn (`gdn.integrations.vllm_cpu`), on CUDA the split of
-Qwen3-Next's packed projections.
+Everything between its two GEMMs goes through gdn: on a CPU (`gdn.integrations.vllm_cpu`), and on CUDA (`gdn.integrations.vllm_cuda`) for the ops
+that `GDN_OPS` names (`gdn.integrations.ops`). What stays vLLM's on CUDA has the split of Qwen3-Next's packed projections from gdn.
 
 As a plugin, in every process of the engine, by vLLM's own choice of plugins:
 
@@ -17,7 +17,7 @@ Which release of vLLM it is does not matter, nor which distribution (vllm, vllm-
 methods have the signatures below and that a tiny layer hands on the same bits with gdn and without, which is
 tried before anything is replaced (`gdn.integrations.trial`).
 
-On CUDA only the interleaved packing is touched. Qwen3.5's contiguous packing comes apart into views, and vLLM
+In vLLM's own path on CUDA only the interleaved packing is touched. Qwen3.5's contiguous packing comes apart into views, and vLLM
 takes those. What is left to the layer's own split of the interleaved packing: see
 `gdn.integrations.rewrite.goes_to_gdn`.
 """
@@ -33,6 +33,7 @@ from typing import Any
 import gdn
 from gdn.integrations import known, rewrite, trial
 from gdn.integrations.on_import import when_imported
+from gdn.integrations.ops import chosen
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in VLLM_PLUGINS
@@ -46,6 +47,7 @@ SIGNATURES = {
     "forward_cuda": ("self", "hidden_states"),
     "forward_cpu": ("self", "hidden_states"),
 }
+_logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, whose handlers show it
 
 
 def _split_with_gdn(self: Any, mixed_qkvz: Any, mixed_ba: Any) -> tuple[Any, ...]:
@@ -96,17 +98,25 @@ def _apply(any_release: bool) -> Undo:
     layer = getattr(importlib.import_module(MODULE), LAYER)
     known.check_platform("vllm")
     known.check_signatures("vllm", layer, SIGNATURES)
+    own = layer.forward_cuda
     with trial.on_the_cpu():
         undo = rewrite.replace(layer, METHODS, split=SPLIT, fused=FUSED, by=_split_with_gdn, accepts=_try)
-    if not _on_a_cpu():
-        return undo
+    more: Undo = lambda: None
     try:
         with trial.on_the_cpu():
-            _put_core(layer)
+            if _on_a_cpu():
+                _put_core(layer)
+            elif ops := [one for one in chosen() if one != "split"]:
+                more = _put_core_on_cuda(layer, own, tuple(ops))
     except BaseException:
         undo()
         raise
-    return undo  # which puts back `forward_cpu` as well
+
+    def both() -> None:
+        more()
+        undo()  # which puts back `forward_cpu` and `forward_cuda`
+
+    return both
 
 
 def _on_a_cpu() -> bool:
@@ -127,10 +137,43 @@ def _put_core(layer: type) -> None:
     layer.forward_cpu = ours
 
 
+def _put_core_on_cuda(layer: type, own: Any, ops: tuple[str, ...]) -> Undo:
+    """Everything between the GEMMs, in `forward_cuda`: what goes to vLLM's operator is tried now, a step of the layer where the GPU is."""
+    core = importlib.import_module("gdn.integrations.vllm_cuda")
+    steps = importlib.import_module("gdn.integrations.vllm_cuda_trial")
+    if not hasattr(layer, core.METHOD):
+        _logger.info("gdn takes the split alone: this %s has no %s", LAYER, core.METHOD)
+        return lambda: None
+    known.check_signatures("vllm", layer, core.SIGNATURES)
+    split, method = layer.forward_cuda, getattr(layer, core.METHOD)
+    ours = core.forward(split)
+    norm = {"group_size": None, "norm_before_gate": True, "bias": None}
+    for interleaved in (True, False):
+        for tp_size in (1, 2):
+            tiny = _tiny(interleaved, tp_size) | {"enable_fused_gdn_spec_decode": True, "activation": "silu"}
+            tiny["of_norm"] = norm | {"weight": importlib.import_module("torch").zeros(24)}
+            if found := trial.difference(own, ours, layer, tiny, "vllm"):
+                raise known.UnknownEngine(
+                    f"gdn does not know this {LAYER}.forward_cuda of {known.release(*DISTRIBUTIONS)}: "
+                    f"on a tiny layer {found}. {known.NOTHING_CHANGED}"
+                )
+    module = importlib.import_module(MODULE)
+    layer.forward_cuda = ours
+    setattr(layer, core.METHOD, core.core_packed(method, module, ops, _logger, steps.difference))
+
+    def undo() -> None:
+        setattr(layer, core.METHOD, method)
+
+    return undo
+
+
 def _told() -> str:
     if _on_a_cpu():
         return f"gdn.Layer in place of everything between the GEMMs of {MODULE}.{LAYER}.forward_cpu"
-    return f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}"
+    told = f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}"
+    if ops := [one for one in chosen() if one != "split"]:
+        told += f"; gdn.Layer in place of everything between the GEMMs of forward_cuda for {', '.join(ops)}"
+    return told
 
 
 def _caution() -> str | None:
@@ -144,7 +187,7 @@ def _caution() -> str | None:
 
 
 _switch = Switch(
-    logging.getLogger(f"vllm.{__name__}"),  # below vLLM's own logger, whose handlers show it
+    _logger,
     _told,
     _apply,
     _caution,

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""SGLang's Gated DeltaNet layer on a GPU, as it is and with gdn in it, in CUDA graphs, in one process.
+
+    pip install ./python && python python/tests/peers.py sglang
+    python benches/gpu/sglang_layer.py --csv OUT.csv
+
+The layers are SGLang's own, with their backends and kernels (python/tests/sglang_rig.py says what is stood in for), decoding and verifying drafts. `core` is all between
+the GEMMs, `layer` has them too, for a hidden size of 2048. Graphs of calls, each on slots of its own, together larger than the second-level cache, are
+replayed in turns; a figure is the median over the turns, in microseconds a call.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import statistics
+import sys
+from pathlib import Path
+
+os.environ["GDN_OPS"] = "split,decode,verify,prefill"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "python/tests"), str(ROOT / "benches")]
+
+import peers
+import stand_ins
+import torch
+import triton
+from graphs import graph_of
+
+import gdn.integrations.sglang as integration
+
+HIDDEN = 2048
+
+
+def subjects(rig, batch_size, tokens, calls):
+    """Calls of the layer's `forward`, each on slots of its own, by what is timed."""
+    hv, dv = rig.heads[1::2]
+    rig.project(batch_size * tokens)
+    order = torch.randperm(rig.slots)[: calls * batch_size].view(calls, batch_size)
+    starts = torch.arange(batch_size + 1) * tokens
+    steps = []
+    for slots in order:
+        batch = rig.step("DECODE" if tokens == 1 else "TARGET_VERIFY", slots, starts)
+        steps.append((batch, rig.backend.forward_metadata))
+    hidden = rig.random(batch_size * tokens, HIDDEN)
+    wide = [rig.random(one.shape[1], HIDDEN, scale=HIDDEN**-0.5) for one in rig.projections]
+    back = rig.random(HIDDEN, hv * dv, scale=(hv * dv) ** -0.5)
+    given = rig.layer._forward_input_proj, rig.layer.out_proj
+    with_gemms = (
+        lambda hidden: tuple(torch.nn.functional.linear(hidden, one) for one in wide),
+        lambda core: (torch.nn.functional.linear(core, back), None),
+    )
+
+    def run(i, parts):
+        batch, rig.backend.forward_metadata = steps[i]
+        rig.layer._forward_input_proj, rig.layer.out_proj = parts
+        return rig.layer.forward(hidden, batch)
+
+    return {"core": lambda i: run(i, given), "layer": lambda i: run(i, with_gemms)}
+
+
+def measure(rig, batch_size, tokens, calls, turns):
+    graphs = {}
+    with torch.no_grad():
+        for part, run in subjects(rig, batch_size, tokens, calls).items():
+            for who in ("SGLang", "gdn"):
+                number = iter(range(1 << 30))
+                if who == "gdn":
+                    integration.install()
+                try:
+                    graphs[part, who] = graph_of(lambda: run(next(number) % calls), calls)
+                finally:
+                    integration.uninstall()
+    times = {key: [] for key in graphs}
+    for _ in range(turns):
+        for key, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[key].append(start.elapsed_time(end) * 1000 / calls)
+    return {key: statistics.median(one) for key, one in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="where figures go")
+    parser.add_argument("--turns", type=int, default=21)
+    parser.add_argument("--batch", default="1,4,16,64,256")
+    arguments = parser.parse_args()
+    rows = []
+    import sglang_rig as rigs
+
+    with stand_ins.engine(peers.folder("sglang"), "sglang", rigs.REAL, rigs.given()):
+        for packing in rigs.MODELS:
+            for state in (torch.float32, torch.bfloat16):
+                for tokens in (1, 4):
+                    for batch_size in map(int, arguments.batch.split(",")):
+                        if tokens > 1 and batch_size > 64:
+                            continue
+                        calls = max(2, min(32, (256 << 20) // (batch_size * 32 * 128 * 128 * state.itemsize)))
+                        rig = rigs.Rig(packing, (16, 32, 128, 128), slots=calls * batch_size, state_dtype=state, tokens=tokens, rows=batch_size + 1)
+                        figures = measure(rig, batch_size, tokens, calls, arguments.turns)
+                        name = str(state).removeprefix("torch.")
+                        for part in ("core", "layer"):
+                            theirs, ours = figures[part, "SGLang"], figures[part, "gdn"]
+                            print(f"{packing} {name} T={tokens} B={batch_size} {part}: SGLang {theirs:.2f}, gdn {ours:.2f}, {theirs / ours:.2f} times", flush=True)
+                            rows.append([packing, name, tokens, batch_size, part, f"{theirs:.3f}", f"{ours:.3f}"])
+                        del rig
+                        torch.cuda.empty_cache()
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "SGLang 0.5.23"]
+            writer.writerow(["# " + ", ".join(map(str, about))])
+            writer.writerow(["packing", "state", "tokens", "batch", "part", "SGLang us", "with gdn us"])
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
