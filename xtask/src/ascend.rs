@@ -69,7 +69,10 @@ fn install(folder: &Path) -> anyhow::Result<PathBuf> {
 
 /// The Python package with its part in Rust, unoptimised: of it only the planner is used.
 fn stage(target: &Path, folder: &Path) -> anyhow::Result<PathBuf> {
-    run_to_end(&mut cargo(&["build", "--package", "gdn-python"]))?;
+    let unoptimised = ["gdn", "gdn-math"].map(|name| format!("profile.dev.package.{name}.opt-level=0"));
+    let mut build = cargo(&["build", "--package", "gdn-python"]);
+    build.args(unoptimised.iter().flat_map(|one| ["--config", one]));
+    run_to_end(&mut build)?;
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
     }

@@ -7,6 +7,7 @@ mod deny;
 mod engines;
 mod examples;
 mod fuzz;
+mod lanes;
 mod memory;
 mod neon;
 mod ptx;

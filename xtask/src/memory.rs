@@ -28,22 +28,23 @@ pub(crate) fn sanitizer() -> anyhow::Result<()> {
         skip(format!("the address sanitizer: there is none for {HOST}"));
         return Ok(());
     }
-    // A thousand runs in which a system call fails are left to the tests without it: they take five times as
-    // long.
-    let the_command = ["--package", "gdn-cli", "--", "--skip", "faults::"];
-    for packages in [&LIBRARY[..], &the_command] {
-        let mut tests = cargo(&[&["test", "--target", HOST], packages].concat());
-        tests
-            .env("RUSTC_BOOTSTRAP", "1")
-            .env("RUSTFLAGS", "-Zsanitizer=address")
-            // Looking for leaks at the end takes system calls, which the command's tests let fail.
-            .env("ASAN_OPTIONS", "detect_leaks=0")
-            .env("CARGO_TARGET_DIR", root().join("target/asan"))
-            .env("CARGO_PROFILE_TEST_OPT_LEVEL", "1")
-            .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
-        run(&mut tests)?;
-    }
-    Ok(())
+    // One call, so that the library is built once: the command's is the same, without CUDA, which has nothing
+    // to do here but to look for a driver. A thousand runs in which a system call fails are left to the tests
+    // without the sanitizer: they take five times as long.
+    let the_command = ["--package", "gdn-cli", "--no-default-features", "--bins"];
+    let its_tests = ["--test", "attack", "--test", "cli", "--test", "repack", "--", "--skip", "faults::"];
+    let mut tests = cargo(&[&["test", "--target", HOST], &LIBRARY[..], &the_command, &its_tests].concat());
+    tests
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", "-Zsanitizer=address")
+        // With lines, for what the sanitizer says.
+        .env("CARGO_PROFILE_DEV_DEBUG", "line-tables-only")
+        // Looking for leaks at the end takes system calls, which the command's tests let fail.
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .env("CARGO_TARGET_DIR", root().join("target/asan"))
+        .env("CARGO_PROFILE_TEST_OPT_LEVEL", "1")
+        .env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
+    run(&mut tests)
 }
 
 /// The compiler that Miri is of: not every night's has it.

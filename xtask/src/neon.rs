@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 
 use crate::{
     memory::LIBRARY,
-    shell::{apt_install, cargo, command, has, root, run, skip},
+    shell::{apt_alone, apt_install, cargo, command, has, root, run, skip},
 };
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
@@ -35,6 +35,7 @@ pub(crate) fn test() -> anyhow::Result<()> {
     }
     let toolchain = root().join("target/tools/neon");
     if !toolchain.join("rustdoc").exists() {
+        let _alone = apt_alone()?;
         unpack(&toolchain)?;
     }
     // A plain core: NEON and nothing later.

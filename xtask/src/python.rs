@@ -148,6 +148,8 @@ impl Environment {
         }
         let mut maturin = self.program("maturin");
         maturin.args(["build", "--release", "--locked", "--zig", "--compatibility", PLATFORM, "--out"]);
+        // It is stripped.
+        maturin.env("CARGO_PROFILE_RELEASE_DEBUG", "0");
         run(maturin.arg(wheels).current_dir(root().join("python")))?;
         let made =
             fs::read_dir(wheels)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 
 use crate::{
-    ascend, deny, engines, examples, fuzz, memory, neon, ptx, python,
+    ascend, deny, engines, examples, fuzz, lanes, memory, neon, ptx, python,
     shell::{self, apt_install, cargo},
 };
 
@@ -20,65 +20,98 @@ pub(crate) struct Args {
     /// Only the steps whose names have this in them
     #[arg(long, value_name = "PART")]
     only: Option<String>,
-    /// Seconds for each fuzz target that is given any bytes
-    #[arg(long, default_value_t = 20)]
+    /// How many steps run beside each other. Most of them keep two cores busy for a part of their time only
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    lanes: u16,
+    /// Seconds for each fuzz target
+    #[arg(long, default_value_t = 60)]
     fuzz_seconds: u32,
-    /// Files for the fuzz target that is given valid ones with a few changes
-    #[arg(long, default_value_t = 100_000)]
-    fuzz_runs: u32,
+    /// The step of that very name, as one of several that run beside each other
+    #[arg(long, hide = true)]
+    step: Option<String>,
 }
 
 const PYTHON: &str = "the Python package";
 const ENGINES: &str = "a whole vLLM on the CPU";
 
-type Step<'a> = (&'a str, &'a dyn Fn() -> anyhow::Result<()>);
+/// A part of the tests.
+struct Step<'a> {
+    name: &'static str,
+    /// What no other step that uses it may run beside: a folder of builds, which cargo locks, or an
+    /// environment.
+    uses: Option<&'static str>,
+    run: Box<dyn Fn() -> anyhow::Result<()> + 'a>,
+}
+
+fn step<'a>(
+    name: &'static str,
+    uses: Option<&'static str>,
+    run: impl Fn() -> anyhow::Result<()> + 'a,
+) -> Step<'a> {
+    Step { name, uses, run: Box::new(run) }
+}
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let quick: [Step<'_>; 4] = [
-        ("formatting", &|| shell::run(&mut cargo(&["fmt", "--all", "--check"]))),
-        ("clippy", &|| {
+        step("formatting", None, || shell::run(&mut cargo(&["fmt", "--all", "--check"]))),
+        step("clippy", Some("debug"), || {
             shell::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-Dwarnings"]))
         }),
-        ("documentation", &|| {
+        step("documentation", Some("debug"), || {
             let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
             shell::run(doc.env("RUSTDOCFLAGS", "-Dwarnings"))
         }),
-        ("tests", &|| shell::run(&mut cargo(&["test", "--workspace"]))),
+        step("tests", Some("debug"), || shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
+    // The longest first, so that no lane is left with one of them at the end.
     let slow: [Step<'_>; 11] = [
-        ("the library and the command without CUDA", &|| {
+        step(PYTHON, Some("python"), python::test),
+        step("tests under the address sanitizer", None, memory::sanitizer),
+        step("fuzzing", None, || fuzz::run_all(args.fuzz_seconds)),
+        step(ENGINES, Some("python"), || engines::run(&[])),
+        step("tests on an emulated 64-bit Arm", None, neon::test),
+        step("the PTX of the kernels", None, kernels),
+        step("tests in Miri", None, memory::miri),
+        step("the Triton kernel, lowered for Ascend and run on the CPU", Some("debug"), || ascend::run(&[])),
+        step("examples that are packages of their own", None, examples::run),
+        step("licences, duplicates and known vulnerabilities of dependencies", None, deny::run_all),
+        step("the library and the command without CUDA", Some("debug"), || {
             shell::run(&mut cargo(&["clippy", "-p", "gdn", "--all-targets", "--", "-Dwarnings"]))?;
             shell::run(&mut cargo(&["clippy", "-p", "gdn-cli", "--no-default-features", "--", "-Dwarnings"]))
         }),
-        ("the PTX of the kernels", &kernels),
-        ("examples that are packages of their own", &examples::run),
-        ("the Triton kernel, lowered for Ascend and run on the CPU", &|| ascend::run(&[])),
-        ("licences, duplicates and known vulnerabilities of dependencies", &deny::run_all),
-        ("tests under the address sanitizer", &memory::sanitizer),
-        ("tests in Miri", &memory::miri),
-        ("fuzzing", &|| fuzz::run_all(args.fuzz_seconds, args.fuzz_runs)),
-        ("tests on an emulated 64-bit Arm", &neon::test),
-        (PYTHON, &python::test),
-        (ENGINES, &|| engines::run(&[])),
     ];
+    if let Some(name) = &args.step {
+        let mut steps = quick.iter().chain(&slow);
+        let step = steps.find(|step| step.name == name).with_context(|| format!("no step is '{name}'"))?;
+        return (step.run)();
+    }
     let chosen = |name: &str| {
         let skipped = args.no_python && [PYTHON, ENGINES].contains(&name);
         !skipped && args.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
     };
-    let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|(name, _)| chosen(name));
+    let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|step| chosen(step.name));
     let steps: Vec<_> = steps.collect();
-    if steps.is_empty() {
-        let names: Vec<_> = quick.iter().chain(&slow).map(|(name, _)| *name).collect();
-        bail!("no step is left to run; there are: {}", names.join(", "));
-    }
-    for (name, step) in steps {
-        let started = Instant::now();
-        println!("\n== {name}");
-        step().with_context(|| format!("{name} failed"))?;
-        println!("== {name}: passed in {:.0} s", started.elapsed().as_secs_f64());
-    }
+    let began = Instant::now();
+    let skipped = match steps[..] {
+        [] => {
+            let names: Vec<_> = quick.iter().chain(&slow).map(|step| step.name).collect();
+            bail!("no step is left to run; there are: {}", names.join(", "));
+        }
+        [only] => {
+            println!("\n== {}", only.name);
+            (only.run)().with_context(|| format!("{} failed", only.name))?;
+            shell::skipped()
+        }
+        _ => {
+            let steps = steps.iter().map(|step| lanes::Step { name: step.name, uses: step.uses });
+            let seconds = args.fuzz_seconds.to_string();
+            lanes::run(steps.collect(), usize::from(args.lanes), |name| {
+                ["test", "--fuzz-seconds", &seconds, "--step", name].map(str::to_owned).into()
+            })?
+        }
+    };
     if args.quick {
-        println!("\nskipped (--quick): {}", slow.map(|(name, _)| name).join(", "));
+        println!("\nskipped (--quick): {}", slow.map(|step| step.name).join(", "));
     }
     if args.no_python && !args.quick {
         println!("\nskipped (--no-python): {PYTHON}, {ENGINES}");
@@ -86,10 +119,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(part) = &args.only {
         println!("\nonly '{part}' was run");
     }
-    for what in shell::skipped() {
+    for what in skipped {
         println!("\nskipped: {what}");
     }
-    println!("\nall of it passed");
+    println!("\nall of it passed in {:.0} s", began.elapsed().as_secs_f64());
     Ok(())
 }
 
