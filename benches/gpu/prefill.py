@@ -94,7 +94,7 @@ def ours(case):
 class Engines:
     """The kernels of the engines, by what they are in a chain."""
 
-    def __init__(self):
+    def __init__(self, scans):
         kernels = "sglang.kernels.ops"
         fla = f"{kernels}.attention.fla"
         self.convolve = importlib.import_module(f"{kernels}.mamba.causal_conv1d_triton").causal_conv1d_fn
@@ -107,7 +107,8 @@ class Engines:
         with contextlib.suppress(ImportError):
             self.scans["FLA"] = self._fla(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, state_v_first=True)
         with contextlib.suppress(ImportError):
-            self.scans["FlashQLA"] = self._fla(importlib.import_module("flash_qla").chunk_gated_delta_rule)
+            self.scans["FlashQLA"] = self._fla(importlib.import_module("flash_qla").chunk_gated_delta_rule, state_v_first=True)
+        self.scans = {name: scan for name, scan in self.scans.items() if name in scans}
 
     @staticmethod
     def _sglang(scan):
@@ -308,14 +309,17 @@ def main():
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--heads", default=",".join(HEADS))
     parser.add_argument("--tokens", default="512,2048,8192,32768,ragged")
+    parser.add_argument("--scans", default="SGLang,vLLM,FLA,FlashQLA", help="which, of those that can be loaded")
+    parser.add_argument("--no-errors", action="store_true", help="without hostile inputs")
     arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
     rows, hostile_rows = [], []
     with contextlib.ExitStack() as stack:
         for package, rig in (("sglang", sglang_rig), ("vllm", vllm_rig)):
             stack.enter_context(stand_ins.engine(peers.folder(package), package, rig.REAL, rig.given()))
-        engines = Engines()
+        engines = Engines(arguments.scans.split(","))
         print("scans:", ", ".join(engines.scans), flush=True)
-        for line in errors(engines):
+        for line in () if arguments.no_errors else errors(engines):
             kind, name, out, state, bad = line
             hostile_rows.append([kind, name, out, state, bad])
             print(f"{kind}: {name}: out {out:.1e}, state {state:.1e}, {bad} not finite", flush=True)

@@ -150,7 +150,8 @@ class Layer:
             disable_state_update: Both states stay as they were.
             intermediate_states: ``[slots, T or more, HV, DV, DK]``: the recurrent state after each token goes here, and
                 ``recurrent_state`` stays as it was.
-            intermediate_conv_windows: ``[slots, T or more, C, W - 1]``: the same for the window of the convolution.
+            intermediate_conv_windows: ``[slots, T or more, C, W - 1]``: the same for the window of the convolution. On CUDA those of
+                consecutive tokens may share memory, each one input further on: a view by ``as_strided`` of ``T + W - 2`` inputs.
             intermediate_state_indices: ``[B]``, the slots of these two; without it sequence ``r`` has slot ``r``.
             out: ``[N, HV, DV]``, any strides, to write to instead of a fresh tensor.
 

@@ -253,6 +253,18 @@ def test_only_the_ops_that_are_named(sglang, calls, monkeypatch):
     assert [name for name, _ in calls] == ["decode"]
 
 
+def test_without_the_variable(sglang, calls, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    one = rig("contiguous")
+    one.project(2)
+    with integration.installed():
+        one.run(one.step("DECODE", [1, 2]))
+    assert [name for name, _ in calls] == ["decode"]
+    calls.clear()
+    one.project(4)
+    left(one, one.step("TARGET_VERIFY", [1], [0, 4]), calls)
+
+
 def test_a_name_that_is_no_op(sglang, monkeypatch):
     monkeypatch.setenv(VARIABLE, "decode,encode")
     with pytest.raises(ValueError, match="'encode', it may name split, decode, verify, prefill"):

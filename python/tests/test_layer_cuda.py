@@ -80,3 +80,27 @@ def test_what_is_supported():
     conv, state = (one.cuda() for one in ol.states(4, wide.heads, "dense"))
     projections = tuple(map(on_gpu, ol.projections(4, wide, "packed")))
     assert "512" in gdn.decode_supported(layer, projections, conv, state)
+
+
+def test_windows_that_share_memory():
+    """SGLang keeps T + W - 2 inputs a channel, and takes the windows after each of T tokens for views of them."""
+    numbers, weights, projections, conv, state, indices, slots, expected = sample(HEADS[0], "dense", tokens=4)
+    layer, (channels, width) = ol.layer(numbers, weights), conv.shape[1:]
+    inputs = torch.full((5, channels, 4 + width - 1), torch.nan, device="cuda")
+    strides = (inputs.stride(0), 1, inputs.stride(1), 1)
+    windows = inputs.as_strided((5, 4, channels, width), strides)
+    states = torch.zeros(5, 4, *state.shape[1:], device="cuda")
+    kept, rows = (conv.clone(), state.clone()), torch.tensor([4, 0, 2, 1], dtype=torch.int32, device="cuda")
+    how = dict(tokens_per_sequence=4, state_indices=indices, intermediate_state_indices=rows)
+    layer.decode(
+        projections, conv, state, intermediate_states=states, intermediate_conv_windows=windows, **how
+    )
+    for row, (_, after, _) in zip(rows.tolist(), expected, strict=True):
+        for t in range(4):
+            assert torch.equal(windows[row, t].double().cpu(), after[t])
+    assert inputs[3].isnan().all() and torch.equal(conv, kept[0]) and torch.equal(state, kept[1])
+    flat = inputs.as_strided((5, 4, channels, width), (strides[0], 1, 1, 1))
+    with pytest.raises(ValueError, match="intermediate_conv_windows"):
+        layer.decode(
+            projections, conv, state, intermediate_states=states, intermediate_conv_windows=flat, **how
+        )

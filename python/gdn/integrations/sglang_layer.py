@@ -228,7 +228,7 @@ class _Verify:
             intermediate_state_indices=self.rows,
             out=out,
         )
-        shared = _shared(windows)
+        shared = None if windows.is_cuda else _shared(windows)
         if shared is None:
             how["intermediate_conv_windows"] = windows
         else:
@@ -255,7 +255,7 @@ class _Verify:
 def _shared(windows: torch.Tensor) -> torch.Tensor | None:
     """Where windows of consecutive tokens share memory, that memory, [rows, C, T + 2]; None where each has its own.
 
-    SGLang keeps for T tokens T + 2 inputs, and a view of them that moves on by one input a token.
+    SGLang keeps for T tokens T + 2 inputs, and a view of them that moves on by one input a token. On CUDA gdn writes to that view.
     """
     rows, tokens, channels, width = windows.shape
     if tokens == 1 or windows.stride(1) != windows.stride(3):

@@ -95,7 +95,7 @@ impl Call {
         let more_indices = || has(MORE_INDICES).then(|| operands.entries::<S>(MORE_INDICES)).transpose();
         let (width, weights) = operands.weights::<S>()?;
         let conv_keep = if has(MORE_WINDOWS) {
-            Keep::EachIn { states: operands.write::<S, 4>(MORE_WINDOWS)?, indices: more_indices()? }
+            Keep::EachIn { states: operands.write_windows::<S>(MORE_WINDOWS)?, indices: more_indices()? }
         } else if has(THIRD_INDICES) {
             Keep::LastAt(operands.entries::<S>(THIRD_INDICES)?)
         } else if self.disable_state_update {

@@ -162,6 +162,16 @@ pub(crate) trait Side {
         strides: [usize; D],
     ) -> Result<gdn::Tensor<Self::Write, D>, ArgumentError>;
 
+    /// Windows `[slots, T, C, W - 1]` after each of T tokens.
+    fn write_windows(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; 4],
+        strides: [usize; 4],
+    ) -> Result<gdn::Tensor<Self::Write, 4>, ArgumentError> {
+        Self::write(address, dtype, sizes, strides)
+    }
+
     fn indices<const D: usize>(
         address: usize,
         index_type: IndexType,
@@ -236,6 +246,23 @@ impl Side for OnDevice {
         strides: [usize; D],
     ) -> Result<gdn::Tensor<DeviceAddress, D>, ArgumentError> {
         gdn::Tensor::at_device_mut(address as u64, dtype, sizes, strides)
+    }
+
+    /// Those of consecutive tokens may share memory, each one input further on: one thread writes all windows of a
+    /// channel, one after the other, and what they share are the same inputs.
+    fn write_windows(
+        address: usize,
+        dtype: Dtype,
+        sizes: [usize; 4],
+        strides: [usize; 4],
+    ) -> Result<gdn::Tensor<DeviceAddress, 4>, ArgumentError> {
+        let ([slots, tokens, channels, columns], [slot, token, channel, column]) = (sizes, strides);
+        if tokens < 2 || token != column || sizes.contains(&0) {
+            return Self::write(address, dtype, sizes, strides);
+        }
+        let memory = [slots, channels, tokens.saturating_add(columns - 1)];
+        gdn::Tensor::at_device_mut(address as u64, dtype, memory, [slot, channel, column])?;
+        gdn::Tensor::at_device(address as u64, dtype, sizes, strides)
     }
 
     fn indices<const D: usize>(
@@ -315,6 +342,13 @@ impl Operands {
         let (name, tensor) = (self.names[i], self.known(i)?);
         let (sizes, strides) = places(name, tensor)?;
         S::write(tensor.address, dtype(name, tensor)?, sizes, strides).map_err(|e| refused(named(e, name)))
+    }
+
+    pub(crate) fn write_windows<S: Side>(&self, i: usize) -> PyResult<gdn::Tensor<S::Write, 4>> {
+        let (name, tensor) = (self.names[i], self.known(i)?);
+        let (sizes, strides) = places(name, tensor)?;
+        S::write_windows(tensor.address, dtype(name, tensor)?, sizes, strides)
+            .map_err(|e| refused(named(e, name)))
     }
 
     /// An entry for each sequence.
