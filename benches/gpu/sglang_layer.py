@@ -88,6 +88,7 @@ def main():
     parser.add_argument("--csv", help="where figures go")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--batch", default="1,4,16,64,256")
+    parser.add_argument("--tokens", default="1,4", help="1 for decoding, more for drafts")
     arguments = parser.parse_args()
     rows = []
     import sglang_rig as rigs
@@ -95,7 +96,7 @@ def main():
     with stand_ins.engine(peers.folder("sglang"), "sglang", rigs.REAL, rigs.given()):
         for packing in rigs.MODELS:
             for state in (torch.float32, torch.bfloat16):
-                for tokens in (1, 4):
+                for tokens in map(int, arguments.tokens.split(",")):
                     for batch_size in map(int, arguments.batch.split(",")):
                         if tokens > 1 and batch_size > 64:
                             continue

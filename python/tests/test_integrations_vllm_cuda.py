@@ -76,6 +76,7 @@ def check(bench, calls=None):
 
     def near(got, expected, other, bound, what):
         worst = bound if other is None else max(bound, 1.05 * off(other, expected))
+        assert worst < 3e-2, f"{what}: vLLM's own is off by {worst:.1e}"
         assert off(got, expected) < worst, f"{what}: {off(got, expected):.1e}, bound {worst:.1e}"
 
     conv = conv.transpose(1, 2)

@@ -171,7 +171,8 @@ class Bench:
         out = torch.zeros(self.projections[0].shape[0], hv, dv, dtype=self.dtype, device=self.device)
         context = SimpleNamespace(attn_metadata={self.layer.prefix: self.metadata}, no_compile_layers={})
         with override(context):
-            method(self.layer, *self.projections, out)
+            # vLLM's convolution of decodes writes over its input.
+            method(self.layer, *(one.clone() for one in self.projections), out)
         after = tuple(one.clone() for one in self.layer.kv_cache)
         for one, kept in zip(self.layer.kv_cache, before, strict=True):
             one.copy_(kept)
