@@ -302,6 +302,21 @@ def svg(rows, about):
     return "\n".join([*head, *lines, "</svg>", ""])
 
 
+def write(arguments, rows, hostile_rows, about):
+    """What there is so far: a run that is ended early has left its figures."""
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([f"# {about}"])
+            writer.writerow(["heads", "tokens", "subject", "microseconds", "error of out", "error of state"])
+            writer.writerows(rows)
+            writer.writerow(["# hostile inputs, 4/8 heads, 512 tokens"])
+            writer.writerow(["input", "", "subject", "not finite", "error of out", "error of state"])
+            writer.writerows([[kind, "", name, bad, out, state] for kind, name, out, state, bad in hostile_rows])
+    if arguments.svg:
+        Path(arguments.svg).write_text(svg(rows, about))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="where figures go")
@@ -313,6 +328,7 @@ def main():
     parser.add_argument("--no-errors", action="store_true", help="without hostile inputs")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
+    about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
     rows, hostile_rows = [], []
     with contextlib.ExitStack() as stack:
         for package, rig in (("sglang", sglang_rig), ("vllm", vllm_rig)):
@@ -330,20 +346,9 @@ def main():
                     figures = measure(case, engines, arguments.turns)
                     print(f"{heads} {name}: " + ", ".join(f"{one} {figure[0]:.1f}" for one, figure in figures.items()), flush=True)
                     rows += [[heads, name, one, f"{t:.2f}", out, state] for one, (t, out, state) in figures.items()]
+                    write(arguments, rows, hostile_rows, ", ".join(about))
                     del case
                     torch.cuda.empty_cache()
-    about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
-    if arguments.csv:
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["# " + ", ".join(about)])
-            writer.writerow(["heads", "tokens", "subject", "microseconds", "error of out", "error of state"])
-            writer.writerows(rows)
-            writer.writerow(["# hostile inputs, 4/8 heads, 512 tokens"])
-            writer.writerow(["input", "", "subject", "not finite", "error of out", "error of state"])
-            writer.writerows([[kind, "", name, bad, out, state] for kind, name, out, state, bad in hostile_rows])
-    if arguments.svg:
-        Path(arguments.svg).write_text(svg(rows, ", ".join(about)))
 
 
 if __name__ == "__main__":
