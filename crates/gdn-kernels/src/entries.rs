@@ -87,8 +87,9 @@ kernels! { "decode":
 
 // The convolution by the numbers that a head has at most, the scan by those of a key.
 kernels! { "prefill":
-    gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<1, _>;
-    gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<2, _>;
+    gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<16, false, _>;
+    gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<32, false, _>;
+    gdn_prefill_convolve_any(PrefillArgs) = prefill::convolve::run::<32, true, _>;
     gdn_prefill_prepare(PrefillArgs) = prefill::prepare::run;
     gdn_prefill_scan_64(PrefillArgs) = prefill::scan::run::<8, _>;
     gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, _>;

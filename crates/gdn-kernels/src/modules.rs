@@ -237,11 +237,12 @@ const fn scan(name: &'static str) -> Kernel {
 
 const PREFILL: &[&[Kernel]] = &[
     &[
-        Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_128").threads(128) },
-        prefill("gdn_prefill_prepare", 256).hmma(8),
+        Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_128").threads(64) },
+        Kernel { blocks: 3, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
         Kernel { blocks: 2, ..prefill("gdn_prefill_norm", 256) },
     ],
-    &[Kernel { blocks: 3, ..Kernel::new("gdn_prefill_convolve_256").threads(128) }],
+    &[Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_256").threads(64) }],
+    &[Kernel { blocks: 6, ..Kernel::new("gdn_prefill_convolve_any").threads(64) }],
     &[scan("gdn_prefill_scan_64").hmma(136)],
     &[scan("gdn_prefill_scan_96").hmma(184)],
     &[scan("gdn_prefill_scan_128").hmma(232)],

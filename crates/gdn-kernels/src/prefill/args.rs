@@ -9,10 +9,12 @@ pub const CHUNK: u32 = 64;
 pub const WARP_ROWS: u32 = 16;
 /// Rows of S whose values lie together in scratch: two warps' worth.
 pub const SLICE: u32 = 32;
-/// Threads of a block of the preparation and of the norm.
+/// Threads of a block of the norm.
 pub const THREADS: u32 = 256;
+/// Threads of a block of the preparation.
+pub const PREPARE_THREADS: u32 = 192;
 /// Threads of a block of the convolution.
-pub const CONVOLVE_THREADS: u32 = 128;
+pub const CONVOLVE_THREADS: u32 = 64;
 /// v heads of which a block of the preparation inverts the matrices at a time.
 pub const GROUP: u32 = 2;
 /// Taps of the convolution, at most.
@@ -225,36 +227,60 @@ pub const fn padded(columns: u32) -> u32 {
     columns * 2 + 16
 }
 
+/// Rows and columns of a block of the matrices that the preparation inverts.
+pub const SIDE: u32 = 16;
+/// Blocks along the side of a matrix.
+pub const SIDES: u32 = CHUNK / SIDE;
+/// Bytes from a row of a block on the diagonal in f32 to the next.
+pub const DIAGONAL_ROW: u32 = SIDE * 4 + 16;
+
 /// Where things are in the shared memory of a block of the preparation, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct PrepareRoom {
-    /// `[CHUNK][DK, padded]`, f16.
-    pub q: u32,
-    /// As `q`.
-    pub k: u32,
     /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
     pub g: u32,
     /// `[R][CHUNK]`, f32.
     pub beta: u32,
-    /// `[GROUP][CHUNK][SQUARE]`, f32.
-    pub squares: u32,
+    /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row.
+    pub to_rows: u32,
+    /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its first
+    /// row; of each row of blocks as many as are left of the diagonal.
+    pub from_columns: u32,
+    /// `[CHUNK][DK, padded]`, f16.
+    pub q: u32,
+    /// As `q`.
+    pub k: u32,
+    /// `[GROUP][PrepareRoom::HEAD]`, in the place of q and k.
+    pub heads: u32,
     /// How many bytes all take.
     pub bytes: u32,
 }
 
-/// f32 from a row of a square matrix to the next.
-pub const SQUARE: u32 = CHUNK + 4;
-
 impl PrepareRoom {
+    /// Bytes of a block in f16: its numbers rounded, and what was lost by that.
+    pub const TILE: u32 = 2 * Self::LOST;
+    /// From a number to what was lost.
+    pub const LOST: u32 = SIDE * SIDE * 2;
+    /// Of a head the blocks on the diagonal, by columns, in f32, behind all blocks in f16.
+    pub const DIAGONAL: u32 = SIDES * (SIDES + 1) / 2 * Self::TILE;
+    /// Of a head a whole matrix on its way out: `[CHUNK][CHUNK, padded]`, f16.
+    pub const OUT: u32 = Self::DIAGONAL + SIDES * SIDE * DIAGONAL_ROW;
+    /// Bytes of a head.
+    pub const HEAD: u32 = Self::OUT + CHUNK * padded(CHUNK);
+    /// Factors of the columns of a head.
+    pub const COLUMNS: u32 = SIDES * (SIDES - 1) / 2 * SIDE;
+
     /// For keys of `dk` numbers, `ratio` v heads a key head.
     #[inline(always)]
     pub const fn new(dk: u32, ratio: u32) -> Self {
-        let k = CHUNK * padded(dk);
-        let g = 2 * k;
-        let beta = g + ratio * CHUNK * 4;
-        let squares = beta + ratio * CHUNK * 4;
-        let heads = if ratio < GROUP { ratio } else { GROUP };
-        Self { q: 0, k, g, beta, squares, bytes: squares + heads * CHUNK * SQUARE * 4 }
+        let beta = ratio * CHUNK * 4;
+        let to_rows = 2 * beta;
+        let from_columns = to_rows + GROUP * CHUNK * 4;
+        let q = from_columns + GROUP * Self::COLUMNS * 4;
+        let keys = CHUNK * padded(dk);
+        let heads = (if ratio < GROUP { ratio } else { GROUP }) * Self::HEAD;
+        let most = if heads < 2 * keys { 2 * keys } else { heads };
+        Self { g: 0, beta, to_rows, from_columns, q, k: q + keys, heads: q, bytes: q + most }
     }
 }
 

@@ -4,11 +4,19 @@
 use gdn_math::{Lanes, quick};
 
 use super::{
-    args::{Args, CHUNK, TAPS},
-    element::{load, load4, of_vector, power, size, store},
+    args::{Args, BF16, CHUNK, F32, SLICE, TAPS},
+    element::{load, load4, of_vector, power, size, store, widened},
     sequence::Sequence,
 };
-use crate::gpu::TensorCore;
+use crate::gpu::{Bytes16, TensorCore};
+
+/// Features of a thread.
+const WIDTH: u32 = 8;
+
+/// How inputs lie in memory.
+const WIDE_BF16: u32 = 0;
+const WIDE_F16: u32 = 1;
+const OTHER: u32 = 2;
 
 /// A block's part of the call.
 struct Block<'a, G> {
@@ -32,12 +40,13 @@ struct Block<'a, G> {
     channel: u32,
 }
 
-/// The kernel, for heads of up to `128 * SLOTS` features.
+/// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits each and
+/// are read 16 bytes at a time, there are four taps, which are read together, and no bias.
 ///
 /// # Safety
-/// The arguments describe tensors that are there, and the grid was made for them.
+/// The arguments describe tensors that are there and are as it says, and the grid was made for them.
 #[inline(always)]
-pub unsafe fn run<const SLOTS: usize, G: TensorCore>(gpu: &G, args: &Args) {
+pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, args: &Args) {
     gpu.wait_for_previous();
     let (chunk, number) = args.all_heads.divide(gpu.block()[0]);
     let (hk, dk, dv) = (args.num_k_heads.get(), args.dk, args.dv);
@@ -74,9 +83,13 @@ pub unsafe fn run<const SLOTS: usize, G: TensorCore>(gpu: &G, args: &Args) {
             dim,
             channel,
         };
-        // Each warp has a run of tokens. Its length is not told to the compiler, which would unroll it.
-        let run = CHUNK * 32 / gpu.threads().max(32);
-        block.convolve::<SLOTS>(gpu.thread() / 32 * run, run);
+        if ANY {
+            block.convolve::<OTHER, LANES>();
+        } else if args.q.dtype == BF16 {
+            block.convolve::<WIDE_BF16, LANES>();
+        } else {
+            block.convolve::<WIDE_F16, LANES>();
+        }
         block.keep_windows();
     }
 }
@@ -95,186 +108,241 @@ impl<G: TensorCore> Block<'_, G> {
         x + u64::from(self.key_head) * head_step + u64::from(self.feature * size(self.args.q.dtype))
     }
 
-    /// A run of tokens: convolved, normed or scaled, and put where products find them.
+    /// A run of tokens: convolved, normed or scaled, and put where products find them. So many lanes have a
+    /// token's features, each [`WIDTH`].
     #[inline(always)]
-    unsafe fn convolve<const SLOTS: usize>(&self, first: u32, run: u32) {
-        let Self { gpu, args, dim, channel, .. } = *self;
+    unsafe fn convolve<const FORM: u32, const LANES: u32>(&self) {
+        let Self { gpu, args, dim, .. } = *self;
         let is_key = self.which < 2;
-        let (dtype, row_stride) = (args.q.dtype, args.q.row_stride);
-        let (wide, element) = (args.wide != 0, u64::from(size(dtype)));
-        let column = |slot: usize| (gpu.lane() + slot as u32 * 32) * 4;
-        let x = self.x();
+        // The run's length is not told to the compiler, which would unroll it.
+        let run = CHUNK * LANES / gpu.threads().max(1);
+        let first = gpu.thread() / LANES * run;
+        let (lane, column) = (gpu.lane() % LANES, gpu.lane() % LANES * WIDTH);
+        let has = column < dim;
+        // Lanes without features read what is there all the same.
+        let column = if has { column } else { 0 };
+        let element = u64::from(size(args.q.dtype));
+        let x = self.x() + u64::from(column) * element + self.row(0) * args.q.row_stride;
         // SAFETY: as `run`.
         unsafe {
-            let mut taps = [[[0.0f32; TAPS as usize]; 4]; SLOTS];
-            let mut bias = [[0.0f32; 4]; SLOTS];
-            let missing = TAPS - args.conv_width;
-            let mut slot = 0;
-            while slot < SLOTS {
-                let mut i = 0;
-                while i < 4 && column(slot) < dim {
-                    let channel = u64::from(channel + column(slot) + i as u32);
-                    let weight = &args.conv_weight;
-                    let at = weight.address + channel * weight.strides[0];
-                    if wide {
-                        taps[slot][i] = load4(gpu, weight.dtype, at, 0, true);
-                    } else {
-                        let mut tap = 0;
-                        while tap < TAPS {
-                            if tap >= missing {
-                                let at = at + u64::from(tap - missing) * weight.strides[1];
-                                taps[slot][i][tap as usize % 4] = load(gpu, weight.dtype, at);
-                            }
-                            tap += 1;
-                        }
-                    }
-                    if args.conv_bias.address != 0 {
-                        bias[slot][i] = of_vector(gpu, &args.conv_bias, channel as u32);
-                    }
-                    i += 1;
-                }
-                slot += 1;
+            let (taps, bias) = self.weights::<FORM>(column);
+            // The inputs before the token's own, oldest first, and the one that is on its way.
+            let mut window = [[0.0f32; WIDTH as usize]; TAPS as usize];
+            let last = self.tokens.min(first + run) - 1;
+            let input = |token: u32| self.input::<FORM>(x + u64::from(token.min(last)) * args.q.row_stride);
+            let mut next = [0; WIDTH as usize];
+            if first <= last {
+                next = input(first);
+                self.fill_window::<FORM>(x, first, column, &mut window);
             }
-            // The inputs before the token's own, oldest first.
-            let mut inputs = [[[0.0f32; 4]; TAPS as usize]; SLOTS];
-            let mut back = 1;
-            while back < TAPS {
-                let mut slot = 0;
-                while slot < SLOTS {
-                    if column(slot) < dim && back < args.conv_width {
-                        inputs[slot][(TAPS - 1 - back) as usize] =
-                            self.input_before(x, first, back, channel, column(slot));
-                    }
-                    slot += 1;
-                }
-                back += 1;
-            }
-            // The next token's input is on its way while this one's is worked with.
-            let input = |slot: usize, token: u32| {
-                if column(slot) < dim && token < self.tokens {
-                    let at = x + self.row(token) * row_stride + u64::from(column(slot)) * element;
-                    return load4(gpu, dtype, at, element, wide);
-                }
-                [0.0; 4]
+            let place = |heads: u32| {
+                (u64::from(self.chunk) * u64::from(heads) + u64::from(self.head)) * u64::from(CHUNK)
             };
-            let mut next = [[0.0f32; 4]; SLOTS];
-            let mut slot = 0;
-            while slot < SLOTS {
-                next[slot] = input(slot, first);
-                slot += 1;
+            // Where the first token's features go, bytes to the next token's, and where its number goes.
+            let (mut to, step, mut number);
+            if is_key {
+                let place = place(args.num_k_heads.get()) + u64::from(first);
+                let scratch = if self.which == 0 { args.scratch.q } else { args.scratch.k };
+                (to, step) = (scratch + (place * u64::from(dim) + u64::from(column)) * 2, dim * 2);
+                number = args.scratch.k_squares + place * 4;
+            } else {
+                let place = place(args.num_v_heads.get());
+                let within = (column / SLICE * CHUNK + first) * SLICE + column % SLICE;
+                (to, step) = (args.scratch.v + place * u64::from(dim * 2) + u64::from(within * 2), SLICE * 2);
+                number = args.scratch.v_scales + (place + u64::from(first)) * 4;
             }
             let mut token = first;
             while token < first + run {
-                let mut slot = 0;
-                while slot < SLOTS {
-                    inputs[slot][TAPS as usize - 1] = next[slot];
-                    if token + 1 < first + run {
-                        next[slot] = input(slot, token + 1);
-                    }
-                    slot += 1;
+                window[TAPS as usize - 1] = self.widened::<FORM>(next);
+                if first <= last {
+                    next = input(token + 1);
                 }
-                let mut values = [[0.0f32; 4]; SLOTS];
-                let (mut squares, mut largest) = (0.0, 0.0f32);
-                let mut slot = 0;
-                while slot < SLOTS {
-                    if column(slot) < dim && token < self.tokens {
-                        let mut i = 0;
-                        while i < 4 {
-                            let mut sum = bias[slot][i];
-                            let mut tap = 0;
-                            while tap < TAPS as usize {
-                                if tap as u32 >= missing {
-                                    sum = Lanes::mul_add(inputs[slot][tap][i], taps[slot][i][tap], sum);
-                                }
-                                tap += 1;
+                let mut values = [0.0f32; WIDTH as usize];
+                if has && token < self.tokens {
+                    let mut i = 0;
+                    while i < WIDTH as usize {
+                        let (mut sum, mut tap) = (bias[i], 0);
+                        while tap < TAPS as usize {
+                            if FORM != OTHER || tap as u32 + args.conv_width >= TAPS {
+                                sum = Lanes::mul_add(window[tap][i], taps[i][tap], sum);
                             }
-                            let c = quick::silu(sum);
-                            squares = Lanes::mul_add(c, c, squares);
-                            largest = largest.max(c.abs());
-                            values[slot][i] = c;
-                            i += 1;
-                        }
-                        let mut tap = 0;
-                        while tap + 1 < TAPS as usize {
-                            inputs[slot][tap] = inputs[slot][tap + 1];
                             tap += 1;
                         }
+                        values[i] = quick::silu(sum);
+                        i += 1;
                     }
-                    slot += 1;
                 }
-                let place = (u64::from(self.chunk), u64::from(token), u64::from(CHUNK));
-                let of_key = (place.0 * u64::from(args.num_k_heads.get()) + u64::from(self.head)) * place.2;
-                let of_value = (place.0 * u64::from(args.num_v_heads.get()) + u64::from(self.head)) * place.2;
-                let factor = if is_key {
-                    let sum = gpu.sum::<32>(squares);
-                    if self.which == 1 && gpu.lane() == 0 {
-                        gpu.store4(args.scratch.k_squares + (of_key + place.1) * 4, sum.to_bits());
+                let (kept, factor);
+                if is_key {
+                    let (mut squares, mut i) = (0.0, 0);
+                    while i < WIDTH as usize {
+                        squares = Lanes::mul_add(values[i], values[i], squares);
+                        i += 1;
                     }
-                    quick::inverse_root(sum + args.l2norm_eps)
+                    kept = gpu.sum::<LANES>(squares);
+                    factor = quick::inverse_root(kept + args.l2norm_eps);
                 } else {
-                    let mut mask = 16;
+                    let (mut largest, mut mask, mut i) = (0.0f32, LANES / 2, 0);
+                    while i < WIDTH as usize {
+                        largest = largest.max(values[i].abs());
+                        i += 1;
+                    }
                     while mask > 0 {
                         largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
                         mask /= 2;
                     }
-                    let (up, down) = power(largest);
-                    if gpu.lane() == 0 {
-                        gpu.store4(args.scratch.v_scales + (of_value + place.1) * 4, down.to_bits());
-                    }
-                    up
-                };
-                let mut slot = 0;
-                while slot < SLOTS {
-                    let column = column(slot);
-                    if column < dim {
-                        let [a, b, c, d] = values[slot].map(|value| value * factor);
-                        let four = u64::from(gpu.pack_f16(a, b)) | u64::from(gpu.pack_f16(c, d)) << 32;
-                        let to = if is_key {
-                            let to = if self.which == 0 { args.scratch.q } else { args.scratch.k };
-                            to + ((of_key + place.1) * u64::from(dim) + u64::from(column)) * 2
-                        } else {
-                            let slice =
-                                u64::from(column / 32 * CHUNK + token) * 64 + u64::from(column % 32 * 2);
-                            args.scratch.v + of_value * u64::from(dim * 2) + slice
-                        };
-                        gpu.store8(to, four);
-                    }
-                    slot += 1;
+                    (factor, kept) = power(largest);
                 }
+                if lane == 0 && self.which > 0 {
+                    gpu.store4(number, kept.to_bits());
+                }
+                if has {
+                    let [a, b, c, d, e, f, g, h] = values.map(|value| value * factor);
+                    let words =
+                        [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
+                    gpu.store16(to, Bytes16(words));
+                }
+                (to, number) = (to + u64::from(step), number + 4);
                 token += 1;
+                let [_, a, b, c] = window;
+                window = [a, b, c, c];
             }
         }
     }
 
-    /// Four inputs `back` tokens before token `first` of the chunk: of the sequence's, or of its window.
+    /// The taps, oldest input's first, and the bias of some channels.
     #[inline(always)]
-    unsafe fn input_before(&self, x: u64, first: u32, back: u32, channel: u32, column: u32) -> [f32; 4] {
+    unsafe fn weights<const FORM: u32>(
+        &self,
+        column: u32,
+    ) -> ([[f32; TAPS as usize]; WIDTH as usize], [f32; WIDTH as usize]) {
         let Self { gpu, args, .. } = *self;
-        let (dtype, row_stride) = (args.q.dtype, args.q.row_stride);
-        let element = u64::from(size(dtype));
-        let at = self.before + u64::from(first);
+        let weight = &args.conv_weight;
+        let mut taps = [[0.0f32; TAPS as usize]; WIDTH as usize];
+        let mut bias = [0.0f32; WIDTH as usize];
+        let missing = TAPS - args.conv_width;
+        let channel = self.channel + column;
+        let at = weight.address + u64::from(channel) * weight.strides[0];
+        let mut i = 0;
         // SAFETY: as `run`.
         unsafe {
-            if at >= u64::from(back) {
-                // Where the chunk ends before the run begins, nothing is computed with these.
-                if first >= self.tokens {
-                    return [0.0; 4];
+            if FORM != OTHER {
+                // One branch for all of them.
+                if weight.dtype == F32 {
+                    while i < WIDTH as usize {
+                        let Bytes16(words) = gpu.load16(at + i as u64 * weight.strides[0]);
+                        taps[i] = words.map(f32::from_bits);
+                        i += 1;
+                    }
+                } else {
+                    while i < WIDTH as usize {
+                        let four = gpu.load8(at + i as u64 * weight.strides[0]);
+                        [taps[i][0], taps[i][1]] = widened(gpu, weight.dtype, four as u32);
+                        [taps[i][2], taps[i][3]] = widened(gpu, weight.dtype, (four >> 32) as u32);
+                        i += 1;
+                    }
                 }
-                let row = self.sequence.start + at - u64::from(back);
-                let at = x + row * row_stride + u64::from(column) * element;
-                return load4(gpu, dtype, at, element, args.wide != 0);
+                return (taps, bias);
+            }
+            while i < WIDTH as usize {
+                let at = at + i as u64 * weight.strides[0];
+                let mut tap = 0;
+                while tap < TAPS {
+                    if tap >= missing {
+                        let at = at + u64::from(tap - missing) * weight.strides[1];
+                        taps[i][tap as usize] = load(gpu, weight.dtype, at);
+                    }
+                    tap += 1;
+                }
+                if args.conv_bias.address != 0 {
+                    bias[i] = of_vector(gpu, &args.conv_bias, channel + i as u32);
+                }
+                i += 1;
+            }
+        }
+        (taps, bias)
+    }
+
+    /// A token's inputs, as they lie in memory: two in a word, or as f32.
+    #[inline(always)]
+    unsafe fn input<const FORM: u32>(&self, at: u64) -> [u32; WIDTH as usize] {
+        let Self { gpu, args, .. } = *self;
+        // SAFETY: as `run`.
+        unsafe {
+            if FORM == OTHER {
+                let element = u64::from(size(args.q.dtype));
+                let four = |at: u64| load4(gpu, args.q.dtype, at, element, args.wide != 0).map(f32::to_bits);
+                let ([a, b, c, d], [e, f, g, h]) = (four(at), four(at + 4 * element));
+                return [a, b, c, d, e, f, g, h];
+            }
+            let Bytes16([a, b, c, d]) = gpu.load16(at);
+            [a, b, c, d, 0, 0, 0, 0]
+        }
+    }
+
+    /// What [`Self::input`] read.
+    #[inline(always)]
+    fn widened<const FORM: u32>(&self, words: [u32; WIDTH as usize]) -> [f32; WIDTH as usize] {
+        if FORM == OTHER {
+            return words.map(f32::from_bits);
+        }
+        let mut all = [0.0; WIDTH as usize];
+        let mut i = 0;
+        while i < WIDTH as usize / 2 {
+            [all[2 * i], all[2 * i + 1]] = if FORM == WIDE_BF16 {
+                [f32::from_bits(words[i] << 16), f32::from_bits(words[i] & 0xffff_0000)]
+            } else {
+                self.gpu.unpack_f16(words[i])
+            };
+            i += 1;
+        }
+        all
+    }
+
+    /// The inputs before token `first` of the chunk, for a token that is there: of the sequence's, or of its
+    /// window.
+    #[inline(always)]
+    unsafe fn fill_window<const FORM: u32>(
+        &self,
+        x: u64,
+        first: u32,
+        column: u32,
+        window: &mut [[f32; WIDTH as usize]; TAPS as usize],
+    ) {
+        let Self { gpu, args, .. } = *self;
+        let tokens_before = self.before + u64::from(first);
+        let row_stride = args.q.row_stride;
+        let x = x.wrapping_add(u64::from(first) * row_stride);
+        // SAFETY: as `run`.
+        unsafe {
+            if tokens_before >= u64::from(TAPS - 1) {
+                let input = |back: u64| self.input::<FORM>(x - back * row_stride);
+                let [a, b, c] = [input(3), input(2), input(1)];
+                window[0] = self.widened::<FORM>(a);
+                window[1] = self.widened::<FORM>(b);
+                window[2] = self.widened::<FORM>(c);
+                return;
             }
             let state = &args.conv_state;
-            if state.address == 0 || !self.sequence.is_initial {
-                return [0.0; 4];
-            }
-            // The window's last column is one token before the first.
             let [of_slot, of_channel, of_column] = state.strides;
-            let at = state.address
-                + self.sequence.slot as u64 * of_slot
-                + u64::from(channel + column) * of_channel
-                + (u64::from(args.conv_columns) + at - u64::from(back)) * of_column;
-            load4(gpu, state.dtype, at, of_channel, false)
+            let has_window = state.address != 0 && self.sequence.is_initial;
+            let mut back = 1;
+            while back < TAPS {
+                let to = &mut window[(TAPS - 1 - back) as usize];
+                if tokens_before >= u64::from(back) {
+                    *to = self.widened::<FORM>(self.input::<FORM>(x - u64::from(back) * row_stride));
+                } else if has_window && back < args.conv_width {
+                    // The window's last column is one token before the first.
+                    let at = state.address
+                        + self.sequence.slot as u64 * of_slot
+                        + u64::from(self.channel + column) * of_channel
+                        + (u64::from(args.conv_columns) + tokens_before - u64::from(back)) * of_column;
+                    let [a, b, c, d] = load4(gpu, state.dtype, at, of_channel, false);
+                    let [e, f, g, h] = load4(gpu, state.dtype, at + 4 * of_channel, of_channel, false);
+                    *to = [a, b, c, d, e, f, g, h];
+                }
+                back += 1;
+            }
         }
     }
 

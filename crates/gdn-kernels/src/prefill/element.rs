@@ -13,7 +13,7 @@ pub(super) fn size(dtype: u32) -> u32 {
 
 /// The two numbers of 16 bits in a word, without a branch.
 #[inline(always)]
-fn widened(gpu: &impl TensorCore, dtype: u32, two: u32) -> [f32; 2] {
+pub(super) fn widened(gpu: &impl TensorCore, dtype: u32, two: u32) -> [f32; 2] {
     let [low, high] = gpu.unpack_f16(two);
     if dtype == BF16 { [f32_of_bf16(two as u16), f32_of_bf16((two >> 16) as u16)] } else { [low, high] }
 }

@@ -1,23 +1,21 @@
 //! The second kernel: the gates, and per v head the masked Q K^T and the inverse of I + strictLower(beta e^D
 //! K K^T), a block for each chunk and key head; so that what is left are products.
 //!
-//! The inverse is made by substitution in f32, a thread a column, 16 rows at a time: exact to the last places
-//! of an f32 whatever the keys, where products of f16 are not (`docs/gpu-kernels.md`). It is rounded once,
-//! when it is stored. It takes the place of the matrix: row l of the inverse up to its diagonal and column l
-//! of the matrix below it lie side by side in one row.
+//! Of the inverse's 16 x 16 blocks those on the diagonal are made by substitution in f32, a thread a column, and
+//! those below by products of numbers that are split in two f16 each, which have 22 bits together: within some
+//! 2^-20 of 1 whatever the keys (`docs/gpu-kernels.md`). It is rounded once, when it is stored.
 
-use gdn_math::{Lanes, layer as math, special::exp};
+use gdn_math::{Lanes, layer as math, quick, special::exp};
 
 use super::{
-    args::{Args, CHUNK, Field, GROUP, PrepareRoom, SQUARE, THREADS, padded},
+    args::{Args, CHUNK, DIAGONAL_ROW, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES, padded},
     element::{load, of_vector, size},
     sequence::Sequence,
+    tiles::Tile,
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
 
-const WARPS: u32 = THREADS / 32;
-/// f32 between the two halves of a row: none of their 16 bytes are the same.
-const SPACE: u32 = 4;
+const WARPS: u32 = PREPARE_THREADS / 32;
 /// Logs below this are as good: their exponentials are 0.
 const LEAST_LOG: f32 = -100.0;
 
@@ -56,9 +54,11 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
         block.fetch();
         block.gates();
-        gpu.wait_copies::<0>();
         gpu.barrier();
         block.factors();
+        block.decays(0);
+        gpu.wait_copies::<0>();
+        gpu.barrier();
         block.products();
     }
 }
@@ -180,220 +180,375 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// K K^T and Q K^T, and of them for each v head the inverse and the masked product. Of the 64 x 64 each
-    /// warp has 16 rows and 32 columns.
+    /// For the v heads from `first` on the decays between blocks of a matrix, in two factors that are at most 1.
+    #[inline(always)]
+    unsafe fn decays(&self, first: u32) {
+        let Self { gpu, args, room, .. } = self;
+        let heads = (args.ratio.get() - first).min(GROUP);
+        let (all, mut i) = (CHUNK + PrepareRoom::COLUMNS, gpu.thread());
+        while i < heads * all {
+            let (n, i_of_head) = (i / all, i % all);
+            // SAFETY: as `run`; the barrier before is past.
+            unsafe {
+                let g = |i: u32| f32::from_bits(gpu.load_shared4(room.g + ((first + n) * CHUNK + i) * 4));
+                let (to, log);
+                if i_of_head < CHUNK {
+                    to = room.to_rows + (n * CHUNK + i_of_head) * 4;
+                    log = g(i_of_head) - g(i_of_head / SIDE * SIDE);
+                } else {
+                    let column = i_of_head - CHUNK;
+                    let rows = if column < SIDE { 1 } else { 2 + u32::from(column >= 3 * SIDE) };
+                    to = room.from_columns + (n * PrepareRoom::COLUMNS + column) * 4;
+                    log = g(rows * SIDE) - g(column - columns_before(rows));
+                }
+                gpu.store_shared4(to, quick::exp(log.at_most(0.0)).to_bits());
+            }
+            i += gpu.threads();
+        }
+    }
+
+    /// K K^T and Q K^T, and of them for each v head the inverse and the masked product. Of the blocks on and
+    /// below the diagonal each warp has two of a row, or one.
     #[inline(always)]
     unsafe fn products(&self) {
         let Self { gpu, args, room, .. } = self;
         let (warp, lane) = (gpu.thread() / 32, gpu.lane());
-        let (rows, columns) = (warp % 4 * 16, warp / 4 * 32);
+        // The blocks' row, and the first one's column: 3 0, 3 2, 2 0, 1 0, 2 2, 0 0.
+        let row = (0x02_1233 >> (4 * warp)) & 15;
+        let column = (0x02_0020 >> (4 * warp)) & 15;
         let (matrix, line) = (lane / 8, lane % 8);
-        let (mut kk, mut qk) = ([[0.0; 4]; 4], [[0.0; 4]; 4]);
+        let (mut kk, mut qk) = ([[[0.0; 4]; 2]; 2], [[[0.0; 4]; 2]; 2]);
+        let row_bytes = padded(args.dk);
+        let left = (row * SIDE + matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
+        let right = (column * SIDE + matrix / 2 * 8 + line) * row_bytes + matrix % 2 * 16;
         let mut k16 = 0;
         while k16 < args.dk / 16 {
             // SAFETY: as `run`; the barrier before is past.
             unsafe {
-                let left = (rows + matrix % 2 * 8 + line) * padded(args.dk) + (k16 * 16 + matrix / 2 * 8) * 2;
-                let of_k = gpu.load_matrix4::<false>(room.k + left);
-                let of_q = gpu.load_matrix4::<false>(room.q + left);
-                let mut pair = 0;
-                while pair < 2 {
-                    let right = (columns + pair as u32 * 16 + matrix / 2 * 8 + line) * padded(args.dk)
-                        + (k16 * 16 + matrix % 2 * 8) * 2;
-                    let [b0, b1, b2, b3] = gpu.load_matrix4::<false>(room.k + right);
-                    kk[2 * pair] = gpu.mma::<F16>(of_k, [b0, b1], kk[2 * pair]);
-                    kk[2 * pair + 1] = gpu.mma::<F16>(of_k, [b2, b3], kk[2 * pair + 1]);
-                    qk[2 * pair] = gpu.mma::<F16>(of_q, [b0, b1], qk[2 * pair]);
-                    qk[2 * pair + 1] = gpu.mma::<F16>(of_q, [b2, b3], qk[2 * pair + 1]);
-                    pair += 1;
+                let of_k = gpu.load_matrix4::<false>(room.k + left + k16 * 32);
+                let of_q = gpu.load_matrix4::<false>(room.q + left + k16 * 32);
+                let mut block = 0;
+                while block < 2 {
+                    let at = room.k + right + block as u32 * SIDE * row_bytes + k16 * 32;
+                    let [b0, b1, b2, b3] = gpu.load_matrix4::<false>(at);
+                    kk[block][0] = gpu.mma::<F16>(of_k, [b0, b1], kk[block][0]);
+                    kk[block][1] = gpu.mma::<F16>(of_k, [b2, b3], kk[block][1]);
+                    qk[block][0] = gpu.mma::<F16>(of_q, [b0, b1], qk[block][0]);
+                    qk[block][1] = gpu.mma::<F16>(of_q, [b2, b3], qk[block][1]);
+                    block += 1;
                 }
             }
             k16 += 1;
-            // Keeps the compiler from unrolling, for which there are no registers.
-            gpu.sync_warp();
         }
         let mut first = 0;
         while first < args.ratio.get() {
             let heads = (args.ratio.get() - first).min(GROUP);
-            let mut n = 0;
-            while n < heads {
-                // SAFETY: as above.
-                unsafe { self.masked(first + n, n, [rows, columns], &kk, &qk) };
-                n += 1;
-            }
-            gpu.barrier();
-            if warp < 2 * heads {
-                // SAFETY: as above.
-                unsafe { self.invert(room.squares + warp / 2 * CHUNK * SQUARE * 4, warp % 2) };
-            }
+            let matrices = self.v_head(first) * u64::from(CHUNK * CHUNK * 2);
+            // Q and K are read no longer, nor what lies in their place.
             gpu.barrier();
             let mut n = 0;
             while n < heads {
-                // SAFETY: as above.
-                unsafe { self.put_inverse(first + n, n) };
+                let mut block = 0;
+                while block < 2 {
+                    let column = column + block as u32;
+                    if column <= row {
+                        // SAFETY: as above.
+                        unsafe { self.masked(first + n, n, [row, column], &kk[block], &qk[block]) };
+                    }
+                    block += 1;
+                }
                 n += 1;
             }
             gpu.barrier();
-            first += GROUP;
+            // SAFETY: as above.
+            unsafe {
+                if gpu.thread() < heads * CHUNK {
+                    self.invert();
+                } else {
+                    let (thread, threads) = (gpu.thread() - heads * CHUNK, gpu.threads() - heads * CHUNK);
+                    self.put(heads, args.scratch.p + matrices, thread, threads);
+                }
+                gpu.barrier();
+                if warp < heads * (SIDES - 1) {
+                    self.merge(warp / (SIDES - 1), warp % (SIDES - 1));
+                }
+                gpu.barrier();
+                self.put(heads, args.scratch.t + matrices, gpu.thread(), gpu.threads());
+                first += GROUP;
+                if first < args.ratio.get() {
+                    self.decays(first);
+                }
+            }
         }
     }
 
-    /// For v head `h` beta e^D K K^T below the diagonal, into the `n`th square, by columns; and e^D Q K^T up
-    /// to the diagonal.
+    /// The lane's own number, in a way that keeps places from being kept from head to head: there are no
+    /// registers for them.
     #[inline(always)]
-    unsafe fn masked(
-        &self,
-        h: u32,
-        n: u32,
-        [rows, columns]: [u32; 2],
-        kk: &[[f32; 4]; 4],
-        qk: &[[f32; 4]; 4],
-    ) {
-        let Self { gpu, args, room, .. } = self;
-        // The lane's own number, in a way that keeps places from being kept from head to head: there are no
-        // registers for them.
-        let lane = gpu.shuffle_xor(gpu.lane(), 0);
+    fn lane(&self) -> u32 {
+        self.gpu.unforeseen(u64::from(self.gpu.lane())) as u32
+    }
+
+    /// For v head `h`, the `n`th of its group, a block of beta e^D K K^T below the diagonal, and of e^D Q K^T up
+    /// to it.
+    #[inline(always)]
+    unsafe fn masked(&self, h: u32, n: u32, [row, column]: [u32; 2], kk: &[Tile; 2], qk: &[Tile; 2]) {
+        let Self { gpu, room, .. } = self;
+        let lane = self.lane();
         let (line, pair) = (lane / 4, lane % 4 * 2);
-        let square = room.squares + n * CHUNK * SQUARE * 4;
-        let p = args.scratch.p + self.v_head(h) * u64::from(CHUNK * CHUNK * 2);
-        let mut half = 0;
-        while half < 2 {
-            let i = rows + line + half as u32 * 8;
+        let head = room.heads + n * PrepareRoom::HEAD;
+        let from_columns =
+            room.from_columns + (n * PrepareRoom::COLUMNS + columns_before(row) + column * SIDE + pair) * 4;
+        let out = head + PrepareRoom::OUT + column * SIDE * 2 + pair * 2;
+        // SAFETY: as `run`; what is read was written before a barrier.
+        unsafe {
+            let read = |array: u32, i: u32| f32::from_bits(gpu.load_shared4(array + i * 4));
+            let mut tile = 0;
+            while tile < 2 {
+                let j = tile as u32 * 8 + pair;
+                let mut half = 0;
+                while half < 2 {
+                    let i = line + half as u32 * 8;
+                    let place = row * SIDE + i;
+                    let beta = read(room.beta, h * CHUNK + place);
+                    let mut decays = [0.0; 2];
+                    if column < row {
+                        let to_row = read(room.to_rows, n * CHUNK + place);
+                        let two = gpu.load_shared8(from_columns + tile as u32 * 32);
+                        decays = [two as u32, (two >> 32) as u32].map(|d| f32::from_bits(d) * to_row);
+                    } else {
+                        let g = read(room.g, h * CHUNK + place);
+                        let two = gpu.load_shared8(room.g + (h * CHUNK + column * SIDE + j) * 4);
+                        let logs = [two as u32, (two >> 32) as u32].map(f32::from_bits);
+                        let mut c = 0;
+                        while c < 2 {
+                            if j + c as u32 <= i {
+                                decays[c] = quick::exp((g - logs[c]).at_most(0.0));
+                            }
+                            c += 1;
+                        }
+                    }
+                    let (kk, qk) = (&kk[tile], &qk[tile]);
+                    let p = gpu.pack_f16(decays[0] * qk[2 * half], decays[1] * qk[2 * half + 1]);
+                    gpu.store_shared4(out + place * padded(CHUNK) + tile as u32 * 16, p);
+                    let m = [beta * (decays[0] * kk[2 * half]), beta * (decays[1] * kk[2 * half + 1])];
+                    if column < row {
+                        let [kept, lost] = split(*gpu, m);
+                        let at = head + tile_of(row, column) + in_tile(i, tile as u32) + pair * 2;
+                        gpu.store_shared4(at, kept);
+                        gpu.store_shared4(at + PrepareRoom::LOST, lost);
+                    } else {
+                        let mut c = 0;
+                        while c < 2 {
+                            let j = j + c as u32;
+                            let m = if j < i { m[c] } else { 0.0 };
+                            let at = (row * SIDE + j) * DIAGONAL_ROW + i * 4;
+                            gpu.store_shared4(head + PrepareRoom::DIAGONAL + at, m.to_bits());
+                            c += 1;
+                        }
+                    }
+                    half += 1;
+                }
+                tile += 1;
+            }
+        }
+    }
+
+    /// The inverse of I and a block on the diagonal, by substitution, a thread a column; transposed.
+    #[inline(always)]
+    unsafe fn invert(&self) {
+        let Self { gpu, room, .. } = self;
+        let thread = gpu.unforeseen(u64::from(gpu.thread())) as u32;
+        let (n, block, column) = (thread / CHUNK, thread % CHUNK / SIDE, thread % SIDE);
+        let head = room.heads + n * PrepareRoom::HEAD;
+        let from = head + PrepareRoom::DIAGONAL + block * SIDE * DIAGONAL_ROW;
+        let mut x = [0.0f32; SIDE as usize];
+        let mut i = 0;
+        while i < SIDE as usize {
+            x[i] = if i as u32 == column { 1.0 } else { 0.0 };
+            i += 1;
+        }
+        // SAFETY: as `run`; what is read was written before a barrier.
+        unsafe {
+            let mut l = 0;
+            while l < SIDE as usize - 1 {
+                let mut four = (l + 1) / 4;
+                while four < SIDE as usize / 4 {
+                    let Bytes16(m) = gpu.load_shared16(from + l as u32 * DIAGONAL_ROW + four as u32 * 16);
+                    let mut i = 0;
+                    while i < 4 {
+                        if 4 * four + i > l {
+                            x[4 * four + i] = f32::from_bits(m[i]).neg_mul_add(x[l], x[4 * four + i]);
+                        }
+                        i += 1;
+                    }
+                    four += 1;
+                }
+                l += 1;
+            }
+            let mut half = 0;
+            while half < 2 {
+                let (mut kept, mut lost) = ([0; 4], [0; 4]);
+                let mut two = 0;
+                while two < 4 {
+                    let i = 8 * half + 2 * two;
+                    [kept[two], lost[two]] = split(*gpu, [x[i], x[i + 1]]);
+                    two += 1;
+                }
+                let at = head + tile_of(block, block) + in_tile(column, half as u32);
+                gpu.store_shared16(at, Bytes16(kept));
+                gpu.store_shared16(at + PrepareRoom::LOST, Bytes16(lost));
+                half += 1;
+            }
+        }
+    }
+
+    /// Of the `n`th head's inverse T the blocks of a column, from the diagonal's down, a warp:
+    /// `T_ij = -T_ii (M_ij T_jj + M_ij+1 T_j+1,j + ...)`, transposed: what one product leaves is the left side of the
+    /// next.
+    #[inline(always)]
+    unsafe fn merge(&self, n: u32, column: u32) {
+        let Self { gpu, room, .. } = self;
+        let lane = self.lane();
+        let (matrix, line) = (lane / 8, lane % 8);
+        let head = room.heads + n * PrepareRoom::HEAD;
+        let left = in_tile(matrix % 2 * 8 + line, matrix / 2);
+        let right = in_tile(matrix / 2 * 8 + line, matrix % 2);
+        // SAFETY: as `run`; what is read was written before a barrier.
+        unsafe {
+            let on_diagonal = |i: u32| {
+                let at = head + tile_of(i, i) + left;
+                [gpu.load_matrix4::<false>(at), gpu.load_matrix4::<false>(at + PrepareRoom::LOST)]
+            };
+            // T_jj and what is below it, transposed.
+            let mut of_column = [[[0; 4]; 2]; SIDES as usize - 1];
+            of_column[0] = on_diagonal(column);
+            self.stage(head, [column, column], of_column[0][0]);
+            if column + 2 == SIDES {
+                let [last, _] = on_diagonal(SIDES - 1);
+                self.stage(head, [SIDES - 1, SIDES - 1], last);
+            }
+            let mut below = 1;
+            while below < SIDES as usize {
+                let row = column + below as u32;
+                if row < SIDES {
+                    let mut sums = [[0.0; 4]; 2];
+                    let mut i = 0;
+                    while i < below {
+                        let at = head + tile_of(row, column + i as u32) + right;
+                        let m = [
+                            gpu.load_matrix4::<false>(at),
+                            gpu.load_matrix4::<false>(at + PrepareRoom::LOST),
+                        ];
+                        product(*gpu, &of_column[i], &m, &mut sums);
+                        i += 1;
+                    }
+                    let sums = left_side(*gpu, &sums, -1.0);
+                    let at = head + tile_of(row, row) + left;
+                    let inverse =
+                        [gpu.load_matrix4::<true>(at), gpu.load_matrix4::<true>(at + PrepareRoom::LOST)];
+                    let mut block = [[0.0; 4]; 2];
+                    product(*gpu, &sums, &inverse, &mut block);
+                    let block = left_side(*gpu, &block, 1.0);
+                    self.stage(head, [row, column], block[0]);
+                    if below + 1 < SIDES as usize {
+                        of_column[below] = block;
+                    }
+                }
+                below += 1;
+            }
+        }
+    }
+
+    /// Puts a block of the inverse, which is there transposed as a left side, where it is on its way out.
+    #[inline(always)]
+    unsafe fn stage(&self, head: u32, [row, column]: [u32; 2], words: [u32; 4]) {
+        let gpu = self.gpu;
+        let lane = self.lane();
+        let (line, pair) = (lane / 4, lane % 4 * 2);
+        let mut word = 0;
+        while word < 4 {
+            let (i, j) = (pair + word as u32 / 2 * 8, line + word as u32 % 2 * 8);
+            let at = head + PrepareRoom::OUT + (row * SIDE + i) * padded(CHUNK) + (column * SIDE + j) * 2;
+            // SAFETY: as `run`.
+            unsafe {
+                gpu.store_shared2(at, words[word] as u16);
+                gpu.store_shared2(at + padded(CHUNK), (words[word] >> 16) as u16);
+            }
+            word += 1;
+        }
+    }
+
+    /// Writes the matrices of some heads that are on their way out, zeros above the blocks of the diagonal.
+    #[inline(always)]
+    unsafe fn put(&self, heads: u32, to: u64, thread: u32, threads: u32) {
+        let Self { gpu, room, .. } = self;
+        let words = CHUNK / 8;
+        let mut i = thread;
+        while i < heads * CHUNK * words {
+            let (n, row, word) = (i / (CHUNK * words), i / words % CHUNK, i % words);
+            let mut eight = Bytes16([0; 4]);
             // SAFETY: as `run`; what is read was written before a barrier.
             unsafe {
-                let read = |array: u32, i: u32| f32::from_bits(gpu.load_shared4(array + (h * CHUNK + i) * 4));
-                let (g, beta) = (read(room.g, i), read(room.beta, i));
-                let mut tile = 0;
-                while tile < 4 {
-                    let j = columns + tile as u32 * 8 + pair;
-                    let mut masked = [0.0; 2];
-                    let mut c = 0;
-                    while c < 2 {
-                        let j = j + c as u32;
-                        if j <= i {
-                            let decay = exp((g - read(room.g, j)).at_most(0.0));
-                            masked[c] = decay * qk[tile][2 * half + c];
-                            if j < i {
-                                let m = beta * (decay * kk[tile][2 * half + c]);
-                                gpu.store_shared4(square + (j * SQUARE + i + SPACE) * 4, m.to_bits());
-                            }
-                        }
-                        c += 1;
-                    }
-                    let two = gpu.pack_f16(masked[0], masked[1]);
-                    gpu.store4(p + u64::from((i * CHUNK + j) * 2), two);
-                    tile += 1;
+                if word * 8 / SIDE <= row / SIDE {
+                    let at = room.heads + n * PrepareRoom::HEAD + PrepareRoom::OUT;
+                    eight = gpu.load_shared16(at + row * padded(CHUNK) + word * 16);
                 }
+                gpu.store16(to + u64::from(i * 16), eight);
             }
-            half += 1;
+            i += threads;
         }
     }
+}
 
-    /// The inverse of I and what is below the diagonal of a square, a thread a column, `half` of them a warp.
-    #[inline(always)]
-    unsafe fn invert(&self, square: u32, half: u32) {
-        let gpu = self.gpu;
-        let column = half * 32 + gpu.lane();
-        let at = |row: u32, i: u32| square + (row * SQUARE + i) * 4;
-        // SAFETY: as `run`. Of a row what is left of the diagonal is the inverse's, each column its thread's;
-        // the rest is read alone, and was written before a barrier.
-        unsafe {
-            let mut block = half * 2;
-            while block < 4 {
-                let first = block * 16;
-                let mut sums = [0.0f32; 16];
-                let mut i = 0;
-                while i < 16 {
-                    sums[i] = if first + i as u32 == column { 1.0 } else { 0.0 };
-                    i += 1;
-                }
-                let mut l = half * 32;
-                while l < first {
-                    let mut t = 0.0;
-                    if l >= column {
-                        t = f32::from_bits(gpu.load_shared4(at(l, column)));
-                    }
-                    let mut four = 0;
-                    while four < 4 {
-                        let Bytes16(m) = gpu.load_shared16(at(l, first + four as u32 * 4 + SPACE));
-                        let mut i = 0;
-                        while i < 4 {
-                            let sum = &mut sums[4 * four + i];
-                            *sum = f32::from_bits(m[i]).neg_mul_add(t, *sum);
-                            i += 1;
-                        }
-                        four += 1;
-                    }
-                    l += 1;
-                    // Keeps the compiler from unrolling, for which there are no registers.
-                    gpu.sync_warp();
-                }
-                let mut l = 0;
-                while l < 15 {
-                    let mut four = l / 4;
-                    while four < 4 {
-                        if four * 4 > l {
-                            let Bytes16(m) =
-                                gpu.load_shared16(at(first + l as u32, first + four as u32 * 4 + SPACE));
-                            let mut i = 0;
-                            while i < 4 {
-                                sums[4 * four + i] =
-                                    f32::from_bits(m[i]).neg_mul_add(sums[l], sums[4 * four + i]);
-                                i += 1;
-                            }
-                        } else {
-                            let mut i = l + 1;
-                            while i < four * 4 + 4 {
-                                let m = gpu.load_shared4(at(first + l as u32, first + i as u32 + SPACE));
-                                sums[i] = f32::from_bits(m).neg_mul_add(sums[l], sums[i]);
-                                i += 1;
-                            }
-                        }
-                        four += 1;
-                    }
-                    l += 1;
-                }
-                let mut i = 0;
-                while i < 16 {
-                    if first + i as u32 >= column {
-                        gpu.store_shared4(at(first + i as u32, column), sums[i].to_bits());
-                    }
-                    i += 1;
-                }
-                block += 1;
-            }
-        }
-    }
+/// Of the factors of columns those that belong to rows of blocks before `row`.
+#[inline(always)]
+fn columns_before(row: u32) -> u32 {
+    row * row.saturating_sub(1) / 2 * SIDE
+}
 
-    /// Rounds an inverse, each thread 16 columns of a row.
-    #[inline(always)]
-    unsafe fn put_inverse(&self, h: u32, n: u32) {
-        let Self { gpu, args, room, .. } = self;
-        let (row, first) = (gpu.thread() / 4, gpu.thread() % 4 * 16);
-        let t = args.scratch.t + self.v_head(h) * u64::from(CHUNK * CHUNK * 2);
-        let square = room.squares + n * CHUNK * SQUARE * 4;
-        let mut half = 0;
-        while half < 2 {
-            let first = first + half * 8;
-            let mut words = [0; 4];
-            let mut two = 0;
-            while two < 4 {
-                let column = first + two as u32 * 2;
-                // SAFETY: as `run`; what is read was written before a barrier.
-                unsafe {
-                    let read = |column: u32| {
-                        if column > row {
-                            return 0.0;
-                        }
-                        f32::from_bits(gpu.load_shared4(square + (row * SQUARE + column) * 4))
-                    };
-                    words[two] = gpu.pack_f16(read(column), read(column + 1));
-                }
-                two += 1;
-            }
-            // SAFETY: as above.
-            unsafe { gpu.store16(t + u64::from((row * CHUNK + first) * 2), Bytes16(words)) };
-            half += 1;
-        }
+/// Where a block on or below the diagonal begins among a head's.
+#[inline(always)]
+fn tile_of(row: u32, column: u32) -> u32 {
+    (row * (row + 1) / 2 + column) * PrepareRoom::TILE
+}
+
+/// Where 8 numbers of a row of a block are: of no 8 rows in a row two lie in one bank.
+#[inline(always)]
+fn in_tile(row: u32, half: u32) -> u32 {
+    row * SIDE * 2 + (half ^ (row / 4 % 2)) * 16
+}
+
+/// Two numbers as f16, and what is lost by that: together some 22 bits.
+#[inline(always)]
+fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
+    let kept = gpu.pack_f16(a, b);
+    let [kept_a, kept_b] = gpu.unpack_f16(kept);
+    [kept, gpu.pack_f16(a - kept_a, b - kept_b)]
+}
+
+/// A block of accumulators as a left side, split, times 1 or -1.
+#[inline(always)]
+fn left_side(gpu: &impl TensorCore, tiles: &[Tile; 2], sign: f32) -> [[u32; 4]; 2] {
+    let (mut kept, mut lost) = ([0; 4], [0; 4]);
+    let mut word = 0;
+    while word < 4 {
+        let tile = &tiles[word / 2];
+        let two = [tile[word % 2 * 2] * sign, tile[word % 2 * 2 + 1] * sign];
+        [kept[word], lost[word]] = split(gpu, two);
+        word += 1;
     }
+    [kept, lost]
+}
+
+/// Adds the product of two blocks, both split: all but what is lost by both.
+#[inline(always)]
+fn product(gpu: &impl TensorCore, left: &[[u32; 4]; 2], right: &[[u32; 4]; 2], sums: &mut [Tile; 2]) {
+    let mut add = |a: [u32; 4], [b0, b1, b2, b3]: [u32; 4]| {
+        sums[0] = gpu.mma::<F16>(a, [b0, b1], sums[0]);
+        sums[1] = gpu.mma::<F16>(a, [b2, b3], sums[1]);
+    };
+    add(left[0], right[1]);
+    add(left[1], right[0]);
+    add(left[0], right[0]);
 }

@@ -4,8 +4,8 @@
 use cudarc::driver::{DevicePtrMut, sys::CUstream};
 use gdn_kernels::{
     prefill::args::{
-        Args, CHUNK, CONVOLVE_THREADS, Indices, PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS,
-        THREADS, norm_bytes,
+        Args, CHUNK, CONVOLVE_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom, Scratch,
+        Strided, TAPS, THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -505,9 +505,16 @@ impl Job {
             window_columns: columns(windows.map(|windows| windows.sizes[2]))?,
             scratch,
         };
-        let small = dk.max(dv) <= 128;
+        let by_16_bytes = wide
+            && element == 2
+            && is_wide(element * 2, fields.iter().flat_map(|f| [f.address, f.row_stride, f.head_step]))
+            && tokens.conv_bias.is_none();
         let convolve = Step {
-            kernel: if small { "gdn_prefill_convolve_128" } else { "gdn_prefill_convolve_256" },
+            kernel: match dk.max(dv) {
+                _ if !by_16_bytes => "gdn_prefill_convolve_any",
+                ..=128 => "gdn_prefill_convolve_128",
+                _ => "gdn_prefill_convolve_256",
+            },
             args,
             blocks: (2 * hk + hv) as u32,
             threads: CONVOLVE_THREADS,
@@ -517,7 +524,7 @@ impl Job {
             kernel: "gdn_prefill_prepare",
             args,
             blocks: hk as u32,
-            threads: THREADS,
+            threads: PREPARE_THREADS,
             shared: PrepareRoom::new(dk, ratio as u32).bytes,
         };
         let kernel = match dk {

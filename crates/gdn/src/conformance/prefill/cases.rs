@@ -77,6 +77,10 @@ pub(super) fn oracle(run: &mut Run<'_>) {
         let form = Form { out_dtype: dtype, state_dtype, conv_dtype: dtype, state_order, ..Form::default() };
         check(&options, form, &[66, 3], run);
     }
+    for (dtype, heads) in [(Dtype::BF16, [1, 1, 96, 192]), (Dtype::F16, [1, 2, 128, 96])] {
+        let weight_dtype = Dtype::F32;
+        check(&Options { dtype, weight_dtype, ..Options::new(heads) }, Form::default(), &[67], run);
+    }
     let lens = [0, 1, 63, 64, 65, 0, 127, 128, 129, 2];
     check(&Options::new([1, 1, 64, 64]), Form::default(), &lens, run);
 }
