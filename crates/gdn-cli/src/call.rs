@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use gdn::{
-    ArgumentError, Block, BufError, ConvState, Cpu, Decode, Dtype, Exclusive, Indices, Keep, Layer,
-    MAX_TOKENS, Packed, Pages, Prefill, Projections, RecurrentState, Shared, Slots, Tensor, Weights,
+    ArgumentError, Block, BufError, ConvState, Decode, Dtype, Exclusive, Indices, Keep, Layer, MAX_TOKENS,
+    Packed, Pages, Prefill, Projections, RecurrentState, Shared, Slots, Tensor, Weights,
 };
 
 /// One of the two ops of the layer's core.
@@ -86,6 +86,12 @@ pub(crate) struct Results<'a> {
     pub(crate) recurrent_state: &'a mut [u8],
 }
 
+/// A call, over the host's memory.
+pub(crate) enum Call<'a> {
+    Decode(Decode<Shared<'a>, Exclusive<'a>>),
+    Prefill(Prefill<Shared<'a>, Exclusive<'a>>),
+}
+
 impl Inputs<'_> {
     /// Bytes of a row of `mixed_qkvz`, `mixed_ba` and `out` together.
     pub(crate) fn row_bytes(&self) -> usize {
@@ -111,17 +117,16 @@ impl Inputs<'_> {
         3 * self.state_len()
     }
 
-    /// Runs the op over some rows of `sequences`, the first of which `cu_seqlens` counts from 0, and brings
-    /// their states up to date.
-    pub(crate) fn run(
-        &self,
+    /// The op over some rows of `sequences`, the first of which `cu_seqlens` counts from 0; it brings their
+    /// states up to date.
+    pub(crate) fn call<'a>(
+        &'a self,
         op: Op,
         sequences: Range<usize>,
         rows: Range<usize>,
-        cu_seqlens: &[i64],
-        results: &mut Results<'_>,
-        cpu: &Cpu,
-    ) -> Result<(), ArgumentError> {
+        cu_seqlens: &'a [i64],
+        results: &'a mut Results<'_>,
+    ) -> Result<Call<'a>, ArgumentError> {
         let heads = self.layer.heads();
         let (hv, dv, dk) = (heads.num_v_heads(), heads.head_v_dim(), heads.head_k_dim());
         let (num_rows, num_sequences) = (rows.len(), sequences.len());
@@ -145,37 +150,31 @@ impl Inputs<'_> {
             &mut results.recurrent_state[of(&sequences, self.state_len() * self.state_dtype.size())];
         let recurrent = Tensor::from_bytes_mut(recurrent, self.state_dtype, [num_sequences, hv, dv, dk])?;
         let (layer, weights, slots) = (self.layer, self.weights, Slots::in_order());
-        match op {
-            Op::Prefill => gdn::prefill(
-                &mut Prefill {
-                    layer,
-                    cu_seqlens: Indices::new(cu_seqlens, [num_sequences + 1])?,
-                    projections,
-                    weights,
-                    conv_state: Some(conv),
-                    recurrent_state: Some(recurrent),
-                    slots,
-                    has_initial_state: None,
-                    checkpoints: None,
-                    out,
-                },
-                cpu,
-            ),
-            Op::Decode => gdn::decode(
-                &mut Decode {
-                    layer,
-                    tokens_per_sequence: num_rows / num_sequences.max(1),
-                    projections,
-                    weights,
-                    conv_state: ConvState { state: conv, keep: Keep::Last },
-                    recurrent_state: RecurrentState { state: recurrent, keep: Keep::Last },
-                    slots,
-                    num_accepted_tokens: None,
-                    out,
-                },
-                cpu,
-            ),
-        }
+        Ok(match op {
+            Op::Prefill => Call::Prefill(Prefill {
+                layer,
+                cu_seqlens: Indices::new(cu_seqlens, [num_sequences + 1])?,
+                projections,
+                weights,
+                conv_state: Some(conv),
+                recurrent_state: Some(recurrent),
+                slots,
+                has_initial_state: None,
+                checkpoints: None,
+                out,
+            }),
+            Op::Decode => Call::Decode(Decode {
+                layer,
+                tokens_per_sequence: num_rows / num_sequences.max(1),
+                projections,
+                weights,
+                conv_state: ConvState { state: conv, keep: Keep::Last },
+                recurrent_state: RecurrentState { state: recurrent, keep: Keep::Last },
+                slots,
+                num_accepted_tokens: None,
+                out,
+            }),
+        })
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::{fmt, str::FromStr};
 
-use anyhow::bail;
 #[cfg(feature = "cuda")]
 use gdn::cuda;
 use gdn::{Cpu, Layout, Packed, Rows, RowsMut, Unpacked};
+
+use crate::call::Call;
 
 /// What `--device` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,17 +26,6 @@ impl FromStr for Device {
             (_, Some(Ok(ordinal))) => Ok(Self::Cuda(ordinal)),
             _ => Err(format!("device is '{name}', it must be 'cpu', 'cuda' or 'cuda:N'")),
         }
-    }
-}
-
-impl Device {
-    /// # Errors
-    /// Where it is not the CPU, the only one on which `what` runs.
-    pub(crate) fn expect_cpu(self, what: &str) -> anyhow::Result<()> {
-        if self != Self::Cpu {
-            bail!("--device {self}: {what} runs on the CPU only so far, give --device cpu");
-        }
-        Ok(())
     }
 }
 
@@ -64,7 +54,7 @@ impl Backend {
             #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => Ok(Self::Cuda(cuda::Gpu::new(ordinal)?)),
             #[cfg(not(feature = "cuda"))]
-            Device::Cuda(_) => bail!("--device cuda: this gdn was built without the feature 'cuda'"),
+            Device::Cuda(_) => anyhow::bail!("--device cuda: this gdn was built without the feature 'cuda'"),
         }
     }
 
@@ -91,6 +81,59 @@ impl Backend {
             Self::Cpu(cpu) => Ok(gdn::merge(layout, from, to, cpu)?),
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => Ok(cuda::merge_host(layout, from, to, gpu)?),
+        }
+    }
+
+    /// Decode or prefill.
+    pub(crate) fn run(&self, call: &mut Call<'_>) -> anyhow::Result<()> {
+        match (self, call) {
+            (Self::Cpu(cpu), Call::Decode(call)) => Ok(gdn::decode(call, cpu)?),
+            (Self::Cpu(cpu), Call::Prefill(call)) => Ok(gdn::prefill(call, cpu)?),
+            #[cfg(feature = "cuda")]
+            (Self::Cuda(gpu), Call::Decode(call)) => Ok(cuda::decode_host(call, gpu)?),
+            #[cfg(feature = "cuda")]
+            (Self::Cuda(gpu), Call::Prefill(call)) => Ok(cuda::prefill_host(call, gpu)?),
+        }
+    }
+
+    /// What does the work.
+    pub(crate) fn unit(&self) -> &'static str {
+        match self {
+            Self::Cpu(cpu) => cpu.chosen_isa().name(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => "ptx",
+        }
+    }
+
+    /// Prefill that is cut at a multiple of so many tokens has the same bits.
+    pub(crate) fn chunk(&self) -> usize {
+        match self {
+            Self::Cpu(_) => gdn::CHUNK,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => cuda::PREFILL_CHUNK,
+        }
+    }
+
+    /// Multiply-adds of a call of decode or prefill, about: enough for all of the device, and to make up for
+    /// what a call costs beside, little enough to notice Ctrl-C and to move the progress bar.
+    pub(crate) fn piece(&self) -> usize {
+        match self {
+            Self::Cpu(_) => 1 << 30,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => 1 << 36,
+        }
+    }
+
+    /// The device, how it is used, and what its times are of, as `gdn forward` says it.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Cpu(cpu) => {
+                let threads = cpu.chosen_threads(usize::MAX);
+                let s = if threads == 1 { "" } else { "s" };
+                format!("cpu, {}, at most {threads} thread{s}", cpu.chosen_isa())
+            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => format!("{}; times with the copies there and back", gpu.info()),
         }
     }
 }

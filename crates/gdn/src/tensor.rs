@@ -170,7 +170,7 @@ fn span<const D: usize>(
 }
 
 /// The strides of a tensor without gaps, last dim dense.
-fn dense<const D: usize>(sizes: [usize; D]) -> [usize; D] {
+pub(crate) fn dense<const D: usize>(sizes: [usize; D]) -> [usize; D] {
     let mut strides = [1; D];
     for dim in (1..D).rev() {
         strides[dim - 1] = sizes[dim].max(1).saturating_mul(strides[dim]);

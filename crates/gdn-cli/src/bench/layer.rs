@@ -1,7 +1,5 @@
 //! `gdn bench decode` and `gdn bench prefill`.
 
-use std::fmt::Write as _;
-
 use anyhow::{Context, bail};
 use gdn::{
     ArgumentError, Cpu, Dtype, Layer, MAX_TOKENS, Tensor,
@@ -14,8 +12,8 @@ use super::{
     oracle::{self, Made},
 };
 use crate::{
-    call::{Bytes, Inputs, Op, Results},
-    device::Device,
+    call::{Bytes, Call, Inputs, Op, Results},
+    device::{Backend, Device},
     figures::{available_memory, medians, time},
     layout::{LayoutArgs, ThreadsArgs},
     numbers,
@@ -31,7 +29,9 @@ measured against take turns.
 
 bytes: both states read and written, the projections read, out written; weights are left out. `copy` is the \
 faster of memcpy and a streaming copy that reads and writes as many bytes together, by as many threads. The \
-share is the copy's time over the op's: 1 is the speed of a copy.")]
+share is the copy's time over the op's: 1 is the speed of a copy.
+
+On a GPU calls are replayed as a CUDA graph, and the copy is the driver's own.")]
 pub(crate) struct DecodeArgs {
     /// Numbers of sequences to measure
     #[arg(long, value_delimiter = ',', value_name = "B,…", default_value = "1,8,64",
@@ -53,7 +53,10 @@ medians over rounds in which the op and what it is measured against take turns.
 FLOPs: 6 * DK * DV for each token and value head, what every form of the delta rule takes at least (S k, \
 the correction of S, S q); all else counts as time lost. `peak` is the time that so many FLOPs take where \
 this machine, with the same instructions and as many threads, does fused multiply-adds in registers and \
-nothing else. The share is the peak's time over the op's.")]
+nothing else. The share is the peak's time over the op's.
+
+On a GPU the op is measured as decode is: beside a copy that reads and writes as many bytes as the op does \
+outside of its own scratch memory. Calls are replayed as a CUDA graph.")]
 pub(crate) struct PrefillArgs {
     /// Numbers of sequences to measure
     #[arg(long, value_delimiter = ',', value_name = "B,…", default_value = "1",
@@ -77,7 +80,7 @@ struct LayerArgs {
     /// Types of the recurrent state, each to be measured
     #[arg(long, value_delimiter = ',', value_name = "DTYPE,…", default_value = "f32", value_parser = dtype)]
     state_dtype: Vec<Dtype>,
-    /// Where to measure: cpu
+    /// Where to measure: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: Device,
     #[command(flatten)]
@@ -110,9 +113,25 @@ struct Case {
     state_dtype: Dtype,
 }
 
+/// What the op's time is held against.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Least {
+    /// A copy of as many bytes.
+    Copy,
+    /// As many FLOPs, and nothing else.
+    Peak,
+}
+
+impl Least {
+    fn of(op: Op, device: Device) -> Self {
+        if op == Op::Prefill && device == Device::Cpu { Self::Peak } else { Self::Copy }
+    }
+}
+
 /// One line.
 struct Record {
     case: Case,
+    /// Of the CPU; 0 on a GPU.
     threads: usize,
     /// Bytes read and written, or FLOPs.
     work: f64,
@@ -129,14 +148,16 @@ impl Record {
 
 fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Result<()> {
     args.measuring.check()?;
-    args.device.expect_cpu(&format!("bench {}", op.name()))?;
     let layer = Layer::new(layout_of(&args.layout)?);
     let cpu = args.cpu.cpu(usize::MAX)?;
-    let title = format!("{}, {}, {}, {}", op.name(), layer.heads(), layer.layout.packing, cpu.chosen_isa());
+    let backend = Backend::new(args.device, cpu)?;
+    let least = Least::of(op, args.device);
+    let unit = backend.unit();
+    let title = format!("{}, {}, {}, {unit}", op.name(), layer.heads(), layer.layout.packing);
     if !args.measuring.json {
-        let [work, least, speed] = match op {
-            Op::Decode => ["bytes", "copy", "GB/s"],
-            Op::Prefill => ["FLOPs", "peak", "GFLOP/s"],
+        let [work, least, speed] = match least {
+            Least::Copy => ["bytes", "copy", "GB/s"],
+            Least::Peak => ["FLOPs", "peak", "GFLOP/s"],
         };
         print(&format!(
             "{title}\n{:>6} {:>7} {:>5} {:>5} {:>12} {:>7} {:>12} {:>12} {:>12} {speed:>8} {:>7}\n",
@@ -159,58 +180,65 @@ fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Res
                 for &tokens in tokens {
                     let (batch, tokens) = (batch as usize, tokens as usize);
                     let case = Case { op, layer, batch, tokens, dtype, state_dtype };
-                    let record = measure(&case, args.measuring.seconds, &cpu)
+                    let record = measure(&case, args.measuring.seconds, &backend)
                         .with_context(|| format!("{} of {batch} times {tokens} tokens", op.name()))?;
-                    print(&line(&record, &cpu, args.measuring.json))?;
+                    let of = (least, args.device, unit);
+                    print(&if args.measuring.json { object(&record, of) } else { line(&record) })?;
                     records.push(record);
                 }
             }
         }
     }
     if let Some(path) = &args.measuring.plot {
-        draw(path, op, &title, &records)?;
+        draw(path, op, least, &title, &records)?;
     }
     Ok(())
 }
 
-fn line(record: &Record, cpu: &Cpu, as_json: bool) -> String {
+/// A row of the table.
+fn line(record: &Record) -> String {
+    let Record {
+        case: Case { batch, tokens, dtype, state_dtype, .. },
+        threads,
+        work,
+        seconds,
+        least_seconds,
+    } = record;
+    format!(
+        "{batch:>6} {tokens:>7} {dtype:>5} {state_dtype:>5} {work:>12} {threads:>7} {:>12} {:>12} {:>12.0} {:>8.1} {:>7.3}\n",
+        time(*seconds),
+        time(*least_seconds),
+        (batch * tokens) as f64 / seconds,
+        work / seconds / 1e9,
+        record.share(),
+    )
+}
+
+/// A line of JSON.
+fn object(record: &Record, (least, device, unit): (Least, Device, &str)) -> String {
     let Record { case, threads, work, seconds, least_seconds } = record;
     let Case { op, layer, batch, tokens, dtype, state_dtype } = case;
-    let tokens_per_second = (batch * tokens) as f64 / seconds;
-    let mut line = String::new();
-    if as_json {
-        let heads = layer.heads();
-        let mut object = json!({
-            "op": op.name(), "device": "cpu", "isa": cpu.chosen_isa().name(), "threads": threads, "batch": batch, "tokens": tokens,
-            "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
-            "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
-            "packing": layer.layout.packing.name(), "dtype": dtype.name(), "state_dtype": state_dtype.name(),
-            "seconds": seconds, "tokens_per_second": tokens_per_second,
-        });
-        let [work_key, least, share] = match op {
-            Op::Decode => ["bytes", "copy_seconds", "share_of_copy"],
-            Op::Prefill => ["flops", "peak_seconds", "share_of_peak"],
-        };
-        object[work_key] = json!(*work as u64);
-        object[least] = json!(least_seconds);
-        object[share] = json!(record.share());
-        let _ = writeln!(line, "{object}");
-    } else {
-        let _ = writeln!(
-            line,
-            "{batch:>6} {tokens:>7} {dtype:>5} {state_dtype:>5} {work:>12} {threads:>7} {:>12} {:>12} {tokens_per_second:>12.0} {:>8.1} {:>7.3}",
-            time(*seconds),
-            time(*least_seconds),
-            work / seconds / 1e9,
-            record.share(),
-        );
-    }
-    line
+    let heads = layer.heads();
+    let mut object = json!({
+        "op": op.name(), "device": device.to_string(), "isa": unit, "threads": threads, "batch": batch, "tokens": tokens,
+        "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
+        "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
+        "packing": layer.layout.packing.name(), "dtype": dtype.name(), "state_dtype": state_dtype.name(),
+        "seconds": seconds, "tokens_per_second": (batch * tokens) as f64 / seconds,
+    });
+    let [work_key, least, share] = match least {
+        Least::Copy => ["bytes", "copy_seconds", "share_of_copy"],
+        Least::Peak => ["flops", "peak_seconds", "share_of_peak"],
+    };
+    object[work_key] = json!(*work as u64);
+    object[least] = json!(least_seconds);
+    object[share] = json!(record.share());
+    format!("{object}\n")
 }
 
 /// A line for each choice of dtypes and of the number that is not drawn over, beside that of what the op was
 /// measured against.
-fn draw(path: &std::path::Path, op: Op, title: &str, records: &[Record]) -> anyhow::Result<()> {
+fn draw(path: &std::path::Path, op: Op, least: Least, title: &str, records: &[Record]) -> anyhow::Result<()> {
     // Over the tokens of a batch, or over the batches where that is all there is.
     let over_tokens = op == Op::Prefill;
     let x = |case: &Case| if over_tokens { case.tokens } else { case.batch };
@@ -218,7 +246,10 @@ fn draw(path: &std::path::Path, op: Op, title: &str, records: &[Record]) -> anyh
         let rest = if over_tokens { format!("batch {}", case.batch) } else { format!("T = {}", case.tokens) };
         format!("{}, {rest}, {}, state {}", op.name(), case.dtype, case.state_dtype)
     };
-    let least = if op == Op::Decode { "copy of the same bytes" } else { "peak" };
+    let [least, speed] = match least {
+        Least::Copy => ["copy of the same bytes", "GB/s, read and written"],
+        Least::Peak => ["peak", "GFLOP/s"],
+    };
     let mut series: Vec<Series> = Vec::new();
     for record in records {
         let name = name(&record.case);
@@ -232,12 +263,7 @@ fn draw(path: &std::path::Path, op: Op, title: &str, records: &[Record]) -> anyh
             }
         }
     }
-    let axes = if over_tokens {
-        ["tokens of a sequence", "GFLOP/s"]
-    } else {
-        ["sequences", "GB/s, read and written"]
-    };
-    plot::lines(path, title, axes, &series)
+    plot::lines(path, title, [if over_tokens { "tokens of a sequence" } else { "sequences" }, speed], &series)
 }
 
 /// Numbers that do not repeat: splitmix64, about normal.
@@ -348,7 +374,12 @@ impl Source {
         Ok(Written { out, states: [conv_state, recurrent_state] })
     }
 
-    fn run(&self, written: &mut Written, cpu: &Cpu) -> Result<(), ArgumentError> {
+    /// Does something with the op's call.
+    fn with_call<R>(
+        &self,
+        written: &mut Written,
+        then: impl FnOnce(&mut Call<'_>) -> anyhow::Result<R>,
+    ) -> anyhow::Result<R> {
         let Case { op, batch, tokens, .. } = self.case;
         let Written { out, states: [conv_state, recurrent_state] } = written;
         let mut results = Results {
@@ -357,11 +388,17 @@ impl Source {
             recurrent_state: recurrent_state.all_mut(),
         };
         let cu_seqlens: Vec<i64> = (0..=batch).map(|r| (r * tokens) as i64).collect();
-        self.inputs()?.run(op, 0..batch, 0..batch * tokens, &cu_seqlens, &mut results, cpu)
+        let inputs = self.inputs()?;
+        then(&mut inputs.call(op, 0..batch, 0..batch * tokens, &cu_seqlens, &mut results)?)
     }
 
-    /// Holds some key heads of some sequences to the oracle: first, middle and last.
-    fn check(&self, before: &Written, after: &Written) -> anyhow::Result<()> {
+    fn run(&self, written: &mut Written, backend: &Backend) -> anyhow::Result<()> {
+        self.with_call(written, |call| backend.run(call))
+    }
+
+    /// Holds some key heads of some sequences to the oracle: first, middle and last. `least` is what results
+    /// may be off beside rounding.
+    fn check(&self, before: &Written, after: &Written, least: f64) -> anyhow::Result<()> {
         let Case { op, layer, batch, tokens, .. } = self.case;
         let [conv_weight, a_log, dt_bias, norm_weight] =
             self.weights.each_ref().map(|(dtype, bytes)| numbers::read(*dtype, bytes).collect());
@@ -374,6 +411,7 @@ impl Source {
             before: before.states.each_ref().map(Bytes::all),
             after: after.states.each_ref().map(Bytes::all),
             out: after.out.all(),
+            least,
         };
         let last_head = layer.heads().num_k_heads() - 1;
         let mut pairs = vec![(0, 0), (batch / 2, last_head / 2), (batch - 1, last_head)];
@@ -393,8 +431,14 @@ fn moved(case: &Case) -> Option<usize> {
     rows.checked_add(batch.checked_mul(2 * (state + conv_state))?)
 }
 
+/// What a result may be off beside rounding: sums of f32 are rounded in another order; prefill on a GPU
+/// multiplies numbers of f16 ([`gdn::cuda::Gpu::prefill_raw`]), two factors that are each off by 2^-11.
+const OFF: f64 = 2e-6;
+#[cfg(feature = "cuda")]
+const OFF_IN_F16: f64 = 2.0 / 2048.0;
+
 /// Checks the op on this machine's own choices, then times it.
-fn measure(case: &Case, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
+fn measure(case: &Case, seconds: f64, backend: &Backend) -> anyhow::Result<Record> {
     let moved = moved(case).context("--batch, --tokens: that many do not fit the address space")?;
     // The call's own, the states before it, and what is copied in its place.
     let needed = moved.saturating_mul(3);
@@ -403,12 +447,43 @@ fn measure(case: &Case, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
     }
     let source = Source::new(case)?;
     let mut written = source.results()?;
-    source.run(&mut written, cpu)?;
-    source.check(&source.results()?, &written)?;
-    match case.op {
-        Op::Decode => measure_bytes(&source, &mut written, moved, seconds, cpu),
-        Op::Prefill => measure_flops(&source, &mut written, seconds, cpu),
+    match backend {
+        Backend::Cpu(cpu) => {
+            source.run(&mut written, backend)?;
+            source.check(&source.results()?, &written, OFF)?;
+            match case.op {
+                Op::Decode => measure_bytes(&source, &mut written, moved, seconds, cpu),
+                Op::Prefill => measure_flops(&source, &mut written, seconds, cpu),
+            }
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(gpu) => measure_on(&source, &mut written, moved, seconds, gpu),
     }
+}
+
+/// On a GPU, within its memory, beside the driver's copy of the same bytes.
+#[cfg(feature = "cuda")]
+fn measure_on(
+    source: &Source,
+    written: &mut Written,
+    moved: usize,
+    seconds: f64,
+    gpu: &gdn::cuda::Gpu,
+) -> anyhow::Result<Record> {
+    use gdn::cuda::Bench;
+
+    let bench = source.with_call(written, |call| {
+        Ok(match call {
+            Call::Decode(call) => Bench::decode(call, moved, gpu)?,
+            Call::Prefill(call) => Bench::prefill(call, moved, gpu)?,
+        })
+    })?;
+    let off = if source.case.op == Op::Prefill { OFF_IN_F16 } else { OFF };
+    source.check(&source.results()?, written, off)?;
+    let [seconds, least_seconds] =
+        medians(seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
+            .map(|seconds| seconds / bench.calls() as f64);
+    Ok(Record { case: source.case, threads: 0, work: moved as f64, seconds, least_seconds })
 }
 
 /// Beside a copy of the same bytes.
@@ -417,9 +492,10 @@ fn measure_bytes(
     written: &mut Written,
     moved: usize,
     seconds: f64,
-    cpu: &Cpu,
+    cpu: &Cpu<'static>,
 ) -> anyhow::Result<Record> {
     let threads = cpu.chosen_threads(moved);
+    let backend = Backend::Cpu(*cpu);
     let (mut src, mut dst) = (Bytes::new(moved / 2)?, Bytes::new(moved / 2)?);
     src.all_mut().fill(0x5A);
     dst.all_mut().fill(0xA5);
@@ -427,31 +503,36 @@ fn measure_bytes(
     let streaming = plain.stores(Stores::Streaming);
     let [seconds, plain, streaming] = medians(seconds, |contender, repeats| {
         match contender {
-            0 => (0..repeats).try_for_each(|_| source.run(written, cpu))?,
+            0 => (0..repeats).try_for_each(|_| source.run(written, &backend))?,
             1 => (0..repeats).for_each(|_| copy_bytes(src.all(), dst.all_mut(), &plain)),
             _ => (0..repeats).for_each(|_| copy_bytes(src.all(), dst.all_mut(), &streaming)),
         }
-        Ok::<(), ArgumentError>(())
+        anyhow::Ok(())
     })?;
     let least_seconds = plain.min(streaming);
     Ok(Record { case: source.case, threads, work: moved as f64, seconds, least_seconds })
 }
 
 /// Beside bare multiply-adds.
-fn measure_flops(source: &Source, written: &mut Written, seconds: f64, cpu: &Cpu) -> anyhow::Result<Record> {
+fn measure_flops(
+    source: &Source,
+    written: &mut Written,
+    seconds: f64,
+    cpu: &Cpu<'static>,
+) -> anyhow::Result<Record> {
     let Case { batch, tokens, .. } = source.case;
     // As `gdn::prefill` has it: arithmetic takes the time, as if every multiplication were a byte to be
     // moved.
     let multiply_adds = batch * tokens * source.inputs()?.multiply_adds();
     let threads = cpu.chosen_threads(multiply_adds / 3);
-    let peak = cpu.threads(threads);
+    let (backend, peak) = (Backend::Cpu(*cpu), cpu.threads(threads));
     let mut done = 1;
     let [seconds, peak_seconds] = medians(seconds, |contender, repeats| {
         match contender {
-            0 => (0..repeats).try_for_each(|_| source.run(written, cpu))?,
+            0 => (0..repeats).try_for_each(|_| source.run(written, &backend))?,
             _ => (0..repeats).for_each(|_| done = multiply_add(&peak)),
         }
-        Ok::<(), ArgumentError>(())
+        anyhow::Ok(())
     })?;
     let least_seconds = peak_seconds * multiply_adds as f64 / done as f64;
     Ok(Record { case: source.case, threads, work: 2.0 * multiply_adds as f64, seconds, least_seconds })
@@ -474,8 +555,8 @@ mod tests {
                     let case = Case { op, layer, batch: 3, tokens: 4, dtype, state_dtype };
                     let source = Source::new(&case).unwrap();
                     let (before, mut after) = (source.results().unwrap(), source.results().unwrap());
-                    source.run(&mut after, &Cpu::new()).unwrap();
-                    source.check(&before, &after).unwrap();
+                    source.run(&mut after, &Backend::Cpu(Cpu::new())).unwrap();
+                    source.check(&before, &after, OFF).unwrap();
                     // The last element of each, which is of the last head of the last sequence.
                     for (i, name) in ["out", "conv_state", "recurrent_state"].into_iter().enumerate() {
                         let dtype = if i == 2 { state_dtype } else { dtype };
@@ -485,7 +566,7 @@ mod tests {
                             let at = bytes.len() - dtype.size();
                             let right = bytes[at..].to_vec();
                             numbers::write(dtype, &mut bytes[at..], [wrong]);
-                            let said = source.check(&before, &after).unwrap_err().to_string();
+                            let said = source.check(&before, &after, OFF).unwrap_err().to_string();
                             assert!(said.contains(&format!("{name} of sequence 2, key head 1")), "{said}");
                             let Written { out, states: [conv_state, recurrent_state] } = &mut after;
                             let bytes = [out, conv_state, recurrent_state][i].all_mut();

@@ -133,7 +133,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "split, {heads}, {}, {}, {}\n{:>9} {:>12} {:>7} {:>12} {:>12} {:>8} {:>8}\n",
             layout.packing,
             args.dtype.name(),
-            unit(args.device, &cpu),
+            backend.unit(),
             "tokens",
             "bytes",
             "threads",
@@ -150,7 +150,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             #[cfg(feature = "cuda")]
             Backend::Cuda(gpu) => measure_on(&layout, tokens as usize, args, gpu)?,
         };
-        print(&line(&record, &layout, args, &cpu))?;
+        print(&line(&record, &layout, args, backend.unit()))?;
         records.push(record);
     }
     if let Some(path) = &args.measuring.plot {
@@ -168,21 +168,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What does the work.
-fn unit(device: Device, cpu: &Cpu) -> &'static str {
-    match device {
-        Device::Cpu => cpu.chosen_isa().name(),
-        Device::Cuda(_) => "ptx",
-    }
-}
-
-fn line(record: &Record, layout: &Layout, args: &Args, cpu: &Cpu) -> String {
+fn line(record: &Record, layout: &Layout, args: &Args, unit: &str) -> String {
     let Record { tokens, bytes, seconds, copy_seconds, threads } = *record;
     let mut line = String::new();
     if args.measuring.json {
         let heads = layout.heads;
         let object = json!({
-            "op": "split", "device": args.device.to_string(), "isa": unit(args.device, cpu), "threads": threads, "tokens": tokens,
+            "op": "split", "device": args.device.to_string(), "isa": unit, "threads": threads, "tokens": tokens,
             "num_k_heads": heads.num_k_heads(), "num_v_heads": heads.num_v_heads(),
             "head_k_dim": heads.head_k_dim(), "head_v_dim": heads.head_v_dim(),
             "packing": layout.packing.name(), "dtype": args.dtype.name(),
@@ -270,13 +262,14 @@ fn measure_on(layout: &Layout, tokens: usize, args: &Args, gpu: &gdn::cuda::Gpu)
     let (size, heads) = (args.dtype.bytes(), layout.heads);
     let mut packed = PackedBuf::new(&heads, tokens, size, size)?;
     fill(packed.bytes_mut());
-    let bench = Bench::new(layout, packed.as_ref(), gpu)?;
-    if let Err(difference) = reference::check(&heads, layout.packing, &packed.as_ref(), &bench.unpacked()?) {
+    let mut unpacked = UnpackedBuf::new(&heads, tokens, size, size)?;
+    let bench = Bench::split(layout, packed.as_ref(), unpacked.as_mut(), gpu)?;
+    if let Err(difference) = reference::check(&heads, layout.packing, &packed.as_ref(), &unpacked.as_ref()) {
         bail!("the split is wrong, nothing was measured: {difference}");
     }
     let [seconds, copy_seconds] =
         medians(args.measuring.seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
-            .map(|seconds| seconds / Bench::CALLS as f64);
+            .map(|seconds| seconds / bench.calls() as f64);
     let bytes = tokens * (heads.qkvz_features() + heads.ba_features()) * size;
     Ok(Record { tokens, bytes, seconds, copy_seconds, threads: 0 })
 }

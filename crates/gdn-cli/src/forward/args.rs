@@ -46,7 +46,7 @@ pub(crate) struct Args {
     pub(super) layout: LayoutArgs,
     #[command(flatten)]
     pub(super) layer: LayerArgs,
-    /// Where to do it: cpu
+    /// Where to do it: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(super) device: Device,
     #[command(flatten)]

@@ -6,12 +6,13 @@ mod work;
 use std::fmt::Write as _;
 
 use anyhow::{Context, bail};
-use gdn::{Cpu, Gate, Layer};
+use gdn::{Gate, Layer};
 
 pub(crate) use self::args::Args;
-use self::work::{PIECE_MULTIPLY_ADDS, RESULTS, Work};
+use self::work::{RESULTS, Work};
 use crate::{
     call::{Bytes, Inputs},
+    device::Backend,
     figures::{median, time},
     files::{Input, Output},
     interrupts::catch_interrupts,
@@ -39,7 +40,6 @@ fn metadata_of_layer(layer: &Layer) -> impl Iterator<Item = (&'static str, Strin
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    args.device.expect_cpu("forward")?;
     let input = Input::open(&args.input)?;
     let work = Work::of(args, &input).with_context(|| args.input.display().to_string())?;
     if args.output.is_none() && work.expected.iter().all(Option::is_none) {
@@ -50,6 +50,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let multiply_adds = work.num_rows().saturating_mul(work.inputs.multiply_adds());
     let cpu = args.cpu.cpu(multiply_adds.max(usize::try_from(input.bytes()).unwrap_or(usize::MAX)))?;
+    let backend = Backend::new(args.device, cpu)?;
     let ignored = input.names_but(&work.used);
     if !ignored.is_empty() {
         note(&format!("not looked at: {}", ignored.join(", ")));
@@ -58,8 +59,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     catch_interrupts()?;
     let mut text = String::new();
     let mut compute = |data: &mut [&mut [u8]]| -> anyhow::Result<()> {
-        let seconds = work.run(data, &cpu, PIECE_MULTIPLY_ADDS)?;
-        text = work.summary(&seconds, &cpu);
+        let seconds = work.run(data, &backend, backend.piece())?;
+        text = work.summary(&seconds, &backend);
         let errors = work.errors(data);
         text.push_str(&work.comparison(&input, &errors, data));
         input.check_unchanged()?;
@@ -112,16 +113,15 @@ impl Work<'_> {
     }
 
     /// What was done, and how fast.
-    fn summary(&self, seconds: &[f64], cpu: &Cpu) -> String {
+    fn summary(&self, seconds: &[f64], backend: &Backend) -> String {
         let Inputs { layer, dtype, state_dtype, .. } = &self.inputs;
         let (rows, sequences) = (self.num_rows(), self.num_sequences());
         let s = |n: usize| if n == 1 { "" } else { "s" };
-        let threads = cpu.chosen_threads(usize::MAX);
         let (first, all) = (seconds[0], median(seconds.to_vec()));
         let mut text = format!(
             "{} of {rows} token{} in {sequences} sequence{}\n  layer            {}, {}, {} taps, gate {}\n  \
              elements         {dtype}, state {state_dtype}\n  \
-             on               cpu, {}, at most {threads} thread{}\n  time             {}",
+             on               {}\n  time             {}",
             self.op.name(),
             s(rows),
             s(sequences),
@@ -129,8 +129,7 @@ impl Work<'_> {
             layer.layout.packing,
             layer.conv_width,
             gate_name(layer.gate),
-            cpu.chosen_isa(),
-            s(threads),
+            backend.describe(),
             time(all),
         );
         if seconds.len() > 1 {

@@ -3,11 +3,12 @@
 use std::{ops::Range, time::Instant};
 
 use anyhow::{Context, bail};
-use gdn::{CHUNK, Cpu, Dtype, Layer, MAX_TOKENS, Shared, Weights};
+use gdn::{Dtype, Layer, MAX_TOKENS, Shared, Weights};
 
 use super::args::Args;
 use crate::{
     call::{Bytes, Inputs, Op, Results, tokens_of_each},
+    device::Backend,
     figures::available_memory,
     files::{Input, NewTensor, Tensor},
     interrupts::check_interrupted,
@@ -281,10 +282,15 @@ impl<'a> Work<'a> {
 
     /// Computes the results, about `piece` multiply-adds at a time, and gives the seconds that it took. What
     /// is done soon is done several times.
-    pub(super) fn run(&self, data: &mut [&mut [u8]], cpu: &Cpu, piece: usize) -> anyhow::Result<Vec<f64>> {
+    pub(super) fn run(
+        &self,
+        data: &mut [&mut [u8]],
+        backend: &Backend,
+        piece: usize,
+    ) -> anyhow::Result<Vec<f64>> {
         let [out, conv_state, recurrent_state] = data else { unreachable!("three results were asked for") };
         let mut results = Results { out, conv_state, recurrent_state };
-        let pieces = self.pieces(piece);
+        let pieces = self.pieces(piece, backend.chunk());
         let mut progress = Progress::new((self.num_rows() * self.inputs.row_bytes()) as u64);
         let mut seconds = Vec::new();
         while seconds.is_empty() || (seconds.iter().sum::<f64>() < REPEATED_SECONDS && seconds.len() < 1001) {
@@ -302,9 +308,10 @@ impl<'a> Work<'a> {
                 let entry = |r: usize| (self.cu_seqlens[r].clamp(rows.start, rows.end) - rows.start) as i64;
                 let cu_seqlens: Vec<i64> = (sequences.start..=sequences.end).map(entry).collect();
                 let started = Instant::now();
-                self.inputs.run(self.op, sequences.clone(), rows.clone(), &cu_seqlens, &mut results, cpu)?;
+                let (sequences, rows, end) = (sequences.clone(), rows.clone(), rows.end);
+                backend.run(&mut self.inputs.call(self.op, sequences, rows, &cu_seqlens, &mut results)?)?;
                 once += started.elapsed().as_secs_f64();
-                progress.set((rows.end * self.inputs.row_bytes()) as u64);
+                progress.set((end * self.inputs.row_bytes()) as u64);
             }
             seconds.push(once);
         }
@@ -313,11 +320,11 @@ impl<'a> Work<'a> {
     }
 
     /// The calls of the op: sequences as long as they are not too much work together, and of a longer one
-    /// some tokens at a time.
-    fn pieces(&self, multiply_adds: usize) -> Vec<Piece> {
+    /// some chunks at a time.
+    fn pieces(&self, multiply_adds: usize, chunk: usize) -> Vec<Piece> {
         // Convolution, gates and norm take about as long as so many multiply-adds for each feature.
         let of_row = self.inputs.multiply_adds() + 32 * self.inputs.layer.heads().qkvz_features();
-        let most = (multiply_adds / of_row).max(1).next_multiple_of(CHUNK);
+        let most = (multiply_adds / of_row).max(1).next_multiple_of(chunk);
         let Inputs { dtype, conv_dtype, state_dtype, .. } = self.inputs;
         // Cut at a multiple of a chunk a sequence gives the same bits, where its states lose nothing between
         // the calls.
@@ -328,10 +335,6 @@ impl<'a> Work<'a> {
 
 /// Work that takes less than this is repeated until it has, for a figure of its time that says something.
 const REPEATED_SECONDS: f64 = 0.1;
-
-/// Multiply-adds of a call of the op, about: enough for every thread, little enough to notice Ctrl-C and to
-/// move the progress bar.
-pub(super) const PIECE_MULTIPLY_ADDS: usize = 1 << 30;
 
 /// Rows that are handed to the op at a time, and the sequences to which they belong.
 #[derive(Debug, PartialEq, Eq)]
@@ -378,6 +381,7 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
+    use gdn::Cpu;
 
     use super::*;
 
@@ -396,8 +400,8 @@ mod tests {
         let mut blocks = work.blocks().unwrap();
         let mut data: Vec<&mut [u8]> = blocks.iter_mut().map(Bytes::all_mut).collect();
         data.iter_mut().for_each(|data| data.fill(0xA5));
-        work.run(&mut data, &Cpu::new(), piece).unwrap();
-        (work.pieces(piece).len(), data.into_iter().map(|data| data.to_vec()).collect())
+        work.run(&mut data, &Backend::Cpu(Cpu::new()), piece).unwrap();
+        (work.pieces(piece, gdn::CHUNK).len(), data.into_iter().map(|data| data.to_vec()).collect())
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::{gdn, text};
+use crate::{gdn, no_device, refused, text};
 
 #[test]
 fn bench_gives_a_table_json_and_a_picture() {
@@ -120,11 +120,16 @@ fn decode_and_prefill_are_measured_over_batches_tokens_and_dtypes() {
             &["--tokens", "0"],
             &["--dtype", "f64"],
             &["--seconds", "0"],
-            &["--device", "cuda"],
         ] {
             let output = gdn(&[&["bench", op][..], wrong].concat());
             assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
         }
+    }
+    let (device, said) = no_device();
+    for op in ["split", "decode", "prefill"] {
+        let nothing = tempfile::tempdir().unwrap();
+        let svg = nothing.path().join("svg");
+        refused(&gdn(&[&["bench", op, "--plot", text(&svg)], &device[..]].concat()), said, &nothing, 0);
     }
     assert_eq!(gdn(&["bench", "decode", "--tokens", "17"]).status.code(), Some(2));
 }

@@ -24,6 +24,18 @@ pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+/// A device that no machine has, and what is said of it.
+pub(crate) fn no_device() -> ([&'static str; 2], &'static str) {
+    #[cfg(feature = "cuda")]
+    let said = match gdn::cuda::devices() {
+        Ok(_) => "no device cuda:999, this machine has",
+        Err(_) => "no NVIDIA driver on this machine",
+    };
+    #[cfg(not(feature = "cuda"))]
+    let said = "this gdn was built without the feature 'cuda'";
+    (["--device", "cuda:999"], said)
+}
+
 /// That the command ended with one clear line and exit code 2, and left nothing in `directory` but `files`.
 #[track_caller]
 pub(crate) fn refused(output: &Output, part: &str, directory: &TempDir, files: usize) {

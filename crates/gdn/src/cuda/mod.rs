@@ -9,7 +9,7 @@
 //! | for | call | takes |
 //! |---|---|---|
 //! | Rust programs | [`split()`], [`merge()`], [`decode()`], [`prefill()`] | views of cudarc's slices, checked and ordered |
-//! | tools | [`split_host`], [`merge_host`] | the CPU's own views, copied there and back |
+//! | tools | [`split_host`], [`merge_host`], [`decode_host`], [`prefill_host`] | the CPU's own views, copied there and back |
 //! | engines, other languages | [`Gpu::split_raw`], [`Gpu::merge_raw`], [`Gpu::decode_raw`], [`Gpu::prefill_raw`] | device pointers and a `CUstream` |
 //! | all | [`Gpu`], [`devices`] | a device, its context, its kernels |
 //!
@@ -53,6 +53,7 @@ mod module;
 pub(crate) mod prefill;
 pub(crate) mod share;
 pub(crate) mod split;
+mod staged;
 mod views;
 
 pub use bench::Bench;
@@ -63,4 +64,5 @@ pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
 pub use prefill::{PREFILL_CHUNK, prefill, prefill_scratch_bytes, prefill_supports};
 pub use split::{merge, merge_host, split, split_host};
+pub use staged::{decode_host, prefill_host};
 pub use views::{RawRows, Rows, RowsMut};
