@@ -37,13 +37,13 @@ pub(crate) fn run() -> anyhow::Result<()> {
         cargo
     };
     run_to_end(&mut candle(&["run", "--bin", "layer"]))?;
-    let mut cargo = candle(&["rustc", "--bin", "split", "--features", "cuda"]);
-    if !has("nvcc") {
-        let cuda = target_dir.join("tools/no-cuda");
+    let with_nvcc = has("nvcc");
+    let cuda = target_dir.join("tools/no-cuda");
+    let nvcc = cuda.join("bin/nvcc");
+    if !with_nvcc {
         for folder in ["bin", "include", "lib64"] {
             fs::create_dir_all(cuda.join(folder))?;
         }
-        let nvcc = cuda.join("bin/nvcc");
         fs::write(&nvcc, NVCC)?;
         #[cfg(unix)]
         fs::set_permissions(&nvcc, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
@@ -52,12 +52,15 @@ pub(crate) fn run() -> anyhow::Result<()> {
             let path = cuda.join("lib64").join(format!("lib{library}.so"));
             run_to_end(command("cc", &["-shared", "-x", "c", "/dev/null", "-o"]).arg(&path))?;
         }
-        cargo
-            .arg("--")
-            .arg("-L")
-            .arg(cuda.join("lib64"))
-            .arg("-Clink-arg=-Wl,--unresolved-symbols=ignore-all");
-        cargo.env("NVCC", &nvcc).env("CUDA_HOME", &cuda).env("CUDA_COMPUTE_CAP", "80");
     }
-    run_to_end(&mut cargo)
+    for binary in ["split", "layer_cuda"] {
+        let mut cargo = candle(&["rustc", "--bin", binary, "--features", "cuda"]);
+        if !with_nvcc {
+            cargo.arg("--").arg("-L").arg(cuda.join("lib64"));
+            cargo.arg("-Clink-arg=-Wl,--unresolved-symbols=ignore-all");
+            cargo.env("NVCC", &nvcc).env("CUDA_HOME", &cuda).env("CUDA_COMPUTE_CAP", "80");
+        }
+        run_to_end(&mut cargo)?;
+    }
+    Ok(())
 }
