@@ -238,7 +238,7 @@ const fn scan(name: &'static str) -> Kernel {
 const PREFILL: &[&[Kernel]] = &[
     &[
         Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_128").threads(64) },
-        Kernel { blocks: 3, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
+        Kernel { blocks: 4, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
         Kernel { blocks: 2, ..prefill("gdn_prefill_norm", 256) },
     ],
     &[Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_256").threads(64) }],

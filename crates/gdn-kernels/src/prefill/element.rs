@@ -24,6 +24,29 @@ fn narrowed(gpu: &impl TensorCore, dtype: u32, [low, high]: [f32; 2]) -> u32 {
     if dtype == BF16 { gpu.bf16_pair(low, high) } else { gpu.pack_f16(low, high) }
 }
 
+/// One element as it lies in memory: what is read early is widened when it is there.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Element(u32);
+
+impl Element {
+    /// Reads one, without a branch.
+    ///
+    /// # Safety
+    /// It is readable, at a multiple of its size.
+    #[inline(always)]
+    pub(super) unsafe fn read(gpu: &impl TensorCore, dtype: u32, address: u64) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { gpu.load4_or_2(address, dtype == F32) })
+    }
+
+    /// Of the dtype that it was read with.
+    #[inline(always)]
+    pub(super) fn value(self, gpu: &impl TensorCore, dtype: u32) -> f32 {
+        let [value, _] = widened(gpu, dtype, self.0);
+        if dtype == F32 { f32::from_bits(self.0) } else { value }
+    }
+}
+
 /// One element.
 ///
 /// # Safety

@@ -8,8 +8,10 @@
 use gdn_math::{Lanes, layer as math, quick, special::exp};
 
 use super::{
-    args::{Args, CHUNK, DIAGONAL_ROW, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES, padded},
-    element::{load, of_vector, size},
+    args::{
+        Args, CHUNK, DIAGONAL_ROW, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES, Vector, padded,
+    },
+    element::{Element, size},
     sequence::Sequence,
     tiles::Tile,
 };
@@ -18,6 +20,24 @@ use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
 const WARPS: u32 = PREPARE_THREADS / 32;
 /// Logs below this are as good: their exponentials are 0.
 const LEAST_LOG: f32 = -100.0;
+
+/// What the gates of two tokens of a v head are made of.
+#[derive(Clone, Copy, Default)]
+struct Inputs {
+    a: [Element; 2],
+    b: [Element; 2],
+    a_log: Element,
+    dt_bias: Element,
+    /// Two f32.
+    k_squares: u64,
+    v_scales: u64,
+}
+
+/// Two f32 side by side.
+#[inline(always)]
+fn both([first, second]: [f32; 2]) -> u64 {
+    u64::from(first.to_bits()) | u64::from(second.to_bits()) << 32
+}
 
 /// A block's part of the call.
 struct Block<'a, G> {
@@ -52,14 +72,22 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
         let room = PrepareRoom::new(args.dk, args.ratio.get());
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
-        block.fetch();
         block.gates();
         gpu.barrier();
-        block.factors();
-        block.decays(0);
-        gpu.wait_copies::<0>();
-        gpu.barrier();
-        block.products();
+        // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to keep
+        // the products there are no registers.
+        let mut first = 0;
+        while first < args.ratio.get() {
+            if first > 0 {
+                gpu.barrier();
+                block.fetch();
+            }
+            block.decays(first);
+            gpu.wait_copies::<0>();
+            gpu.barrier();
+            block.group(first);
+            first += GROUP;
+        }
     }
 }
 
@@ -81,52 +109,88 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     #[inline(always)]
     unsafe fn fetch(&self) {
         let Self { gpu, args, room, .. } = self;
-        let words = args.dk / 8;
-        let head =
-            u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK * args.dk * 2);
-        let mut i = gpu.thread();
-        while i < CHUNK * words {
-            let (row, word) = args.key_words.divide(i);
-            let to = row * padded(args.dk) + word * 16;
+        let row_bytes = args.dk * 2;
+        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK * row_bytes);
+        // A row's words go into the threads of a block without a rest.
+        let (mut row, word) = args.key_words.divide(gpu.thread());
+        let (rows, _) = args.key_words.divide(gpu.threads());
+        let mut from = head + u64::from(row * row_bytes + word * 16);
+        let mut to = row * padded(args.dk) + word * 16;
+        while row < CHUNK {
             // SAFETY: as `run`.
             unsafe {
-                gpu.copy16(room.q + to, args.scratch.q + head + u64::from(i * 16), true);
-                gpu.copy16(room.k + to, args.scratch.k + head + u64::from(i * 16), true);
+                gpu.copy16(room.q + to, args.scratch.q + from, true);
+                gpu.copy16(room.k + to, args.scratch.k + from, true);
             }
-            i += gpu.threads();
+            row += rows;
+            from += u64::from(rows * row_bytes);
+            to += rows * padded(args.dk);
         }
         gpu.commit_copies();
     }
 
-    /// Decays' logs, summed from the chunk's start, and beta. What lies past the sequence's end has neither.
+    /// What the gates of two tokens of v head `h` are made of.
+    #[inline(always)]
+    unsafe fn inputs(&self, h: u32) -> Inputs {
+        let Self { gpu, args, .. } = self;
+        let head = self.head * args.ratio.get() + h;
+        let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
+        let token = 2 * gpu.lane();
+        // SAFETY: as `run`.
+        unsafe {
+            let one = |field: &Field, token: u32| {
+                // What lies past the sequence's end is not used.
+                let at = field.address
+                    + self.row(token.min(self.tokens - 1)) * field.row_stride
+                    + u64::from(self.head) * field.head_step
+                    + u64::from(h * size(field.dtype));
+                Element::read(*gpu, field.dtype, at)
+            };
+            let of_head = |vector: &Vector| {
+                Element::read(*gpu, vector.dtype, vector.address + u64::from(head) * vector.stride)
+            };
+            Inputs {
+                a: [one(&args.a, token), one(&args.a, token + 1)],
+                b: [one(&args.b, token), one(&args.b, token + 1)],
+                a_log: of_head(&args.A_log),
+                dt_bias: of_head(&args.dt_bias),
+                k_squares: gpu.load8(args.scratch.k_squares + (key + u64::from(token)) * 4),
+                v_scales: gpu.load8(
+                    args.scratch.v_scales + (self.v_head(h) * u64::from(CHUNK) + u64::from(token)) * 4,
+                ),
+            }
+        }
+    }
+
+    /// Decays' logs, summed from the chunk's start, beta, and what the scan multiplies each token with; a warp a
+    /// v head. What lies past the sequence's end has no decay and no beta. Copies q and k meanwhile.
     #[inline(always)]
     unsafe fn gates(&self) {
-        let Self { gpu, args, .. } = self;
+        let Self { gpu, args, room, .. } = self;
         let (lane, mut h) = (gpu.lane(), gpu.thread() / 32);
-        while h < args.ratio.get() {
-            let head = self.head * args.ratio.get() + h;
-            // SAFETY: as `run`.
-            unsafe {
-                let a_log = of_vector(*gpu, &args.A_log, head);
-                let dt_bias = of_vector(*gpu, &args.dt_bias, head);
-                let mut logs = [0.0; 2];
+        // SAFETY: as `run`.
+        unsafe {
+            let mut next = Inputs::default();
+            if h < args.ratio.get() {
+                next = self.inputs(h);
+            }
+            self.fetch();
+            while h < args.ratio.get() {
+                let inputs = next;
+                if h + WARPS < args.ratio.get() {
+                    next = self.inputs(h + WARPS);
+                }
+                let a_log = inputs.a_log.value(*gpu, args.A_log.dtype);
+                let dt_bias = inputs.dt_bias.value(*gpu, args.dt_bias.dtype);
+                let (mut logs, mut betas) = ([0.0; 2], [0.0; 2]);
                 let mut n = 0;
                 while n < 2 {
-                    let token = 2 * lane + n as u32;
-                    let mut beta = 0.0;
-                    if token < self.tokens {
-                        let at = |field: &Field| {
-                            field.address
-                                + self.row(token) * field.row_stride
-                                + u64::from(self.head) * field.head_step
-                                + u64::from(h * size(field.dtype))
-                        };
-                        let a = load(*gpu, args.a.dtype, at(&args.a));
-                        let b = load(*gpu, args.b.dtype, at(&args.b));
+                    if 2 * lane + (n as u32) < self.tokens {
+                        let a = inputs.a[n].value(*gpu, args.a.dtype);
+                        let b = inputs.b[n].value(*gpu, args.b.dtype);
                         logs[n] = math::log_decay(a, a_log, dt_bias).at_least(LEAST_LOG);
-                        beta = math::beta(b, args.beta_scale);
+                        betas[n] = math::beta(b, args.beta_scale);
                     }
-                    gpu.store_shared4(self.room.beta + (h * CHUNK + token) * 4, beta.to_bits());
                     n += 1;
                 }
                 let (mut sum, mut distance) = (logs[0] + logs[1], 1);
@@ -137,46 +201,31 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     }
                     distance *= 2;
                 }
-                let g = self.room.g + (h * CHUNK + 2 * lane) * 4;
                 // The first of the two is the sum without the second, as an f32 adds up: differences stay at
                 // most 0.
-                let first = (sum - logs[1]).at_least(sum);
-                gpu.store_shared8(g, u64::from(first.to_bits()) | u64::from(sum.to_bits()) << 32);
-            }
-            h += WARPS;
-        }
-    }
-
-    /// What the scan multiplies each token with.
-    #[inline(always)]
-    unsafe fn factors(&self) {
-        let Self { gpu, args, room, .. } = self;
-        let mut i = gpu.thread();
-        while i < args.ratio.get() * CHUNK {
-            let (h, token) = (i / CHUNK, i % CHUNK);
-            // SAFETY: as `run`; the barrier before is past.
-            unsafe {
-                let read = |array: u32, i: u32| f32::from_bits(gpu.load_shared4(array + i * 4));
-                let (g, mut beta) = (read(room.g, i), read(room.beta, i));
-                // A key of zeros finds and changes nothing. Without its value no size is lost to it.
-                let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
-                let squares = gpu.load4(args.scratch.k_squares + (key + u64::from(token)) * 4);
-                if f32::from_bits(squares) == 0.0 {
-                    beta = 0.0;
+                let g = [(sum - logs[1]).at_least(sum), sum];
+                let last = f32::from_bits(gpu.shuffle(sum.to_bits(), 31));
+                let at = (h * CHUNK + 2 * lane) * 4;
+                gpu.store_shared8(room.g + at, both(g));
+                gpu.store_shared8(room.beta + at, both(betas));
+                let mut n = 0;
+                while n < 2 {
+                    let of_token = |two: u64| f32::from_bits((two >> (32 * n)) as u32);
+                    // A key of zeros finds and changes nothing. Without its value no size is lost to it.
+                    let beta = if of_token(inputs.k_squares) == 0.0 { 0.0 } else { betas[n] };
+                    // The exponential of half the log twice: it is not 0 as long as an f32 can be.
+                    let decay = |log: f32| {
+                        let half = exp(log.at_most(0.0) * 0.5);
+                        half * half
+                    };
+                    let (from_start, to_end) = (decay(g[n]), decay(last - g[n]));
+                    let four = [beta * of_token(inputs.v_scales), beta * from_start, from_start, to_end];
+                    let place = self.v_head(h) * u64::from(CHUNK) + u64::from(2 * lane + n as u32);
+                    gpu.store16(args.scratch.factors + place * 16, Bytes16(four.map(f32::to_bits)));
+                    n += 1;
                 }
-                // The exponential of half the log twice: it is not 0 as long as an f32 can be.
-                let decay = |log: f32| {
-                    let half = exp(log.at_most(0.0) * 0.5);
-                    half * half
-                };
-                let from_start = decay(g);
-                let to_end = decay(read(room.g, h * CHUNK + CHUNK - 1) - g);
-                let place = self.v_head(h) * u64::from(CHUNK) + u64::from(token);
-                let v_scale = f32::from_bits(gpu.load4(args.scratch.v_scales + place * 4));
-                let four = [beta * v_scale, beta * from_start, from_start, to_end];
-                gpu.store16(args.scratch.factors + place * 16, Bytes16(four.map(f32::to_bits)));
+                h += WARPS;
             }
-            i += gpu.threads();
         }
     }
 
@@ -207,12 +256,15 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// K K^T and Q K^T, and of them for each v head the inverse and the masked product. Of the blocks on and
-    /// below the diagonal each warp has two of a row, or one.
+    /// K K^T and Q K^T, and of them for some v heads the inverse and the masked product. Of the blocks on and below
+    /// the diagonal each warp has two of a row, or one.
     #[inline(always)]
-    unsafe fn products(&self) {
+    unsafe fn group(&self, first: u32) {
         let Self { gpu, args, room, .. } = self;
-        let (warp, lane) = (gpu.thread() / 32, gpu.lane());
+        // The thread's own number, in a way that keeps places from being kept from group to group: there are no
+        // registers for them.
+        let thread = gpu.unforeseen(u64::from(first) << 32 | u64::from(gpu.thread())) as u32;
+        let (warp, lane) = (thread / 32, thread % 32);
         // The blocks' row, and the first one's column: 3 0, 3 2, 2 0, 1 0, 2 2, 0 0.
         let row = (0x02_1233 >> (4 * warp)) & 15;
         let column = (0x02_0020 >> (4 * warp)) & 15;
@@ -240,61 +292,54 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             }
             k16 += 1;
         }
-        let mut first = 0;
-        while first < args.ratio.get() {
-            let heads = (args.ratio.get() - first).min(GROUP);
-            let matrices = self.v_head(first) * u64::from(CHUNK * CHUNK * 2);
-            // Q and K are read no longer, nor what lies in their place.
-            gpu.barrier();
-            let mut n = 0;
-            while n < heads {
-                let mut block = 0;
-                while block < 2 {
-                    let column = column + block as u32;
-                    if column <= row {
-                        // SAFETY: as above.
-                        unsafe { self.masked(first + n, n, [row, column], &kk[block], &qk[block]) };
-                    }
-                    block += 1;
+        let heads = (args.ratio.get() - first).min(GROUP);
+        let matrices = self.v_head(first) * u64::from(CHUNK * CHUNK * 2);
+        // Q and K are read no longer.
+        gpu.barrier();
+        let mut n = 0;
+        while n < heads {
+            let mut block = 0;
+            while block < 2 {
+                let column = column + block as u32;
+                if column <= row {
+                    // SAFETY: as above.
+                    unsafe { self.masked(lane, first + n, n, [row, column], &kk[block], &qk[block]) };
                 }
-                n += 1;
+                block += 1;
             }
-            gpu.barrier();
-            // SAFETY: as above.
-            unsafe {
-                if gpu.thread() < heads * CHUNK {
-                    self.invert();
-                } else {
-                    let (thread, threads) = (gpu.thread() - heads * CHUNK, gpu.threads() - heads * CHUNK);
-                    self.put(heads, args.scratch.p + matrices, thread, threads);
-                }
-                gpu.barrier();
-                if warp < heads * (SIDES - 1) {
-                    self.merge(warp / (SIDES - 1), warp % (SIDES - 1));
-                }
-                gpu.barrier();
-                self.put(heads, args.scratch.t + matrices, gpu.thread(), gpu.threads());
-                first += GROUP;
-                if first < args.ratio.get() {
-                    self.decays(first);
-                }
-            }
+            n += 1;
         }
-    }
-
-    /// The lane's own number, in a way that keeps places from being kept from head to head: there are no
-    /// registers for them.
-    #[inline(always)]
-    fn lane(&self) -> u32 {
-        self.gpu.unforeseen(u64::from(self.gpu.lane())) as u32
+        gpu.barrier();
+        // SAFETY: as above.
+        unsafe {
+            if thread < heads * CHUNK {
+                self.invert(thread);
+            } else {
+                let (thread, threads) = (thread - heads * CHUNK, PREPARE_THREADS - heads * CHUNK);
+                self.put(heads, args.scratch.p + matrices, thread, threads);
+            }
+            gpu.barrier();
+            if warp < heads * (SIDES - 1) {
+                self.merge(lane, warp / (SIDES - 1), warp % (SIDES - 1));
+            }
+            gpu.barrier();
+            self.put(heads, args.scratch.t + matrices, thread, PREPARE_THREADS);
+        }
     }
 
     /// For v head `h`, the `n`th of its group, a block of beta e^D K K^T below the diagonal, and of e^D Q K^T up
     /// to it.
     #[inline(always)]
-    unsafe fn masked(&self, h: u32, n: u32, [row, column]: [u32; 2], kk: &[Tile; 2], qk: &[Tile; 2]) {
+    unsafe fn masked(
+        &self,
+        lane: u32,
+        h: u32,
+        n: u32,
+        [row, column]: [u32; 2],
+        kk: &[Tile; 2],
+        qk: &[Tile; 2],
+    ) {
         let Self { gpu, room, .. } = self;
-        let lane = self.lane();
         let (line, pair) = (lane / 4, lane % 4 * 2);
         let head = room.heads + n * PrepareRoom::HEAD;
         let from_columns =
@@ -356,9 +401,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
 
     /// The inverse of I and a block on the diagonal, by substitution, a thread a column; transposed.
     #[inline(always)]
-    unsafe fn invert(&self) {
+    unsafe fn invert(&self, thread: u32) {
         let Self { gpu, room, .. } = self;
-        let thread = gpu.unforeseen(u64::from(gpu.thread())) as u32;
         let (n, block, column) = (thread / CHUNK, thread % CHUNK / SIDE, thread % SIDE);
         let head = room.heads + n * PrepareRoom::HEAD;
         let from = head + PrepareRoom::DIAGONAL + block * SIDE * DIAGONAL_ROW;
@@ -407,9 +451,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     /// `T_ij = -T_ii (M_ij T_jj + M_ij+1 T_j+1,j + ...)`, transposed: what one product leaves is the left side of the
     /// next.
     #[inline(always)]
-    unsafe fn merge(&self, n: u32, column: u32) {
+    unsafe fn merge(&self, lane: u32, n: u32, column: u32) {
         let Self { gpu, room, .. } = self;
-        let lane = self.lane();
         let (matrix, line) = (lane / 8, lane % 8);
         let head = room.heads + n * PrepareRoom::HEAD;
         let left = in_tile(matrix % 2 * 8 + line, matrix / 2);
@@ -423,10 +466,10 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             // T_jj and what is below it, transposed.
             let mut of_column = [[[0; 4]; 2]; SIDES as usize - 1];
             of_column[0] = on_diagonal(column);
-            self.stage(head, [column, column], of_column[0][0]);
+            self.stage(lane, head, [column, column], of_column[0][0]);
             if column + 2 == SIDES {
                 let [last, _] = on_diagonal(SIDES - 1);
-                self.stage(head, [SIDES - 1, SIDES - 1], last);
+                self.stage(lane, head, [SIDES - 1, SIDES - 1], last);
             }
             let mut below = 1;
             while below < SIDES as usize {
@@ -450,7 +493,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     let mut block = [[0.0; 4]; 2];
                     product(*gpu, &sums, &inverse, &mut block);
                     let block = left_side(*gpu, &block, 1.0);
-                    self.stage(head, [row, column], block[0]);
+                    self.stage(lane, head, [row, column], block[0]);
                     if below + 1 < SIDES as usize {
                         of_column[below] = block;
                     }
@@ -462,9 +505,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
 
     /// Puts a block of the inverse, which is there transposed as a left side, where it is on its way out.
     #[inline(always)]
-    unsafe fn stage(&self, head: u32, [row, column]: [u32; 2], words: [u32; 4]) {
+    unsafe fn stage(&self, lane: u32, head: u32, [row, column]: [u32; 2], words: [u32; 4]) {
         let gpu = self.gpu;
-        let lane = self.lane();
         let (line, pair) = (lane / 4, lane % 4 * 2);
         let mut word = 0;
         while word < 4 {
@@ -484,19 +526,20 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     unsafe fn put(&self, heads: u32, to: u64, thread: u32, threads: u32) {
         let Self { gpu, room, .. } = self;
         let words = CHUNK / 8;
-        let mut i = thread;
-        while i < heads * CHUNK * words {
-            let (n, row, word) = (i / (CHUNK * words), i / words % CHUNK, i % words);
+        let (mut row, word) = (thread / words, thread % words);
+        let mut to = to + u64::from(thread * 16);
+        while row < heads * CHUNK {
             let mut eight = Bytes16([0; 4]);
             // SAFETY: as `run`; what is read was written before a barrier.
             unsafe {
-                if word * 8 / SIDE <= row / SIDE {
-                    let at = room.heads + n * PrepareRoom::HEAD + PrepareRoom::OUT;
-                    eight = gpu.load_shared16(at + row * padded(CHUNK) + word * 16);
+                if word * 8 / SIDE <= row % CHUNK / SIDE {
+                    let at = room.heads + row / CHUNK * PrepareRoom::HEAD + PrepareRoom::OUT;
+                    eight = gpu.load_shared16(at + row % CHUNK * padded(CHUNK) + word * 16);
                 }
-                gpu.store16(to + u64::from(i * 16), eight);
+                gpu.store16(to, eight);
             }
-            i += threads;
+            row += threads / words;
+            to += u64::from(threads * 16);
         }
     }
 }
