@@ -15,8 +15,12 @@ import contextlib
 import csv
 import datetime
 import importlib
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,6 +277,33 @@ def errors(engines):
             yield kind, name, error(got[rows], y), error(case.state[which], state), bad
 
 
+# ---- the first result
+
+
+def first_result():
+    """In a new process: seconds from a context with tensors in it to the first result."""
+    case = Case(HEADS["16/32"], [64])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    ours(case)()
+    torch.cuda.synchronize()
+    print("first", time.perf_counter() - start)
+
+
+def first_results(processes):
+    """Milliseconds, each in a process of its own, with nothing kept of kernels that the driver compiled before."""
+    took = []
+    for _ in range(processes):
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), __file__, "--first-result"]
+            done = subprocess.run(command, env=os.environ | {"CUDA_CACHE_PATH": cache}, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("first ")]
+        took += [float(line.split()[1]) * 1000 for line in lines]
+        if not lines:
+            print(f"first result: {(done.stderr.strip().splitlines() or ['?'])[-1][:200]}")
+    return took
+
+
 # ---- what comes out
 
 
@@ -326,7 +357,11 @@ def main():
     parser.add_argument("--tokens", default="512,2048,8192,32768,ragged")
     parser.add_argument("--scans", default="SGLang,vLLM,FLA,FlashQLA", help="which, of those that can be loaded")
     parser.add_argument("--no-errors", action="store_true", help="without hostile inputs")
+    parser.add_argument("--first", type=int, default=3, help="processes for the time to the first result")
+    parser.add_argument("--first-result", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.first_result:
+        return first_result()
     torch.set_grad_enabled(False)
     about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
     rows, hostile_rows = [], []
@@ -335,10 +370,6 @@ def main():
             stack.enter_context(stand_ins.engine(peers.folder(package), package, rig.REAL, rig.given()))
         engines = Engines(arguments.scans.split(","))
         print("scans:", ", ".join(engines.scans), flush=True)
-        for line in () if arguments.no_errors else errors(engines):
-            kind, name, out, state, bad = line
-            hostile_rows.append([kind, name, out, state, bad])
-            print(f"{kind}: {name}: out {out:.1e}, state {state:.1e}, {bad} not finite", flush=True)
         for heads in arguments.heads.split(","):
             for shape in arguments.tokens.split(","):
                 for name, lengths in RAGGED.items() if shape == "ragged" else [(f"T = {shape}", [int(shape)])]:
@@ -349,6 +380,14 @@ def main():
                     write(arguments, rows, hostile_rows, ", ".join(about))
                     del case
                     torch.cuda.empty_cache()
+        for line in () if arguments.no_errors else errors(engines):
+            kind, name, out, state, bad = line
+            hostile_rows.append([kind, name, out, state, bad])
+            print(f"{kind}: {name}: out {out:.1e}, state {state:.1e}, {bad} not finite", flush=True)
+    if took := first_results(arguments.first):
+        print("first result of gdn in a new process, ms:", ", ".join(f"{one:.1f}" for one in took))
+        rows.append(["16/32", "T = 64, a new process", "gdn, first result", f"{statistics.median(took) * 1000:.0f}", "", ""])
+    write(arguments, rows, hostile_rows, ", ".join(about))
 
 
 if __name__ == "__main__":

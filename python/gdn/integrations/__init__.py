@@ -2,7 +2,7 @@
 
 Each is off until asked for. Each has the same four names:
 
-    install(any_release=False)   puts gdn's split in the engine's place for it; a second call does nothing
+    install(any_release=False)   puts gdn in the engine; a second call does nothing
     uninstall()                  puts back what was there; does nothing where nothing is installed
     is_installed()               whether it is
     installed()                  a context manager: installed inside, as before outside

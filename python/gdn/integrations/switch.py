@@ -33,7 +33,7 @@ class Switch:
         self._lock = RLock()
 
     def install(self, any_release: bool = False) -> None:
-        """Puts gdn's split in the engine's place for it. Does nothing where it is there already.
+        """Puts gdn in the engine. Does nothing where it is there already.
 
         Raises `UnknownEngine`, a RuntimeError, where the engine is not one this integration knows; nothing is
         changed then. `any_release=True` waives the release, where one is asked for, and nothing else.
@@ -51,7 +51,7 @@ class Switch:
                 self._logger.info("gdn is off, what was there is back; it was: %s", self._on)
 
     def is_installed(self) -> bool:
-        """Whether gdn's split is in its place."""
+        """Whether gdn is in its place."""
         return self._undo is not None
 
     @contextmanager
