@@ -22,10 +22,10 @@ use gdn_math::{layer as math, special::exp};
 
 use super::{
     Cpu,
-    lanes::{Bf16, Element, F16, F32, Register, for_isa},
+    lanes::{Bf16, Element, F16, F32, Register, WIDEST, for_isa, turned},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
-    stages::{Group, Widths, at, clear, for_dtype, in_head, step},
+    stages::{Group, Upcoming, Widths, at, clear, for_dtype, in_head, step},
     threads::{Sent, slices},
 };
 use crate::{
@@ -94,6 +94,10 @@ pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Resu
     });
     Ok(())
 }
+
+/// Rows of a product with a triangle that are computed together: what lies above the diagonal is left out but
+/// within these.
+const STEP: usize = 4;
 
 /// Columns of the widest panel of any instruction set.
 const WIDEST_PANEL: usize = 32;
@@ -197,24 +201,27 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
         let window = plan.conv.as_ref().filter(|_| is_initial);
         group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
         match plan.recurrent.as_ref().filter(|_| is_initial) {
-            Some(recurrent) => states.exchange::<true>(&recurrent.state, slot, head * ratio),
+            Some(recurrent) => states.exchange::<L, true>(&recurrent.state, slot, head * ratio),
             None => states.states.fill(0.0),
         }
         let mut row = start;
         while row < end {
             let n = CHUNK.min(end - row);
-            group.take_inputs::<L>(row, n);
+            let next = group.upcoming(row + n..(row + n + CHUNK).min(end));
             match part {
                 Step::All => {
                     group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N>(&mut group);
+                    states.chunk::<L, M, N>(&mut group, next);
                 }
                 Step::Slice(rows, outputs) => {
                     group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N>(&mut group);
+                    states.chunk::<L, M, N>(&mut group, next);
                     group.put_outputs(*outputs, row, n, rows);
                 }
-                Step::Rest(outputs) => group.take_outputs(*outputs, row, n),
+                Step::Rest(outputs) => {
+                    group.take_inputs::<L>(row, n);
+                    group.take_outputs(*outputs, row, n);
+                }
             }
             if is_whole {
                 group.finish::<L>(row, n);
@@ -226,7 +233,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
             {
                 let place =
                     checkpoints.starts.read([sequence]) as usize + (row - start) / checkpoints.every - 1;
-                states.exchange::<false>(&checkpoints.recurrent_states, place, head * ratio);
+                states.exchange::<L, false>(&checkpoints.recurrent_states, place, head * ratio);
                 if let (Some(windows), true) = (&checkpoints.conv_states, is_whole) {
                     let window = at(windows, [place, 0, windows.sizes[2] - before]);
                     let steps = [step(windows, 1), step(windows, 2)];
@@ -235,7 +242,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
             }
         }
         if let Some(recurrent) = &plan.recurrent {
-            states.exchange::<false>(&recurrent.state, slot, head * ratio);
+            states.exchange::<L, false>(&recurrent.state, slot, head * ratio);
         }
         if let (Some(conv), true) = (&plan.conv, is_whole) {
             let (columns, len) = (conv.state.sizes[2], end - start);
@@ -274,7 +281,7 @@ impl Lens {
         self.ratio * self.state()
             + padded(self.dk) * CHUNK
             + 6 * CHUNK * CHUNK
-            + 3 * CHUNK
+            + 2 * CHUNK
             + 2 * CHUNK * self.panel
     }
 }
@@ -299,10 +306,9 @@ struct States<'a> {
     inverse: &'a mut [f32],
     /// `p` times the inverse.
     p_inverse: &'a mut [f32],
-    /// `e^G` of each token; `e^D` from each token to the last; D, of one token.
+    /// `e^G` of each token; `e^D` from each token to the last.
     from_start: &'a mut [f32],
     to_end: &'a mut [f32],
-    differences: &'a mut [f32],
     /// `[CHUNK][panel]` each: X, and `e^D_last * U`.
     x: &'a mut [f32],
     u: &'a mut [f32],
@@ -336,7 +342,6 @@ impl<'a> States<'a> {
             p_inverse: memory.take(square),
             from_start: memory.take(CHUNK),
             to_end: memory.take(CHUNK),
-            differences: memory.take(CHUNK),
             x: memory.take(x),
             u: memory.take(x),
         }
@@ -351,9 +356,9 @@ impl<'a> States<'a> {
     /// Reads the states of value heads from `first` on out of a slot, or with `READ` false writes them there.
     ///
     /// # Safety
-    /// The slot can be read, or written.
+    /// The slot can be read, or written; the machine has L's instruction set.
     #[inline(always)]
-    unsafe fn exchange<const READ: bool>(
+    unsafe fn exchange<L: Register, const READ: bool>(
         &mut self,
         state: &Operand<*mut u8, Dtype, 4>,
         slot: usize,
@@ -366,29 +371,43 @@ impl<'a> States<'a> {
             for p in self.panels(r) {
                 let (start, columns) = (p * panel, panel.min(dv - p * panel));
                 let own = &mut self.states[(r * panels + p) * dk * panel..][..dk * panel];
+                let from = memory.wrapping_add(start * steps[0]);
                 for_dtype!(state.kind, E => {
                     // SAFETY: the caller's promises.
-                    unsafe { turn::<E, READ>(memory, steps, start, columns, own, dk, panel) }
+                    unsafe { turn::<L, E, READ>(from, steps, columns, own, dk, panel) }
                 });
             }
         }
     }
 
-    /// One chunk of all heads: from `group`'s q, k, v and gates to its o.
+    /// One chunk of all heads: from `group`'s q, k, v and gates to its o. What comes `next` is brought
+    /// near meanwhile.
     ///
     /// # Safety
     /// `group` has room for [`CHUNK`] tokens, all of which are prepared; the machine has L's instruction set.
     #[inline(always)]
-    unsafe fn chunk<L: Register, const M: usize, const N: usize>(&mut self, group: &mut Group<'_>) {
+    unsafe fn chunk<L: Register, const M: usize, const N: usize>(
+        &mut self,
+        group: &mut Group<'_>,
+        mut next: Upcoming,
+    ) {
         let Lens { dk, panels, panel, ratio, .. } = self.lens;
         let row = padded(dk);
-        for (t, key) in group.k.chunks_exact(row).enumerate() {
-            for (d, value) in key[..dk].iter().enumerate() {
-                self.k_transposed[d * CHUNK + t] = *value;
-            }
-        }
+        let updates = (0..ratio).map(|r| self.panels(r).len()).sum::<usize>() * (dk / M);
+        let lines = next.lines().div_ceil(updates.max(1));
         // SAFETY: the caller's promises; rows of the scratch memory, as long as they are said to be.
         unsafe {
+            for d in (0..row).step_by(L::LEN) {
+                for t in (0..CHUNK).step_by(L::LEN) {
+                    let mut square = [L::zero(); WIDEST];
+                    for (i, register) in square[..L::LEN].iter_mut().enumerate() {
+                        *register = L::load(group.k.as_ptr().add((t + i) * row + d));
+                    }
+                    for (i, register) in turned(square)[..L::LEN].iter().enumerate() {
+                        register.store(self.k_transposed.as_mut_ptr().add((d + i) * CHUNK + t));
+                    }
+                }
+            }
             for (rows, products) in [(&*group.k, &mut *self.kk), (&*group.q, &mut *self.qk)] {
                 for first in (0..CHUNK).step_by(M) {
                     for column in (0..CHUNK).step_by(L::LEN) {
@@ -411,7 +430,7 @@ impl<'a> States<'a> {
                 for p in computed {
                     let state = self.states[(r * panels + p) * dk * panel..][..dk * panel].as_mut_ptr();
                     let column = r * group.head_width + p * panel;
-                    self.panel::<L, M, N>(group, r, column, state, decay);
+                    self.panel::<L, M, N>(group, r, column, state, decay, (&mut next, lines));
                 }
             }
         }
@@ -427,16 +446,16 @@ impl<'a> States<'a> {
         unsafe {
             let zero = L::zero();
             let mut sum = 0.0;
-            self.differences.fill(0.0);
-            for i in 0..CHUNK {
-                sum += g[i];
-                self.from_start[i] = sum;
-                for column in (0..CHUNK).step_by(L::LEN) {
-                    let (at, lane) = (i * CHUNK + column, L::load(LANES.as_ptr().add(column)));
-                    let here = zero.splat(i as f32);
-                    let differences = L::load(self.differences.as_ptr().add(column)).plus(zero.splat(g[i]));
-                    let differences = here.if_greater(lane, differences, zero);
-                    differences.store(self.differences.as_mut_ptr().add(column));
+            for (sums, g) in self.from_start.iter_mut().zip(g) {
+                sum += g;
+                *sums = sum;
+            }
+            for column in (0..CHUNK).step_by(L::LEN) {
+                let lane = L::load(LANES.as_ptr().add(column));
+                let mut differences = zero;
+                for i in 0..CHUNK {
+                    let (at, here) = (i * CHUNK + column, zero.splat(i as f32));
+                    differences = here.if_greater(lane, differences.plus(zero.splat(g[i])), zero);
                     let decay = exp(differences);
                     if i == CHUNK - 1 {
                         decay.store(self.to_end.as_mut_ptr().add(column));
@@ -446,22 +465,23 @@ impl<'a> States<'a> {
                     let m = decay.times(L::load(self.kk.as_ptr().add(at))).times(zero.splat(beta[i]));
                     here.if_greater(lane, m, zero).store(self.m.as_mut_ptr().add(at));
                 }
-            }
-            for column in (0..CHUNK).step_by(L::LEN) {
                 let at = self.from_start.as_mut_ptr().add(column);
                 exp(L::load(at)).store(at);
             }
-            for i in 0..CHUNK {
-                for column in (0..CHUNK).step_by(L::LEN) {
-                    let lane = L::load(LANES.as_ptr().add(column));
+            for column in (0..CHUNK).step_by(L::LEN) {
+                let lane = L::load(LANES.as_ptr().add(column));
+                let mut rows = [zero; CHUNK];
+                for (i, row) in rows.iter_mut().enumerate() {
                     // A row of the unit matrix.
                     let (above, below) = (zero.splat(i as f32 + 0.5), zero.splat(i as f32 - 0.5));
-                    let mut row = above.if_greater(lane, lane.if_greater(below, zero.splat(1.0), zero), zero);
-                    for j in 0..i {
-                        let m = zero.splat(self.m[i * CHUNK + j]);
-                        row = m.neg_mul_add(L::load(self.inverse.as_ptr().add(j * CHUNK + column)), row);
+                    *row = above.if_greater(lane, lane.if_greater(below, zero.splat(1.0), zero), zero);
+                }
+                for j in 0..CHUNK {
+                    let done = rows[j];
+                    done.store(self.inverse.as_mut_ptr().add(j * CHUNK + column));
+                    for (i, row) in rows.iter_mut().enumerate().skip(j + 1) {
+                        *row = zero.splat(self.m[i * CHUNK + j]).neg_mul_add(done, *row);
                     }
-                    row.store(self.inverse.as_mut_ptr().add(i * CHUNK + column));
                 }
             }
             for first in (0..CHUNK).step_by(M) {
@@ -478,7 +498,7 @@ impl<'a> States<'a> {
         }
     }
 
-    /// One panel of one head.
+    /// One panel of one head. With each M rows of the state so many lines of what comes next are asked for.
     ///
     /// # Safety
     /// As [`States::chunk`]; `state` is the panel's part of S^T.
@@ -490,6 +510,7 @@ impl<'a> States<'a> {
         column: usize,
         state: *mut f32,
         decay: f32,
+        (next, lines): (&mut Upcoming, usize),
     ) {
         let (dk, width) = (self.lens.dk, N * L::LEN);
         let row = padded(dk);
@@ -513,14 +534,24 @@ impl<'a> States<'a> {
             for first in (0..CHUNK).step_by(M) {
                 let mut tile = [[zero; N]; M];
                 multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
-                for (m, registers) in tile.iter_mut().enumerate() {
+                for (m, registers) in tile.into_iter().enumerate() {
                     let scale = zero.splat(self.from_start[first + m]);
-                    for register in registers {
-                        *register = scale.times(*register);
+                    let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
+                    for (n, register) in registers.into_iter().enumerate() {
+                        scale.times(register).store(to.add(n * L::LEN));
+                    }
+                }
+            }
+            for first in (0..CHUNK).step_by(STEP) {
+                let mut tile = [[zero; N]; STEP];
+                for (m, registers) in tile.iter_mut().enumerate() {
+                    let from = group.o.as_ptr().add((first + m) * group.v_width + column);
+                    for (n, register) in registers.iter_mut().enumerate() {
+                        *register = L::load(from.add(n * L::LEN));
                     }
                 }
                 let a = self.p_inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + STEP, &mut tile);
                 for (m, registers) in tile.into_iter().enumerate() {
                     let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
                     for (n, register) in registers.into_iter().enumerate() {
@@ -528,10 +559,10 @@ impl<'a> States<'a> {
                     }
                 }
             }
-            for first in (0..CHUNK).step_by(M) {
-                let mut tile = [[zero; N]; M];
+            for first in (0..CHUNK).step_by(STEP) {
+                let mut tile = [[zero; N]; STEP];
                 let a = self.inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + STEP, &mut tile);
                 for (m, registers) in tile.into_iter().enumerate() {
                     let scale = zero.splat(self.to_end[first + m]);
                     for (n, register) in registers.into_iter().enumerate() {
@@ -543,6 +574,7 @@ impl<'a> States<'a> {
             let decay = zero.splat(decay);
             let whole = dk / M * M;
             for first in (0..whole).step_by(M) {
+                next.bring::<L>(lines);
                 update::<L, M, N>(
                     state.add(first * width),
                     self.k_transposed.as_ptr().add(first * CHUNK),
@@ -607,51 +639,89 @@ unsafe fn update<L: Register, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let mut tile = [[L::zero(); N]; M];
+        // The first product by itself and the old state last: one multiplication less for each element.
         for (m, registers) in tile.iter_mut().enumerate() {
+            let key = decay.splat(*k.add(m * CHUNK));
             for (n, register) in registers.iter_mut().enumerate() {
-                *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
+                *register = key.times(L::load(u.add(n * L::LEN)));
             }
         }
-        multiply(k, CHUNK, u, width, CHUNK, &mut tile);
+        multiply(k.add(1), CHUNK, u.add(width), width, CHUNK - 1, &mut tile);
         for (m, registers) in tile.into_iter().enumerate() {
             for (n, register) in registers.into_iter().enumerate() {
-                register.store(state.add(m * width + n * L::LEN));
+                let at = state.add(m * width + n * L::LEN);
+                decay.mul_add(L::load(at), register).store(at);
             }
         }
     }
 }
 
-/// Moves rows `start..start + columns` of a state `[DV, DK]` to or from the columns of a panel `[DK][panel]`.
+/// Moves the first `columns` rows of a state `[DV, DK]` to or from the columns of a panel `[DK][panel]`.
 /// Columns of the panel past `columns` become zeros.
 ///
 /// # Safety
-/// The state's elements, at these steps in bytes along DV and DK, can be read or written.
+/// The state's elements, at these steps in bytes along DV and DK, can be read or written; the machine has L's
+/// instruction set.
 #[inline(always)]
-unsafe fn turn<E: Element, const READ: bool>(
+unsafe fn turn<L: Register, E: Element, const READ: bool>(
     state: *mut u8,
     [v_step, k_step]: [usize; 2],
-    start: usize,
     columns: usize,
     panel: &mut [f32],
     dk: usize,
     width: usize,
 ) {
-    // Blocks of either side that stay in the first-level cache.
-    const BLOCK: usize = 16;
     if READ && columns < width {
         panel.fill(0.0);
     }
-    for d_block in (0..dk).step_by(BLOCK) {
-        for c in 0..columns {
-            let from = state.wrapping_add((start + c) * v_step);
-            for d in d_block..dk.min(d_block + BLOCK) {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    if READ {
-                        panel[d * width + c] = E::read(from.add(d * k_step));
-                    } else {
-                        E::write(panel[d * width + c], from.add(d * k_step));
+    // What is moved by whole registers: squares of them, whichever dim is dense.
+    let whole = |len: usize| len / L::LEN * L::LEN;
+    let (c_whole, d_whole) =
+        if k_step == E::BYTES || v_step == E::BYTES { (whole(columns), whole(dk)) } else { (0, 0) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        for d in (0..d_whole).step_by(L::LEN) {
+            for c in (0..c_whole).step_by(L::LEN) {
+                let from = state.add(c * v_step + d * k_step);
+                let own = panel.as_mut_ptr().add(d * width + c);
+                let mut square = [L::zero(); WIDEST];
+                match (READ, k_step == E::BYTES) {
+                    (true, true) => {
+                        for (i, register) in square[..L::LEN].iter_mut().enumerate() {
+                            *register = E::load(from.add(i * v_step));
+                        }
+                        for (i, register) in turned(square)[..L::LEN].iter().enumerate() {
+                            register.store(own.add(i * width));
+                        }
                     }
+                    (false, true) => {
+                        for (i, register) in square[..L::LEN].iter_mut().enumerate() {
+                            *register = L::load(own.add(i * width));
+                        }
+                        for (i, register) in turned(square)[..L::LEN].iter().enumerate() {
+                            E::store(*register, from.add(i * v_step));
+                        }
+                    }
+                    (true, false) => {
+                        for i in 0..L::LEN {
+                            E::load::<L>(from.add(i * k_step)).store(own.add(i * width));
+                        }
+                    }
+                    (false, false) => {
+                        for i in 0..L::LEN {
+                            E::store(L::load(own.add(i * width)), from.add(i * k_step));
+                        }
+                    }
+                }
+            }
+        }
+        for d in 0..dk {
+            for c in if d < d_whole { c_whole } else { 0 }..columns {
+                let from = state.add(c * v_step + d * k_step);
+                if READ {
+                    panel[d * width + c] = E::read(from);
+                } else {
+                    E::write(panel[d * width + c], from);
                 }
             }
         }

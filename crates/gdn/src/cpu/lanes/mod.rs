@@ -7,6 +7,7 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod together;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx2::F32x8;
@@ -15,6 +16,7 @@ pub(super) use avx512::F32x16;
 use gdn_math::Lanes;
 #[cfg(target_arch = "aarch64")]
 pub(super) use neon::F32x4;
+pub(super) use together::Together;
 
 /// The widest register, in f32. Rows of scratch memory are a multiple of it long, so that every instruction
 /// set walks them in whole registers.
@@ -84,6 +86,12 @@ pub(super) trait Register: Lanes {
         let _ = src;
     }
 
+    /// As [`prefetch`](Self::prefetch), no nearer than the second-level cache, for what is needed later.
+    #[inline(always)]
+    fn prefetch_for_later(src: *const u8) {
+        let _ = src;
+    }
+
     /// The sum of the lanes, halves first: lane i and lane i + LEN/2, and so on.
     fn sum(self) -> f32;
 
@@ -92,6 +100,24 @@ pub(super) trait Register: Lanes {
     fn four_sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
         [a.sum(), b.sum(), c.sum(), d.sum()]
     }
+}
+
+/// Turns a square of as many registers as each has lanes, the first ones: lane j of register i goes to lane i
+/// of register j. The others stay what they are.
+#[inline(always)]
+pub(super) fn turned<L: Register>(mut registers: [L; WIDEST]) -> [L; WIDEST] {
+    // Numbered by register, then by lane, each pass brings the first bit of every number behind its last.
+    let half = L::LEN / 2;
+    let mut passes = 1;
+    while passes < L::LEN {
+        let before = registers;
+        for i in 0..half {
+            let [low, high] = L::zip([before[i], before[i + half]]);
+            (registers[2 * i], registers[2 * i + 1]) = (low, high);
+        }
+        passes *= 2;
+    }
+    registers
 }
 
 /// A function that is generic over a [`Register`], compiled for the instruction set `$isa`, or for the scalar

@@ -8,20 +8,23 @@ use std::ops::Range;
 mod elements;
 mod window;
 
-use gdn_math::layer as math;
+use gdn_math::{Lanes, layer as math};
 
 pub(super) use self::elements::{at, for_dtype, step};
 use self::elements::{load, load_columns, store};
 use super::{
     copy::LINE,
-    lanes::{Register, WIDEST},
+    lanes::{Register, Together, WIDEST},
     scratch::{Pieces, padded},
 };
 use crate::{
     dtype::Dtype,
-    layer::{Field, MAX_CONV_WIDTH, Tokens},
+    layer::{Field, Tokens},
     tensor::Operand,
 };
+
+/// Registers that formulas with an exponential are computed of side by side.
+const SIDE_BY_SIDE: usize = 4;
 
 /// The features of a key head in a field, in some row.
 #[inline(always)]
@@ -77,6 +80,27 @@ impl<'a> Part<'a> {
         }
         Self { field, channel, len, row, weights, bias, inputs }
     }
+
+    /// As [`Group::take_inputs`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn take_inputs<L: Register>(
+        &mut self,
+        tokens: &Tokens<*mut u8>,
+        head: usize,
+        first: usize,
+        num_tokens: usize,
+    ) {
+        let before = tokens.layer.conv_width - 1;
+        for t in 0..num_tokens {
+            let src = features(&self.field, head, first + t);
+            let dst = self.inputs[(before + t) * self.row..].as_mut_ptr();
+            // SAFETY: a row of the projections, and one of the scratch memory.
+            unsafe { load::<L>(self.field.dtype, src, self.field.dtype.size(), self.len, dst) };
+        }
+    }
 }
 
 /// f32 of a row of `len` channels that is read in heads of `dim`: whole registers from any head's start on.
@@ -111,10 +135,59 @@ pub(super) struct Group<'a> {
     /// `[R]` each, padded.
     a_log: &'a mut [f32],
     dt_bias: &'a mut [f32],
+    /// `[R][padded(T)]`: what rows are to be multiplied with.
+    scales: &'a mut [f32],
     /// A value head's z.
     z: &'a mut [f32],
     /// A row of any part, or of a head.
     line: &'a mut [f32],
+}
+
+/// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has none
+/// left for what it reads now.
+pub(super) struct Upcoming {
+    stretches: [Stretch; 4],
+    num_rows: usize,
+    /// The line that comes next.
+    row: usize,
+    stretch: usize,
+    offset: usize,
+}
+
+/// Some bytes of each row.
+#[derive(Clone, Copy)]
+struct Stretch {
+    at: *const u8,
+    bytes: usize,
+    step: usize,
+}
+
+impl Upcoming {
+    /// How many there are, at least.
+    pub(super) fn lines(&self) -> usize {
+        self.num_rows * self.stretches.iter().map(|stretch| stretch.bytes.div_ceil(LINE)).sum::<usize>()
+    }
+
+    /// Has so many of them brought into the second-level cache.
+    #[inline(always)]
+    pub(super) fn bring<L: Register>(&mut self, lines: usize) {
+        for _ in 0..lines {
+            if self.row == self.num_rows {
+                return;
+            }
+            let stretch = self.stretches[self.stretch];
+            L::prefetch_for_later(stretch.at.wrapping_add(self.row * stretch.step + self.offset));
+            self.offset += LINE;
+            if self.offset >= stretch.bytes {
+                self.offset = 0;
+                self.stretch += 1;
+                if self.stretch == self.stretches.len() {
+                    self.stretch = 0;
+                    self.row += 1;
+                }
+            }
+        }
+    }
 }
 
 /// The widths of rows of a group.
@@ -143,7 +216,7 @@ impl Widths {
         let per_token = 2 * self.qk + 2 * v;
         channels * (width + 1 + width - 1 + self.capacity)
             + self.capacity * per_token
-            + 2 * ratio * padded(self.capacity)
+            + 3 * ratio * padded(self.capacity)
             + 2 * padded(ratio)
             + 2 * self.head
             + self.head.max(longest)
@@ -214,6 +287,7 @@ impl<'a> Group<'a> {
             norm_weight,
             a_log,
             dt_bias,
+            scales: memory.take(ratio * padded(capacity)),
             z: memory.take(widths.head),
             line: memory.take(widths.head.max(longest)),
         };
@@ -242,6 +316,25 @@ impl<'a> Group<'a> {
         lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
     }
 
+    /// What is read of rows of the projections.
+    pub(super) fn upcoming(&self, rows: Range<usize>) -> Upcoming {
+        let stretch = |field: &Field<*mut u8>, len: usize| Stretch {
+            at: features(field, self.head, rows.start),
+            bytes: len * field.dtype.size(),
+            step: field.row_stride,
+        };
+        let [q, k, v] = &self.parts;
+        let stretches =
+            [(&q.field, q.len), (&k.field, k.len), (&v.field, v.len), (&self.tokens.z, v.len)];
+        Upcoming {
+            stretches: stretches.map(|(field, len)| stretch(field, len)),
+            num_rows: rows.len(),
+            row: 0,
+            stretch: 0,
+            offset: 0,
+        }
+    }
+
     /// Which key head it is.
     pub(super) fn head(&self) -> usize {
         self.head
@@ -253,19 +346,14 @@ impl<'a> Group<'a> {
     /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
     #[inline(always)]
     pub(super) unsafe fn take_inputs<L: Register>(&mut self, first: usize, num_tokens: usize) {
-        let before = self.tokens.layer.conv_width - 1;
         for part in &mut self.parts {
-            for t in 0..num_tokens {
-                let src = features(&part.field, self.head, first + t);
-                let dst = part.inputs[(before + t) * part.row..].as_mut_ptr();
-                // SAFETY: a row of the projections, and one of the scratch memory.
-                unsafe { load::<L>(part.field.dtype, src, part.field.dtype.size(), part.len, dst) };
-            }
+            // SAFETY: the caller's promises.
+            unsafe { part.take_inputs::<L>(self.tokens, self.head, first, num_tokens) };
         }
     }
 
-    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on, whose inputs were taken.
-    /// Rows after them, up to the capacity, are made ones that change no state: zeros.
+    /// Inputs, convolution, l2norm and gates of `num_tokens` tokens from row `first` on. Rows after them, up to
+    /// the capacity, are made ones that change no state: zeros.
     ///
     /// # Safety
     /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
@@ -278,6 +366,8 @@ impl<'a> Group<'a> {
         let qk = padded(dk);
         for (i, part) in self.parts.iter_mut().enumerate() {
             let row = part.row;
+            // SAFETY: the caller's promises.
+            unsafe { part.take_inputs::<L>(self.tokens, self.head, first, num_tokens) };
             // Where the convolved channels go: whole rows of q and k; value heads side by side, each with
             // room to its width.
             let (to, stride, len, step) = match i {
@@ -302,11 +392,22 @@ impl<'a> Group<'a> {
             }
         }
         let layer = &self.tokens.layer;
-        for t in 0..num_tokens {
-            // SAFETY: rows of the scratch memory.
+        for (rows, scale) in [(&mut *self.q, layer.scale), (&mut *self.k, 1.0)] {
+            // SAFETY: rows of the scratch memory, and a scale for each.
             unsafe {
-                l2norm::<L>(self.q[t * qk..].as_mut_ptr(), qk, layer.l2norm_eps, layer.scale);
-                l2norm::<L>(self.k[t * qk..].as_mut_ptr(), qk, layer.l2norm_eps, 1.0);
+                for t in 0..num_tokens {
+                    self.scales[t] = sum_of_squares::<L>(rows[t * qk..].as_ptr(), qk);
+                }
+                for t in (0..num_tokens).step_by(L::LEN) {
+                    let at = self.scales[t..].as_mut_ptr();
+                    math::l2_scale(L::load(at), zero.splat(layer.l2norm_eps), zero.splat(scale)).store(at);
+                }
+                for t in 0..num_tokens {
+                    let (row, scale) = (rows[t * qk..].as_mut_ptr(), zero.splat(self.scales[t]));
+                    for i in (0..qk).step_by(L::LEN) {
+                        L::load(row.add(i)).times(scale).store(row.add(i));
+                    }
+                }
             }
         }
         self.q[num_tokens * qk..].fill(0.0);
@@ -392,17 +493,39 @@ impl<'a> Group<'a> {
         let zero = unsafe { L::zero() };
         let (z_row, y_row) = (&mut *self.z, &mut *self.line);
         let z_field = &self.tokens.z;
+        let tokens = padded(self.capacity);
+        for r in 0..ratio {
+            let scales = &mut self.scales[r * tokens..][..tokens];
+            // SAFETY: rows of the scratch memory, padded with zeros, and a scale for each.
+            unsafe {
+                for (t, scale) in scales[..num_tokens].iter_mut().enumerate() {
+                    let o = self.o[t * self.v_width + r * width..].as_ptr();
+                    *scale = sum_of_squares::<L>(o, padded(dv));
+                }
+                for t in (0..num_tokens).step_by(L::LEN) {
+                    let at = scales[t..].as_mut_ptr();
+                    math::rms_scale(L::load(at), zero.splat(dv as f32), zero.splat(layer.norm_eps)).store(at);
+                }
+            }
+        }
         for t in 0..num_tokens {
             for r in 0..ratio {
+                let scale = self.scales[r * tokens + t];
                 let o = self.o[t * self.v_width + r * width..].as_ptr();
                 let z = features(z_field, self.head, first + t).wrapping_add(r * dv * z_field.dtype.size());
                 // SAFETY: a value head's features of a row; rows of the scratch memory, padded with zeros.
                 unsafe {
                     load::<L>(z_field.dtype, z, z_field.dtype.size(), dv, z_row.as_mut_ptr());
-                    let sum = sum_of_squares::<L>(o, padded(dv));
-                    let scale = math::rms_scale(sum, dv as f32, layer.norm_eps);
+                    let whole = dv / (SIDE_BY_SIDE * L::LEN) * (SIDE_BY_SIDE * L::LEN);
+                    for i in (0..whole).step_by(SIDE_BY_SIDE * L::LEN) {
+                        let o = Together::<L, SIDE_BY_SIDE>::load(o.add(i));
+                        let z = Together::load(z_row.as_ptr().add(i));
+                        let weight = Together::load(self.norm_weight.as_ptr().add(i));
+                        let y = math::gated(o, o.splat(scale), weight, z, layer.gate);
+                        y.store(y_row.as_mut_ptr().add(i));
+                    }
                     let scale = zero.splat(scale);
-                    for i in (0..dv).step_by(L::LEN) {
+                    for i in (whole..dv).step_by(L::LEN) {
                         let (o, z) = (L::load(o.add(i)), L::load(z_row.as_ptr().add(i)));
                         let weight = L::load(self.norm_weight.as_ptr().add(i));
                         math::gated(o, scale, weight, z, layer.gate).store(y_row.as_mut_ptr().add(i));
@@ -459,18 +582,25 @@ unsafe fn convolve<L: Register, const W: usize>(
 ) {
     let width = if W > 0 { W } else { width };
     let mut start = 0;
-    while start < len {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut taps = [L::zero(); MAX_CONV_WIDTH];
-            for (tap, register) in taps[..width].iter_mut().enumerate() {
-                *register = L::load(weights.add(tap * row + start));
-            }
-            let bias = L::load(bias.add(start));
+    // SAFETY: the caller's promise.
+    unsafe {
+        while start + SIDE_BY_SIDE * L::LEN <= len {
             for t in 0..num_tokens {
-                let mut sum = bias;
-                for (tap, weight) in taps[..width].iter().enumerate() {
-                    sum = L::load(inputs.add((t + tap) * row + start)).mul_add(*weight, sum);
+                let mut sum = Together::<L, SIDE_BY_SIDE>::load(bias.add(start));
+                for tap in 0..width {
+                    let weight = Together::load(weights.add(tap * row + start));
+                    sum = Together::load(inputs.add((t + tap) * row + start)).mul_add(weight, sum);
+                }
+                math::activation(sum).store(to.add(t * stride + start));
+            }
+            start += SIDE_BY_SIDE * L::LEN;
+        }
+        while start < len {
+            for t in 0..num_tokens {
+                let mut sum = L::load(bias.add(start));
+                for tap in 0..width {
+                    let weight = L::load(weights.add(tap * row + start));
+                    sum = L::load(inputs.add((t + tap) * row + start)).mul_add(weight, sum);
                 }
                 let convolved = math::activation(sum);
                 if start + L::LEN <= len {
@@ -479,8 +609,8 @@ unsafe fn convolve<L: Register, const W: usize>(
                     store_first(convolved, len - start, to.add(t * stride + start));
                 }
             }
+            start += L::LEN;
         }
-        start += L::LEN;
     }
 }
 
@@ -511,20 +641,5 @@ unsafe fn sum_of_squares<L: Register>(row: *const f32, len: usize) -> f32 {
             sum = x.mul_add(x, sum);
         }
         sum.sum()
-    }
-}
-
-/// # Safety
-/// `len` f32 are readable and writable, a multiple of every register's length. The machine has L's
-/// instruction set.
-#[inline(always)]
-unsafe fn l2norm<L: Register>(row: *mut f32, len: usize, eps: f32, scale: f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let factor = math::l2_scale(sum_of_squares::<L>(row, len), eps, scale);
-        let factor = L::zero().splat(factor);
-        for i in (0..len).step_by(L::LEN) {
-            L::load(row.add(i)).times(factor).store(row.add(i));
-        }
     }
 }
