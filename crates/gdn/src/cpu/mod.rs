@@ -1,6 +1,7 @@
 //! The CPU backend, and [`Cpu`], the choices a caller has.
 
 mod cache;
+mod chunk;
 mod copy;
 mod decode;
 mod isa;

@@ -401,6 +401,44 @@ mod tests {
     }
 
     #[inline(always)]
+    unsafe fn squares<L: Register>(_: &[f32]) {
+        let numbers: Vec<f32> = (0..WIDEST * L::LEN).map(|i| i as f32 - 20.5).collect();
+        // SAFETY: a register for each of the rows; the machine has the instruction set.
+        unsafe {
+            let mut rows = [L::zero(); WIDEST];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = L::load(numbers[i * L::LEN..].as_ptr());
+            }
+            for (i, row) in turned(rows).into_iter().enumerate() {
+                let mut lanes = vec![0.0; L::LEN];
+                row.store(lanes.as_mut_ptr());
+                let column = |j: usize| numbers[if i < L::LEN { j * L::LEN + i } else { i * L::LEN + j }];
+                assert_eq!(lanes, (0..L::LEN).map(column).collect::<Vec<_>>(), "row {i}");
+            }
+        }
+    }
+
+    /// A formula of all operations.
+    #[inline(always)]
+    fn formula<L: Lanes>(x: L) -> L {
+        let half = x.splat(0.5);
+        let root = x.times(x).plus(half).root().at_least(half).at_most(x.splat(30.0));
+        let fused = gdn_math::special::exp(x).mul_add(root, x.minus(half)).over(half.neg_mul_add(x, root));
+        x.if_greater(half, fused.negated(), fused)
+    }
+
+    #[inline(always)]
+    unsafe fn together<L: Register>(_: &[f32]) {
+        let numbers: Vec<f32> = (0..3 * L::LEN).map(|i| i as f32 * 0.37 - 4.0).collect();
+        let mut got = vec![0.0; numbers.len()];
+        // SAFETY: three registers of each; the machine has the instruction set.
+        unsafe { formula(Together::<L, 3>::load(numbers.as_ptr())).store(got.as_mut_ptr()) };
+        for (x, got) in numbers.into_iter().zip(got) {
+            assert_eq!(formula(x).to_bits(), got.to_bits(), "{x}");
+        }
+    }
+
+    #[inline(always)]
     fn zero_over<L: Register>(register: L) -> L {
         register.splat(1.0).over(register)
     }
@@ -433,8 +471,14 @@ mod tests {
     fn lanes_are_put_in_order_and_back() {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let orders = for_isa!(isa, orders(numbers: &[f32]));
+            let squares = for_isa!(isa, squares(numbers: &[f32]));
+            let together = for_isa!(isa, together(numbers: &[f32]));
             // SAFETY: `for_isa` looked at the machine.
-            unsafe { orders(&[]) };
+            unsafe {
+                orders(&[]);
+                squares(&[]);
+                together(&[]);
+            }
         }
     }
 }
