@@ -282,16 +282,9 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
             if !matches!(step, Step::Slice(..)) {
                 keep_window::<L>(plan, &mut group, r, read);
             }
-            // The delta rule takes longer than memory does to bring what comes after it: the next sequence, or
-            // the next task, which most likely is this thread's as well.
-            if r + 1 < sequences.end {
-                if let Some(next) = plan.slots.slot(r + 1, 0) {
-                    group.prefetch::<L, false>(&plan.conv.state, next, rows.end);
-                }
-            } else if head + 1 < heads.num_k_heads()
-                && let Some(next) = plan.slots.slot(sequences.start, 0)
-            {
-                group.prefetch::<L, true>(&plan.conv.state, next, sequences.start * t);
+            // The delta rule takes longer than memory does to bring what the next sequence begins with.
+            if let Some(next) = (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten() {
+                group.prefetch::<L>(&plan.conv.state, next, rows.end);
             }
             if let Some(rows) = computed {
                 recur::<L>(plan, &mut group, r, read, unkept, rows);

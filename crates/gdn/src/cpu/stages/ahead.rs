@@ -62,10 +62,10 @@ impl Upcoming {
 }
 
 impl Group<'_> {
-    /// Has what a sequence begins with brought near: its window of `conv_state` and its first row of the
-    /// projections, of this key head or, with `NEXT_HEAD`, of the next one with its weights.
+    /// Has what a sequence begins with brought near: its window of `conv_state`, where channels lie side by
+    /// side, and its first row of the projections.
     #[inline(always)]
-    pub(in crate::cpu) fn prefetch<L: Register, const NEXT_HEAD: bool>(
+    pub(in crate::cpu) fn prefetch<L: Register>(
         &self,
         state: &Operand<*mut u8, Dtype, 3>,
         slot: usize,
@@ -76,28 +76,12 @@ impl Group<'_> {
                 L::prefetch(start.wrapping_add(offset));
             }
         };
-        let head = self.head + usize::from(NEXT_HEAD);
-        // Of both, what lies side by side: all columns of a channel, or all channels of a column.
-        let table = |start: *const u8, len: usize, columns: usize, [channel, column]: [usize; 2]| {
-            if channel < column {
-                (0..columns).for_each(|i| lines(start.wrapping_add(i * column), len * channel));
-            } else {
-                lines(start, len * channel);
-            }
-        };
         for part in &self.parts {
-            let channel = part.channel + if NEXT_HEAD { part.len } else { 0 };
-            let steps = [step(state, 1), step(state, 2)];
-            table(at(state, [slot, channel, 0]), part.len, state.sizes[2], steps);
-            lines(features(&part.field, head, row), part.len * part.field.dtype.size());
-            if NEXT_HEAD {
-                let weight = &self.tokens.conv_weight;
-                let steps = [step(weight, 0), step(weight, 1)];
-                table(at(weight, [channel, 0]), part.len, weight.sizes[1], steps);
-            }
+            lines(at(state, [slot, part.channel, 0]), part.len * step(state, 1));
+            lines(features(&part.field, self.head, row), part.len * part.field.dtype.size());
         }
         let z = &self.tokens.z;
-        lines(features(z, head, row), self.parts[2].len * z.dtype.size());
+        lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
     }
 
     /// What is read of rows of the projections.
