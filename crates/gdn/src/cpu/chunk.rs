@@ -27,10 +27,6 @@ use super::{
 };
 use crate::{dtype::Dtype, prefill::CHUNK, tensor::Operand};
 
-/// Rows of a product with a triangle that are computed together: what lies above the diagonal is left out but
-/// within these.
-const STEP: usize = 4;
-
 /// Lengths of the scratch memory of [`States`].
 #[derive(Clone, Copy)]
 pub(super) struct Lens {
@@ -309,24 +305,14 @@ impl<'a> States<'a> {
             for first in (0..CHUNK).step_by(M) {
                 let mut tile = [[zero; N]; M];
                 multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
-                for (m, registers) in tile.into_iter().enumerate() {
-                    let scale = zero.splat(self.from_start[first + m]);
-                    let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
-                    for (n, register) in registers.into_iter().enumerate() {
-                        scale.times(register).store(to.add(n * L::LEN));
-                    }
-                }
-            }
-            for first in (0..CHUNK).step_by(STEP) {
-                let mut tile = [[zero; N]; STEP];
                 for (m, registers) in tile.iter_mut().enumerate() {
-                    let from = group.o.as_ptr().add((first + m) * group.v_width + column);
-                    for (n, register) in registers.iter_mut().enumerate() {
-                        *register = L::load(from.add(n * L::LEN));
+                    let scale = zero.splat(self.from_start[first + m]);
+                    for register in registers {
+                        *register = scale.times(*register);
                     }
                 }
                 let a = self.p_inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + STEP, &mut tile);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
                 for (m, registers) in tile.into_iter().enumerate() {
                     let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
                     for (n, register) in registers.into_iter().enumerate() {
@@ -334,10 +320,10 @@ impl<'a> States<'a> {
                     }
                 }
             }
-            for first in (0..CHUNK).step_by(STEP) {
-                let mut tile = [[zero; N]; STEP];
+            for first in (0..CHUNK).step_by(M) {
+                let mut tile = [[zero; N]; M];
                 let a = self.inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + STEP, &mut tile);
+                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
                 for (m, registers) in tile.into_iter().enumerate() {
                     let scale = zero.splat(self.to_end[first + m]);
                     for (n, register) in registers.into_iter().enumerate() {
@@ -414,18 +400,15 @@ unsafe fn update<L: Register, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let mut tile = [[L::zero(); N]; M];
-        // The first product by itself and the old state last: one multiplication less for each element.
         for (m, registers) in tile.iter_mut().enumerate() {
-            let key = decay.splat(*k.add(m * CHUNK));
             for (n, register) in registers.iter_mut().enumerate() {
-                *register = key.times(L::load(u.add(n * L::LEN)));
+                *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
             }
         }
-        multiply(k.add(1), CHUNK, u.add(width), width, CHUNK - 1, &mut tile);
+        multiply(k, CHUNK, u, width, CHUNK, &mut tile);
         for (m, registers) in tile.into_iter().enumerate() {
             for (n, register) in registers.into_iter().enumerate() {
-                let at = state.add(m * width + n * L::LEN);
-                decay.mul_add(L::load(at), register).store(at);
+                register.store(state.add(m * width + n * L::LEN));
             }
         }
     }

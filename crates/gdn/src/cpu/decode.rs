@@ -273,8 +273,8 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
             let columns = plan.conv.state.sizes[2];
             let first = read.accepted.map_or(columns - (tokens.layer.conv_width - 1), |n| n - 1);
             group.read_window::<L>(Some((&plan.conv.state, read.conv, first)));
+            group.take_inputs::<L>(rows.start, t);
             if let Step::Rest(outputs) = step {
-                group.take_inputs::<L>(rows.start, t);
                 group.take_outputs(*outputs, rows.start, t);
             } else {
                 group.prepare::<L>(rows.start, t);

@@ -186,6 +186,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
         while row < end {
             let n = CHUNK.min(end - row);
             let next = group.upcoming(row + n..(row + n + CHUNK).min(end));
+            group.take_inputs::<L>(row, n);
             match part {
                 Step::All => {
                     group.prepare::<L>(row, n);
@@ -196,10 +197,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
                     states.chunk::<L, M, N>(&mut group, next);
                     group.put_outputs(*outputs, row, n, rows);
                 }
-                Step::Rest(outputs) => {
-                    group.take_inputs::<L>(row, n);
-                    group.take_outputs(*outputs, row, n);
-                }
+                Step::Rest(outputs) => group.take_outputs(*outputs, row, n),
             }
             if is_whole {
                 group.finish::<L>(row, n);

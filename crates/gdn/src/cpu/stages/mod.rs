@@ -79,27 +79,6 @@ impl<'a> Part<'a> {
         }
         Self { field, channel, len, row, weights, bias, inputs }
     }
-
-    /// As [`Group::take_inputs`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn take_inputs<L: Register>(
-        &mut self,
-        tokens: &Tokens<*mut u8>,
-        head: usize,
-        first: usize,
-        num_tokens: usize,
-    ) {
-        let before = tokens.layer.conv_width - 1;
-        for t in 0..num_tokens {
-            let src = features(&self.field, head, first + t);
-            let dst = self.inputs[(before + t) * self.row..].as_mut_ptr();
-            // SAFETY: a row of the projections, and one of the scratch memory.
-            unsafe { load::<L>(self.field.dtype, src, self.field.dtype.size(), self.len, dst) };
-        }
-    }
 }
 
 /// f32 of a row of `len` channels that is read in heads of `dim`: whole registers from any head's start on.
@@ -134,8 +113,6 @@ pub(super) struct Group<'a> {
     /// `[R]` each, padded.
     a_log: &'a mut [f32],
     dt_bias: &'a mut [f32],
-    /// `[R][padded(T)]`: what rows are to be multiplied with.
-    scales: &'a mut [f32],
     /// A value head's z.
     z: &'a mut [f32],
     /// A row of any part, or of a head.
@@ -168,7 +145,7 @@ impl Widths {
         let per_token = 2 * self.qk + 2 * v;
         channels * (width + 1 + width - 1 + self.capacity)
             + self.capacity * per_token
-            + 3 * ratio * padded(self.capacity)
+            + 2 * ratio * padded(self.capacity)
             + 2 * padded(ratio)
             + 2 * self.head
             + self.head.max(longest)
@@ -239,7 +216,6 @@ impl<'a> Group<'a> {
             norm_weight,
             a_log,
             dt_bias,
-            scales: memory.take(ratio * padded(capacity)),
             z: memory.take(widths.head),
             line: memory.take(widths.head.max(longest)),
         };
@@ -262,14 +238,19 @@ impl<'a> Group<'a> {
     /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
     #[inline(always)]
     pub(super) unsafe fn take_inputs<L: Register>(&mut self, first: usize, num_tokens: usize) {
+        let before = self.tokens.layer.conv_width - 1;
         for part in &mut self.parts {
-            // SAFETY: the caller's promises.
-            unsafe { part.take_inputs::<L>(self.tokens, self.head, first, num_tokens) };
+            for t in 0..num_tokens {
+                let src = features(&part.field, self.head, first + t);
+                let dst = part.inputs[(before + t) * part.row..].as_mut_ptr();
+                // SAFETY: a row of the projections, and one of the scratch memory.
+                unsafe { load::<L>(part.field.dtype, src, part.field.dtype.size(), part.len, dst) };
+            }
         }
     }
 
-    /// Inputs, convolution, l2norm and gates of `num_tokens` tokens from row `first` on. Rows after them, up to
-    /// the capacity, are made ones that change no state: zeros.
+    /// Convolution, l2norm and gates of `num_tokens` tokens from row `first` on, whose inputs were taken.
+    /// Rows after them, up to the capacity, are made ones that change no state: zeros.
     ///
     /// # Safety
     /// The rows can be read, and are no more than the capacity; the machine has L's instruction set.
@@ -282,8 +263,6 @@ impl<'a> Group<'a> {
         let qk = padded(dk);
         for (i, part) in self.parts.iter_mut().enumerate() {
             let row = part.row;
-            // SAFETY: the caller's promises.
-            unsafe { part.take_inputs::<L>(self.tokens, self.head, first, num_tokens) };
             // Where the convolved channels go: whole rows of q and k; value heads side by side, each with
             // room to its width.
             let (to, stride, len, step) = match i {
@@ -308,22 +287,11 @@ impl<'a> Group<'a> {
             }
         }
         let layer = &self.tokens.layer;
-        for (rows, scale) in [(&mut *self.q, layer.scale), (&mut *self.k, 1.0)] {
-            // SAFETY: rows of the scratch memory, and a scale for each.
+        for t in 0..num_tokens {
+            // SAFETY: rows of the scratch memory.
             unsafe {
-                for t in 0..num_tokens {
-                    self.scales[t] = sum_of_squares::<L>(rows[t * qk..].as_ptr(), qk);
-                }
-                for t in (0..num_tokens).step_by(L::LEN) {
-                    let at = self.scales[t..].as_mut_ptr();
-                    math::l2_scale(L::load(at), zero.splat(layer.l2norm_eps), zero.splat(scale)).store(at);
-                }
-                for t in 0..num_tokens {
-                    let (row, scale) = (rows[t * qk..].as_mut_ptr(), zero.splat(self.scales[t]));
-                    for i in (0..qk).step_by(L::LEN) {
-                        L::load(row.add(i)).times(scale).store(row.add(i));
-                    }
-                }
+                l2norm::<L>(self.q[t * qk..].as_mut_ptr(), qk, layer.l2norm_eps, layer.scale);
+                l2norm::<L>(self.k[t * qk..].as_mut_ptr(), qk, layer.l2norm_eps, 1.0);
             }
         }
         self.q[num_tokens * qk..].fill(0.0);
@@ -409,29 +377,15 @@ impl<'a> Group<'a> {
         let zero = unsafe { L::zero() };
         let (z_row, y_row) = (&mut *self.z, &mut *self.line);
         let z_field = &self.tokens.z;
-        let tokens = padded(self.capacity);
-        for r in 0..ratio {
-            let scales = &mut self.scales[r * tokens..][..tokens];
-            // SAFETY: rows of the scratch memory, padded with zeros, and a scale for each.
-            unsafe {
-                for (t, scale) in scales[..num_tokens].iter_mut().enumerate() {
-                    let o = self.o[t * self.v_width + r * width..].as_ptr();
-                    *scale = sum_of_squares::<L>(o, padded(dv));
-                }
-                for t in (0..num_tokens).step_by(L::LEN) {
-                    let at = scales[t..].as_mut_ptr();
-                    math::rms_scale(L::load(at), zero.splat(dv as f32), zero.splat(layer.norm_eps)).store(at);
-                }
-            }
-        }
         for t in 0..num_tokens {
             for r in 0..ratio {
-                let scale = self.scales[r * tokens + t];
                 let o = self.o[t * self.v_width + r * width..].as_ptr();
                 let z = features(z_field, self.head, first + t).wrapping_add(r * dv * z_field.dtype.size());
                 // SAFETY: a value head's features of a row; rows of the scratch memory, padded with zeros.
                 unsafe {
                     load::<L>(z_field.dtype, z, z_field.dtype.size(), dv, z_row.as_mut_ptr());
+                    let sum = sum_of_squares::<L>(o, padded(dv));
+                    let scale = math::rms_scale(sum, dv as f32, layer.norm_eps);
                     let whole = dv / (SIDE_BY_SIDE * L::LEN) * (SIDE_BY_SIDE * L::LEN);
                     for i in (0..whole).step_by(SIDE_BY_SIDE * L::LEN) {
                         let o = Together::<L, SIDE_BY_SIDE>::load(o.add(i));
@@ -557,5 +511,20 @@ unsafe fn sum_of_squares<L: Register>(row: *const f32, len: usize) -> f32 {
             sum = x.mul_add(x, sum);
         }
         sum.sum()
+    }
+}
+
+/// # Safety
+/// `len` f32 are readable and writable, a multiple of every register's length. The machine has L's
+/// instruction set.
+#[inline(always)]
+unsafe fn l2norm<L: Register>(row: *mut f32, len: usize, eps: f32, scale: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let factor = math::l2_scale(sum_of_squares::<L>(row, len), eps, scale);
+        let factor = L::zero().splat(factor);
+        for i in (0..len).step_by(L::LEN) {
+            L::load(row.add(i)).times(factor).store(row.add(i));
+        }
     }
 }
