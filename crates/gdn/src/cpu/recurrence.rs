@@ -15,8 +15,11 @@ use crate::decode::MAX_TOKENS;
 /// first line is asked for at the start of each.
 const PAGE: usize = 4096;
 
-/// Registers of columns that are computed side by side.
-const COLUMNS: usize = 4;
+/// Registers of columns that are computed side by side: a whole row of a usual head, where it can be, as
+/// memory is brought fastest in its order.
+const COLUMNS: usize = 8;
+/// The same where there are fewer.
+const FEWER_COLUMNS: usize = 4;
 
 /// Where a head's state lies, or the part that is computed side by side of one that is not kept.
 #[derive(Clone, Copy)]
@@ -101,6 +104,10 @@ impl Recurrence {
                 while column + COLUMNS * L::LEN <= end {
                     self.columns::<L, E, COLUMNS>(column);
                     column += COLUMNS * L::LEN;
+                }
+                while column + FEWER_COLUMNS * L::LEN <= end {
+                    self.columns::<L, E, FEWER_COLUMNS>(column);
+                    column += FEWER_COLUMNS * L::LEN;
                 }
                 while column + L::LEN <= end {
                     self.columns::<L, E, 1>(column);
