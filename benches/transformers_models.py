@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""What transformers' models gain on a CPU from `gdn.integrations.transformers`, whole forwards, with and without in turns.
+"""What transformers' models gain from `gdn.integrations.transformers`, whole forwards and `generate`, with and without in turns.
 
     pip install ./python torch transformers
-    python benches/transformers_cpu.py --model FOLDER          # makes a model with random weights there, once
-    python benches/transformers_cpu.py --model FOLDER --csv OUT.csv [--only "2048|decode"]
+    python benches/transformers_models.py --model FOLDER          # makes a model with random weights there, once
+    python benches/transformers_models.py --model FOLDER --csv OUT.csv [--only "2048|decode"] [--device cuda]
+
+On a GPU transformers' own layer is flash-linear-attention's where that is installed, and PyTorch's else: run both.
 
 The model has three Gated DeltaNet layers (16/32 heads of 128) and one of attention, hidden 2048, as Qwen3-Next or Qwen3.5 (`--kind`),
 in bf16. A figure is the median over the turns. Before a shape is timed its logits with gdn are held to those of the same model without:
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import platform
 import re
 import statistics
@@ -29,7 +32,8 @@ import gdn.integrations.transformers as integration
 
 VOCABULARY = 4096
 PREFILLS, BATCHES = (512, 2048), (1, 8)
-PROMPT, STEPS = 16, 12
+PROMPT, STEPS, GENERATED = 16, 12, 64
+DEVICE = "cpu"
 
 
 def make(kind: str):
@@ -72,12 +76,18 @@ def make(kind: str):
 
 
 def tokens(batch: int, length: int):
-    return torch.randint(
-        0,
-        VOCABULARY,
-        (batch, length),
-        generator=torch.Generator().manual_seed(batch + length),
-    )
+    generator = torch.Generator().manual_seed(batch + length)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator).to(DEVICE)
+
+
+def seconds_of(work) -> float:
+    """The device's work included."""
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
 
 
 def on(is_on: bool):
@@ -90,9 +100,8 @@ def prefill(model, length: int, turns: int):
     for _ in range(turns):
         for is_on in (False, True):
             with on(is_on):
-                start = time.perf_counter()
-                model(ids, use_cache=True, logits_to_keep=1)
-                seconds[is_on].append(time.perf_counter() - start)
+                forward = lambda: model(ids, use_cache=True, logits_to_keep=1)
+                seconds[is_on].append(seconds_of(forward))
     return [one[1:] or one for one in seconds]
 
 
@@ -106,13 +115,25 @@ def decode(model, batch: int, turns: int):
         for is_on in (False, True):
             with on(is_on):
                 for step in range(STEPS):
-                    start = time.perf_counter()
-                    model(
-                        ids[:, PROMPT:], past_key_values=caches[is_on], use_cache=True
+                    last, cache = ids[:, PROMPT:], caches[is_on]
+                    took = seconds_of(
+                        lambda: model(last, past_key_values=cache, use_cache=True)
                     )
                     if turn or step:
-                        seconds[is_on].append(time.perf_counter() - start)
+                        seconds[is_on].append(took)
     return seconds
+
+
+def generate(model, batch: int, turns: int):
+    """Seconds of GENERATED greedy tokens behind a short prompt, without and with."""
+    ids, seconds = tokens(batch, PROMPT), ([], [])
+    how = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    how |= dict(max_new_tokens=GENERATED, min_new_tokens=GENERATED)
+    for _ in range(turns):
+        for is_on in (False, True):
+            with on(is_on):
+                seconds[is_on].append(seconds_of(lambda: model.generate(ids, **how)))
+    return [one[1:] or one for one in seconds]
 
 
 def check(model):
@@ -144,6 +165,7 @@ def check(model):
 
 
 def main() -> None:
+    global DEVICE
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument(
@@ -153,20 +175,28 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", default="")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
+    DEVICE = arguments.device
     torch.set_num_threads(arguments.threads)
     if not arguments.model.exists():
-        model = make(arguments.kind)
+        model = make(arguments.kind).to(DEVICE)
         with torch.inference_mode():
             check(model)
         model.save_pretrained(arguments.model)
         return
     model = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.bfloat16
-    ).eval()
+    )
+    model = model.eval().to(DEVICE)
     kind = model.config.model_type
     shapes = {f"prefill {n}": (prefill, n, 1, n) for n in PREFILLS}
     shapes |= {f"decode, batch {n}": (decode, n, n, 1) for n in BATCHES}
+    shapes |= {
+        f"generate, batch {n}": (generate, n, n, GENERATED)
+        for n in BATCHES
+        if DEVICE == "cuda"
+    }
     rows = []
     with torch.inference_mode():
         for name, (measure, size, batch, length) in shapes.items():
@@ -193,11 +223,11 @@ def main() -> None:
             out = csv.writer(file)
             if is_new:
                 versions = f"gdn {gdn.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-                out.writerow(
-                    [
-                        f"# {versions}, {platform.machine()}, {gdn._gdn.isa()}, bf16, medians"
-                    ]
-                )
+                where = f"{platform.machine()}, {gdn._gdn.isa()}"
+                if DEVICE == "cuda":
+                    has_fla = importlib.util.find_spec("fla") is not None
+                    where = f"{torch.cuda.get_device_name()}, fla {has_fla}"
+                out.writerow([f"# {versions}, {where}, bf16, medians"])
                 out.writerow(
                     "model,shape,threads,ms_without,ms_with,tokens_s_without,tokens_s_with,ratio,samples".split(
                         ","
