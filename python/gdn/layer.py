@@ -70,6 +70,7 @@ class Layer:
         self.packing = packing
         self.conv_weight, self.conv_bias = conv_weight, conv_bias
         self.A_log, self.dt_bias, self.norm_weight = A_log, dt_bias, norm_weight
+        self._weights = (conv_weight, conv_bias, A_log, dt_bias, norm_weight)
         self.l2norm_eps, self.norm_eps, self.scale = l2norm_eps, norm_eps, scale
         self.beta_scale, self.gate = beta_scale, gate
 
@@ -166,8 +167,8 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.decode(
-                self._numbers(),
-                (self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.norm_weight),
+                self._settings or self._numbers(),
+                self._weights,
                 projections,
                 conv_state,
                 recurrent_state,
@@ -240,8 +241,8 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.prefill(
-                self._numbers(),
-                (self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.norm_weight),
+                self._settings or self._numbers(),
+                self._weights,
                 projections,
                 cu_seqlens,
                 conv_state,
@@ -316,9 +317,8 @@ def _reason(
     op: str, function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]
 ) -> str | None:
     layer = given["self"]
-    weights = (layer.conv_weight, layer.conv_bias, layer.A_log, layer.dt_bias, layer.norm_weight)
     try:
-        function(layer._numbers(), weights, *(given[name] for name in names), True)
+        function(layer._numbers(), layer._weights, *(given[name] for name in names), True)
     # A device may be too old.
     except (ValueError, TypeError, RuntimeError) as refused:
         return str(refused)

@@ -114,7 +114,7 @@ impl Deref for Shape {
 }
 
 /// A tensor: an address, and what lies there. It keeps nothing alive, and nothing here follows the address.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tensor {
     pub(crate) address: usize,
     pub(crate) dtype: DType,

@@ -1,7 +1,7 @@
 //! Decode: the function, and what both doors come to.
 
 use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState, cuda};
-use pyo3::prelude::*;
+use pyo3::{prelude::*, types::PyTuple};
 
 use super::layer::{
     CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, OnDevice, Operands,
@@ -9,7 +9,7 @@ use super::layer::{
     not_both, on_objects, refused, refused_by_gpu, take_projections, take_weights,
 };
 use crate::{
-    ops::{Place, gpu, integer, size},
+    ops::{Place, gpu, integer, seen, size},
     tensor::{Device, value_error},
 };
 
@@ -23,7 +23,7 @@ pub(crate) static TENSORS: Names = names([
 ]);
 
 /// A call, but for its tensors.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Call {
     pub(crate) layer: gdn::Layer,
     pub(crate) tokens_per_sequence: usize,
@@ -31,36 +31,48 @@ pub(crate) struct Call {
     pub(crate) disable_state_update: bool,
 }
 
+/// A call that was checked.
+#[expect(clippy::large_enum_variant, reason = "lives for one call")]
+pub(crate) enum Checked {
+    Cpu,
+    /// What is left is the launch.
+    Gpu(&'static cuda::Gpu, cuda::DecodePlan),
+}
+
 impl Call {
     /// Checks everything but the values of indices.
-    pub(crate) fn check(&self, operands: &Operands) -> PyResult<()> {
+    pub(crate) fn check(&self, operands: &Operands) -> PyResult<Checked> {
         let device = operands.device();
+        let is_on_gpu = device.kind == Device::CUDA;
+        if let Some((gpu, plan)) = is_on_gpu.then(|| seen::get(self, operands)).flatten() {
+            return Ok(Checked::Gpu(gpu, plan));
+        }
+        operands.check()?;
         match device.kind {
-            _ if device.is_cpu() => self.build::<Host<'_>>(operands)?.check().map_err(refused),
+            _ if device.is_cpu() => {
+                self.build::<Host<'_>>(operands)?.check().map_err(refused)?;
+                Ok(Checked::Cpu)
+            }
             Device::CUDA => {
-                let call = self.build::<OnDevice>(operands)?;
-                gpu(device.ordinal)?;
-                cuda::check_decode(&call).map_err(refused_by_gpu)
+                let (call, gpu) = (self.build::<OnDevice>(operands)?, gpu(device.ordinal)?);
+                let plan = gpu.plan_decode(&call).map_err(refused_by_gpu)?;
+                seen::keep(self, operands, gpu, &plan);
+                Ok(Checked::Gpu(gpu, plan))
             }
             _ => Err(no_device(operands, "decode", "cpu or cuda")),
         }
     }
 
-    /// Does it, on tensors that [`Operands::check`] saw.
+    /// Does it, on tensors that [`Call::check`] made `checked` of.
     ///
     /// # Safety
     /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
     /// or touches those that are written. On a GPU the same until the work on the stream is done.
-    pub(crate) unsafe fn run(&self, operands: &Operands, place: &Place) -> PyResult<()> {
-        let device = operands.device();
-        if device.kind == Device::CUDA && !device.is_cpu() {
-            let call = self.build::<OnDevice>(operands)?;
-            let (gpu, stream) = (gpu(device.ordinal)?, (place.stream)(device)?);
+    pub(crate) unsafe fn run(&self, checked: Checked, operands: &Operands, place: &Place) -> PyResult<()> {
+        if let Checked::Gpu(gpu, plan) = checked {
+            let stream = (place.stream)(operands.device())?;
             // SAFETY: the caller's promise.
-            return unsafe { gpu.decode_raw(&call, stream.cast()) }.map_err(refused_by_gpu);
-        }
-        if !device.is_cpu() {
-            return Err(no_device(operands, "decode", "cpu or cuda"));
+            return unsafe { gpu.launch_decode(&plan, stream.cast()) }.map_err(refused_by_gpu);
         }
         let mut call = self.build::<Host<'_>>(operands)?;
         // States are most of what is read.
@@ -149,7 +161,7 @@ pub(crate) fn tokens_per_sequence(number: i64) -> PyResult<usize> {
 pub(crate) fn decode<'py>(
     py: Python<'py>,
     settings: PyRef<'py, Settings>,
-    weights: [Option<Bound<'py, PyAny>>; 5],
+    weights: Bound<'py, PyTuple>,
     projections: Bound<'py, PyAny>,
     conv_state: Option<Bound<'py, PyAny>>,
     recurrent_state: Option<Bound<'py, PyAny>>,
@@ -173,7 +185,7 @@ pub(crate) fn decode<'py>(
     };
     let mut objects: Objects<'py> = [const { None }; _];
     take_projections(&projections, &mut objects)?;
-    take_weights(weights, &mut objects);
+    take_weights(&weights, &mut objects)?;
     (objects[CONV_STATE], objects[RECURRENT_STATE]) = (conv_state, recurrent_state);
     objects[STATE_INDICES] = state_indices;
     (objects[SECOND_INDICES], objects[THIRD_INDICES]) = (num_accepted_tokens, output_state_indices);
@@ -184,6 +196,6 @@ pub(crate) fn decode<'py>(
     let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
-    let run = |operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
+    let run = |checked, operands: &Operands, place: &Place| unsafe { call.run(checked, operands, place) };
     on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, check, run)
 }

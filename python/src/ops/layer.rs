@@ -553,16 +553,16 @@ pub(crate) enum Wish {
 /// An op on Python's objects: `None` where PyTorch's operator is to be called instead, because PyTorch must
 /// see it.
 ///
-/// `check` checks what is known of the tensors; `run` does it, and the tensors are where they say for as long
-/// as it takes.
-pub(crate) fn on_objects<'py>(
+/// `check` checks what is known of the tensors, and makes of it what `run` needs, which does it: the tensors
+/// are where they say for as long as that takes.
+pub(crate) fn on_objects<'py, P: Send>(
     py: Python<'py>,
     names: &'static Names,
     heads: &Heads,
     mut objects: Objects<'py>,
     wish: Wish,
-    check: impl Fn(&Operands, &Place) -> PyResult<()>,
-    run: impl Fn(&Operands, &Place) -> PyResult<()> + Sync,
+    check: impl Fn(&Operands, &Place) -> PyResult<P>,
+    run: impl Fn(P, &Operands, &Place) -> PyResult<()> + Sync,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let first = if objects[0].is_some() { 0 } else { 2 };
     let Some(lead) = objects[first].clone() else {
@@ -595,15 +595,14 @@ pub(crate) fn on_objects<'py>(
     }
     let known = operands.tensors[first].unwrap_or(Tensor::NONE);
     let is_fresh = !operands.has(OUT);
-    let mut shape = [0; 3];
+    let (mut shape, mut checked) = ([0; 3], None);
     if !is_operator {
         // All that can be known is, so that errors are the same through both doors.
-        operands.check()?;
         if is_fresh {
             shape = operands.out_shape(heads)?;
             operands.tensors[OUT] = Some(imagined(&known, &shape));
         }
-        check(&operands, &place)?;
+        checked = Some(check(&operands, &place)?);
     }
     if wish == Wish::Check {
         return Ok(None);
@@ -623,8 +622,11 @@ pub(crate) fn on_objects<'py>(
     if is_fresh {
         let (made, tensor) = fresh(torch, &lead, &known, &shape, names[OUT], &mut buffers)?;
         (objects[OUT], operands.tensors[OUT]) = (Some(made), Some(tensor));
+        // It is elsewhere than was imagined.
+        checked = Some(check(&operands, &place)?);
     }
-    exit::detach(py, || run(&operands, &place))?;
+    let Some(checked) = checked else { return Ok(None) };
+    exit::detach(py, || run(checked, &operands, &place))?;
     drop(lent);
     match buffers.is_empty() {
         true => Ok(objects[OUT].take()),
@@ -645,15 +647,17 @@ pub(crate) fn take_projections<'py>(
 ) -> PyResult<()> {
     let expected = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
     // A tensor can be gone through, and is none.
-    let given: Vec<Bound<'py, PyAny>> = match projections.cast::<PySequence>() {
-        Ok(_) if !torch::is_tensor(projections) => projections.extract()?,
-        _ => {
-            return Err(type_error(format!(
-                "projections is a {}, expected {expected}",
-                type_name(projections)
-            )));
-        }
-    };
+    let given: Vec<Bound<'py, PyAny>> =
+        match (projections.cast_exact::<PyTuple>(), projections.cast::<PySequence>()) {
+            (Ok(tuple), _) => tuple.iter().collect(),
+            (_, Ok(_)) if !torch::is_tensor(projections) => projections.extract()?,
+            _ => {
+                return Err(type_error(format!(
+                    "projections is a {}, expected {expected}",
+                    type_name(projections)
+                )));
+            }
+        };
     let start = match given.len() {
         2 => 0,
         4 => 2,
@@ -666,8 +670,12 @@ pub(crate) fn take_projections<'py>(
 }
 
 /// The five weights, to their places.
-pub(crate) fn take_weights<'py>(weights: [Option<Bound<'py, PyAny>>; 5], objects: &mut Objects<'py>) {
-    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights) {
-        *object = given;
+pub(crate) fn take_weights<'py>(weights: &Bound<'py, PyTuple>, objects: &mut Objects<'py>) -> PyResult<()> {
+    if weights.len() != NORM_WEIGHT + 1 - CONV_WEIGHT {
+        return Err(value_error(format!("weights has {} tensors, expected 5", weights.len())));
     }
+    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights) {
+        *object = Some(given).filter(|given| !given.is_none());
+    }
+    Ok(())
 }

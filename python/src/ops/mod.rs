@@ -4,6 +4,7 @@ pub(crate) mod decode;
 pub(crate) mod layer;
 pub(crate) mod prefill;
 pub(crate) mod repack;
+mod seen;
 pub(crate) mod split;
 
 use std::sync::OnceLock;

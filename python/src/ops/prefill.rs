@@ -1,7 +1,7 @@
 //! Prefill: the function, and what both doors come to.
 
 use gdn::{Checkpoints, Cpu, Prefill, cuda};
-use pyo3::prelude::*;
+use pyo3::{prelude::*, types::PyTuple};
 
 use super::layer::{
     CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, OnDevice, Operands,
@@ -29,6 +29,7 @@ pub(crate) struct Call {
 impl Call {
     /// Checks everything but the values of indices.
     pub(crate) fn check(&self, operands: &Operands, place: &Place) -> PyResult<()> {
+        operands.check()?;
         let device = operands.device();
         match device.kind {
             _ if device.is_cpu() => self.build::<Host<'_>>(operands)?.check().map_err(refused),
@@ -41,7 +42,7 @@ impl Call {
         }
     }
 
-    /// Does it, on tensors that [`Operands::check`] saw.
+    /// Does it, on tensors that [`Call::check`] saw.
     ///
     /// # Safety
     /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
@@ -134,7 +135,7 @@ pub(crate) fn every(number: i64) -> PyResult<usize> {
 pub(crate) fn prefill<'py>(
     py: Python<'py>,
     settings: PyRef<'py, Settings>,
-    weights: [Option<Bound<'py, PyAny>>; 5],
+    weights: Bound<'py, PyTuple>,
     projections: Bound<'py, PyAny>,
     cu_seqlens: Option<Bound<'py, PyAny>>,
     conv_state: Option<Bound<'py, PyAny>>,
@@ -156,7 +157,7 @@ pub(crate) fn prefill<'py>(
     };
     let mut objects: Objects<'py> = [const { None }; _];
     take_projections(&projections, &mut objects)?;
-    take_weights(weights, &mut objects);
+    take_weights(&weights, &mut objects)?;
     (objects[CONV_STATE], objects[RECURRENT_STATE]) = (conv_state, recurrent_state);
     objects[STATE_INDICES] = state_indices;
     (objects[SECOND_INDICES], objects[THIRD_INDICES]) = (cu_seqlens, has_initial_state);
@@ -167,6 +168,6 @@ pub(crate) fn prefill<'py>(
     let check = |operands: &Operands, place: &Place| call.check(operands, place);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
-    let run = |operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
+    let run = |(), operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
     on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, check, run)
 }

@@ -363,8 +363,15 @@ impl Libtorch {
             return Ok(());
         }
         let py = out.py();
-        let torch = py.import(intern!(py, "torch"))?;
-        if !torch.call_method0(intern!(py, "is_inference_mode_enabled"))?.is_truthy()? {
+        let is_inference_mode = match &self.cpp.versions {
+            // SAFETY: reads a flag of this thread.
+            Some(versions) => unsafe { (versions.is_inference_mode)() },
+            None => {
+                let torch = py.import(intern!(py, "torch"))?;
+                torch.call_method0(intern!(py, "is_inference_mode_enabled"))?.is_truthy()?
+            }
+        };
+        if !is_inference_mode {
             for (object, name) in out.iter_borrowed().zip(names) {
                 if object.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
                     return Err(made_in_inference_mode(name));

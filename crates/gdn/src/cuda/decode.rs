@@ -51,11 +51,42 @@ impl Gpu {
         call: &Decode<DeviceAddress, DeviceAddress>,
         stream: CUstream,
     ) -> Result<(), CudaError> {
-        let plan = Plan::new(call)?;
         // SAFETY: the caller's promise.
-        unsafe { run(self, &plan, Profile::of(self), stream) }
+        unsafe { self.launch_decode(&self.plan_decode(call)?, stream) }
+    }
+
+    /// All of [`Gpu::decode_raw`] but the launch: a call that is checked, for who makes it often.
+    ///
+    /// # Errors
+    /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooManySequences`],
+    /// [`CudaError::Driver`].
+    pub fn plan_decode(&self, call: &Decode<DeviceAddress, DeviceAddress>) -> Result<DecodePlan, CudaError> {
+        let plan = Plan::new(call)?;
+        let job = Job::new(&plan, Profile::of(self))?;
+        if job.is_some() && self.check_pointers {
+            let _current = Current::new(self.context())?;
+            named(&plan, |argument, address, _| self.owns(argument, address))?;
+        }
+        Ok(DecodePlan(job))
+    }
+
+    /// The launch of a call that was planned for this GPU. It can be repeated while the tensors are where they
+    /// were.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    ///
+    /// # Safety
+    /// That of [`Gpu::decode_raw`], for the tensors of the call that was planned; the plan is one of this GPU's.
+    pub unsafe fn launch_decode(&self, plan: &DecodePlan, stream: CUstream) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        plan.0.as_ref().map_or(Ok(()), |job| unsafe { job.launch(self, stream) })
     }
 }
+
+/// A checked call of decode on a GPU ([`Gpu::plan_decode`]): the kernel, its arguments and its grid.
+#[derive(Clone, Debug)]
+pub struct DecodePlan(Option<Job>);
 
 /// Whether [`Gpu::decode_raw`] takes a call: all that is checked before a kernel is launched, without a device.
 ///
@@ -89,21 +120,12 @@ pub(crate) unsafe fn run(
     stream: CUstream,
 ) -> Result<(), CudaError> {
     let Some(job) = Job::new(plan, profile)? else { return Ok(()) };
-    let _current = Current::new(gpu.context())?;
     if gpu.check_pointers {
+        let _current = Current::new(gpu.context())?;
         named(plan, |argument, address, _| gpu.owns(argument, address))?;
     }
-    let function = gpu.kernels.kernel(gpu.context(), job.kernel)?;
-    let launch = Launch {
-        function,
-        blocks: [job.blocks, 1, 1],
-        threads: job.threads,
-        shared: job.shared,
-        cluster: job.cluster,
-    };
-    // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
-    // caller answers for the memory and the stream.
-    unsafe { gpu.launch(launch, job.args, stream) }
+    // SAFETY: the caller's promise.
+    unsafe { job.launch(gpu, stream) }
 }
 
 /// Memory of a slice that a call reads, ordered after what was done to it on other streams; what comes later
@@ -413,6 +435,18 @@ fn kept<const D: usize, const E: usize>(
 }
 
 impl Job {
+    /// # Safety
+    /// That of [`Gpu::decode_raw`], for the tensors of the plan that this was made of, for such a GPU.
+    unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
+        let _current = Current::new(gpu.context())?;
+        let function = gpu.kernels.kernel(gpu.context(), self.kernel)?;
+        let &Self { blocks, threads, shared, cluster, args, .. } = self;
+        let launch = Launch { function, blocks: [blocks, 1, 1], threads, shared, cluster };
+        // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
+        // caller answers for the memory and the stream.
+        unsafe { gpu.launch(launch, args, stream) }
+    }
+
     /// `None` for no sequences: there is nothing to launch.
     ///
     /// # Errors

@@ -59,7 +59,7 @@ mod views;
 pub use bench::Bench;
 /// The crate of driver calls whose slices and streams are used here, for programs that need the same version.
 pub use cudarc;
-pub use decode::{Read, Write, check_decode, decode, decode_supports};
+pub use decode::{DecodePlan, Read, Write, check_decode, decode, decode_supports};
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
 pub use prefill::{PREFILL_CHUNK, prefill, prefill_scratch_bytes, prefill_supports};

@@ -161,7 +161,7 @@ unsafe fn decode_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is_
     };
     let check = |operands: &Operands| call.check(operands);
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
-    let run = |operands: &Operands| unsafe { call.run(operands, &PLACE) };
+    let run = |checked, operands: &Operands| unsafe { call.run(checked, operands, &PLACE) };
     let done = on_handles(torch, &decode::TENSORS, &call.layer.heads(), handles, check, run)?;
     // SAFETY: the stack has room for a result, which is its to delete from here on.
     unsafe { put(stack, done) };
@@ -197,7 +197,7 @@ unsafe fn prefill_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is
     };
     let check = |operands: &Operands| call.check(operands, &PLACE);
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
-    let run = |operands: &Operands| unsafe { call.run(operands, &PLACE) };
+    let run = |(), operands: &Operands| unsafe { call.run(operands, &PLACE) };
     let done = on_handles(torch, &prefill::TENSORS, &call.layer.heads(), handles, check, run)?;
     // SAFETY: the stack has room for a result, which is its to delete from here on.
     unsafe { put(stack, done) };
@@ -215,13 +215,13 @@ unsafe fn put(stack: *mut u64, result: Option<Handle<'_>>) {
 }
 
 /// An operator on its tensors: the output, where none was given.
-fn on_handles<'a>(
+fn on_handles<'a, P>(
     torch: &'a Libtorch,
     names: &'static Names,
     heads: &gdn::Heads,
     mut handles: Handles<'a>,
-    check: impl Fn(&Operands) -> PyResult<()>,
-    run: impl Fn(&Operands) -> PyResult<()>,
+    check: impl Fn(&Operands) -> PyResult<P>,
+    run: impl Fn(P, &Operands) -> PyResult<()>,
 ) -> PyResult<Option<Handle<'a>>> {
     let mut operands = Operands::new(names);
     let mut first_dtype = None;
@@ -231,19 +231,19 @@ fn on_handles<'a>(
             first_dtype.get_or_insert(number);
         }
     }
-    operands.check()?;
     let is_fresh = handles[OUT].is_none();
     let first = operands.tensors[operands.first()].unwrap_or(Tensor::NONE);
     let shape = operands.out_shape(heads)?;
     if is_fresh {
         operands.tensors[OUT] = Some(layer::imagined(&first, &shape));
     }
-    check(&operands)?;
+    let mut checked = check(&operands)?;
     if is_fresh {
         let made = torch.empty(&shape, first_dtype.unwrap_or(0), first.device);
         let made = made.map_err(|failed| torch.error(failed))?;
         operands.tensors[OUT] = Some(made.dense(&first, &shape)?);
         handles[OUT] = Some(made);
+        checked = check(&operands)?;
     }
     let is_told = |i: usize| is_written(i) && !(i == OUT && is_fresh);
     for (i, handle) in handles.iter().enumerate().filter(|(i, _)| is_told(*i)) {
@@ -251,6 +251,6 @@ fn on_handles<'a>(
             torch.advance_versions_of(std::iter::once(handle), &names[i..=i])?;
         }
     }
-    run(&operands)?;
+    run(checked, &operands)?;
     Ok(handles[OUT].take().filter(|_| is_fresh))
 }
