@@ -52,7 +52,15 @@ def sample(packed: bool):
 def checked(layer, weights, projections, states, options):
     """The arguments of `layer.decode`, as the function below it takes them, for a check alone."""
     others = 1, options["state_indices"], -1, None, None, False, None, None, None
-    return layer._numbers(), weights, projections, *states, *others, options["out"], True
+    return (
+        layer._numbers(),
+        weights,
+        projections,
+        *states,
+        *others,
+        options["out"],
+        True,
+    )
 
 
 def subjects():
@@ -63,7 +71,9 @@ def subjects():
         how = "packed" if packed else "unpacked"
         yield (
             f"gdn.Layer.decode, {how}",
-            lambda layer=layer, given=(projections, *states), options=options: layer.decode(*given, **options),
+            lambda layer=layer, given=(projections, *states), options=options: (
+                layer.decode(*given, **options)
+            ),
         )
         op = torch.ops.gdn.decode.out if packed else torch.ops.gdn.decode.unpacked_out
         given = (*projections, *weights, *states, *HEADS)
@@ -73,12 +83,16 @@ def subjects():
         )
         yield (
             f"check, {how}",
-            lambda given=checked(layer, weights, projections, states, options): gdn._gdn.decode(*given),
+            lambda given=checked(layer, weights, projections, states, options): (
+                gdn._gdn.decode(*given)
+            ),
         )
 
 
 def main() -> None:
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, gdn {gdn.__version__}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, gdn {gdn.__version__}"
+    )
     for mode in (contextlib.nullcontext, torch.inference_mode):
         with mode():
             found = dict(subjects())
@@ -95,7 +109,9 @@ def main() -> None:
                     times[name].append((time.perf_counter() - start) / CALLS * 1e6)
                     torch.cuda.synchronize()
         for name, each in times.items():
-            print(f"{mode.__name__:14} {name:32} {statistics.median(each):6.2f} ({min(each):.2f})")
+            print(
+                f"{mode.__name__:14} {name:32} {statistics.median(each):6.2f} ({min(each):.2f})"
+            )
 
 
 if __name__ == "__main__":

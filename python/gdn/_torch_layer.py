@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _gdn
 from ._torch import _check, _check_devices, has_tangent
@@ -77,7 +78,7 @@ def _refusal(op: str, tensors: Mapping[str, Any]) -> str | None:
         for name, tensor in tensors.items():
             if tensor.requires_grad:
                 return _no_gradient(op, name, "requires one")
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items() if forward_ad._current_level >= 0 else ():
         if has_tangent((tensor,)):
             return _no_gradient(op, name, "has a tangent")
     return None
@@ -87,9 +88,11 @@ def _autograd(op: str, projections: Sequence[str], operator: Any) -> Callable[..
     """An operator's kernel for autograd: a refusal where somebody wants a derivative."""
 
     def kernel(keyset: Any, *arguments: Any, **options: Any) -> Any:
-        refused = _refusal(op, _named(op, projections, arguments, options))
-        if refused is not None:
-            raise RuntimeError(refused)
+        # Where nobody can want one, nothing needs a name.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            refused = _refusal(op, _named(op, projections, arguments, options))
+            if refused is not None:
+                raise RuntimeError(refused)
         with torch._C._AutoDispatchBelowAutograd():
             keys = keyset & torch._C._after_autograd_keyset
             return operator.redispatch(keys, *arguments, **options)

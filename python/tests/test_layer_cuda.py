@@ -1,5 +1,7 @@
 """``Layer.decode`` on CUDA tensors, through both doors: held to float64, captured in a graph, compiled."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -104,3 +106,92 @@ def test_windows_that_share_memory():
         layer.decode(
             projections, conv, state, intermediate_states=states, intermediate_conv_windows=flat, **how
         )
+
+
+@pytest.mark.parametrize("door", ["function", "operator"])
+def test_calls_like_one_before(door):
+    """A call that was checked is only compared with one like it. What differs in anything is checked anew."""
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    out = torch.zeros(4, 4, 128, device="cuda")
+    kept = conv.clone(), state.clone()
+
+    def run(numbers=numbers, out=out, projections=projections, conv=conv, state=state, **options):
+        options = dict(tokens_per_sequence=1, state_indices=indices) | options
+        return test_decode.call(door, numbers, weights, projections, conv, state, out, **options)
+
+    def fresh(**changed):
+        """The same with other tensors, so that nothing was seen before."""
+        conv, state = (one.clone() for one in kept)
+        return run(conv=conv, state=state, **({"out": torch.zeros_like(out)} | changed)).clone()
+
+    def again(**changed):
+        conv.copy_(kept[0])
+        state.copy_(kept[1])
+        return run(**changed)
+
+    first = again().clone()
+    for _ in range(3):
+        assert torch.equal(again(), first)
+    for changed in [
+        dict(numbers=ol.Numbers(HEADS[0], scale=0.5)),
+        dict(numbers=ol.Numbers(HEADS[0], gate="sigmoid")),
+        dict(pad_slot_id=7),
+        dict(disable_state_update=True),
+        dict(state_indices=torch.tensor([8, 2, 4, 5], dtype=torch.int64, device="cuda")),
+        dict(projections=tuple(one.bfloat16() for one in projections)),
+    ]:
+        expected = fresh(**changed)
+        for _ in range(2):
+            assert torch.equal(again(**changed), expected), changed
+        assert torch.equal(again(), first)
+    # Other elements in the same memory, and the same tensors with other numbers.
+    half = out.view(torch.bfloat16)[..., :128]
+    for _ in range(2):
+        assert torch.equal(again(out=half), first.bfloat16())
+    out.zero_()
+    assert torch.equal(again(), first)
+    refused = (ValueError, RuntimeError)
+    for changed, message in [
+        (dict(tokens_per_sequence=2), "state_indices has 4 rows"),
+        (dict(out=out[:, :, ::2]), "out has 64"),
+        (dict(out=state.view(-1)[: out.numel()].view(out.shape)), "out"),
+        (dict(conv=conv[:, 1:]), "conv_state has"),
+        (dict(state_indices=indices.short()), "state_indices has dtype int16"),
+    ]:
+        for _ in range(2):
+            with pytest.raises((*refused, TypeError), match=message):
+                run(**changed)
+    assert torch.equal(again(), first)
+    weights.A_log.untyped_storage().resize_(0)
+    with pytest.raises(refused, match="A_log has shape"):
+        again()
+
+
+def test_threads():
+    """Threads with streams of their own, on one layer and on calls like one another's."""
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    layer = ol.layer(numbers, weights)
+    cu = torch.arange(5, dtype=torch.int32, device="cuda")
+    kept = conv.clone(), state.clone()
+
+    def run(conv, state, out):
+        for _ in range(30):
+            conv.copy_(kept[0])
+            state.copy_(kept[1])
+            layer.prefill(projections, cu, conv, state, state_indices=indices)
+            layer.decode(projections, conv, state, state_indices=indices, out=out)
+
+    mine = [(conv.clone(), state.clone(), torch.zeros(4, 4, 128, device="cuda")) for _ in range(4)]
+    run(conv, state, expected := torch.zeros(4, 4, 128, device="cuda"))
+    torch.cuda.synchronize()
+
+    def work(given):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), torch.no_grad():
+            run(*given)
+        stream.synchronize()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, mine))
+    for one, other, out in mine:
+        assert torch.equal(out, expected) and torch.equal(one, conv) and torch.equal(other, state)

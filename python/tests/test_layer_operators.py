@@ -1,5 +1,7 @@
 """`torch.ops.gdn.decode` and `prefill` among PyTorch's own operators: schemas, tracing, derivatives, modes, versions; and `gdn.Layer`."""
 
+import importlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -325,11 +327,15 @@ def test_no_tensor_is_copied():
             assert taken == out, (op, overload, taken)
 
 
-def test_layers_of_transformers():
+@pytest.mark.parametrize("kind", ["Qwen3Next", "Qwen3_5", "Qwen3_5Moe"])
+def test_layers_of_transformers(kind):
     transformers = pytest.importorskip("transformers")
-    from transformers.models.qwen3_next import modeling_qwen3_next
-
-    config = transformers.Qwen3NextConfig(
+    name = {"Qwen3Next": "qwen3_next", "Qwen3_5": "qwen3_5", "Qwen3_5Moe": "qwen3_5_moe"}[kind]
+    try:
+        modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    except ImportError:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = getattr(transformers, kind + ("Config" if kind == "Qwen3Next" else "TextConfig"))(
         hidden_size=64,
         num_hidden_layers=4,
         linear_num_key_heads=2,
@@ -337,14 +343,18 @@ def test_layers_of_transformers():
         linear_key_head_dim=16,
         linear_value_head_dim=8,
     )
-    module = modeling_qwen3_next.Qwen3NextGatedDeltaNet(config, 0).eval()
+    module = getattr(modeling, f"{kind}GatedDeltaNet")(config, 0).eval()
     layer = gdn.Layer.from_module(module)
     assert layer.conv_weight is module.conv1d.weight and layer.norm_weight is module.norm.weight
     hidden = torch.randn(2, 20, 64)
     with torch.no_grad():
         expected = module(hidden)
         rows = hidden.flatten(0, 1)
-        projections = module.in_proj_qkvz(rows), module.in_proj_ba(rows)
+        if kind == "Qwen3Next":
+            projections = module.in_proj_qkvz(rows), module.in_proj_ba(rows)
+        else:
+            names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+            projections = tuple(getattr(module, one)(rows) for one in names)
         out = layer.prefill(projections, torch.tensor([0, 20, 40]))
         got = module.out_proj(out.flatten(1)).unflatten(0, (2, 20))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ pytest.importorskip("torch")
 C = "torch_tensor_to_pyobject"
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 INFERENCE = "_ZN2at6native12is_inferenceERKNS_6TensorE"
+MODES = "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv"
 BUMP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 DELETE = "torch_delete_stable_ivalue"
 
@@ -81,7 +82,9 @@ else:
 
 
 @pytest.mark.parametrize(
-    "without", [[], [C], [WRAP], [BUMP], [INFERENCE, C], [C, WRAP], [C, WRAP, BUMP], [DELETE]], ids=str
+    "without",
+    [[], [C], [WRAP], [BUMP], [INFERENCE, C], [C, WRAP], [C, WRAP, BUMP], [DELETE], [MODES]],
+    ids=str,
 )
 def test_what_cpp_alone_has_may_be_missing(without, python):
     first, second, *written = python(TEXT, ",".join(without)).splitlines()

@@ -16,7 +16,16 @@ pub(super) struct Cpp {
     /// `torch_exception_get_what_without_backtrace`, of torch 2.13 and later: C, what went wrong last on this
     /// thread
     pub(super) what: Option<unsafe extern "C" fn() -> *const c_char>,
+    pub(super) seers: Option<Seers>,
     delete: Option<DeleteValue>,
+}
+
+/// What says whether somebody on this thread wants to see every operator.
+pub(super) struct Seers {
+    /// `c10::impl::TorchDispatchModeTLS::stack_len`
+    pub(super) modes: unsafe extern "C" fn() -> i64,
+    /// `torch::jit::tracer::getTracingState`: a reference to a `std::shared_ptr`, which begins with the pointer
+    pub(super) tracing: unsafe extern "C" fn() -> *const *const c_void,
 }
 
 /// What frees the place of an argument that may be none.
@@ -66,8 +75,11 @@ impl Cpp {
             let is_inference = find(cpu, "_ZN2at6native12is_inferenceERKNS_6TensorE", without);
             let bump = find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", without);
             let mode = |c10| find(c10, "_ZN3c1013InferenceMode10is_enabledEv", without);
+            let modes = |c10| find(c10, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", without);
+            let tracing = find(cpu, "_ZN5torch3jit6tracer15getTracingStateEv", without);
             let delete = find(cpu, "torch_delete_stable_ivalue", without).map(DeleteValue::C);
             Self {
+                seers: c10.and_then(modes).zip(tracing).map(|(modes, tracing)| Seers { modes, tracing }),
                 delete: delete.or_else(|| find(cpu, "_ZdlPv", without).map(DeleteValue::Cpp)),
                 wrap: c.or_else(|| python.and_then(wrap)),
                 unwrap: find(cpu, "torch_tensor_from_pyobject", without),

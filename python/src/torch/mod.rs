@@ -185,6 +185,10 @@ impl Libtorch {
         if level.is_none_or(|level| level.extract().unwrap_or(0) >= 0) {
             return Ok(true);
         }
+        if let Some(seers) = &self.cpp.seers {
+            // SAFETY: both read what is this thread's own; the pointer lives as long as the thread.
+            return Ok(unsafe { (seers.modes)() != 0 || !(*(seers.tracing)()).is_null() });
+        }
         for watcher in &self.watchers {
             if watcher.bind(py).call0()?.is_truthy()? {
                 return Ok(true);
