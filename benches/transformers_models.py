@@ -8,8 +8,8 @@
 On a GPU transformers' own layer is flash-linear-attention's where that is installed, and PyTorch's else: run both.
 
 The model has three Gated DeltaNet layers (16/32 heads of 128) and one of attention, hidden 2048, as Qwen3-Next or Qwen3.5 (`--kind`),
-in bf16. A figure is the median over the turns. Before a shape is timed its logits with gdn are held to those of the same model without:
-the error of both against float32 may differ by a tenth.
+in bf16. A figure is the median over the turns. When a model is made its logits with gdn are held to those without: the median token's error
+against float32 may be larger by a tenth.
 """
 
 from __future__ import annotations
@@ -176,9 +176,13 @@ def check(model):
         ours = logits(model)
     exact = logits(model.float())
     model.to(torch.bfloat16)
-    errors = [((one - exact).norm() / exact.norm()).item() for one in (without, ours)]
+    # A token that a rounding sends to other experts is off by as much as all others together: so the median token's.
+    errors = [
+        ((one - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
+        for one in (without, ours)
+    ]
     print(
-        f"relative error of logits against float32: {errors[0]:.2e} without, {errors[1]:.2e} with"
+        f"relative error of a token's logits against float32: {errors[0]:.2e} without, {errors[1]:.2e} with"
     )
     assert errors[1] < 1.1 * errors[0], (
         "gdn is further from float32 than transformers' own layer"
