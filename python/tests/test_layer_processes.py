@@ -142,12 +142,16 @@ def test_calls_leak_nothing(door):
     for _ in range(3000):
         call()
     gc.collect()
-    references = [sys.getrefcount(one) for one in watched]
-    objects, before = len(gc.get_objects()), resident()
-    for _ in range(CALLS // 10 if "refused" in door else CALLS):
-        call()
-    gc.collect()
-    grown = resident() - before
+    references, objects = [sys.getrefcount(one) for one in watched], len(gc.get_objects())
+    # Memory may grow once, for what threads and allocators keep; a leak grows each time.
+    for _ in range(3):
+        before = resident()
+        for _ in range(CALLS // 10 if "refused" in door else CALLS):
+            call()
+        gc.collect()
+        grown = resident() - before
+        if grown < 2 << 20:
+            break
     assert [sys.getrefcount(one) for one in watched] == references
     assert len(gc.get_objects()) < objects + 100
     assert grown < 2 << 20, f"{grown} bytes more"

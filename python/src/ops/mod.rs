@@ -2,6 +2,7 @@
 
 pub(crate) mod decode;
 pub(crate) mod layer;
+pub(crate) mod objects;
 pub(crate) mod prefill;
 pub(crate) mod repack;
 mod seen;

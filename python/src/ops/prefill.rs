@@ -3,10 +3,13 @@
 use gdn::{Checkpoints, Cpu, Prefill, cuda};
 use pyo3::{prelude::*, types::PyTuple};
 
-use super::layer::{
-    CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, Objects, OnDevice, Operands,
-    RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, Wish, names, no_device,
-    not_both, on_objects, refused, refused_by_gpu, take_projections, take_weights,
+use super::{
+    layer::{
+        CONV_STATE, Host, MORE_INDICES, MORE_STATES, MORE_WINDOWS, Names, OUT, OnDevice, Operands,
+        RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
+        not_both, refused, refused_by_gpu,
+    },
+    objects::{Objects, Wish, on_objects, take_projections, take_weights},
 };
 use crate::{
     ops::{Place, Scratch, gpu, integer, size},

@@ -1,0 +1,152 @@
+//! Decode and prefill on Python's objects: tensors of PyTorch's, or of anybody's who speaks DLPack.
+
+use gdn::Heads;
+use pyo3::{
+    prelude::*,
+    types::{PySequence, PyTuple},
+};
+
+use super::layer::{CONV_WEIGHT, COUNT, NORM_WEIGHT, Names, OUT, Operands, imagined, is_written};
+use crate::{
+    dlpack,
+    exit::{self, Outside},
+    ops::Place,
+    outputs::{fresh, handed_over},
+    tensor::{Tensor, type_error, value_error},
+    torch::{self, type_name},
+};
+
+/// The objects that a call of Python's has, by position.
+pub(crate) type Objects<'py> = [Option<Bound<'py, PyAny>>; COUNT];
+
+/// What is asked with a call's objects.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Run,
+    /// Only whether it could.
+    Check,
+}
+
+/// An op on Python's objects: `None` where PyTorch's operator is to be called instead, because PyTorch must
+/// see it.
+///
+/// `check` checks what is known of the tensors, and makes of it what `run` needs, which does it: the tensors
+/// are where they say for as long as that takes.
+pub(crate) fn on_objects<'py, P: Send>(
+    py: Python<'py>,
+    names: &'static Names,
+    heads: &Heads,
+    mut objects: Objects<'py>,
+    wish: Wish,
+    check: impl Fn(&Operands, &Place) -> PyResult<P>,
+    run: impl Fn(P, &Operands, &Place) -> PyResult<()> + Sync,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let first = if objects[0].is_some() { 0 } else { 2 };
+    let Some(lead) = objects[first].clone() else {
+        return Err(value_error(format!("{} is None, expected a tensor", names[first])));
+    };
+    let torch = torch::get().filter(|torch| torch.is_tensor(&lead));
+    let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
+    // What is asked of PyTorch may give up the GIL.
+    let _outside = torch.map(|_| Outside::new(py));
+    let mut operands = Operands::new(names);
+    let (mut lent, mut is_operator) = (Vec::new(), false);
+    for (i, object) in objects.iter().enumerate() {
+        let Some(object) = object else { continue };
+        let mut tensor = Tensor::NONE;
+        match torch {
+            Some(torch) if torch.borrow(object, names[i], &mut tensor)? => {}
+            Some(torch) if torch.is_tensor(object) => {
+                if wish == Wish::Check {
+                    return Err(torch.unwritable(object, names[i], names[first], &lead));
+                }
+                is_operator = true;
+            }
+            None if !torch::is_tensor(object) => lent.extend(dlpack::borrow(object, names[i], &mut tensor)?),
+            _ => {
+                let (got, expected) = (type_name(object), type_name(&lead));
+                return Err(type_error(format!("{} is a {got}, {} is a {expected}", names[i], names[first])));
+            }
+        }
+        operands.tensors[i] = Some(tensor);
+    }
+    let known = operands.tensors[first].unwrap_or(Tensor::NONE);
+    let is_fresh = !operands.has(OUT);
+    let (mut shape, mut checked) = ([0; 3], None);
+    if !is_operator {
+        // All that can be known is, so that errors are the same through both doors.
+        if is_fresh {
+            shape = operands.out_shape(heads)?;
+            operands.tensors[OUT] = Some(imagined(&known, &shape));
+        }
+        checked = Some(check(&operands, &place)?);
+    }
+    if wish == Wish::Check {
+        return Ok(None);
+    }
+    if let Some(torch) = torch
+        && (is_operator || torch.is_watched(py, objects.iter().flatten())?)
+    {
+        return Ok(None);
+    }
+    if let Some(torch) = torch {
+        let written = || objects.iter().enumerate().filter(|(i, _)| is_written(*i));
+        let (objects, names): (Vec<_>, Vec<_>) =
+            written().filter_map(|(i, object)| Some((object.as_ref()?, names[i]))).unzip();
+        torch.advance_versions(&PyTuple::new(py, objects)?, &names)?;
+    }
+    let mut buffers = Vec::new();
+    if is_fresh {
+        let (made, tensor) = fresh(torch, &lead, &known, &shape, names[OUT], &mut buffers)?;
+        (objects[OUT], operands.tensors[OUT]) = (Some(made), Some(tensor));
+        // It is elsewhere than was imagined.
+        checked = Some(check(&operands, &place)?);
+    }
+    let Some(checked) = checked else { return Ok(None) };
+    exit::detach(py, || run(checked, &operands, &place))?;
+    drop(lent);
+    match buffers.is_empty() {
+        true => Ok(objects[OUT].take()),
+        false => Ok(handed_over(&lead, buffers)?.pop()),
+    }
+}
+
+/// The projections of a call: two or four tensors in a tuple or list, to their places among a call's objects.
+pub(crate) fn take_projections<'py>(
+    projections: &Bound<'py, PyAny>,
+    objects: &mut Objects<'py>,
+) -> PyResult<()> {
+    let expected = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
+    // A tensor can be gone through, and is none.
+    let given: Vec<Bound<'py, PyAny>> =
+        match (projections.cast_exact::<PyTuple>(), projections.cast::<PySequence>()) {
+            (Ok(tuple), _) => tuple.iter().collect(),
+            (_, Ok(_)) if !torch::is_tensor(projections) => projections.extract()?,
+            _ => {
+                return Err(type_error(format!(
+                    "projections is a {}, expected {expected}",
+                    type_name(projections)
+                )));
+            }
+        };
+    let start = match given.len() {
+        2 => 0,
+        4 => 2,
+        got => return Err(value_error(format!("projections has {got} tensors, expected {expected}"))),
+    };
+    for (object, given) in objects[start..].iter_mut().zip(given) {
+        *object = Some(given);
+    }
+    Ok(())
+}
+
+/// The five weights, to their places.
+pub(crate) fn take_weights<'py>(weights: &Bound<'py, PyTuple>, objects: &mut Objects<'py>) -> PyResult<()> {
+    if weights.len() != NORM_WEIGHT + 1 - CONV_WEIGHT {
+        return Err(value_error(format!("weights has {} tensors, expected 5", weights.len())));
+    }
+    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights) {
+        *object = Some(given).filter(|given| !given.is_none());
+    }
+    Ok(())
+}
