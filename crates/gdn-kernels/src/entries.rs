@@ -97,6 +97,13 @@ kernels! { "prefill":
     gdn_prefill_norm(PrefillArgs) = prefill::norm::run;
 }
 
+// On compute capability 9.0 four warps of the scan multiply together.
+kernels! { "prefill_wgmma":
+    gdn_prefill_scan_group_64(PrefillArgs) = prefill::scan::run_by_group::<8, 1, _>;
+    gdn_prefill_scan_group_96(PrefillArgs) = prefill::scan::run_by_group::<12, 1, _>;
+    gdn_prefill_scan_group_128(PrefillArgs) = prefill::scan::run_by_group::<16, 1, _>;
+}
+
 kernels! { "convergence":
     gdn_convergence_barrier_and_shuffle(probe::Args) = probe::convergence::barrier_and_shuffle;
     gdn_convergence_product(probe::Args) = probe::convergence::product;

@@ -139,6 +139,13 @@ pub static MODULES: &[Module] = &[
     Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE_90 },
     Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE_80 },
     Module { op: "prefill", target: Target::Sm80, ptx: text!("prefill.sm_80.ptx"), families: PREFILL },
+    // Beside the other kernels, on devices that have it.
+    Module {
+        op: "prefill_wgmma",
+        target: Target::Sm90a,
+        ptx: text!("prefill_wgmma.sm_90a.ptx"),
+        families: PREFILL_WGMMA,
+    },
 ];
 
 /// Those that only tests load.
@@ -246,6 +253,17 @@ const PREFILL: &[&[Kernel]] = &[
     &[scan("gdn_prefill_scan_64").hmma(136)],
     &[scan("gdn_prefill_scan_96").hmma(184)],
     &[scan("gdn_prefill_scan_128").hmma(232)],
+];
+
+/// One block a multiprocessor, which has no shared memory for another one.
+const fn scan_by_group(name: &'static str) -> Kernel {
+    Kernel { blocks: 1, ..prefill(name, 384) }
+}
+
+const PREFILL_WGMMA: &[&[Kernel]] = &[
+    &[scan_by_group("gdn_prefill_scan_group_64").hgmma(20)],
+    &[scan_by_group("gdn_prefill_scan_group_96").hgmma(24)],
+    &[scan_by_group("gdn_prefill_scan_group_128").hgmma(28)],
 ];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[

@@ -57,8 +57,11 @@ pub const OTHER_MAJOR: bool = true;
 /// ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand {
-    /// First byte.
+    /// First byte of the first atom.
     pub at: u32,
+    /// Bytes from there to the first that is meant, a multiple of 16. Apart from `at`, so that what is known of it beforehand is
+    /// added to a descriptor that was made once.
+    pub offset: u32,
     /// Its atoms.
     pub swizzle: Swizzle,
     /// k-major: not used with a swizzle; without, bytes between the two halves of k16. Other-major: bytes
@@ -72,24 +75,26 @@ impl Operand {
     /// A k-major tile whose rows are atoms of 128 bytes, 64 elements: rows `r` follow each other at 128
     /// bytes, 16-byte pieces swizzled.
     pub const fn k_major(at: u32) -> Self {
-        Self { at, swizzle: Swizzle::Bytes128, leading: 16, stride: 1024 }
+        Self { at, offset: 0, swizzle: Swizzle::Bytes128, leading: 16, stride: 1024 }
     }
 
     /// The same `bytes` further on: 32 for the next k16 of a k-major tile.
     #[inline(always)]
     #[must_use]
     pub const fn further(self, bytes: u32) -> Self {
-        Self { at: self.at + bytes, ..self }
+        Self { offset: self.offset + bytes, ..self }
     }
 
     /// The descriptor, with the block's shared memory beginning at `base`.
     #[inline(always)]
     pub fn descriptor(self, base: u32) -> u64 {
         let field = |bytes: u32| ((bytes >> 4) & 0x3fff) as u64;
-        field(base + self.at)
+        // Shared memory ends below 2^18: the sum stays within the field.
+        let first = field(base + self.at)
             | field(self.leading) << 16
             | field(self.stride) << 32
-            | self.swizzle.code() << 62
+            | self.swizzle.code() << 62;
+        first + u64::from(self.offset >> 4)
     }
 }
 

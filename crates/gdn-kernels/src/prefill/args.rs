@@ -13,6 +13,8 @@ pub const SLICE: u32 = 32;
 pub const THREADS: u32 = 256;
 /// Threads of a block of the preparation.
 pub const PREPARE_THREADS: u32 = 192;
+/// Threads of a block of the scan whose warps multiply in groups.
+pub const GROUP_THREADS: u32 = 384;
 /// Threads of a block of the convolution.
 pub const CONVOLVE_THREADS: u32 = 64;
 /// v heads of which a block of the preparation inverts the matrices at a time.
@@ -29,7 +31,7 @@ pub struct Scratch {
     /// As `q`.
     pub k: u64,
     /// `[chunks, HV, DV / SLICE, CHUNK, SLICE]`: values; then `[chunks, HV, DV, CHUNK]`: outputs, in their
-    /// place.
+    /// place; piece `c` of 16 bytes of row `r` of these lies at `c ^ (r % 8)`.
     pub v: u64,
     /// `[chunks, HV, CHUNK, CHUNK]`: the inverse of I + strictLower(beta e^D K K^T).
     pub t: u64,
@@ -126,14 +128,16 @@ pub struct Args {
     pub dv: u32,
     /// W, at most [`TAPS`].
     pub conv_width: u32,
-    /// Chunks that the scan has in shared memory, 1 or 2.
+    /// Chunks that the scan has in shared memory, 1 to 3.
     pub stages: u32,
     /// Whether the gate is a sigmoid rather than a silu.
     pub sigmoid: u32,
     /// Whether rows of q, k, v, z and of the taps begin at multiples of four elements, and the taps are four
     /// and dense.
     pub wide: u32,
-    /// The same of rows of `out`.
+    /// 1 where rows of z begin at multiples of four elements, 2 of eight.
+    pub wide_z: u32,
+    /// The same of rows of `out`, whose columns are dense.
     pub wide_out: u32,
     /// The same of rows or columns of `state`, whichever are dense.
     pub wide_state: u32,
@@ -284,16 +288,20 @@ impl PrepareRoom {
     }
 }
 
-/// Where things of one chunk are in the shared memory of a block of the scan, in bytes.
+/// Bytes of 64 rows of 128 bytes each, as `wgmma` takes a matrix.
+pub const ATOM: u32 = 64 * 128;
+
+/// Where things of one chunk are in the shared memory of a block of the scan, in bytes. Matrices of 64 rows are
+/// padded, or for products by four warps together atoms of 64 columns ([`ATOM`]), one after the other.
 ///
-/// The first two have as many bytes as all warps' rows of S in f32, which come through here.
+/// The first three have as many bytes as all warps' rows of S in f32, which come through here.
 #[derive(Clone, Copy, Debug)]
 pub struct ScanRoom {
-    /// `[CHUNK][DK, padded]`
+    /// `[CHUNK][DK]`
     pub q: u32,
     /// As `q`.
     pub k: u32,
-    /// `[CHUNK][CHUNK, padded]`
+    /// `[CHUNK][CHUNK]`
     pub t: u32,
     /// As `t`.
     pub p: u32,
@@ -308,26 +316,69 @@ pub struct ScanRoom {
 impl ScanRoom {
     /// For keys of `dk` numbers, `slices` times [`SLICE`] rows of S.
     #[inline(always)]
-    pub const fn new(dk: u32, slices: u32) -> Self {
-        let k = CHUNK * padded(dk);
+    pub const fn new(dk: u32, slices: u32, by_group: bool) -> Self {
+        let (keys, square) = if by_group {
+            (dk.div_ceil(CHUNK) * ATOM, ATOM)
+        } else {
+            (CHUNK * padded(dk), CHUNK * padded(CHUNK))
+        };
+        let k = keys;
         let t = 2 * k;
-        let p = t + CHUNK * padded(CHUNK);
-        let factors = p + CHUNK * padded(CHUNK);
+        let p = t + square;
+        let factors = p + square;
         let v = factors + CHUNK * 16;
         Self { q: 0, k, t, p, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
     }
 
     /// Bytes through which a warp with rows of S hands over to the one that makes its outputs: S, U, and what
-    /// brings products with them back.
+    /// brings rows of them back.
     #[inline(always)]
     pub const fn handed(dk: u32) -> u32 {
-        dk / 16 * 512 + 2048 + WARP_ROWS * 8
+        dk / 16 * 512 + 2048 + WARP_ROWS * 4
     }
 
     /// Bytes of a block's shared memory.
     #[inline(always)]
-    pub const fn all(dk: u32, slices: u32, stages: u32) -> u32 {
-        stages * Self::new(dk, slices).bytes + slices * (SLICE / WARP_ROWS) * Self::handed(dk)
+    pub const fn all(dk: u32, slices: u32, by_group: bool, stages: u32) -> u32 {
+        let stages = stages * Self::new(dk, slices, by_group).bytes;
+        if by_group {
+            return stages + GroupRoom::new(dk, 0).bytes;
+        }
+        stages + slices * (SLICE / WARP_ROWS) * Self::handed(dk)
+    }
+}
+
+/// What groups of warps that multiply together hand over to each other, in bytes of shared memory; 64 rows each.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupRoom {
+    /// `[DK, in atoms]`, f16.
+    pub s: u32,
+    /// `[CHUNK]`, f16.
+    pub x: u32,
+    /// As `x`.
+    pub u: u32,
+    /// As `x`: what is left of U at the chunk's end.
+    pub u_end: u32,
+    /// As `x`: outputs on their way out.
+    pub o: u32,
+    /// `[atoms]`, f32: S's absolute numbers, added up.
+    pub sums: u32,
+    /// f32: what brings rows back to what they are.
+    pub downs: u32,
+    /// Where it ends.
+    pub bytes: u32,
+}
+
+impl GroupRoom {
+    /// For keys of `dk` numbers, from `at` on.
+    #[inline(always)]
+    pub const fn new(dk: u32, at: u32) -> Self {
+        let atoms = dk.div_ceil(CHUNK);
+        let x = at + atoms * ATOM;
+        let o = x + 3 * ATOM;
+        let sums = o + ATOM;
+        let downs = sums + atoms * 256;
+        Self { s: at, x, u: x + ATOM, u_end: x + 2 * ATOM, o, sums, downs, bytes: downs + 256 }
     }
 }
 
@@ -337,8 +388,8 @@ pub const fn state_row(dk: u32) -> u32 {
     (dk + 8) * 4
 }
 
-/// Bytes of shared memory of a block of the norm: outputs, and sums of squares.
+/// Bytes of shared memory of a block of the norm: outputs, what they are multiplied with, weights.
 #[inline(always)]
 pub const fn norm_bytes(dv: u32) -> u32 {
-    CHUNK * (dv + 1) * 4 + THREADS / 32 * CHUNK * 4
+    dv * (CHUNK * 2 + 8)
 }

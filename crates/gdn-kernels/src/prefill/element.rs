@@ -173,6 +173,73 @@ pub(super) unsafe fn store4(
     }
 }
 
+/// Eight elements as they were read: their bits, or those of f32.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Eight([u32; 8]);
+
+impl Eight {
+    /// As [`load4`] reads four; `wide`: 2 where their address, with dtypes of 2 bytes, is a multiple of 16 too, else
+    /// as for four.
+    ///
+    /// # Safety
+    /// They are readable, each at a multiple of its size.
+    #[inline(always)]
+    pub(super) unsafe fn load(
+        gpu: &impl TensorCore,
+        dtype: u32,
+        address: u64,
+        stride: u64,
+        wide: u32,
+    ) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if dtype != F32 && wide == 2 {
+                let Bytes16([a, b, c, d]) = gpu.load16(address);
+                return Self([a, b, c, d, 0, 0, 0, 0]);
+            }
+            let [a, b, c, d] = load4(gpu, dtype, address, stride, wide != 0);
+            let [e, f, g, h] = load4(gpu, dtype, address + 4 * stride, stride, wide != 0);
+            Self([a, b, c, d, e, f, g, h].map(f32::to_bits))
+        }
+    }
+
+    /// Their numbers, with what they were read with.
+    #[inline(always)]
+    pub(super) fn numbers(self, gpu: &impl TensorCore, dtype: u32, wide: u32) -> [f32; 8] {
+        if dtype != F32 && wide == 2 {
+            let [a, b, c, d, ..] = self.0;
+            let [[a, b], [c, d], [e, f], [g, h]] = [a, b, c, d].map(|word| widened(gpu, dtype, word));
+            return [a, b, c, d, e, f, g, h];
+        }
+        self.0.map(f32::from_bits)
+    }
+}
+
+/// Writes eight elements, as [`Eight::load`] reads them.
+///
+/// # Safety
+/// They are writable, each at a multiple of its size, and no other thread's.
+#[inline(always)]
+pub(super) unsafe fn store8(
+    gpu: &impl TensorCore,
+    dtype: u32,
+    address: u64,
+    stride: u64,
+    wide: u32,
+    [a, b, c, d, e, f, g, h]: [f32; 8],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype != F32 && wide == 2 {
+            let words = [[a, b], [c, d], [e, f], [g, h]].map(|two| narrowed(gpu, dtype, two));
+            gpu.store16(address, Bytes16(words));
+            return;
+        }
+        store4(gpu, dtype, address, stride, wide != 0, [a, b, c, d]);
+        store4(gpu, dtype, address + 4 * stride, stride, wide != 0, [e, f, g, h]);
+    }
+}
+
 /// A power of two that brings `largest`, and with it all numbers of a row, into the range of f16, and its
 /// inverse. What is less than 2^-29 of the largest loses places. Numbers from 2^-45 to 2^75 come to be from
 /// 2^14 to 2^15.

@@ -6,10 +6,12 @@
 pub mod args;
 pub mod convolve;
 mod element;
+mod group;
 pub mod norm;
 mod outputs;
 pub mod prepare;
+mod rows;
 pub mod scan;
 mod sequence;
-mod state;
+mod states;
 mod tiles;

@@ -1,28 +1,42 @@
 //! The last kernel: the gated norm, a block for each chunk and v head. Rows of padding become zeros.
+//!
+//! Outputs lie transposed in scratch, a row for each column of `out`. `ldmatrix` turns them: as which rows make a matrix
+//! is free to choose, a lane gets eight columns of a token that lie side by side, and its gates and results are 16 bytes.
 
 use gdn_math::{Lanes, layer as math, quick};
 
 use super::{
     args::{Args, CHUNK, THREADS},
-    element::{load4, size, store4},
+    element::{Eight, of_vector, size, store8},
     sequence::Sequence,
 };
-use crate::gpu::TensorCore;
+use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
 
-const WARPS: u32 = THREADS / 32;
+/// Bytes of a row of outputs: 16 for each warp.
+const ROW: u32 = THREADS / 32 * 16;
+/// Columns that four lanes get at a time, and how often with what is loaded ahead.
+const COLUMNS: u32 = 32;
+const AHEAD: usize = 4;
+
+/// Where a warp's 16 bytes of a row lie: those of a matrix all in other banks.
+#[inline(always)]
+fn place(row: u32, warp: u32) -> u32 {
+    row * ROW + (warp ^ (row % 2 + row / 8 % 4 * 2)) * 16
+}
 
 /// The kernel.
 ///
 /// # Safety
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
-pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
+pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     gpu.wait_for_previous();
     let (chunk, head) = args.num_v_heads.divide(gpu.block()[0]);
     let (warp, lane, dv) = (gpu.thread() / 32, gpu.lane(), args.dv);
     let of_head = u64::from(chunk * args.num_v_heads.get() + head);
-    // `[CHUNK][DV + 1]`, then `[WARPS][CHUNK]`.
-    let sums = CHUNK * (dv + 1) * 4;
+    // What rows are multiplied with, then the weights.
+    let scales = dv * ROW;
+    let weights = scales + dv * 4;
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
@@ -30,72 +44,134 @@ pub unsafe fn run<G: TensorCore>(gpu: &G, args: &Args) {
         };
         let is_there = sequence.slot >= 0;
         if is_there {
-            let from = args.scratch.v + of_head * u64::from(dv * CHUNK * 2);
-            let scales = args.scratch.out_scales + of_head * u64::from(dv * 4);
-            let mut squares = [0.0f32; 2];
-            let mut row = warp;
-            while row < dv {
-                let two = gpu.load4(from + u64::from(row * CHUNK * 2 + lane * 4));
-                let scale = f32::from_bits(gpu.load4(scales + u64::from(row * 4)));
-                let two = gpu.unpack_f16(two);
-                let mut n = 0;
-                while n < 2 {
-                    let o = two[n] * scale;
-                    squares[n] = Lanes::mul_add(o, o, squares[n]);
-                    let token = lane * 2 + n as u32;
-                    gpu.store_shared4((token * (dv + 1) + row) * 4, o.to_bits());
-                    n += 1;
-                }
-                row += WARPS;
+            let from = args.scratch.v + of_head * u64::from(dv * ROW);
+            let mut i = gpu.thread();
+            while i < dv * ROW / 16 {
+                // The pieces of a row lie in another order there, too.
+                let (row, piece) = (i / (ROW / 16), i % (ROW / 16));
+                gpu.copy16(place(row, piece ^ (row % 8)), from + u64::from(i * 16), true);
+                i += THREADS;
             }
-            let both = u64::from(squares[0].to_bits()) | u64::from(squares[1].to_bits()) << 32;
-            gpu.store_shared8(sums + (warp * CHUNK + lane * 2) * 4, both);
+            if gpu.thread() < dv {
+                let i = gpu.thread();
+                let scale =
+                    gpu.load4(args.scratch.out_scales + of_head * u64::from(dv * 4) + u64::from(i * 4));
+                gpu.store_shared4(scales + i * 4, scale);
+                gpu.store_shared4(weights + i * 4, of_vector(gpu, &args.norm_weight, i).to_bits());
+            }
+            gpu.commit_copies();
         }
-        gpu.barrier();
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
-        let (_, within) = args.ratio.divide(head);
-        let (key_head, _) = args.ratio.divide(head);
-        let [of_row, of_out_head, of_column] = args.out.strides;
+        let token = warp * 8 + lane / 4;
+        let has_token = token < tokens;
+        let row = sequence.start + before + u64::from(token);
+        let (key_head, within) = args.ratio.divide(head);
         let element = u64::from(size(args.z.dtype));
-        let mut token = warp;
-        while token < tokens {
-            let row = sequence.start + before + u64::from(token);
-            let mut scale = 0.0;
-            if is_there {
-                let (mut sum, mut n) = (0.0, 0);
-                while n < WARPS {
-                    sum += f32::from_bits(gpu.load_shared4(sums + (n * CHUNK + token) * 4));
+        let z = args.z.address
+            + row * args.z.row_stride
+            + u64::from(key_head) * args.z.head_step
+            + u64::from(within * dv) * element;
+        let [of_row, of_out_head, of_column] = args.out.strides;
+        let to = args.out.address + row * of_row + u64::from(head) * of_out_head;
+        // The columns of step `i` for the lane.
+        let column = |i: u32| i * COLUMNS + lane % 4 * 8;
+        // All are asked for before the first is looked at.
+        let mut gates = [Eight::default(); AHEAD];
+        let load = |gates: &mut [Eight; AHEAD], first: u32| {
+            let mut n = 0;
+            while n < AHEAD {
+                let column = column(first + n as u32);
+                if is_there && has_token && column < dv {
+                    let at = z + u64::from(column) * element;
+                    gates[n] = Eight::load(gpu, args.z.dtype, at, element, args.wide_z);
+                }
+                n += 1;
+            }
+        };
+        load(&mut gates, 0);
+        gpu.wait_copies::<0>();
+        gpu.barrier();
+        // Eight columns of the lane's token.
+        let outputs = |i: u32| {
+            let (matrix, line) = (lane / 8, lane % 8);
+            let row = i * COLUMNS + line / 2 * 8 + matrix * 2 + line % 2;
+            let words = gpu.load_matrix4::<true>(place(row, warp));
+            let mut o = [0.0f32; 8];
+            let mut n = 0;
+            while n < 8 {
+                let [low, high] = gpu.unpack_f16(words[n / 2]);
+                (o[n], o[n + 1]) = (low, high);
+                n += 2;
+            }
+            let scales = eight(gpu, scales + column(i) * 4);
+            let mut n = 0;
+            while n < 8 {
+                o[n] *= scales[n];
+                n += 1;
+            }
+            o
+        };
+        let mut scale = 0.0;
+        if is_there {
+            let (mut sum, mut i) = (0.0, 0);
+            while i * COLUMNS < dv {
+                let o = outputs(i);
+                let mut n = 0;
+                while n < 8 {
+                    sum = Lanes::mul_add(o[n], o[n], sum);
                     n += 1;
                 }
-                scale = math::rms_scale(sum, dv as f32, args.norm_eps);
+                i += 1;
             }
-            let z = args.z.address
-                + row * args.z.row_stride
-                + u64::from(key_head) * args.z.head_step
-                + u64::from(within * dv) * element;
-            let to = args.out.address + row * of_row + u64::from(head) * of_out_head;
-            let mut column = lane * 4;
-            while column < dv {
-                let mut y = [0.0; 4];
-                if is_there {
-                    let z =
-                        load4(gpu, args.z.dtype, z + u64::from(column) * element, element, args.wide != 0);
-                    let weight = &args.norm_weight;
-                    let at = weight.address + u64::from(column) * weight.stride;
-                    let weight = load4(gpu, weight.dtype, at, weight.stride, false);
-                    let mut i = 0;
-                    while i < 4 {
-                        let o = gpu.load_shared4((token * (dv + 1) + column + i as u32) * 4);
-                        let gate = if args.sigmoid == 0 { quick::silu(z[i]) } else { quick::sigmoid(z[i]) };
-                        y[i] = f32::from_bits(o) * scale * weight[i] * gate;
-                        i += 1;
+            scale = math::rms_scale(gpu.sum::<4>(sum), dv as f32, args.norm_eps);
+        }
+        let mut first = 0;
+        while first * COLUMNS < dv {
+            if first > 0 {
+                load(&mut gates, first);
+            }
+            let mut n = 0;
+            while n < AHEAD {
+                let i = first + n as u32;
+                if i * COLUMNS < dv {
+                    let mut y = [0.0; 8];
+                    if is_there {
+                        let o = outputs(i);
+                        let weights = eight(gpu, weights + column(i) * 4);
+                        let gates = gates[n].numbers(gpu, args.z.dtype, args.wide_z);
+                        let mut m = 0;
+                        while m < 8 {
+                            let z = gates[m];
+                            let gate = if args.sigmoid == 0 { quick::silu(z) } else { quick::sigmoid(z) };
+                            y[m] = o[m] * scale * weights[m] * gate;
+                            m += 1;
+                        }
+                    }
+                    if has_token {
+                        let to = to + u64::from(column(i)) * of_column;
+                        store8(gpu, args.out.dtype, to, of_column, args.wide_out, y);
                     }
                 }
-                let to = to + u64::from(column) * of_column;
-                store4(gpu, args.out.dtype, to, of_column, args.wide_out != 0, y);
-                column += 128;
+                n += 1;
             }
-            token += WARPS;
+            first += AHEAD as u32;
         }
     }
+}
+
+/// Eight numbers of shared memory.
+///
+/// # Safety
+/// They are there.
+#[inline(always)]
+unsafe fn eight(gpu: &impl TensorCore, at: u32) -> [f32; 8] {
+    // SAFETY: the caller's promise.
+    let (Bytes16(low), Bytes16(high)) = unsafe { (gpu.load_shared16(at), gpu.load_shared16(at + 16)) };
+    let mut eight = [0.0; 8];
+    let mut n = 0;
+    while n < 4 {
+        (eight[n], eight[n + 4]) = (f32::from_bits(low[n]), f32::from_bits(high[n]));
+        n += 1;
+    }
+    eight
 }

@@ -1,10 +1,8 @@
 //! The third kernel: from chunk to chunk, a block for each sequence, v head and 32 or 64 rows of S.
 //!
-//! Half of the warps have 16 rows of S each in their registers, in f32, and go from chunk to chunk
-//! (`state.rs`); each of the others makes the outputs of one of these and copies what both need
-//! next (`outputs.rs`). Rows need nothing of one another: everything is transposed, so that
-//! rows of S are rows of the accumulators, and what one product leaves is the left side of the next. For a
-//! chunk:
+//! Some warps have S in their registers, in f32, and go from chunk to chunk; others make the outputs and copy what all
+//! need next. Rows need nothing of one another: everything is transposed, so that rows of S are rows of the
+//! accumulators. For a chunk:
 //!
 //! ```text
 //! X^T = beta (V^T - e^G * S K^T)                 what each key finds in the state, corrected
@@ -13,22 +11,26 @@
 //! S   = e^G_last * S + (e^(G_last - G) * U^T) K
 //! ```
 //!
-//! What is multiplied is f16, each row of S, X and U brought into its range by a power of two of its own: a
-//! row has 11 bits of its largest numbers, whatever their size. S itself stays f32 and is added to outside of
-//! the tensor cores, which cut sums towards zero. As each row is by itself, bits depend on nothing but the
-//! row's own history.
+//! There are two ways, with the same bits: each warp has 16 whole rows and multiplies for itself (`rows.rs`,
+//! `outputs.rs`), or three groups of four warps multiply together and share the columns of 64 rows (`group.rs`).
+//!
+//! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which depends on the
+//! row of S and on the chunk's largest value ([`Scales`](super::tiles::Scales)): 2^26 and more below what it is made for, numbers still have the 11
+//! bits of an f16. S itself stays f32 and is added to outside of the tensor cores, which cut sums towards zero. As
+//! each row is by itself, bits depend on nothing but the row's own history.
 
 use super::{
-    args::{Args, CHUNK, SLICE, ScanRoom, WARP_ROWS, padded},
+    args::{ATOM, Args, CHUNK, GROUP_THREADS, SLICE, ScanRoom, WARP_ROWS, padded},
     element::{load, size, store},
+    group::Group,
     outputs::Outputs,
+    rows::Rows,
     sequence::Sequence,
-    state::Rows,
 };
-use crate::gpu::{AsyncCopy, Gpu, TensorCore};
+use crate::gpu::{AsyncCopy, Gpu, Swizzle, TensorCore, Wgmma};
 
-/// A block's part of the call.
-pub(super) struct Block<'a, G> {
+/// A block's part of the call; `BY_GROUP` says how its warps multiply.
+pub(super) struct Block<'a, const BY_GROUP: bool, G> {
     pub(super) gpu: &'a G,
     pub(super) args: &'a Args,
     pub(super) room: ScanRoom,
@@ -40,37 +42,108 @@ pub(super) struct Block<'a, G> {
     pub(super) to: u32,
     /// Whether the sequence ends in the window.
     pub(super) ends: bool,
+    /// The first of the threads that copy, which are the last of the block.
+    pub(super) copiers: u32,
 }
 
-/// The kernel, for keys of `8 * TILES` numbers.
+/// The kernel, for keys of `8 * TILES` numbers, each warp multiplying for itself.
 ///
 /// # Safety
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    gpu.wait_for_previous();
-    let (group, slice) = args.slices.divide(gpu.block()[0]);
-    let (_, head) = args.num_v_heads.divide(group);
-    let rows = gpu.threads() / 64 * WARP_ROWS;
-    let room = ScanRoom::new(8 * TILES as u32, rows / SLICE);
-    // SAFETY: the caller's promises, here and below.
+    let threads = gpu.threads();
+    // SAFETY: the caller's promises.
     unsafe {
-        let sequence = Sequence::new(gpu, args, number(gpu, args));
-        let last = sequence.first_chunk + sequence.chunks().max(1) - 1;
-        if sequence.slot < 0 || last < args.first_chunk || sequence.first_chunk >= args.end_chunk {
-            return;
+        if let Some(block) = Block::<false, G>::new(gpu, args, [threads / 64 * WARP_ROWS, threads / 2]) {
+            rows::<TILES, G>(&block);
+            block.end();
         }
-        let from = sequence.first_chunk.max(args.first_chunk);
-        let to = (sequence.first_chunk + sequence.chunks()).min(args.end_chunk);
-        let ends = last < args.end_chunk;
-        let block = Block { gpu, args, room, head, first: slice * rows, from, to, ends };
-        if gpu.thread() < block.group() {
-            Rows::<G, TILES>::run(&block);
+    }
+}
+
+/// The kernel for blocks of 64 rows and [`GROUP_THREADS`] threads, four warps multiplying together. Keys have `8 * TILES`
+/// numbers, each group has columns of `OWN` atoms of S.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+pub unsafe fn run_by_group<const TILES: usize, const OWN: usize, G: Wgmma + TensorCore + AsyncCopy>(
+    gpu: &G,
+    args: &Args,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        if let Some(block) = Block::<true, G>::new(gpu, args, [2 * SLICE, GROUP_THREADS - 128]) {
+            Group::<G, TILES, OWN>::run(&block);
+            block.end();
+        }
+    }
+}
+
+/// All chunks of a block whose warps multiply for themselves. All threads come to each barrier in the same place.
+#[inline(always)]
+unsafe fn rows<const TILES: usize, G: TensorCore + AsyncCopy>(block: &Block<'_, false, G>) {
+    let Block { gpu, args, from, to, .. } = *block;
+    let has_rows = gpu.thread() < block.copiers;
+    let mut rows = Rows::<G, TILES>::new(block);
+    let outputs = Outputs::<G, TILES>::new(block);
+    let stages = args.stages;
+    // SAFETY: as `scan`.
+    unsafe {
+        // The states come through the last stage.
+        if has_rows {
+            rows.ask(from);
+            rows.begin(block.stage(stages - 1));
         } else {
-            Outputs::<G, TILES>::run(&block);
+            block.fetch_first::<TILES>();
         }
-        if ends {
-            block.roll_window(slice);
+        gpu.barrier();
+        let mut i = 0;
+        loop {
+            if from < to {
+                let base = block.stage(i);
+                let mut scales = [1.0; 2];
+                if has_rows {
+                    scales = rows.hand_over();
+                } else {
+                    block.wait::<TILES>(i);
+                }
+                // The chunk has landed, S is handed over.
+                gpu.barrier();
+                let (tokens, down);
+                if has_rows {
+                    rows.ask(from + i + 1);
+                    (tokens, down) = rows.correct(base, scales);
+                } else {
+                    if stages > 1 {
+                        block.fetch::<TILES>(i + stages - 1);
+                    }
+                    (tokens, down) = outputs.of_state(base);
+                }
+                // U is handed over.
+                gpu.barrier();
+                if has_rows {
+                    rows.update(base, tokens, down);
+                } else {
+                    outputs.put(from + i, base, tokens, down);
+                }
+            }
+            i += 1;
+            let is_last = from + i >= to;
+            if block.keeps(i) {
+                // Nobody needs the chunk any more: the states go through its stage.
+                gpu.barrier();
+                if has_rows {
+                    rows.keep((from + i).min(to), block.stage(i - 1));
+                }
+                gpu.barrier();
+            } else if stages == 1 {
+                gpu.barrier();
+            }
+            if is_last {
+                break;
+            }
         }
     }
 }
@@ -83,55 +156,55 @@ pub(super) fn number(gpu: &impl Gpu, args: &Args) -> u32 {
     number
 }
 
-impl<G: TensorCore + AsyncCopy> Block<'_, G> {
-    /// Half of the block's threads: those with rows of S, and those with their outputs.
+impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G> {
+    /// With so many rows, and the first of the threads that copy; `None` where there is nothing to do.
+    ///
+    /// # Safety
+    /// As [`run`].
     #[inline(always)]
-    pub(super) fn group(&self) -> u32 {
-        self.gpu.threads() / 2
+    unsafe fn new(gpu: &'a G, args: &'a Args, [rows, copiers]: [u32; 2]) -> Option<Self> {
+        gpu.wait_for_previous();
+        let (group, slice) = args.slices.divide(gpu.block()[0]);
+        let (_, head) = args.num_v_heads.divide(group);
+        let room = ScanRoom::new(args.dk, rows / SLICE, BY_GROUP);
+        // SAFETY: the caller's promise.
+        let sequence = unsafe { Sequence::new(gpu, args, number(gpu, args)) };
+        let last = sequence.first_chunk + sequence.chunks().max(1) - 1;
+        if sequence.slot < 0 || last < args.first_chunk || sequence.first_chunk >= args.end_chunk {
+            return None;
+        }
+        let from = sequence.first_chunk.max(args.first_chunk);
+        let to = (sequence.first_chunk + sequence.chunks()).min(args.end_chunk);
+        let ends = last < args.end_chunk;
+        Some(Self { gpu, args, room, head, first: slice * rows, from, to, ends, copiers })
     }
 
-    /// This thread in its half.
+    /// What is left to do after the last chunk.
+    ///
+    /// # Safety
+    /// As [`run`].
     #[inline(always)]
-    pub(super) fn thread(&self) -> u32 {
-        let (thread, group) = (self.gpu.thread(), self.group());
-        if thread < group { thread } else { thread - group }
-    }
-
-    /// The first of the warp's rows among the block's.
-    #[inline(always)]
-    pub(super) fn warp_row(&self) -> u32 {
-        self.thread() / 32 * WARP_ROWS
+    unsafe fn end(&self) {
+        if self.ends {
+            // SAFETY: the caller's promise.
+            unsafe { self.roll_window() };
+        }
     }
 
     /// Where in shared memory the chunk is that is `i` after the first.
     #[inline(always)]
     pub(super) fn stage(&self, i: u32) -> u32 {
-        (i & (self.args.stages - 1)) * self.room.bytes
+        let stage = match self.args.stages {
+            3 => i % 3,
+            stages => i & (stages - 1),
+        };
+        stage * self.room.bytes
     }
 
-    /// Where a warp hands over to the one that makes its outputs: the left sides of S, for the lane.
-    #[inline(always)]
-    pub(super) fn handed_state(&self) -> u32 {
-        let warp = self.thread() / 32;
-        self.args.stages * self.room.bytes + warp * ScanRoom::handed(self.args.dk) + self.gpu.lane() * 16
-    }
-
-    /// The left sides of U, for the lane.
-    #[inline(always)]
-    pub(super) fn handed_corrections(&self) -> u32 {
-        self.handed_state() + self.args.dk / 16 * 512
-    }
-
-    /// What brings rows of products with S, and with U, back to what they are: row `line` of the warp's.
-    #[inline(always)]
-    pub(super) fn handed_scales(&self, line: u32) -> u32 {
-        self.handed_corrections() - self.gpu.lane() * 16 + 2048 + line * 8
-    }
-
-    /// Whether the states are kept after the chunk that is `i` after the first.
+    /// Whether states are kept after the first `i` chunks.
     #[inline(always)]
     pub(super) fn keeps(&self, i: u32) -> bool {
-        self.args.has_checkpoints != 0 || self.from + i + 1 >= self.to
+        self.args.has_checkpoints != 0 || self.from + i >= self.to
     }
 
     /// The number of the v head, among those of all chunks.
@@ -141,58 +214,152 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         chunk * u64::from(self.args.num_v_heads.get()) + u64::from(self.head)
     }
 
-    /// Begins to copy a chunk into a stage: half of the threads.
+    /// Where a chunk's factors are in global memory.
     #[inline(always)]
-    pub(super) unsafe fn fetch<const TILES: usize>(&self, i: u32) {
-        let Self { args, room, .. } = *self;
-        let (base, chunk) = (self.stage(i), self.from + i);
-        let thread = self.thread();
-        let (key_head, _) = args.ratio.divide(self.head);
-        let window_chunk = u64::from(chunk - args.first_chunk);
-        let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
-        let keys = key * u64::from(CHUNK * args.dk * 2);
-        let head = self.v_head(chunk);
-        let square = head * u64::from(CHUNK * CHUNK * 2);
-        // SAFETY: as `run`.
-        unsafe {
-            self.copy::<TILES>(thread, base + room.k, args.scratch.k + keys);
-            self.copy::<8>(thread, base + room.t, args.scratch.t + square);
-            let slices = self.gpu.threads() / 128;
-            let mut slice = 0;
-            while slice < slices {
-                let at = args.scratch.v
-                    + head * u64::from(CHUNK * args.dv * 2)
-                    + u64::from((self.first + slice * SLICE) * CHUNK * 2);
-                self.copy::<4>(thread, base + room.v + slice * CHUNK * padded(SLICE), at);
-                slice += 1;
-            }
-            if thread < CHUNK {
-                let at = args.scratch.factors + head * u64::from(CHUNK * 16) + u64::from(thread * 16);
-                self.gpu.copy16(base + room.factors + thread * 16, at, true);
-            }
-            self.copy::<TILES>(thread, base + room.q, args.scratch.q + keys);
-            self.copy::<8>(thread, base + room.p, args.scratch.p + square);
+    pub(super) fn factors(&self, chunk: u32) -> u64 {
+        self.args.scratch.factors + self.v_head(chunk) * u64::from(CHUNK * 16)
+    }
+
+    /// Where the outputs of row `row` of the v head begin: where the values were.
+    #[inline(always)]
+    pub(super) fn outputs(&self, chunk: u32, row: u32) -> u64 {
+        let head = self.v_head(chunk) * u64::from(self.args.dv);
+        self.args.scratch.v + (head + u64::from(row)) * u64::from(CHUNK * 2)
+    }
+
+    /// Puts what brings the outputs of a row back to what they are.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    pub(super) unsafe fn put_scale(&self, chunk: u32, row: u32, down: f32) {
+        let place = self.v_head(chunk) * u64::from(self.args.dv) + u64::from(row);
+        let scale = down * self.args.scale;
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.store4(self.args.scratch.out_scales + place * 4, scale.to_bits()) };
+    }
+
+    /// Begins to copy what fits before the first chunk is looked at, but for the last stage: the copiers. Keys have
+    /// `8 * TILES` numbers.
+    #[inline(always)]
+    pub(super) unsafe fn fetch_first<const TILES: usize>(&self) {
+        let mut i = 0;
+        while i + 1 < self.args.stages {
+            // SAFETY: as `run`.
+            unsafe { self.fetch::<TILES>(i) };
+            i += 1;
         }
     }
 
-    /// Begins to copy 64 rows of `WORDS` times 16 bytes.
+    /// Waits for the copies of the chunk that is `i` after the first, whose last group is `i + stages - 2`: the copiers.
     #[inline(always)]
-    unsafe fn copy<const WORDS: usize>(&self, thread: u32, to: u32, from: u64) {
-        let words = WORDS as u32;
-        let mut i = thread;
-        while i < CHUNK * words {
-            let to = to + i / words * padded(words * 8) + i % words * 16;
+    unsafe fn wait<const TILES: usize>(&self, i: u32) {
+        if self.args.stages == 1 {
             // SAFETY: as `run`.
-            unsafe { self.gpu.copy16(to, from + u64::from(i * 16), true) };
-            i += self.group();
+            unsafe { self.fetch::<TILES>(i) };
+        }
+        if self.args.stages > 2 {
+            self.gpu.wait_copies::<1>();
+        } else {
+            self.gpu.wait_copies::<0>();
+        }
+    }
+
+    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage, in a group of copies:
+    /// the copiers.
+    #[inline(always)]
+    pub(super) unsafe fn fetch<const TILES: usize>(&self, i: u32) {
+        let Self { gpu, args, room, .. } = *self;
+        let (base, chunk) = (self.stage(i), self.from + i);
+        if chunk >= self.to {
+            gpu.commit_copies();
+            return;
+        }
+        let (key_head, _) = args.ratio.divide(self.head);
+        let window_chunk = u64::from(chunk - args.first_chunk);
+        let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
+        let keys = key * u64::from(CHUNK * 16 * TILES as u32);
+        let head = self.v_head(chunk);
+        let square = head * u64::from(CHUNK * CHUNK * 2);
+        let values = head * u64::from(CHUNK * args.dv * 2) + u64::from(self.first * CHUNK * 2);
+        let (thread, copiers) = (self.copier(), self.all_copiers());
+        // SAFETY: as `run`.
+        unsafe {
+            self.copy::<TILES>(base + room.k, args.scratch.k + keys);
+            self.copy::<8>(base + room.t, args.scratch.t + square);
+            // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all its rows.
+            let slices = if BY_GROUP { 2 } else { (room.bytes - room.v) / (CHUNK * padded(SLICE)) };
+            let to = base + room.v + thread / 4 * padded(SLICE) + thread % 4 * 16;
+            let from = args.scratch.v + values + u64::from(thread * 16);
+            let mut n = 0;
+            while n * copiers < slices * CHUNK * 4 {
+                let i = self.anew(n);
+                gpu.copy16(to + i * (copiers / 4 * padded(SLICE)), from + u64::from(i * copiers * 16), true);
+                n += 1;
+            }
+            if thread < CHUNK {
+                let at = self.factors(chunk) + u64::from(thread * 16);
+                gpu.copy16(base + room.factors + thread * 16, at, true);
+            }
+            self.copy::<TILES>(base + room.q, args.scratch.q + keys);
+            self.copy::<8>(base + room.p, args.scratch.p + square);
+            gpu.commit_copies();
+        }
+    }
+
+    /// This thread among the copiers. Worked out anew for each chunk: there are no registers to keep places in.
+    #[inline(always)]
+    fn copier(&self) -> u32 {
+        self.gpu.unforeseen(u64::from(self.gpu.thread() - self.copiers)) as u32
+    }
+
+    /// The same number, which a block whose copiers are not known beforehand multiplies anew each time.
+    #[inline(always)]
+    fn anew(&self, n: u32) -> u32 {
+        if BY_GROUP { n } else { self.gpu.unforeseen(u64::from(n)) as u32 }
+    }
+
+    /// How many copiers there are: 128 or 64.
+    #[inline(always)]
+    fn all_copiers(&self) -> u32 {
+        if BY_GROUP { 128 } else { self.gpu.threads() - self.copiers }
+    }
+
+    /// Begins to copy 64 rows of so many times 16 bytes. What is left of atoms becomes zeros.
+    #[inline(always)]
+    unsafe fn copy<const PIECES: usize>(&self, to: u32, from: u64) {
+        // A power of two of 16 bytes a row, so that a thread's are all in one column.
+        let (all, pieces) = (PIECES.next_power_of_two() as u32, PIECES as u32);
+        let (thread, copiers) = (self.copier(), self.all_copiers());
+        let (row, piece, step) = (thread / all, thread % all, copiers / all);
+        let is_there = piece < pieces;
+        if piece >= if BY_GROUP { pieces.next_multiple_of(8) } else { pieces } {
+            return;
+        }
+        // With 128 copiers a thread's rows are 8 apart or a multiple, and swizzled alike.
+        let first = if BY_GROUP {
+            Swizzle::Bytes128.place(piece / 8 * ATOM + row * 128 + piece % 8 * 16)
+        } else {
+            row * padded(pieces * 8) + piece * 16
+        };
+        let row_bytes = if BY_GROUP { 128 } else { padded(pieces * 8) };
+        let from = if is_there { from + u64::from((row * pieces + piece) * 16) } else { from };
+        let mut n = 0;
+        while n * step < CHUNK {
+            let i = self.anew(n);
+            let further = if is_there { u64::from(i * step * pieces * 16) } else { 0 };
+            // SAFETY: as `run`.
+            unsafe { self.gpu.copy16(to + first + i * step * row_bytes, from + further, is_there) };
+            n += 1;
         }
     }
 
     /// Brings the window of the convolution up to date, the block some of the channels. One thread moves a
     /// channel's columns, in order, so that it may move onto itself.
     #[inline(always)]
-    unsafe fn roll_window(&self, slice: u32) {
+    unsafe fn roll_window(&self) {
         let Self { gpu, args, .. } = self;
+        let (_, slice) = args.slices.divide(gpu.block()[0]);
         let state = &args.conv_state;
         // SAFETY: as `run`.
         let sequence = unsafe { Sequence::new(*gpu, args, number(*gpu, args)) };

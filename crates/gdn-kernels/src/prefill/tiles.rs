@@ -1,7 +1,12 @@
 //! Tiles of accumulators, and how rows of them become the left side of a product: f16, each row brought into
 //! range by a power of two.
 
-use super::element::power;
+use gdn_math::Lanes;
+
+use super::{
+    args::{CHUNK, padded},
+    element::power,
+};
 use crate::gpu::{Bytes16, F16, TensorCore};
 
 /// 8 columns of 16 rows: of rows g and g + 8 columns 2t and 2t + 1.
@@ -10,54 +15,91 @@ pub(super) type Tile = [f32; 4];
 /// What the tokens of a chunk make: 8 tiles.
 pub(super) type Tokens = [Tile; 8];
 
-/// Every tile, and of it both of the lane's rows.
+/// What a row of S, and what a chunk makes of it, are multiplied with to be in the range of f16, and what brings them
+/// back.
+///
+/// A row's absolute numbers add up to `sum`, and values times beta are at most `value`. Keys and queries have a norm of at most
+/// 1, beta is at most 2, and a token changes S by a contraction and its value. So no number of S, X, U or O is larger
+/// than 2 sum + 2 * 64 value.
 #[inline(always)]
-pub(super) fn each<const TILES: usize>(mut f: impl FnMut(usize, usize)) {
-    let mut tile = 0;
-    while tile < TILES {
-        f(tile, 0);
-        f(tile, 1);
-        tile += 1;
-    }
-}
-
-/// Powers of two that bring the lane's two rows of some tiles, which are `units` times something, into the
-/// range of f16, and those that bring them back to that something. They depend on it alone.
-#[inline(always)]
-pub(super) fn scales<const TILES: usize>(
-    gpu: &impl TensorCore,
-    tiles: &[Tile; TILES],
-    units: [f32; 2],
-) -> ([f32; 2], [f32; 2]) {
-    let mut largest = [0.0f32; 2];
-    let mut tile = 0;
-    while tile < TILES {
-        let mut i = 0;
-        while i < 4 {
-            largest[i / 2] = largest[i / 2].max(tiles[tile][i].abs());
-            i += 1;
-        }
-        tile += 1;
-    }
-    let (mut up, mut down) = ([0.0; 2], [0.0; 2]);
-    let mut r = 0;
-    while r < 2 {
-        let mut mask = 1;
-        while mask < 4 {
-            largest[r] = largest[r].max(f32::from_bits(gpu.shuffle_xor(largest[r].to_bits(), mask)));
-            mask *= 2;
-        }
-        (up[r], down[r]) = power(largest[r] * inverse(units[r]));
-        up[r] *= inverse(units[r]);
-        r += 1;
-    }
-    (up, down)
+pub(super) fn scale(sum: f32, value: f32) -> [f32; 2] {
+    let (up, down) = power(Lanes::mul_add(sum, 2.0, value * 130.0));
+    [up, down]
 }
 
 /// The inverse of a power of two from 2^-126 to 2^126.
 #[inline(always)]
 pub(super) fn inverse(power: f32) -> f32 {
     f32::from_bits((254 << 23) - power.to_bits())
+}
+
+/// The absolute numbers of the lane's two rows of some tiles, added up over the four lanes that have them.
+#[inline(always)]
+pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
+    let mut sums = [0.0f32; 2];
+    let mut tile = 0;
+    while tile < tiles.len() {
+        let mut i = 0;
+        while i < 4 {
+            sums[i / 2] += tiles[tile][i].abs();
+            i += 1;
+        }
+        tile += 1;
+    }
+    [gpu.sum::<4>(sums[0]), gpu.sum::<4>(sums[1])]
+}
+
+/// What of a chunk's tokens is asked for ahead of time: of two tokens a lane what values are multiplied with, and what is
+/// left of U at the chunk's end.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Values([[u32; 2]; 2]);
+
+impl Values {
+    /// Of the chunk whose factors are there in global memory.
+    ///
+    /// # Safety
+    /// They are there.
+    #[inline(always)]
+    pub(super) unsafe fn load(gpu: &impl TensorCore, factors: u64) -> Self {
+        let two = |token: u32| {
+            let at = factors + u64::from(token * 16);
+            // SAFETY: the caller's promise.
+            unsafe { [gpu.load4(at), gpu.load4(at + 12)] }
+        };
+        Self([two(gpu.lane()), two(gpu.lane() + CHUNK / 2)])
+    }
+
+    /// The same in shared memory.
+    ///
+    /// # Safety
+    /// They are there.
+    #[inline(always)]
+    pub(super) unsafe fn load_shared(gpu: &impl TensorCore, factors: u32) -> Self {
+        let two = |token: u32| {
+            let at = factors + token * 16;
+            // SAFETY: the caller's promise.
+            unsafe { [gpu.load_shared4(at), gpu.load_shared4(at + 12)] }
+        };
+        Self([two(gpu.lane()), two(gpu.lane() + CHUNK / 2)])
+    }
+
+    /// What no value of the chunk times its beta is larger than (values are brought to less than 2^15); and a power of
+    /// two that brings the largest of what is left at the chunk's end of the tokens that change S close to 1.
+    #[inline(always)]
+    pub(super) fn largest(self, gpu: &impl TensorCore) -> [f32; 2] {
+        let [[a, of_a], [b, of_b]] = self.0.map(|two| two.map(|bits| f32::from_bits(bits).abs()));
+        let left = |value: f32, left: f32| if value == 0.0 { 0.0 } else { left };
+        let (mut largest, mut last) = (a.max(b), left(a, of_a).max(left(b, of_b)));
+        let mut mask = 16;
+        while mask > 0 {
+            largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
+            last = last.max(f32::from_bits(gpu.shuffle_xor(last.to_bits(), mask)));
+            mask /= 2;
+        }
+        // `last` is 0 to 1.
+        let exponent = (last.to_bits() >> 23).clamp(127 - 60, 127);
+        [largest * 32768.0, f32::from_bits((254 - exponent) << 23)]
+    }
 }
 
 /// Two tiles side by side as the left side of a product, each row times its factor.
@@ -67,32 +109,68 @@ pub(super) fn packed(gpu: &impl TensorCore, low: &Tile, high: &Tile, factors: [f
     [two(low, 0), two(low, 1), two(high, 0), two(high, 1)]
 }
 
-/// Adds the product with 16 x 16 of a right side to two tiles.
+/// What the tokens of a chunk make as the left sides of products.
 #[inline(always)]
-pub(super) fn product(
+pub(super) fn lefts(gpu: &impl TensorCore, tokens: &Tokens) -> [[u32; 4]; 4] {
+    let mut left = [[0; 4]; 4];
+    let mut k16 = 0;
+    while k16 < 4 {
+        left[k16] = packed(gpu, &tokens[2 * k16], &tokens[2 * k16 + 1], [1.0; 2]);
+        k16 += 1;
+    }
+    left
+}
+
+/// Makes X of what 16 keys find in S, in two tiles: `words` are their values, as `ldmatrix` brings them, `factors` is
+/// where those of the first begin for the lane, `up` what S is multiplied with.
+///
+/// # Safety
+/// As [`factor`].
+#[inline(always)]
+pub(super) unsafe fn corrected(
     gpu: &impl TensorCore,
-    left: [u32; 4],
-    [b0, b1, b2, b3]: [u32; 4],
-    sums: &mut Tokens,
-    pair: usize,
+    words: [u32; 4],
+    factors: u32,
+    up: [f32; 2],
+    found: &mut [Tile],
 ) {
-    sums[2 * pair] = gpu.mma::<F16>(left, [b0, b1], sums[2 * pair]);
-    sums[2 * pair + 1] = gpu.mma::<F16>(left, [b2, b3], sums[2 * pair + 1]);
+    let mut tile = 0;
+    while tile < 2 {
+        let two = [gpu.unpack_f16(words[2 * tile]), gpu.unpack_f16(words[2 * tile + 1])];
+        let mut c = 0;
+        while c < 2 {
+            // SAFETY: the caller's promise.
+            let [value, of_state, ..] = unsafe { factor(gpu, factors, tile, c) };
+            let mut r = 0;
+            while r < 2 {
+                let at = &mut found[tile][2 * r + c];
+                *at = Lanes::mul_add(*at, -of_state, value * two[r][c] * up[r]);
+                r += 1;
+            }
+            c += 1;
+        }
+        tile += 1;
+    }
 }
 
-/// Where the lane's row of four 8 x 8 matrices begins that are 16 x 16 of a right side: first along the sum,
-/// then along its columns.
+/// What queries find in S, times what is left of it at theirs.
+///
+/// # Safety
+/// As [`factor`].
 #[inline(always)]
-pub(super) fn right(gpu: &impl TensorCore, row_bytes: u32) -> u32 {
-    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
-    (matrix / 2 * 8 + line) * row_bytes + matrix % 2 * 16
-}
-
-/// The same of a right side whose rows lie along the sum.
-#[inline(always)]
-pub(super) fn right_transposed(gpu: &impl TensorCore, row_bytes: u32) -> u32 {
-    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
-    (matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16
+pub(super) unsafe fn from_start(gpu: &impl TensorCore, factors: u32, o: &mut Tokens) {
+    let mut tile = 0;
+    while tile < 8 {
+        let mut c = 0;
+        while c < 2 {
+            // SAFETY: the caller's promise.
+            let [.., from_start, _] = unsafe { factor(gpu, factors, tile, c) };
+            o[tile][c] *= from_start;
+            o[tile][c + 2] *= from_start;
+            c += 1;
+        }
+        tile += 1;
+    }
 }
 
 /// The factors of a token, which begin at `factors` for the lane: of tile `tile` its first or second column.
@@ -107,45 +185,57 @@ pub(super) unsafe fn factor(gpu: &impl TensorCore, factors: u32, tile: usize, co
     words.map(f32::from_bits)
 }
 
-/// Adds the products of a lower triangle's rows, which begin at `at` for the lane, with 64 columns of a left
-/// side to `sums`.
+/// Where the lane's row of four 8 x 8 matrices begins that are 16 x 16 of a right side: first along the sum,
+/// then along its columns.
+#[inline(always)]
+pub(super) fn right(gpu: &impl TensorCore, row_bytes: u32) -> u32 {
+    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
+    (matrix / 2 * 8 + line) * row_bytes + matrix % 2 * 16
+}
+
+/// Adds the product with 16 x 16 of a right side to two tiles.
+#[inline(always)]
+fn product(
+    gpu: &impl TensorCore,
+    left: [u32; 4],
+    [b0, b1, b2, b3]: [u32; 4],
+    sums: &mut Tokens,
+    pair: usize,
+) {
+    sums[2 * pair] = gpu.mma::<F16>(left, [b0, b1], sums[2 * pair]);
+    sums[2 * pair + 1] = gpu.mma::<F16>(left, [b2, b3], sums[2 * pair + 1]);
+}
+
+/// Adds the products of a lower triangle's rows, padded at `at`, with 64 columns of a left side to `sums`.
 ///
 /// # Safety
 /// They are in shared memory, for all to see.
 #[inline(always)]
-pub(super) unsafe fn by_triangle(
-    gpu: &impl TensorCore,
-    left: impl Fn(usize) -> [u32; 4],
-    at: u32,
-    row_bytes: u32,
-    sums: &mut Tokens,
-) {
+pub(super) unsafe fn by_triangle(gpu: &impl TensorCore, left: &[[u32; 4]; 4], at: u32, sums: &mut Tokens) {
+    let row_bytes = padded(CHUNK);
+    let at = at + right(gpu, row_bytes);
     let mut k16 = 0;
     while k16 < 4 {
-        let left = left(k16);
         let mut pair = k16;
         while pair < 4 {
             let at = at + pair as u32 * 16 * row_bytes + k16 as u32 * 32;
             // SAFETY: the caller's promise.
             let right = unsafe { gpu.load_matrix4::<false>(at) };
-            product(gpu, left, right, sums, pair);
+            product(gpu, left[k16], right, sums, pair);
             pair += 1;
         }
         k16 += 1;
     }
 }
 
-/// Products of S, whose left sides lie at `left` for the lane, with 64 rows that begin at `at` for it.
+/// Products of S, whose left sides lie at `left` for the lane, with 64 rows of `8 * TILES` numbers, padded at `at`.
 ///
 /// # Safety
 /// They are in shared memory, for all to see.
 #[inline(always)]
-pub(super) unsafe fn of_state<const TILES: usize>(
-    gpu: &impl TensorCore,
-    left: u32,
-    at: u32,
-    row_bytes: u32,
-) -> Tokens {
+pub(super) unsafe fn of_state<const TILES: usize>(gpu: &impl TensorCore, left: u32, at: u32) -> Tokens {
+    let row_bytes = padded(8 * TILES as u32);
+    let at = at + right(gpu, row_bytes);
     let mut sums = [[0.0; 4]; 8];
     let mut k16 = 0;
     while k16 < TILES / 2 {

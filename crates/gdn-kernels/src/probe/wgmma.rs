@@ -44,7 +44,7 @@ pub unsafe fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, cons
         // k-major: 8 rows of m or n follow each other at 1024 bytes; the other way 8 k do, and stretches of
         // 64 m or n at 64 k.
         if major == OTHER_MAJOR {
-            Operand { at, swizzle: Swizzle::Bytes128, leading: K * 128, stride: 1024 }
+            Operand { leading: K * 128, ..Operand::k_major(at) }
         } else {
             Operand::k_major(at)
         }

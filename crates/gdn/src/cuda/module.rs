@@ -247,7 +247,7 @@ mod tests {
             assert_eq!(target(capability), expected, "{capability:?}");
         }
         assert!(Target::Sm90a.runs_on((9, 0)) && !Target::Sm90a.runs_on((10, 0)));
-        // On every device every kernel of the table is there, once.
+        // On every device every op of the table is there; beside them what is for some devices alone.
         for capability in [(8, 0), (9, 0), (12, 0)] {
             let families = families_for(MODULES, capability);
             for op in MODULES.iter().map(|module| module.op) {
@@ -255,7 +255,9 @@ mod tests {
                     .iter()
                     .filter(|f| MODULES.iter().any(|m| m.op == op && std::ptr::eq(m.ptx, f.ptx)))
                     .count();
-                assert!(count > 0, "{op} on {capability:?}");
+                let is_for_some = op == "prefill_wgmma";
+                let expected = !is_for_some || capability == (9, 0);
+                assert_eq!(count > 0, expected, "{op} on {capability:?}");
             }
         }
     }

@@ -3,9 +3,10 @@
 
 use cudarc::driver::{DevicePtrMut, sys::CUstream};
 use gdn_kernels::{
+    modules::Target,
     prefill::args::{
-        Args, CHUNK, CONVOLVE_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom, Scratch,
-        Strided, TAPS, THREADS, norm_bytes,
+        Args, CHUNK, CONVOLVE_THREADS, GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom,
+        Scratch, Strided, TAPS, THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -289,6 +290,8 @@ pub(crate) struct Profile {
     pub(crate) multiprocessors: u32,
     /// Bytes of shared memory that a block can have.
     pub(crate) shared: u32,
+    /// Whether it has `wgmma`.
+    pub(crate) wgmma: bool,
     /// Tests choose windows of few chunks, and the threads of a block of the scan.
     pub(crate) window: Option<usize>,
     pub(crate) threads: Option<u32>,
@@ -300,6 +303,7 @@ impl Profile {
         Self {
             multiprocessors: info.multiprocessors,
             shared: info.shared_bytes_per_block,
+            wgmma: Target::Sm90a.runs_on(info.compute_capability),
             window: None,
             threads: None,
         }
@@ -415,19 +419,23 @@ impl Job {
         // Features of a row, so of all channels, have 31 bits with room to spare.
         number(heads.qkvz_features().saturating_mul(2))?;
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
-        // As few blocks as multiprocessors have half the rows each: twice as many run side by side.
+        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side. Where there are
+        // more, four warps multiply together, if the device can and there are 64 rows for them.
+        let room = |threads: u32, by_group, stages| ScanRoom::all(dk, threads / 128, by_group, stages);
+        let has_64 =
+            |by_group, stages| dv.is_multiple_of(2 * SLICE) && room(256, by_group, stages) <= profile.shared;
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
         let threads = profile.threads.unwrap_or_else(|| {
             if halves.is_some_and(|halves| halves <= profile.multiprocessors) { 128 } else { 256 }
         });
-        let room = |threads: u32, stages| ScanRoom::all(dk, threads / 128, stages);
-        let has_halves = dv.is_multiple_of(2 * SLICE) && room(256, 1) <= profile.shared;
-        let threads = if has_halves { threads } else { 128 };
+        let by_group = profile.wgmma && threads > 128 && has_64(true, 3);
+        let threads = if by_group || has_64(false, 1) { threads } else { 128 };
         let slices = dv / (threads / 128 * SLICE);
         let scan_blocks = count((hv * slices as usize).checked_mul(num_sequences)).ok_or_else(too_many)?;
         let (chunks, window) = (number(chunks)?, number(window)?);
         count((window as usize).checked_mul(2 * hk + hv)).ok_or_else(too_many)?;
-        let stages = if room(threads, 2) <= profile.shared { 2 } else { 1 };
+        let fits = |stages: &u32| room(threads, by_group, *stages) <= profile.shared;
+        let stages = [3, 2].into_iter().find(fits).unwrap_or(1);
         let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
         let element = tokens.q.dtype.size() as u64;
         let fields = [&tokens.q, &tokens.k, &tokens.v, &tokens.z].map(field);
@@ -440,7 +448,13 @@ impl Job {
             && layer.conv_width == TAPS as usize;
         let (out, out_element) = (strided(&tokens.out), tokens.out.kind.size() as u64);
         let [of_row, of_head, of_column] = out.strides;
-        let wide_out = is_wide(out_element, [out.address, of_row, of_head]) && of_column == out_element;
+        // How many times four elements can be moved at once.
+        let width = |size: u64, all: &[u64]| {
+            [2, 1].into_iter().find(|width| is_wide(size * width, all.iter().copied())).unwrap_or(0) as u32
+        };
+        let wide_z = width(element, &[z.address, z.row_stride, z.head_step]);
+        let wide_out =
+            if of_column == out_element { width(out_element, &[out.address, of_row, of_head]) } else { 0 };
         let state = plan.recurrent.as_ref().map(|recurrent| &recurrent.state);
         let conv = plan.conv.as_ref().map(|conv| &conv.state);
         let kept = plan.checkpoints.as_ref().filter(|kept| kept.recurrent_states.sizes[0] > 0);
@@ -466,7 +480,8 @@ impl Job {
             stages,
             sigmoid: u32::from(layer.gate == Gate::Sigmoid),
             wide: u32::from(wide),
-            wide_out: u32::from(wide_out),
+            wide_z,
+            wide_out,
             wide_state: state.map_or(0, |state| wide_state(&strided(state), state.kind.size())),
             wide_checkpoints: kept.map_or(0, |kept| {
                 wide_state(&strided(&kept.recurrent_states), kept.recurrent_states.kind.size())
@@ -527,12 +542,17 @@ impl Job {
             threads: PREPARE_THREADS,
             shared: PrepareRoom::new(dk, ratio as u32).bytes,
         };
-        let kernel = match dk {
-            64 => "gdn_prefill_scan_64",
-            96 => "gdn_prefill_scan_96",
-            _ => "gdn_prefill_scan_128",
+        let kernel = match (dk, by_group) {
+            (64, false) => "gdn_prefill_scan_64",
+            (96, false) => "gdn_prefill_scan_96",
+            (_, false) => "gdn_prefill_scan_128",
+            (64, true) => "gdn_prefill_scan_group_64",
+            (96, true) => "gdn_prefill_scan_group_96",
+            (_, true) => "gdn_prefill_scan_group_128",
         };
-        let scan = Step { kernel, args, blocks: scan_blocks, threads, shared: room(threads, stages) };
+        let shared = room(threads, by_group, stages);
+        let threads = if by_group { GROUP_THREADS } else { threads };
+        let scan = Step { kernel, args, blocks: scan_blocks, threads, shared };
         let norm = Step {
             kernel: "gdn_prefill_norm",
             args,

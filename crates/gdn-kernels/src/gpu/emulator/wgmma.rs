@@ -42,7 +42,7 @@ fn at(operand: &Operand, other_major: bool, piece: u32, line: u32) -> u32 {
         (true, Swizzle::None) => line / 8 * operand.leading + outside * operand.stride,
         (true, _) => line / 8 * operand.stride + outside * operand.leading,
     };
-    operand.swizzle.place(operand.at + row + rest)
+    operand.swizzle.place(operand.at + operand.offset + row + rest)
 }
 
 /// Reads an operand: `lines` of 16 along k.

@@ -27,12 +27,13 @@ pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 /// Products are of f16.
 const PRECISION: Precision = Precision { error: 5e-4, change: 1.0 / 2048.0 };
 
-/// All of shared memory, the launch's own choices.
-const WHOLE: Profile = Profile { multiprocessors: 132, shared: 227 << 10, window: None, threads: None };
+/// All of shared memory, `wgmma`, as if there were more sequences than multiprocessors.
+const WHOLE: Profile =
+    Profile { multiprocessors: 0, shared: 227 << 10, wgmma: true, window: None, threads: None };
 
 /// As little shared memory as any device has, windows of two chunks, blocks with twice the rows.
 const SMALL: Profile =
-    Profile { multiprocessors: 132, shared: 99 << 10, window: Some(2), threads: Some(256) };
+    Profile { multiprocessors: 132, shared: 99 << 10, wgmma: false, window: Some(2), threads: Some(256) };
 
 /// Bytes of scratch that a call takes.
 pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usize {

@@ -38,7 +38,8 @@ fn gpu() -> Option<Gpu> {
 
 /// No more shared memory than the device has.
 fn on(gpu: &Gpu, profile: Profile) -> Profile {
-    Profile { shared: profile.shared.min(Profile::of(gpu).shared), ..profile }
+    let own = Profile::of(gpu);
+    Profile { shared: profile.shared.min(own.shared), wgmma: profile.wgmma && own.wgmma, ..profile }
 }
 
 /// The tensors of a call on the device: each with the bytes before it.

@@ -25,7 +25,8 @@ macro_rules! kernels {
 fn kernel(step: &Step, gpu: &Thread<'_>) {
     kernels!(step, gpu:
         gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
-        gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128);
+        gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128
+        gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128);
 }
 
 /// Runs a call on the emulator. The kernels that it took.
@@ -78,7 +79,7 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
 fn the_oracle_on_the_emulator() {
     let mut seen = std::collections::BTreeSet::new();
     cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
-    assert_eq!(seen.len(), 8, "{seen:?}");
+    assert_eq!(seen.len(), 11, "{seen:?}");
 }
 
 #[test]

@@ -1,0 +1,435 @@
+//! Three groups of four warps, of which each multiplies together (`wgmma`), with 64 rows of S.
+//!
+//! The first two share the columns of S, and the tokens of X and U; the third makes the outputs and copies the chunks that all
+//! need. What one makes and another multiplies goes through shared memory, as atoms of 64 columns.
+
+use gdn_math::Lanes;
+
+use super::{
+    args::{ATOM, CHUNK, GroupRoom, SLICE, WARP_ROWS, padded, state_row},
+    scan::Block,
+    states::{Place, States},
+    tiles::{Tile, Tokens, Values, corrected, factor, from_start, inverse, right, scale, sums},
+};
+use crate::gpu::{
+    Accumulators, AsyncCopy, Bytes16, F16, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, TensorCore, Wgmma,
+};
+
+/// Chunks in shared memory: one that is worked with, one that has landed, one on its way.
+const STAGES: u32 = 3;
+/// The barrier of the first two groups.
+const CHAIN: u32 = 1;
+const CHAIN_THREADS: u32 = 256;
+/// That of the third.
+const OUTPUTS: u32 = 2;
+
+/// A warp of one of the first two groups, or of the third, in which there is no S.
+pub(super) struct Group<'a, G, const TILES: usize, const OWN: usize> {
+    block: &'a Block<'a, true, G>,
+    room: GroupRoom,
+    /// 0 to 2.
+    group: u32,
+    /// Of atoms `group`, `group + 2`: the warp's rows.
+    s: [[Tile; 8]; OWN],
+}
+
+impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Group<'a, G, TILES, OWN> {
+    /// Columns of S in atoms of 64.
+    const ATOMS: u32 = (TILES as u32).div_ceil(8);
+
+    /// All chunks of the block. All threads that come to a barrier come to it in the same place.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run).
+    #[inline(always)]
+    pub(super) unsafe fn run(block: &'a Block<'a, true, G>) {
+        let Block { gpu, args, from, to, .. } = *block;
+        let room = GroupRoom::new(args.dk, STAGES * block.room.bytes);
+        let group = gpu.thread() / 128;
+        let mut own = Self { block, room, group, s: [[[0.0; 4]; 8]; OWN] };
+        let in_chain = group < 2;
+        // SAFETY: the caller's promises.
+        unsafe {
+            // The states come through the last stage.
+            if in_chain {
+                let states = block.begin();
+                if states.at != 0 {
+                    own.exchange::<true>(&states, block.stage(STAGES - 1));
+                }
+            } else {
+                block.fetch_first::<TILES>();
+                gpu.wait_copies::<1>();
+                gpu.fence_async();
+            }
+            // The first chunk has landed.
+            gpu.barrier();
+            let mut i = 0;
+            loop {
+                if from < to {
+                    let base = block.stage(i);
+                    let (mut up, mut down, mut lift) = ([1.0; 2], [1.0; 2], 1.0);
+                    if in_chain {
+                        (up, down, lift) = own.hand_over(base);
+                        gpu.fence_async();
+                    }
+                    // S is handed over.
+                    gpu.barrier();
+                    let mut o = Accumulators::<32>::zero();
+                    if in_chain {
+                        own.correct(base, up, lift);
+                        gpu.fence_async();
+                    } else {
+                        down = own.outputs_of_state(base, &mut o);
+                        // The next chunk has landed. A fence waits for all copies: those of the one behind begin after it.
+                        gpu.wait_copies::<0>();
+                        gpu.fence_async();
+                        block.fetch::<TILES>(i + STAGES - 1);
+                    }
+                    // U is handed over.
+                    gpu.barrier();
+                    if in_chain {
+                        own.update(base, down);
+                    } else {
+                        own.put(from + i, base, &mut o, down);
+                    }
+                }
+                i += 1;
+                let is_last = from + i >= to;
+                if block.keeps(i) {
+                    // Nobody needs the chunk any more: the states go through its stage.
+                    gpu.barrier();
+                    if in_chain {
+                        let stage = block.stage(i - 1);
+                        block.keep((from + i).min(to), |states| own.exchange::<false>(states, stage));
+                    }
+                    gpu.barrier();
+                }
+                if is_last {
+                    break;
+                }
+            }
+            if gpu.thread() == block.copiers {
+                gpu.bulk_stores_wait::<0>();
+            }
+        }
+    }
+
+    /// The first of the warp's rows among the block's.
+    #[inline(always)]
+    fn row(&self) -> u32 {
+        self.block.gpu.thread() / 32 % 4 * WARP_ROWS
+    }
+
+    /// Reads the warp's part of S, or writes it.
+    #[inline(always)]
+    unsafe fn exchange<const READ: bool>(&mut self, states: &States, room: u32) {
+        let row = self.row();
+        let room = room + self.block.gpu.thread() / 32 * WARP_ROWS * state_row(64);
+        let mut j = 0;
+        while j < OWN {
+            let atom = 2 * j as u32 + self.group;
+            let place = Place { row: self.block.first + row, column: atom * 64, room };
+            let s = &mut self.s[j];
+            // SAFETY: as `run`.
+            unsafe {
+                if (atom + 1) * 8 <= TILES as u32 {
+                    self.block.exchange::<READ, 8>(states, place, s);
+                } else if !TILES.is_multiple_of(8) && atom < Self::ATOMS {
+                    self.block.exchange::<READ, 4>(states, place, s);
+                }
+            }
+            j += 1;
+        }
+    }
+
+    /// Where the lane's numbers of its first row are in an atom, in its first tile of 8 columns. Those of tile `i` are at
+    /// this `^ 16 * i`.
+    #[inline(always)]
+    fn place(&self, atom: u32) -> u32 {
+        let gpu = self.block.gpu;
+        let row = self.row() + gpu.lane() / 4;
+        let at = Swizzle::Bytes128.place(atom + row * 128) + gpu.lane() % 4 * 4;
+        // Worked out anew for each chunk: there are no registers to keep all places in.
+        gpu.unforeseen(u64::from(at)) as u32
+    }
+
+    /// Puts two numbers of each of the lane's rows at a [place](Group::place).
+    #[inline(always)]
+    unsafe fn put_two(&self, place: u32, [low, high]: [u32; 2]) {
+        let gpu = self.block.gpu;
+        // SAFETY: as `run`.
+        unsafe {
+            gpu.store_shared4(place, low);
+            gpu.store_shared4(place + 8 * 128, high);
+        }
+    }
+
+    /// Puts S where all multiply it, f16 that were brought into range for the chunk at `base`. What rows are multiplied
+    /// with for that; what U is multiplied with in addition, as far as it is left at the end, and what brings that back.
+    #[inline(always)]
+    unsafe fn hand_over(&self, base: u32) -> ([f32; 2], [f32; 2], f32) {
+        let (gpu, room) = (self.block.gpu, &self.room);
+        let (row, lane) = (self.row() + gpu.lane() / 4, gpu.lane());
+        // SAFETY: as `run`.
+        unsafe {
+            let mut j = 0;
+            while j < OWN {
+                let [a, b] = sums(gpu, &self.s[j]);
+                let atom = 2 * j as u32 + self.group;
+                if lane.is_multiple_of(4) && atom < Self::ATOMS {
+                    let at = room.sums + atom * 256 + row * 4;
+                    gpu.store_shared4(at, a.to_bits());
+                    gpu.store_shared4(at + 32, b.to_bits());
+                }
+                j += 1;
+            }
+            let [value, lift] = Values::load_shared(gpu, base + self.block.room.factors).largest(gpu);
+            gpu.barrier_of(CHAIN, CHAIN_THREADS);
+            let mut sum = [0.0; 2];
+            let mut atom = 0;
+            while atom < Self::ATOMS {
+                let at = room.sums + atom * 256 + row * 4;
+                sum[0] += f32::from_bits(gpu.load_shared4(at));
+                sum[1] += f32::from_bits(gpu.load_shared4(at + 32));
+                atom += 1;
+            }
+            let [[up_0, down_0], [up_1, down_1]] = sum.map(|sum| scale(sum, value));
+            if lane.is_multiple_of(4) && self.group == 0 {
+                gpu.store_shared4(room.downs + row * 4, down_0.to_bits());
+                gpu.store_shared4(room.downs + row * 4 + 32, down_1.to_bits());
+            }
+            let mut j = 0;
+            while j < OWN {
+                let atom = 2 * j as u32 + self.group;
+                if atom < Self::ATOMS {
+                    let place = self.place(room.s + atom * ATOM);
+                    let mut tile = 0;
+                    while tile < 8 {
+                        let [a, b, c, d] = self.s[j][tile];
+                        let two = [gpu.pack_f16(a * up_0, b * up_0), gpu.pack_f16(c * up_1, d * up_1)];
+                        self.put_two(place ^ (tile as u32 * 16), two);
+                        tile += 1;
+                    }
+                }
+                j += 1;
+            }
+            let low = inverse(lift);
+            ([up_0, up_1], [down_0 * low, down_1 * low], lift)
+        }
+    }
+
+    /// U of the group's 32 tokens of the chunk at `base`, which is handed over, and what is left of it at the chunk's
+    /// end, as many times themselves as `up` and `lift` say.
+    #[inline(always)]
+    unsafe fn correct(&self, base: u32, up: [f32; 2], lift: f32) {
+        let Block { gpu, room, .. } = *self.block;
+        let handed = &self.room;
+        let (lane, first) = (gpu.lane(), self.group * 32);
+        // The group's tokens are half of the columns.
+        let places = [handed.x, handed.u, handed.u_end].map(|at| self.place(at) ^ (first * 2));
+        // SAFETY: as `run`; the chunk was copied and S handed over, and a barrier is past.
+        unsafe {
+            let mut found = Accumulators::<16>::zero();
+            gpu.sums(&mut found);
+            gpu.wgmma_begin();
+            self.of_state(base + room.k + first * 128, &mut found);
+            gpu.wgmma_commit();
+            // Of V^T four matrices of 8 tokens and 8 rows each, twice.
+            let row = self.row();
+            let v = base
+                + room.v
+                + row / SLICE * CHUNK * padded(SLICE)
+                + row % SLICE * 2
+                + first * padded(SLICE)
+                + right(gpu, padded(SLICE));
+            let words = [gpu.load_matrix4::<true>(v), gpu.load_matrix4::<true>(v + 16 * padded(SLICE))];
+            let factors = base + room.factors + first * 16 + lane % 4 * 32;
+            gpu.wgmma_wait::<0>();
+            let mut x = four(gpu.sums(&mut found));
+            corrected(gpu, words[0], factors, up, x.split_at_mut(0).1);
+            corrected(gpu, words[1], factors + 256, up, x.split_at_mut(2).1);
+            let mut tile = 0;
+            while tile < 4 {
+                let [a, b, c, d] = x[tile];
+                let two = [gpu.pack_f16(a, b), gpu.pack_f16(c, d)];
+                self.put_two(places[0] ^ (tile as u32 * 16), two);
+                tile += 1;
+            }
+            gpu.fence_async();
+            gpu.barrier_of(CHAIN, CHAIN_THREADS);
+            let mut u = Accumulators::<16>::zero();
+            gpu.sums(&mut u);
+            gpu.wgmma_begin();
+            let mut k16 = 0;
+            while k16 < 4 {
+                // Of the first tokens' rows of T what is right of the diagonal is zero.
+                let x = Operand::k_major(handed.x).further(k16 * 32);
+                let t = Operand::k_major(base + room.t + first * 128).further(k16 * 32);
+                gpu.wgmma::<F16, K_MAJOR, K_MAJOR, 16>(&mut u, x, t, k16 > 0);
+                k16 += 1;
+            }
+            gpu.wgmma_commit();
+            gpu.wgmma_wait::<0>();
+            let u = four(gpu.sums(&mut u));
+            let mut tile = 0;
+            while tile < 4 {
+                let [a, b, c, d] = u[tile];
+                let two = [gpu.pack_f16(a, b), gpu.pack_f16(c, d)];
+                self.put_two(places[1] ^ (tile as u32 * 16), two);
+                let [low, high] = [0, 1].map(|c| {
+                    let [.., to_end] = factor(gpu, factors, tile, c);
+                    to_end * lift
+                });
+                let two = [gpu.pack_f16(a * low, b * high), gpu.pack_f16(c * low, d * high)];
+                self.put_two(places[2] ^ (tile as u32 * 16), two);
+                tile += 1;
+            }
+        }
+    }
+
+    /// Begins to multiply S with rows of atoms that begin at `at`.
+    #[inline(always)]
+    unsafe fn of_state<const REGISTERS: usize>(&self, at: u32, sums: &mut Accumulators<REGISTERS>) {
+        let gpu = self.block.gpu;
+        let mut k16 = 0;
+        while k16 < TILES as u32 / 2 {
+            let of = |at: u32| Operand::k_major(at).further(k16 / 4 * ATOM + k16 % 4 * 32);
+            // SAFETY: as `run`.
+            unsafe { gpu.wgmma::<F16, K_MAJOR, K_MAJOR, REGISTERS>(sums, of(self.room.s), of(at), k16 > 0) };
+            k16 += 1;
+        }
+    }
+
+    /// Brings S to the end of the chunk at `base`; `down` brings U back.
+    #[inline(always)]
+    unsafe fn update(&mut self, base: u32, down: [f32; 2]) {
+        let Block { gpu, room, .. } = *self.block;
+        // SAFETY: as `run`; U was handed over, and a barrier is past.
+        unsafe {
+            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
+            let all = f32::from_bits(words[2]);
+            let mut j = 0;
+            while j < OWN {
+                let atom = 2 * j as u32 + self.group;
+                if atom < Self::ATOMS {
+                    let mut sums = Accumulators::<32>::zero();
+                    gpu.sums(&mut sums);
+                    gpu.wgmma_begin();
+                    let mut k16 = 0;
+                    while k16 < 4 {
+                        let u = Operand::k_major(self.room.u_end).further(k16 * 32);
+                        let k = Operand { leading: ATOM, ..Operand::k_major(base + room.k + atom * ATOM) };
+                        let k = k.further(k16 * 16 * 128);
+                        gpu.wgmma::<F16, K_MAJOR, OTHER_MAJOR, 32>(&mut sums, u, k, k16 > 0);
+                        k16 += 1;
+                    }
+                    gpu.wgmma_commit();
+                    gpu.wgmma_wait::<0>();
+                    let sums = gpu.sums(&mut sums);
+                    let mut i = 0;
+                    while i < 32 {
+                        let s = &mut self.s[j][i / 4][i % 4];
+                        *s = Lanes::mul_add(*s, all, sums[i] * down[i % 4 / 2]);
+                        i += 1;
+                    }
+                }
+                j += 1;
+            }
+        }
+    }
+
+    /// What the queries of the chunk at `base` find in S, and what brings it back to what it is.
+    #[inline(always)]
+    unsafe fn outputs_of_state(&self, base: u32, o: &mut Accumulators<32>) -> [f32; 2] {
+        let Block { gpu, room, .. } = *self.block;
+        // SAFETY: as `run`; the chunk was copied and S handed over, and a barrier is past.
+        unsafe {
+            gpu.sums(o);
+            gpu.wgmma_begin();
+            self.of_state(base + room.q, o);
+            gpu.wgmma_commit();
+            gpu.wgmma_wait::<0>();
+            [0, 8].map(|line| {
+                let at = self.room.downs + (self.row() + gpu.lane() / 4 + line) * 4;
+                f32::from_bits(gpu.load_shared4(at))
+            })
+        }
+    }
+
+    /// Adds what the corrections make, and puts the outputs, which `down` brings back.
+    #[inline(always)]
+    unsafe fn put(&self, chunk: u32, base: u32, o: &mut Accumulators<32>, down: [f32; 2]) {
+        let Block { gpu, room, .. } = *self.block;
+        // SAFETY: as `run`; U was handed over, and a barrier is past.
+        unsafe {
+            let mut tiles = eight(gpu.sums(o));
+            from_start(gpu, base + room.factors + gpu.lane() % 4 * 32, &mut tiles);
+            let mut i = 0;
+            let sums = gpu.sums(o);
+            while i < 32 {
+                sums[i] = tiles[i / 4][i % 4];
+                i += 1;
+            }
+            gpu.sums(o);
+            gpu.wgmma_begin();
+            let mut k16 = 0;
+            while k16 < 4 {
+                let u = Operand::k_major(self.room.u).further(k16 * 32);
+                let p = Operand::k_major(base + room.p).further(k16 * 32);
+                gpu.wgmma::<F16, K_MAJOR, K_MAJOR, 32>(o, u, p, true);
+                k16 += 1;
+            }
+            gpu.wgmma_commit();
+            let is_one = gpu.thread() == self.block.copiers;
+            if is_one {
+                // The last chunk's outputs have left the room.
+                gpu.bulk_stores_wait::<0>();
+            }
+            gpu.barrier_of(OUTPUTS, 128);
+            gpu.wgmma_wait::<0>();
+            let sums = gpu.sums(o);
+            let place = self.place(self.room.o);
+            let mut tile = 0;
+            while tile < 8 {
+                let two = [0, 2].map(|r| gpu.pack_f16(sums[4 * tile + r], sums[4 * tile + r + 1]));
+                self.put_two(place ^ (tile as u32 * 16), two);
+                tile += 1;
+            }
+            if gpu.lane().is_multiple_of(4) {
+                let row = self.block.first + self.row() + gpu.lane() / 4;
+                self.block.put_scale(chunk, row, down[0]);
+                self.block.put_scale(chunk, row + 8, down[1]);
+            }
+            gpu.fence_async();
+            gpu.barrier_of(OUTPUTS, 128);
+            if is_one {
+                gpu.bulk_store(self.block.outputs(chunk, self.block.first), self.room.o, ATOM);
+                gpu.bulk_stores_commit();
+            }
+        }
+    }
+}
+
+/// The accumulators of 32 columns as tiles.
+#[inline(always)]
+fn four(sums: &[f32; 16]) -> [Tile; 4] {
+    let mut tiles = [[0.0; 4]; 4];
+    let mut i = 0;
+    while i < 16 {
+        tiles[i / 4][i % 4] = sums[i];
+        i += 1;
+    }
+    tiles
+}
+
+/// Of 64 columns.
+#[inline(always)]
+fn eight(sums: &[f32; 32]) -> Tokens {
+    let mut tiles = [[0.0; 4]; 8];
+    let mut i = 0;
+    while i < 32 {
+        tiles[i / 4][i % 4] = sums[i];
+        i += 1;
+    }
+    tiles
+}

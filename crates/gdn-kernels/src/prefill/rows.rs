@@ -1,0 +1,235 @@
+//! Warps that have 16 rows of S each, multiply for themselves, and take them from chunk to chunk.
+
+use gdn_math::Lanes;
+
+use super::{
+    args::{CHUNK, SLICE, ScanRoom, WARP_ROWS, padded, state_row},
+    scan::Block,
+    states::Place,
+    tiles::{
+        Tile, Tokens, Values, by_triangle, corrected, factor, inverse, lefts, of_state, packed, right, scale,
+        sums,
+    },
+};
+use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
+
+/// A warp's rows of S.
+pub(super) struct Rows<'a, G, const TILES: usize> {
+    block: &'a Block<'a, false, G>,
+    s: [Tile; TILES],
+    /// Of the chunk that comes next.
+    values: Values,
+    /// What this chunk's U is multiplied with in addition, as far as it is left at the end.
+    lift: f32,
+}
+
+/// Where a warp hands over to the one that makes its outputs: the left sides of S, for the lane.
+#[inline(always)]
+pub(super) fn handed_state<G: TensorCore>(block: &Block<'_, false, G>) -> u32 {
+    let Block { gpu, args, room, .. } = *block;
+    args.stages * room.bytes + warp(block) * ScanRoom::handed(args.dk) + gpu.lane() * 16
+}
+
+/// The left sides of U, for the lane.
+#[inline(always)]
+pub(super) fn handed_corrections<G: TensorCore>(block: &Block<'_, false, G>) -> u32 {
+    handed_state(block) + block.args.dk / 16 * 512
+}
+
+/// What brings rows back to what they are: row `line` of the warp's.
+#[inline(always)]
+pub(super) fn handed_scales<G: TensorCore>(block: &Block<'_, false, G>, line: u32) -> u32 {
+    handed_corrections(block) - block.gpu.lane() * 16 + 2048 + line * 4
+}
+
+/// This warp in its half of the block.
+#[inline(always)]
+pub(super) fn warp<G: TensorCore>(block: &Block<'_, false, G>) -> u32 {
+    let (thread, half) = (block.gpu.thread(), block.copiers);
+    // Worked out anew each time: there are no registers to keep places in.
+    block.gpu.unforeseen(u64::from((if thread < half { thread } else { thread - half }) / 32)) as u32
+}
+
+impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
+    #[inline(always)]
+    pub(super) fn new(block: &'a Block<'a, false, G>) -> Self {
+        Self { block, s: [[0.0; 4]; TILES], values: Values::default(), lift: 1.0 }
+    }
+
+    /// Reads the states that the block begins with, through the shared memory at `room`.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run).
+    #[inline(always)]
+    pub(super) unsafe fn begin(&mut self, room: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let states = self.block.begin();
+            if states.at != 0 {
+                self.block.exchange::<true, TILES>(&states, self.place(room), &mut self.s);
+            }
+        }
+    }
+
+    /// Keeps the states after the chunks before `chunk`, through the shared memory at `room`.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run); nobody else touches the room between the barriers before and after.
+    #[inline(always)]
+    pub(super) unsafe fn keep(&mut self, chunk: u32, room: u32) {
+        let (block, place) = (self.block, self.place(room));
+        // SAFETY: the caller's promise.
+        unsafe { block.keep(chunk, |states| block.exchange::<false, TILES>(states, place, &mut self.s)) }
+    }
+
+    #[inline(always)]
+    fn place(&self, room: u32) -> Place {
+        let row = warp(self.block) * WARP_ROWS;
+        Place { row: self.block.first + row, column: 0, room: room + row * state_row(8 * TILES as u32) }
+    }
+
+    /// Asks for what [`Rows::hand_over`] needs of a chunk.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run).
+    #[inline(always)]
+    pub(super) unsafe fn ask(&mut self, chunk: u32) {
+        if chunk < self.block.to {
+            // SAFETY: the caller's promise.
+            self.values = unsafe { Values::load(self.block.gpu, self.block.factors(chunk)) };
+        }
+    }
+
+    /// Puts S where the outputs are made, f16 that were brought into range. What rows are multiplied with for that.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run); those who make outputs are through with what was handed over before.
+    #[inline(always)]
+    pub(super) unsafe fn hand_over(&mut self) -> [f32; 2] {
+        let gpu = self.block.gpu;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value;
+            [value, self.lift] = self.values.largest(gpu);
+            let mut sum = [0.0; 2];
+            let mut atom = 0;
+            while atom * 8 < TILES {
+                let tiles = if TILES - atom * 8 < 8 { TILES - atom * 8 } else { 8 };
+                let (_, from) = self.s.split_at(atom * 8);
+                let [a, b] = sums(gpu, from.split_at(tiles).0);
+                sum = [sum[0] + a, sum[1] + b];
+                atom += 1;
+            }
+            let [[up_0, down_0], [up_1, down_1]] = sum.map(|sum| scale(sum, value));
+            let up = [up_0, up_1];
+            let at = handed_state(self.block);
+            let mut k16 = 0;
+            while k16 < TILES / 2 {
+                let left = packed(gpu, &self.s[2 * k16], &self.s[2 * k16 + 1], up);
+                gpu.store_shared16(at + k16 as u32 * 512, Bytes16(left));
+                k16 += 1;
+            }
+            if gpu.lane().is_multiple_of(4) {
+                let line = gpu.lane() / 4;
+                gpu.store_shared4(handed_scales(self.block, line), down_0.to_bits());
+                gpu.store_shared4(handed_scales(self.block, line + 8), down_1.to_bits());
+            }
+            // The warp itself reads it too.
+            gpu.sync_warp();
+            up
+        }
+    }
+
+    /// U of the chunk that is in shared memory from `base` on, which is handed over, as many times itself as S is
+    /// multiplied with, `up`; and that.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run); the chunk was copied, and a barrier is past.
+    #[inline(always)]
+    pub(super) unsafe fn correct(&self, base: u32, up: [f32; 2]) -> (Tokens, [f32; 2]) {
+        let Block { gpu, room, .. } = *self.block;
+        // SAFETY: the caller's promise.
+        unsafe {
+            // S K^T.
+            let mut x = of_state::<TILES>(gpu, handed_state(self.block), base + room.k);
+            // X^T. Of V^T four matrices of 8 tokens and 8 rows each.
+            let factors = base + room.factors + gpu.lane() % 4 * 32;
+            let row = warp(self.block) * WARP_ROWS;
+            let v = base + room.v + row / SLICE * CHUNK * padded(SLICE) + row % SLICE * 2;
+            let mut pair = 0;
+            while pair < 4 {
+                let at = v + right(gpu, padded(SLICE)) + pair as u32 * 16 * padded(SLICE);
+                let words = gpu.load_matrix4::<true>(at);
+                corrected(gpu, words, factors + pair as u32 * 256, up, x.split_at_mut(2 * pair).1);
+                pair += 1;
+            }
+            let mut u: Tokens = [[0.0; 4]; 8];
+            by_triangle(gpu, &lefts(gpu, &x), base + room.t, &mut u);
+            let at = handed_corrections(self.block);
+            let left = lefts(gpu, &u);
+            let mut k16 = 0;
+            while k16 < 4 {
+                gpu.store_shared16(at + k16 as u32 * 512, Bytes16(left[k16]));
+                k16 += 1;
+            }
+            (u, up)
+        }
+    }
+
+    /// Brings S to the end of the chunk at `base`, with its U, which is `up` times itself.
+    ///
+    /// # Safety
+    /// As [`Rows::correct`].
+    #[inline(always)]
+    pub(super) unsafe fn update(&mut self, base: u32, mut u: Tokens, up: [f32; 2]) {
+        let Block { gpu, room, .. } = *self.block;
+        let lift = self.lift;
+        let down = up.map(|up| inverse(up) * inverse(lift));
+        let factors = base + room.factors + gpu.lane() % 4 * 32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut tile = 0;
+            while tile < 8 {
+                let mut c = 0;
+                while c < 2 {
+                    let [.., to_end] = factor(gpu, factors, tile, c);
+                    let to_end = to_end * lift;
+                    u[tile][c] *= to_end;
+                    u[tile][c + 2] *= to_end;
+                    c += 1;
+                }
+                tile += 1;
+            }
+            let left = lefts(gpu, &u);
+            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
+            let all = f32::from_bits(words[2]);
+            let row_bytes = padded(8 * TILES as u32);
+            // A right side whose rows lie along the sum.
+            let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
+            let at = base + room.k + (matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
+            let mut pair = 0;
+            while pair < TILES / 2 {
+                let mut sums = [[0.0; 4]; 2];
+                let mut k16 = 0;
+                while k16 < 4 {
+                    let at = at + k16 as u32 * 16 * row_bytes + pair as u32 * 32;
+                    let [b0, b1, b2, b3] = gpu.load_matrix4::<true>(at);
+                    sums[0] = gpu.mma::<F16>(left[k16], [b0, b1], sums[0]);
+                    sums[1] = gpu.mma::<F16>(left[k16], [b2, b3], sums[1]);
+                    k16 += 1;
+                }
+                let mut i = 0;
+                while i < 8 {
+                    let s = &mut self.s[2 * pair + i / 4][i % 4];
+                    *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
+                    i += 1;
+                }
+                pair += 1;
+                if pair == TILES / 4 {
+                    // Keeps the compiler from loading more ahead, for which there are no registers.
+                    gpu.sync_warp();
+                }
+            }
+        }
+    }
+}

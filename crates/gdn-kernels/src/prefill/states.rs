@@ -1,0 +1,195 @@
+//! Where states lie in global memory, and how 16 rows of one get there and back.
+
+use super::{
+    args::{CHUNK, F32, Strided, WARP_ROWS, state_row},
+    element::{load4, size, store4},
+    scan::{Block, number},
+    sequence::Sequence,
+    tiles::Tile,
+};
+use crate::gpu::{AsyncCopy, TensorCore};
+
+/// The states of all heads of a slot; at 0 there are none.
+pub(super) struct States {
+    pub(super) at: u64,
+    /// Bytes from a head, row and column to the next.
+    strides: [u64; 3],
+    dtype: u32,
+    /// See `Args::wide`.
+    wide: bool,
+}
+
+impl States {
+    #[inline(always)]
+    fn of(at: u64, states: &Strided<4>, wide: u32) -> Self {
+        let [_, of_head, of_row, of_column] = states.strides;
+        Self { at, strides: [of_head, of_row, of_column], dtype: states.dtype, wide: wide != 0 }
+    }
+}
+
+/// 16 rows of some columns of S.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// The first of the v head's rows.
+    pub(super) row: u32,
+    pub(super) column: u32,
+    /// Where in shared memory they come through: a warp's own.
+    pub(super) room: u32,
+}
+
+impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
+    /// The states that the block begins with: those of the window before, of the slot, or none.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run).
+    #[inline(always)]
+    pub(super) unsafe fn begin(&self) -> States {
+        let Self { gpu, args, .. } = *self;
+        // SAFETY: the caller's promise.
+        let sequence = unsafe { Sequence::new(gpu, args, number(gpu, args)) };
+        if sequence.first_chunk < args.first_chunk {
+            self.carried(0)
+        } else if sequence.is_initial {
+            self.kept(&sequence)
+        } else {
+            States { at: 0, strides: [0; 3], dtype: F32, wide: true }
+        }
+    }
+
+    /// Keeps the states after the chunks before `chunk`: where a checkpoint is, in the slot, for the next window. `put`
+    /// writes them.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run).
+    #[inline(always)]
+    pub(super) unsafe fn keep(&self, chunk: u32, mut put: impl FnMut(&States)) {
+        let Self { gpu, args, to, ends, .. } = *self;
+        let is_last = chunk == to;
+        // SAFETY: the caller's promise.
+        unsafe {
+            // Read again: there are no registers to have it at hand all the time.
+            let sequence = Sequence::new(gpu, args, number(gpu, args));
+            let chunks = chunk - sequence.first_chunk;
+            let tokens = u64::from(chunks) * u64::from(CHUNK);
+            let mut way = if args.has_checkpoints != 0 { 0 } else { 1 };
+            while way < 2 {
+                let mut states = if ends { self.kept(&sequence) } else { self.carried(1) };
+                // Without a token an initial state is what it was already.
+                if !is_last || (chunks == 0 && sequence.is_initial) {
+                    states.at = 0;
+                }
+                if way == 0 {
+                    states = States::of(0, &args.checkpoints, args.wide_checkpoints);
+                    let (number, rest) = args.every.divide(chunks);
+                    if number > 0 && rest == 0 && tokens <= sequence.len {
+                        states.at = sequence.checkpoint(gpu, args, number - 1, &args.checkpoints);
+                    }
+                }
+                if states.at != 0 {
+                    put(&states);
+                }
+                way += 1;
+            }
+        }
+    }
+
+    /// Those that are carried from the window before (0), or to the next (1).
+    #[inline(always)]
+    fn carried(&self, to: usize) -> States {
+        let row = u64::from(self.args.dk * 4);
+        let strides = [row * u64::from(self.args.dv), row, 4];
+        States { at: self.args.scratch.carry[to], strides, dtype: F32, wide: true }
+    }
+
+    /// Those of a sequence's slot.
+    #[inline(always)]
+    fn kept(&self, sequence: &Sequence) -> States {
+        let state = &self.args.state;
+        let at = if state.address == 0 { 0 } else { state.address + sequence.slot as u64 * state.strides[0] };
+        States::of(at, state, self.args.wide_state)
+    }
+
+    /// Reads 16 rows of `8 * TILES` columns of S, or writes them.
+    ///
+    /// # Safety
+    /// As [`run`](super::scan::run); all lanes of a warp come together.
+    #[inline(always)]
+    pub(super) unsafe fn exchange<const READ: bool, const TILES: usize>(
+        &self,
+        states: &States,
+        place: Place,
+        s: &mut [Tile],
+    ) {
+        let Self { gpu, .. } = *self;
+        let lane = gpu.lane();
+        let row_bytes = state_row(8 * TILES as u32);
+        let own = place.room + lane / 4 * row_bytes + lane % 4 * 8;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if !READ {
+                each::<TILES>(|tile, r| {
+                    let at = own + r as u32 * 8 * row_bytes + tile as u32 * 32;
+                    let two = [0, 1].map(|c| u64::from(s[tile][2 * r + c].to_bits()));
+                    gpu.store_shared8(at, two[0] | two[1] << 32);
+                });
+                gpu.sync_warp();
+            }
+            let [of_head, of_row, of_column] = states.strides;
+            let element = u64::from(size(states.dtype));
+            let at = states.at
+                + u64::from(self.head) * of_head
+                + u64::from(place.row) * of_row
+                + u64::from(place.column) * of_column;
+            // Four columns of a row, or rows of a column, whichever are dense.
+            let columns = of_column == element;
+            let mut i = lane;
+            while i < WARP_ROWS * 2 * TILES as u32 {
+                let (row, column, shared_step, step) = if columns {
+                    (i / (2 * TILES as u32), i % (2 * TILES as u32) * 4, 4, of_column)
+                } else {
+                    (i % 4 * 4, i / 4, row_bytes, of_row)
+                };
+                let at = at + u64::from(row) * of_row + u64::from(column) * of_column;
+                let shared = place.room + row * row_bytes + column * 4;
+                if READ {
+                    let four = load4(gpu, states.dtype, at, step, states.wide);
+                    let mut n = 0;
+                    while n < 4 {
+                        gpu.store_shared4(shared + n as u32 * shared_step, four[n].to_bits());
+                        n += 1;
+                    }
+                } else {
+                    let mut four = [0.0; 4];
+                    let mut n = 0;
+                    while n < 4 {
+                        four[n] = f32::from_bits(gpu.load_shared4(shared + n as u32 * shared_step));
+                        n += 1;
+                    }
+                    store4(gpu, states.dtype, at, step, states.wide, four);
+                }
+                i += 32;
+                // Keeps the compiler from unrolling, for which there are no registers.
+                gpu.sync_warp();
+            }
+            gpu.sync_warp();
+            if READ {
+                each::<TILES>(|tile, r| {
+                    let two = gpu.load_shared8(own + r as u32 * 8 * row_bytes + tile as u32 * 32);
+                    s[tile][2 * r] = f32::from_bits(two as u32);
+                    s[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
+                });
+            }
+        }
+    }
+}
+
+/// Every tile, and of it both of the lane's rows.
+#[inline(always)]
+fn each<const TILES: usize>(mut f: impl FnMut(usize, usize)) {
+    let mut tile = 0;
+    while tile < TILES {
+        f(tile, 0);
+        f(tile, 1);
+        tile += 1;
+    }
+}
