@@ -181,48 +181,60 @@ const SPLIT: &[&[Kernel]] = &[
 /// Shared memory that a block of the decode asks for, at most: that of a Hopper's multiprocessor, or what there is.
 pub const DECODE_SHARED: u32 = 227 << 10;
 
-/// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. The narrow kernels
-/// have 8.
-pub const fn decode_warps(target: Target) -> u32 {
+/// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. For plain calls there are
+/// kernels that make do with fewer, for rows of fewer than 256 columns. The narrow kernels have 8.
+pub const fn decode_warps(target: Target, is_plain: bool, columns: u32) -> u32 {
     match target {
-        Target::Sm80 => 12,
-        Target::Sm90 | Target::Sm90a => 16,
+        Target::Sm90 if is_plain && columns < 256 => 16,
+        _ => 12,
     }
 }
 
-const fn decode(target: Target, name: &'static str) -> Kernel {
-    Kernel { threads: decode_warps(target) * 32, blocks: 1, shared: DECODE_SHARED, ..Kernel::new(name) }
+const fn decode(name: &'static str, warps: u32) -> Kernel {
+    Kernel { threads: warps * 32, blocks: 1, shared: DECODE_SHARED, ..Kernel::new(name) }
 }
 
-const fn decode_narrow(name: &'static str) -> Kernel {
-    Kernel { threads: 256, ..decode(Target::Sm80, name) }
+const fn decode_wide(target: Target, name: &'static str, columns: u32) -> Kernel {
+    decode(name, decode_warps(target, false, columns))
 }
 
-const fn decodes(target: Target) -> [[Kernel; 1]; 12] {
+const fn decode_plain(target: Target, name: &'static str, columns: u32) -> Kernel {
+    decode(name, decode_warps(target, true, columns))
+}
+
+const fn decodes(target: Target) -> [[Kernel; 1]; 20] {
     [
-        [decode(target, "gdn_decode_f32_64").wide(0, 4)],
-        [decode(target, "gdn_decode_f32_128").wide(0, 8)],
-        [decode(target, "gdn_decode_f32_256").wide(0, 8)],
-        [decode_narrow("gdn_decode_f32_narrow")],
-        [decode(target, "gdn_decode_f16_64").wide(0, 2)],
-        [decode(target, "gdn_decode_f16_128").wide(0, 4)],
-        [decode(target, "gdn_decode_f16_256").wide(0, 4)],
-        [decode_narrow("gdn_decode_f16_narrow")],
-        [decode(target, "gdn_decode_bf16_64").wide(0, 2)],
-        [decode(target, "gdn_decode_bf16_128").wide(0, 4)],
-        [decode(target, "gdn_decode_bf16_256").wide(0, 4)],
-        [decode_narrow("gdn_decode_bf16_narrow")],
+        [decode_wide(target, "gdn_decode_f32_64", 64).wide(0, 4)],
+        [decode_wide(target, "gdn_decode_f32_128", 128).wide(0, 8)],
+        [decode_wide(target, "gdn_decode_f32_256", 256).wide(0, 8)],
+        [decode("gdn_decode_f32_narrow", 8)],
+        [decode_plain(target, "gdn_decode_f32_64_plain", 64).wide(0, 4)],
+        [decode_plain(target, "gdn_decode_f32_96_plain", 96).wide(0, 6)],
+        [decode_plain(target, "gdn_decode_f32_128_plain", 128).wide(0, 8)],
+        [decode_plain(target, "gdn_decode_f32_256_plain", 256).wide(0, 8)],
+        [decode_wide(target, "gdn_decode_f16_64", 64).wide(0, 2)],
+        [decode_wide(target, "gdn_decode_f16_128", 128).wide(0, 4)],
+        [decode_wide(target, "gdn_decode_f16_256", 256).wide(0, 4)],
+        [decode("gdn_decode_f16_narrow", 8)],
+        [decode_wide(target, "gdn_decode_bf16_64", 64).wide(0, 4).hmma(4)],
+        [decode_wide(target, "gdn_decode_bf16_128", 128).wide(0, 8).hmma(8)],
+        [decode_wide(target, "gdn_decode_bf16_256", 256).wide(0, 16).hmma(16)],
+        [decode("gdn_decode_bf16_narrow", 8)],
+        [decode_plain(target, "gdn_decode_bf16_64_plain", 64).wide(0, 4).hmma(4)],
+        [decode_plain(target, "gdn_decode_bf16_96_plain", 96).wide(0, 6).hmma(6)],
+        [decode_plain(target, "gdn_decode_bf16_128_plain", 128).wide(0, 8).hmma(8)],
+        [decode_plain(target, "gdn_decode_bf16_256_plain", 256).wide(0, 16).hmma(16)],
     ]
 }
 
-const DECODES_90: [[Kernel; 1]; 12] = decodes(Target::Sm90);
-const DECODES_80: [[Kernel; 1]; 12] = decodes(Target::Sm80);
+const DECODES_90: [[Kernel; 1]; 20] = decodes(Target::Sm90);
+const DECODES_80: [[Kernel; 1]; 20] = decodes(Target::Sm80);
 
 /// A family each.
-const fn families(kernels: &'static [[Kernel; 1]; 12]) -> [&'static [Kernel]; 12] {
-    let mut families: [&'static [Kernel]; 12] = [&[]; 12];
+const fn families(kernels: &'static [[Kernel; 1]; 20]) -> [&'static [Kernel]; 20] {
+    let mut families: [&'static [Kernel]; 20] = [&[]; 20];
     let mut i = 0;
-    while i < 12 {
+    while i < 20 {
         families[i] = &kernels[i];
         i += 1;
     }

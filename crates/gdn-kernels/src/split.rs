@@ -67,6 +67,12 @@ impl Divisor {
         self.divisor
     }
 
+    /// The same, of which the compiler does not know that it is: `unforeseen` is [`Gpu::unforeseen`].
+    #[inline(always)]
+    pub(crate) fn unforeseen(self, unforeseen: impl FnOnce(u64) -> u64) -> Self {
+        Self { shift: unforeseen(u64::from(self.shift)) as u32, ..self }
+    }
+
     /// Quotient and remainder.
     #[inline(always)]
     pub const fn divide(&self, dividend: u32) -> (u32, u32) {

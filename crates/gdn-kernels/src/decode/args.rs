@@ -95,8 +95,12 @@ pub struct Args {
     pub num_k_heads: Divisor,
     /// By the blocks of a cluster.
     pub cluster: Divisor,
-    /// By the warps that compute one v head.
+    /// By the blocks that compute one v head.
+    pub head_blocks: Divisor,
+    /// By the warps of a block that compute one v head.
     pub head_warps: Divisor,
+    /// By the rows of a v head that are a block's.
+    pub block_rows: Divisor,
     /// DK.
     pub dk: u32,
     /// DV.
@@ -167,45 +171,124 @@ pub struct Args {
     pub slots: i64,
     /// Which states are kept: slot, token, head, row, column.
     pub kept: Kept<5>,
+    /// Where things are in shared memory.
+    pub room: Room,
     /// `[B, index_columns]`
     pub state_indices: Indices,
     /// `[B]`
     pub num_accepted_tokens: Indices,
 }
 
-/// Where things are in a block's shared memory, in bytes. All but the last hold f32.
-#[derive(Clone, Copy, Debug)]
+/// Where things are in a block's shared memory, in bytes. Sizes of a token; what is not said to be something else is f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Room {
-    /// `[T][padded]`: queries, as the convolution leaves them, and zeros behind.
-    pub q: u32,
-    /// `[T][padded]`: keys.
+    /// `[padded]`: keys, as the convolution leaves them, and zeros behind.
     pub k: u32,
-    /// `[T][warps * 32]`: values.
+    /// `[padded]`: queries. Or, for kernels that multiply by tensor cores, six lines of [`part_line`] bytes: the bf16 parts of
+    /// keys and queries.
+    pub q: u32,
+    /// Bytes of a token's queries.
+    pub q_bytes: u32,
+    /// `[heads * block_rows]`: values.
     pub v: u32,
-    /// `[T][warps * 32]`: outputs, before the norm.
+    /// `[heads * block_rows]`: outputs, before the norm.
     pub o: u32,
-    /// `[T][pieces]`: sums of the outputs' squares, of all pieces of the block.
+    /// Bytes of a token's values, or outputs.
+    pub rows_bytes: u32,
+    /// `[heads][head_pieces]`: sums of the outputs' squares, of each piece of whole heads.
     pub sums: u32,
-    /// `[3][threads]`: the window of each thread's channel of q or k, where other blocks read it in memory.
+    /// Bytes of a head's sums, zeros behind included.
+    pub head_sums: u32,
+    /// Bytes of a token's sums.
+    pub sums_bytes: u32,
+    /// `[3][8]`: sums of `q * q`, `k * k` and `q * k`, of 32 channels each.
+    pub squares: u32,
+    /// `[heads]`: decay, beta, and where the state goes, 16 bytes.
+    pub gates: u32,
+    /// Of all tokens, in a cluster or where there are several: `[3][2 * padded + heads * block_rows]`, windows that are kept when
+    /// all have been read.
     pub windows: u32,
+    /// Bytes of a column of these.
+    pub column_bytes: u32,
+    /// Besides, 16 bytes: where the windows go.
+    pub last: u32,
     /// Where rows of S land.
     pub landing: u32,
     /// How many bytes all take.
     pub bytes: u32,
 }
 
+/// What a [`Room`] is for.
+#[derive(Clone, Copy, Debug)]
+pub struct RoomFor {
+    /// T.
+    pub tokens: u32,
+    /// Numbers of a query or key, with the zeros behind it.
+    pub padded: u32,
+    /// Whether queries and keys are needed in parts.
+    pub parts: bool,
+    /// Rows of a piece.
+    pub piece_rows: u32,
+    /// DV.
+    pub dv: u32,
+    /// v heads at a time, and rows of each.
+    pub heads: u32,
+    /// See `heads`.
+    pub block_rows: u32,
+    /// Warps, and bytes of shared memory in which the pieces of each land.
+    pub warps: u32,
+    /// See `warps`.
+    pub landing: u32,
+    /// Blocks of a cluster.
+    pub blocks: u32,
+}
+
+/// Groups of 32 channels of a key, at most.
+pub const GROUPS: u32 = 8;
+
+/// Bytes of a part of a query or key. A quarter of the banks behind the numbers keeps two neighbours' lines apart.
+#[inline(always)]
+pub const fn part_line(padded: u32) -> u32 {
+    padded * 2 + 64
+}
+
 impl Room {
-    /// For `tokens` tokens, keys of `padded` numbers, `pieces` pieces in a block, `landing` bytes for each warp, and so
-    /// many blocks a cluster.
-    #[inline(always)]
-    pub const fn new(tokens: u32, padded: u32, warps: u32, pieces: u32, landing: u32, blocks: u32) -> Self {
-        let k = tokens * padded * 4;
-        let v = 2 * k;
-        let o = v + tokens * warps * 128;
-        let sums = o + tokens * warps * 128;
-        let windows = sums + tokens * pieces * 4;
-        let end = windows + if blocks > 1 { 3 * warps * 128 } else { 0 };
-        let start = (end + 15) & !15;
-        Self { q: 0, k, v, o, sums, windows, landing: start, bytes: start + warps * landing }
+    /// Room for this.
+    pub const fn new(of: RoomFor) -> Self {
+        let RoomFor { tokens, padded, parts, piece_rows, dv, heads, block_rows, warps, landing, blocks } = of;
+        let k_bytes = padded * 4;
+        let q_bytes = if parts { 6 * part_line(padded) } else { k_bytes };
+        let rows_bytes = (heads * block_rows * 4 + 15) & !15;
+        let head_sums = (dv.div_ceil(piece_rows) * 4 + 15) & !15;
+        let sums_bytes = heads * head_sums;
+        let q = tokens * k_bytes;
+        let v = q + tokens * q_bytes;
+        let o = v + tokens * rows_bytes;
+        let sums = o + tokens * rows_bytes;
+        let squares = sums + tokens * sums_bytes;
+        let gates = squares + tokens * 3 * GROUPS * 4;
+        let windows = gates + tokens * heads * 16;
+        let column_bytes = 2 * k_bytes + rows_bytes;
+        let last = windows + 3 * column_bytes;
+        let start = if blocks > 1 || tokens > 1 { last + 16 } else { windows };
+        Self {
+            k: 0,
+            q,
+            q_bytes,
+            v,
+            o,
+            rows_bytes,
+            sums,
+            head_sums,
+            sums_bytes,
+            squares,
+            gates,
+            windows,
+            column_bytes,
+            last,
+            landing: start,
+            bytes: start + warps * landing,
+        }
     }
 }

@@ -1,17 +1,17 @@
 //! The causal convolution of a channel, and the windows that are kept of it. One thread of one block reads a channel's
 //! window and writes it.
 
-use gdn_math::{Lanes, layer as math};
+use gdn_math::{Lanes, element::f32_of_bf16, layer as math};
 
 use super::{
-    args::{self, Args, Field},
-    element::{bits, load, number, size, store},
+    args::{self, Args},
+    element::{bits, far, load, number, store, store_bf16},
     slots::Read,
 };
 use crate::gpu::Gpu;
 
 /// The taps of the convolution, where they are held in registers.
-const TAPS: usize = 4;
+pub(super) const TAPS: usize = 4;
 
 /// A channel of the convolution, for one sequence.
 #[derive(Clone, Copy)]
@@ -26,128 +26,25 @@ pub(super) struct Channel {
     window: u64,
 }
 
-/// What a channel's convolution begins with, on its way: bits of its taps, window, first input and bias.
-pub(super) struct Start {
-    taps: [u32; TAPS],
-    window: [u32; TAPS - 1],
-    first: u32,
-    bias: u32,
-}
-
 impl Channel {
-    /// Channel `channel`, which is feature `i` of a key head's in a field, or in one that lies so many bytes behind it.
+    /// Channel `channel`, whose input in the sequence's first row is at `x`.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "each is one number of the channel's place")]
     pub(super) fn new(
+        [is_wide, is_plain]: [bool; 2],
         args: &Args,
         read: &Read,
-        field: &Field,
-        behind: u64,
-        row: u64,
-        head: u32,
-        i: u32,
+        x: u64,
+        row_stride: u64,
+        dtype: u32,
         channel: u32,
     ) -> Self {
         let [of_slot, of_channel, of_column] = args.conv_state.strides;
         let channel = u64::from(channel);
-        let x = field.address.wrapping_add(behind)
-            + row * field.row_stride
-            + u64::from(head) * field.head_step
-            + u64::from(i * size(field.dtype));
         let window = args.conv_state.address
-            + read.conv as u64 * of_slot
-            + channel * of_channel
-            + u64::from(read.first_column(args)) * of_column;
-        Self { x, row_stride: field.row_stride, dtype: field.dtype, channel, window }
-    }
-
-    /// Reads what the convolution of [`TAPS`] taps begins with.
-    ///
-    /// # Safety
-    /// The channel is there, and has so many taps.
-    #[inline(always)]
-    pub(super) unsafe fn start(&self, gpu: &impl Gpu, args: &Args) -> Start {
-        let [of_channel, of_tap] = args.conv_weight.strides;
-        let [.., of_column] = args.conv_state.strides;
-        let weight = args.conv_weight.address + self.channel * of_channel;
-        let mut start = Start { taps: [0; TAPS], window: [0; TAPS - 1], first: 0, bias: 0 };
-        // SAFETY: the caller's promise.
-        unsafe {
-            start.first = bits(gpu, self.dtype, self.x);
-            let mut i = 0;
-            while i + 1 < TAPS {
-                let at = self.window + i as u64 * of_column;
-                start.window[i] = bits(gpu, args.conv_state.dtype, at);
-                i += 1;
-            }
-            let mut i = 0;
-            while i < TAPS {
-                start.taps[i] = bits(gpu, args.conv_weight.dtype, weight + i as u64 * of_tap);
-                i += 1;
-            }
-            if args.conv_bias.address != 0 {
-                let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
-                start.bias = bits(gpu, args.conv_bias.dtype, at);
-            }
-        }
-        start
-    }
-
-    /// The convolution's result for each token, and the windows that are kept beside the state. What is left in the
-    /// window after the last token.
-    ///
-    /// # Safety
-    /// As [`Channel::start`].
-    #[inline(always)]
-    pub(super) unsafe fn run<G: Gpu>(
-        &self,
-        gpu: &G,
-        args: &Args,
-        start: Start,
-        kept: &Windows,
-        mut put: impl FnMut(u32, f32),
-    ) -> [f32; TAPS - 1] {
-        let mut taps = [0.0; TAPS];
-        let mut inputs = [0.0; TAPS];
-        let mut i = 0;
-        while i < TAPS {
-            taps[i] = number(gpu, args.conv_weight.dtype, start.taps[i]);
-            i += 1;
-        }
-        let mut i = 0;
-        while i + 1 < TAPS {
-            inputs[i + 1] = number(gpu, args.conv_state.dtype, start.window[i]);
-            i += 1;
-        }
-        let bias =
-            if args.conv_bias.address != 0 { number(gpu, args.conv_bias.dtype, start.bias) } else { 0.0 };
-        let (mut next, mut t) = (start.first, 0);
-        while t < args.tokens {
-            let mut i = 0;
-            while i + 1 < TAPS {
-                inputs[i] = inputs[i + 1];
-                i += 1;
-            }
-            inputs[TAPS - 1] = number(gpu, self.dtype, next);
-            if t + 1 < args.tokens {
-                // SAFETY: the caller's promise.
-                next = unsafe { bits(gpu, self.dtype, self.x + u64::from(t + 1) * self.row_stride) };
-            }
-            let mut sum = bias;
-            let mut i = 0;
-            while i < TAPS {
-                sum = Lanes::mul_add(inputs[i], taps[i], sum);
-                i += 1;
-            }
-            put(t, math::activation(sum));
-            if kept.each != 0 {
-                let at = kept.each + u64::from(t) * args.conv_kept.to.strides[1];
-                // SAFETY: the caller's promise.
-                unsafe { self.put_window(gpu, args, at, [inputs[1], inputs[2], inputs[3]]) }
-            }
-            t += 1;
-        }
-        [inputs[1], inputs[2], inputs[3]]
+            + far(is_wide, read.conv as u64, of_slot)
+            + far(is_wide, channel, of_channel)
+            + far(is_wide, u64::from(read.first_column(is_plain, args)), of_column);
+        Self { x, row_stride, dtype, channel, window }
     }
 
     /// Writes a window to the slot at `to`.
@@ -155,13 +52,27 @@ impl Channel {
     /// # Safety
     /// The channel is there; nobody reads or writes its window there.
     #[inline(always)]
-    pub(super) unsafe fn put_window(&self, gpu: &impl Gpu, args: &Args, to: u64, window: [f32; TAPS - 1]) {
+    pub(super) unsafe fn put_window(
+        &self,
+        gpu: &impl Gpu,
+        is_plain: bool,
+        args: &Args,
+        to: u64,
+        window: [f32; TAPS - 1],
+    ) {
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
-        let at = to + self.channel * of_channel;
+        let at = to + far(true, self.channel, of_channel);
         let mut i = 0;
         while i + 1 < TAPS {
+            let at = at + far(true, i as u64, of_column);
             // SAFETY: the caller's promise.
-            unsafe { store(gpu, args.conv_kept.to.dtype, at + i as u64 * of_column, window[i]) }
+            unsafe {
+                if is_plain {
+                    store_bf16(gpu, at, window[i]);
+                } else {
+                    store(gpu, args.conv_kept.to.dtype, at, window[i]);
+                }
+            }
             i += 1;
         }
     }
@@ -184,46 +95,29 @@ impl Channel {
         }
     }
 
-    /// [`Channel::run`] for any number of taps.
+    /// The convolution's result for a token, with any number of taps.
     ///
     /// # Safety
     /// The channel is there.
     #[inline(always)]
-    pub(super) unsafe fn run_any<G: Gpu>(
-        &self,
-        gpu: &G,
-        args: &Args,
-        kept: &Windows,
-        mut put: impl FnMut(u32, f32),
-    ) {
+    pub(super) unsafe fn any(&self, gpu: &impl Gpu, args: &Args, t: u32) -> f32 {
         let [of_channel, of_tap] = args.conv_weight.strides;
         let weight = args.conv_weight.address + self.channel * of_channel;
-        let mut t = 0;
-        while t < args.tokens {
-            let mut sum = 0.0;
-            // SAFETY: the caller's promise.
-            unsafe {
-                if args.conv_bias.address != 0 {
-                    let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
-                    sum = load(gpu, args.conv_bias.dtype, at);
-                }
-                let mut i = 0;
-                while i < args.conv_width {
-                    let tap = load(gpu, args.conv_weight.dtype, weight + u64::from(i) * of_tap);
-                    sum = Lanes::mul_add(self.input(gpu, args, t + i), tap, sum);
-                    i += 1;
-                }
+        let mut sum = 0.0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if args.conv_bias.address != 0 {
+                let at = args.conv_bias.address + self.channel * args.conv_bias.stride;
+                sum = load(gpu, args.conv_bias.dtype, at);
             }
-            put(t, math::activation(sum));
-            t += 1;
+            let mut i = 0;
+            while i < args.conv_width {
+                let tap = load(gpu, args.conv_weight.dtype, weight + u64::from(i) * of_tap);
+                sum = Lanes::mul_add(self.input(gpu, args, t + i), tap, sum);
+                i += 1;
+            }
         }
-        let mut t = 0;
-        while kept.each != 0 && t < args.tokens {
-            let to = kept.each + u64::from(t) * args.conv_kept.to.strides[1];
-            // SAFETY: the caller's promise.
-            unsafe { self.put_inputs(gpu, args, to, t + 1) }
-            t += 1;
-        }
+        math::activation(sum)
     }
 
     /// Writes W - 1 inputs from `first` on to the slot at `to`. In order, so that a window may move onto itself.
@@ -231,7 +125,7 @@ impl Channel {
     /// # Safety
     /// As [`Channel::put_window`].
     #[inline(always)]
-    unsafe fn put_inputs(&self, gpu: &impl Gpu, args: &Args, to: u64, first: u32) {
+    pub(super) unsafe fn put_inputs(&self, gpu: &impl Gpu, args: &Args, to: u64, first: u32) {
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
         let mut column = 0;
         while column + 1 < args.conv_width {
@@ -284,35 +178,123 @@ impl Channel {
     }
 }
 
+/// The convolution of [`TAPS`] taps of a channel, at a token.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Convolved {
+    /// The token's input is the last.
+    inputs: [f32; TAPS],
+    pub(super) result: f32,
+}
+
+impl Convolved {
+    /// Two channels at token `t`. Of those that are not there nothing is read. A branch for each would have the second
+    /// wait for the first: where all is known beforehand, lanes without a channel of their own read another one's.
+    ///
+    /// # Safety
+    /// The others are there, and have so many taps.
+    #[inline(always)]
+    pub(super) unsafe fn two(
+        gpu: &impl Gpu,
+        is_plain: bool,
+        args: &Args,
+        channels: &[Channel; 2],
+        there: [bool; 2],
+        t: u32,
+    ) -> [Self; 2] {
+        let [of_channel, of_tap] = args.conv_weight.strides;
+        let [.., of_column] = args.conv_state.strides;
+        let (mut inputs, mut taps, mut packed, mut bias) = ([[0; TAPS]; 2], [[0; TAPS]; 2], [0; 2], [0.0; 2]);
+        // Everything is on its way before any of it is used.
+        let mut m = 0;
+        while m < 2 {
+            let Channel { x, row_stride, dtype, window, channel } = channels[m];
+            let weight = args.conv_weight.address + far(true, channel, of_channel);
+            let mut i = 0;
+            // SAFETY: the caller's promise.
+            unsafe {
+                while there[m] && i < TAPS {
+                    let place = t + i as u32;
+                    let of_window = place < TAPS as u32 - 1;
+                    let at = if of_window {
+                        window + far(true, u64::from(place), of_column)
+                    } else {
+                        x + far(true, u64::from(place - (TAPS as u32 - 1)), row_stride)
+                    };
+                    inputs[m][i] = if is_plain {
+                        u32::from(gpu.load2(at))
+                    } else {
+                        bits(gpu, if of_window { args.conv_state.dtype } else { dtype }, at)
+                    };
+                    i += 1;
+                }
+                if there[m] && is_plain {
+                    packed[m] = gpu.load8(weight);
+                } else if there[m] {
+                    let mut i = 0;
+                    while i < TAPS {
+                        let at = weight + far(true, i as u64, of_tap);
+                        taps[m][i] = bits(gpu, args.conv_weight.dtype, at);
+                        i += 1;
+                    }
+                    if args.conv_bias.address != 0 {
+                        let at = args.conv_bias.address + far(true, channel, args.conv_bias.stride);
+                        bias[m] = load(gpu, args.conv_bias.dtype, at);
+                    }
+                }
+            }
+            m += 1;
+        }
+        let mut two = [Self::default(); 2];
+        let mut m = 0;
+        while m < 2 {
+            let mut sum = bias[m];
+            let mut i = 0;
+            while i < TAPS {
+                let (input, tap) = if is_plain {
+                    (f32_of_bf16(inputs[m][i] as u16), f32_of_bf16((packed[m] >> (16 * i)) as u16))
+                } else {
+                    let of_window = t + (i as u32) < TAPS as u32 - 1;
+                    let dtype = if of_window { args.conv_state.dtype } else { channels[m].dtype };
+                    (number(gpu, dtype, inputs[m][i]), number(gpu, args.conv_weight.dtype, taps[m][i]))
+                };
+                two[m].inputs[i] = input;
+                sum = Lanes::mul_add(input, tap, sum);
+                i += 1;
+            }
+            two[m].result = math::activation(sum);
+            m += 1;
+        }
+        two
+    }
+
+    /// The window after the token.
+    #[inline(always)]
+    pub(super) fn window(&self) -> [f32; TAPS - 1] {
+        [self.inputs[1], self.inputs[2], self.inputs[3]]
+    }
+}
+
 /// Where the windows of a sequence go: addresses of slots, 0 for nowhere.
 #[derive(Clone, Copy)]
 pub(super) struct Windows {
     /// The one after the last token, in `conv_state`.
     pub(super) last: u64,
     /// Those after each token, elsewhere: the first one's.
-    each: u64,
+    pub(super) each: u64,
 }
 
 impl Windows {
     /// # Safety
     /// The indices of the arguments are there.
     #[inline(always)]
-    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) -> Self {
+    pub(super) unsafe fn of(gpu: &impl Gpu, is_plain: bool, args: &Args, read: &Read, sequence: u32) -> Self {
         let kept = &args.conv_kept;
-        let is_each = kept.kind == args::EACH_IN;
+        let is_each = !is_plain && kept.kind == args::EACH_IN;
         let token = if is_each { 0 } else { args.tokens - 1 };
         // SAFETY: the caller's promise.
-        let to = unsafe { kept.address(gpu, args, sequence, read.conv, token) };
+        let to = unsafe { kept.address(gpu, is_plain, args, sequence, read.conv, token) };
         if is_each { Self { last: 0, each: to } } else { Self { last: to, each: 0 } }
     }
-
-    /// The same, but for the one after the last token.
-    pub(super) fn without_last(&self) -> Self {
-        Self { last: 0, ..*self }
-    }
-
-    /// For a thread whose channels another one keeps.
-    pub(super) const NONE: Self = Self { last: 0, each: 0 };
 }
 
 /// Whether a window is more than what the convolution reads and the next call's begins with: it has more columns, or

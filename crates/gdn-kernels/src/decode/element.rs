@@ -81,6 +81,12 @@ of_16_bits! {
     Bf16, args::BF16, |_gpu, bits| f32_of_bf16(bits), bf16_pair;
 }
 
+/// `index * stride`. In the wide kernels both have 31 bits, which makes it one multiplication.
+#[inline(always)]
+pub(super) fn far(is_wide: bool, index: u64, stride: u64) -> u64 {
+    if is_wide { u64::from(index as u32) * u64::from(stride as u32) } else { index * stride }
+}
+
 /// Bytes of an element.
 #[inline(always)]
 pub(super) fn size(dtype: u32) -> u32 {
@@ -127,6 +133,16 @@ pub(super) unsafe fn store(gpu: &impl Gpu, dtype: u32, address: u64, value: f32)
     let bits = if dtype == args::F32 { value.to_bits() } else { half };
     // SAFETY: the caller's promise.
     unsafe { gpu.store4_or_2(address, bits, dtype == args::F32) }
+}
+
+/// Writes a bf16, to nearest.
+///
+/// # Safety
+/// That of [`store`].
+#[inline(always)]
+pub(super) unsafe fn store_bf16(gpu: &impl Gpu, address: u64, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe { gpu.store2(address, gpu.bf16_pair(value, 0.0) as u16) }
 }
 
 /// An f32 of shared memory.

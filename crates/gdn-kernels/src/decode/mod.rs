@@ -1,14 +1,17 @@
 //! The decode: everything between the layer's two GEMMs for T tokens of each of B sequences, in one launch.
 //!
 //! A block does some v heads of one key head of one sequence: all of them, or, where that leaves the device idle, a
-//! share, beside the other blocks of a cluster. A warp computes up to 32 rows of the state of one v head, in pieces: a
-//! row is read once and written once, whatever T. Each block makes q and k for itself; the channels of v are those of
-//! the rows of a warp.
+//! share, beside the other blocks of a cluster; a share may be some rows of one v head. A warp computes up to 32 rows of the
+//! state of one v head, in pieces: a row is read once and written once, whatever T. Each block makes q and k for itself.
+//!
+//! Three stages, with a barrier between them, and each thread is someone else in each: convolution and gates (`inputs.rs`: a
+//! lane is two channels), the rows of S (`rows.rs`, `fragments.rs`), the gated norm (`norm.rs`: a thread is a row).
 //!
 //! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Where one block does them
 //! all, each channel's window is read by one thread and written by that same thread: there is nobody to race with. Where
 //! a cluster does, its blocks all read the window, and the first one writes it once the cluster's barrier says that all
-//! have read. Blocks of other clusters have no channel in common with it.
+//! have read. Blocks of other clusters have no channel in common with it. The same barrier hands round the sums of squares of
+//! rows. It waits for what a block stored before it came there, so states and windows are stored behind it.
 //!
 //! **Bits.** Sums over DK are those of the lanes of a row, sums over DV those of pieces, then over pieces, each in an
 //! order that depends on nothing but the kernel. So the bits of a result do not depend on the size of the cluster, on
@@ -21,28 +24,38 @@
 pub mod args;
 mod conv;
 pub mod element;
+mod fragments;
+mod inputs;
+mod norm;
 mod rows;
 mod slots;
 
-use gdn_math::{Lanes, layer as math, special::exp};
+use gdn_math::layer as math;
 
 use self::{
-    args::{Args, Field, Room, Vector},
-    conv::{Channel, Windows},
-    element::{Element, bits, number, shared, size, store},
-    rows::{Rows, Token},
+    args::{Args, Field, GROUPS, Room},
+    conv::Windows,
+    element::{far, shared, size, store},
+    rows::{Held, Place, Token},
     slots::Read,
 };
-use crate::gpu::{AsyncCopy, Hopper, Warp};
+pub use self::{
+    fragments::Fragments,
+    rows::{NARROW, PLAIN, Rows, WIDE},
+};
+use crate::{
+    gpu::{Bytes16, Warp},
+    split::Divisor,
+};
 
-/// Rows of a warp, at most: each lane has one in the convolution of v and in the norm.
+/// Rows of a warp, at most.
 pub const WARP_ROWS: u32 = 32;
 
 /// What one block does.
 struct Block<'a, G> {
     gpu: &'a G,
     args: &'a Args,
-    room: Room,
+    room: &'a Room,
     sequence: u32,
     /// The key head.
     head: u32,
@@ -51,104 +64,117 @@ struct Block<'a, G> {
     /// Blocks of the cluster, and which of them this is.
     blocks: u32,
     rank: u32,
-    /// Pieces of rows of the v heads that are computed at a time.
-    pieces: u32,
 }
 
-/// What one warp does of some v heads: rows `start` to `start + len` of one of them.
+/// What a block does at a time: `heads` v heads from `first` on (within the key head), of each the block's rows from `start` on.
+/// They are `rows` in all, and lie side by side: where there are several heads, they are whole.
+#[derive(Clone, Copy)]
+struct Pass {
+    first: u32,
+    heads: u32,
+    start: u32,
+    rows: u32,
+    /// Whether queries and keys are still to be made.
+    with_qk: bool,
+}
+
+/// What one warp does of it: rows `start` to `start + len` of a v head of the pass.
 #[derive(Clone, Copy)]
 struct Unit {
-    /// The v head, within the key head.
     head: u32,
     start: u32,
     len: u32,
-    /// The first of its pieces, among those of the block, and the first of its head.
-    piece: u32,
-    head_piece: u32,
+    /// The first of them among all rows of the pass.
+    row: u32,
 }
 
-/// The kernel: states of elements `E`, rows as `Rows` has them.
+/// The kernel: `H` holds the rows of the state.
 ///
 /// # Safety
-/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each; more than
-/// one block a cluster only on devices that have clusters, and with `2 * DK` threads each. All that the arguments say is there, elements at multiples of their size, and what is kept is
+/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each, and as many
+/// threads as rows of the state at a time; more than one block a cluster only on devices that have clusters, and for wide
+/// kernels. All that the arguments say is there, elements at multiples of their size, and what is kept is
 /// written by nobody else meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
 #[inline(always)]
-pub unsafe fn run<
-    E: Element,
-    const LANES: u32,
-    const V: usize,
-    const CHUNKS: usize,
-    const ROWS: usize,
-    const WIDE: bool,
->(
-    gpu: &(impl Hopper + Warp + AsyncCopy),
-    args: &Args,
-) {
+pub unsafe fn run<H: Held>(gpu: &impl rows::Machine, args: &Args) {
     gpu.let_next_start();
-    let [block, ..] = gpu.block();
-    let (group, rank) = args.cluster.divide(block);
-    let (sequence, head) = args.num_k_heads.divide(group);
-    let padded = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PADDED;
-    let landing = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::LANDING;
-    let pieces = args.pass_heads * args.head_warps.get() * args.steps;
-    let block = Block {
-        gpu,
-        args,
-        room: Room::new(args.tokens, padded, gpu.threads() / 32, pieces, landing, args.cluster.get()),
-        sequence,
-        head,
-        row: u64::from(sequence) * u64::from(args.tokens),
-        blocks: args.cluster.get(),
-        rank,
-        pieces,
-    };
+    let [number, ..] = gpu.block();
+    let block = Block::new::<H>(gpu, args, number, [args.cluster, args.num_k_heads]);
     gpu.wait_for_previous();
     // SAFETY: the caller's promises.
     unsafe {
         // All blocks of a cluster find the same.
-        let Some(read) = Read::of(gpu, args, sequence) else {
-            block.clear();
+        let Some(read) = Read::of(gpu, H::PLAIN, args, block.sequence) else {
+            let mut next = Some(block.first_pass());
+            while let Some(pass) = next {
+                block.clear::<H>(&pass);
+                next = block.pass_behind(&pass);
+            }
             return;
         };
-        let (mut first, end) = block.heads();
-        loop {
-            block.compute::<E, LANES, V, CHUNKS, ROWS, WIDE>(&read, first, end);
-            first += args.pass_heads;
-            // The wide kernels are for heads that are computed all at once.
-            if WIDE || first >= end {
-                break;
-            }
+        if block.blocks > 1 {
+            // By the time that another block's shared memory is written, that block has begun.
+            gpu.cluster_arrive_relaxed();
+        }
+        let mut pass = block.first_pass();
+        block.compute::<H>(&read, &pass);
+        // The wide kernels are for heads that are computed all at once.
+        while let (false, Some(next)) = (H::WIDE, block.pass_behind(&pass)) {
+            pass = next;
             // What the next heads write in shared memory has been read.
             gpu.barrier();
+            block.compute::<H>(&read, &pass);
         }
     }
 }
 
-impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
-    /// The v heads of the key head that are this block's: the first, and the one behind the last.
+impl<'a, G: rows::Machine> Block<'a, G> {
+    /// Block `number` of the grid.
     #[inline(always)]
-    fn heads(&self) -> (u32, u32) {
-        let first = self.rank * self.args.block_heads;
-        (first, (first + self.args.block_heads).min(self.args.ratio))
+    fn new<H: Held>(gpu: &'a G, args: &'a Args, number: u32, [cluster, num_k_heads]: [Divisor; 2]) -> Self {
+        let (group, rank) = cluster.divide(number);
+        let (sequence, head) = num_k_heads.divide(group);
+        let row = u64::from(sequence) * u64::from(args.tokens);
+        let blocks = if H::WIDE { args.cluster.get() } else { 1 };
+        Block { gpu, args, room: &args.room, sequence, head, row, blocks, rank }
+    }
+
+    /// The first v heads that the block computes.
+    #[inline(always)]
+    fn first_pass(&self) -> Pass {
+        let Args { head_blocks, block_rows, block_heads, pass_heads, .. } = self.args;
+        let (share, part) = head_blocks.divide(self.rank);
+        let first = share * block_heads;
+        let heads = (*pass_heads).min(self.args.ratio - first);
+        Pass { first, heads, start: part * block_rows.get(), rows: heads * block_rows.get(), with_qk: true }
+    }
+
+    /// Those behind, where a block computes them one after the other. It is then the only one of its key head.
+    #[inline(always)]
+    fn pass_behind(&self, pass: &Pass) -> Option<Pass> {
+        let Args { block_rows, pass_heads, ratio, .. } = self.args;
+        let first = pass.first + pass_heads;
+        let heads = (*pass_heads).min(ratio.saturating_sub(first));
+        let behind = Pass { first, heads, rows: heads * block_rows.get(), with_qk: false, ..*pass };
+        (self.blocks == 1 && heads > 0).then_some(behind)
     }
 
     /// Where row `row` of v head `head` (within the key head) of `out` is, at token `t`.
     #[inline(always)]
-    fn out(&self, head: u32, row: u32, t: u32) -> u64 {
+    fn out(&self, is_wide: bool, head: u32, row: u32, t: u32) -> u64 {
         let [of_token, of_head, of_element] = self.args.out.strides;
         self.args.out.address
-            + (self.row + u64::from(t)) * of_token
-            + u64::from(self.head * self.args.ratio + head) * of_head
-            + u64::from(row) * of_element
+            + far(is_wide, self.row + u64::from(t), of_token)
+            + far(is_wide, u64::from(self.head * self.args.ratio + head), of_head)
+            + far(is_wide, u64::from(row), of_element)
     }
 
     /// Where feature `i` of the key head is in a field, at token `t`.
     #[inline(always)]
-    fn feature(&self, field: &Field, i: u32, t: u32) -> u64 {
+    fn feature(&self, is_wide: bool, field: &Field, i: u32, t: u32) -> u64 {
         field.address
-            + (self.row + u64::from(t)) * field.row_stride
-            + u64::from(self.head) * field.head_step
+            + far(is_wide, self.row + u64::from(t), field.row_stride)
+            + far(is_wide, u64::from(self.head), field.head_step)
             + u64::from(i * size(field.dtype))
     }
 
@@ -157,417 +183,167 @@ impl<G: Hopper + Warp + AsyncCopy> Block<'_, G> {
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn clear(&self) {
-        let (first, end) = self.heads();
-        let mut t = 0;
-        while t < self.args.tokens {
-            let mut head = first;
-            while head < end {
-                let mut row = self.gpu.thread();
-                while row < self.args.dv {
-                    // SAFETY: the caller's promise; each element is one thread's.
-                    unsafe { store(self.gpu, self.args.out.dtype, self.out(head, row, t), 0.0) }
-                    row += self.gpu.threads();
-                }
-                head += 1;
+    unsafe fn clear<H: Held>(&self, pass: &Pass) {
+        let mut i = self.gpu.thread();
+        while i < pass.rows {
+            let (head, row) = self.args.block_rows.divide(i);
+            let mut t = 0;
+            while t < self.args.tokens {
+                let at = self.out(H::WIDE, pass.first + head, pass.start + row, t);
+                // SAFETY: the caller's promise; each element is one thread's.
+                unsafe { store(self.gpu, self.args.out.dtype, at, 0.0) }
+                t += 1;
             }
-            t += 1;
+            i += self.gpu.threads();
         }
     }
 
-    /// Channel `i` of q and k side by side.
+    /// What this warp does of a pass.
     #[inline(always)]
-    fn channel_of_qk(&self, read: &Read, i: u32) -> Channel {
-        let Args { dk, q, k_behind_q, .. } = self.args;
-        let is_key = i >= *dk;
-        let (i, before) = if is_key { (i - dk, self.args.num_k_heads.get() * dk) } else { (i, 0) };
-        let behind = if is_key { *k_behind_q } else { 0 };
-        let channel = before + self.head * dk + i;
-        Channel::new(self.args, read, q, behind, self.row, self.head, i, channel)
-    }
-
-    /// The channel of the lane's row.
-    #[inline(always)]
-    fn channel_of_v(&self, read: &Read, unit: &Unit) -> Channel {
-        let Args { dk, dv, ratio, v, .. } = self.args;
-        let i = unit.head * dv + unit.start + self.gpu.lane();
-        let channel = 2 * self.args.num_k_heads.get() * dk + self.head * ratio * dv + i;
-        Channel::new(self.args, read, v, 0, self.row, self.head, i, channel)
-    }
-
-    /// What this warp does of the v heads from `first` on.
-    #[inline(always)]
-    fn unit(&self, first: u32, end: u32, piece_rows: u32) -> Unit {
+    fn unit(&self, pass: &Pass, piece_rows: u32) -> Unit {
         let Self { gpu, args, .. } = self;
         let (head, of_head) = args.head_warps.divide(gpu.thread() / 32);
-        let start = of_head * args.steps * piece_rows;
-        let is_there = head < args.pass_heads && first + head < end;
-        let len = if is_there { args.dv.saturating_sub(start).min(args.steps * piece_rows) } else { 0 };
-        let head_piece = head * args.head_warps.get() * args.steps;
-        Unit { head: first + head, start, len, piece: head_piece + of_head * args.steps, head_piece }
+        let (before, rows) = (of_head * args.steps * piece_rows, args.block_rows.get());
+        let len = if head < pass.heads { rows.saturating_sub(before).min(args.steps * piece_rows) } else { 0 };
+        Unit { head, start: pass.start + before, len, row: head * rows + before }
     }
 
-    /// The v heads from `first` on, as many as are computed at a time, up to `end`.
+    /// A pass, from states to outputs.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn compute<
-        E: Element,
-        const LANES: u32,
-        const V: usize,
-        const CHUNKS: usize,
-        const ROWS: usize,
-        const WIDE: bool,
-    >(
-        &self,
-        read: &Read,
-        first: u32,
-        end: u32,
-    ) {
+    unsafe fn compute<H: Held>(&self, read: &Read, pass: &Pass) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
-        let piece_rows = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PIECE;
-        let padded = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::PADDED;
-        let landing = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::LANDING;
-        let (warp, warps, lane) = (gpu.thread() / 32, gpu.threads() / 32, gpu.lane());
-        let with_qk = WIDE || first == self.heads().0;
-        let unit = self.unit(first, end, piece_rows);
-        let v_head = self.head * args.ratio + unit.head;
-        let has_row = lane < unit.len;
+        let warp = gpu.thread() / 32;
+        let unit = self.unit(pass, H::PIECE);
         // SAFETY: the caller's promises. Shared memory is written before a barrier and read behind it.
         unsafe {
             // Everything that is read from far away is sent for before any of it is used.
-            let state = args.state.address + read.recurrent as u64 * args.state.strides[0];
-            let mut rows = Rows::<E, LANES, V, CHUNKS, ROWS, WIDE>::begin(
+            let mut rows = H::begin(
                 gpu,
                 args,
-                state,
-                v_head,
-                unit.start,
-                unit.len,
-                room.landing + warp * landing,
+                &Place {
+                    state: args.state.address + far(H::WIDE, read.recurrent as u64, args.state.strides[0]),
+                    head: self.head * args.ratio + pass.first + unit.head,
+                    start: unit.start,
+                    len: unit.len,
+                    landing: room.landing + warp * H::LANDING,
+                },
             );
-            let windows = Windows::of(gpu, args, read, self.sequence);
-            let gates = self.gate_bits(&unit, v_head);
-            let (weight, z) = if has_row {
-                let weight = &args.norm_weight;
-                let at = weight.address + u64::from(unit.start + lane) * weight.stride;
-                (bits(gpu, weight.dtype, at), self.z(&unit, 0))
-            } else {
-                (0, 0)
-            };
-            self.convolve::<WIDE>(read, &windows, &unit, with_qk, padded);
-            let gates = self.gates(read, gates);
+            let windows = Windows::of(gpu, H::PLAIN, args, read, self.sequence);
+            let row = self.row_bits::<H>(pass);
+            self.inputs::<H>(read, &windows, pass);
             gpu.barrier();
+            if self.blocks > 1 {
+                gpu.cluster_wait();
+            }
 
-            let lengths = self.lengths(padded);
+            let (scales, q_k) = self.lengths::<H>();
+            let pieces = unit.len.div_ceil(H::PIECE);
             let mut step = 0;
-            while step * piece_rows < unit.len {
-                rows.compute(gpu, args, step, |t| Token {
-                    decay: of_lane(gpu, gates.decay, t),
-                    beta: of_lane(gpu, gates.beta, t),
-                    q_scale: of_lane(gpu, lengths, 2 * t),
-                    k_scale: of_lane(gpu, lengths, 2 * t + 1),
-                    to: u64::from(gpu.shuffle(gates.to as u32, t))
-                        | u64::from(gpu.shuffle((gates.to >> 32) as u32, t)) << 32,
-                    q: room.q + t * padded * 4,
-                    k: room.k + t * padded * 4,
-                    v: room.v + (t * warps + warp) * WARP_ROWS * 4,
-                    o: room.o + (t * warps + warp) * WARP_ROWS * 4,
-                });
+            while step < pieces {
+                rows.take(gpu, args, step);
+                let mut next = 0;
+                while next < args.tokens {
+                    // The compiler would hold every address by itself in a register, and make a loop of its own for the last token.
+                    let t = gpu.unforeseen(u64::from(next)) as u32;
+                    let gates = room.gates + (t * args.pass_heads + unit.head) * 16;
+                    let Bytes16([decay, beta, low, high]) = gpu.load_shared16(gates);
+                    let token = Token {
+                        decay: f32::from_bits(decay),
+                        beta: f32::from_bits(beta),
+                        q_scale: of_lane(gpu, scales, 2 * t),
+                        k_scale: of_lane(gpu, scales, 2 * t + 1),
+                        q_k: of_lane(gpu, q_k, 2 * t),
+                        q: room.q + t * room.q_bytes,
+                        k: room.k + t * H::PADDED * 4,
+                        v: room.v + t * room.rows_bytes + unit.row * 4,
+                        o: room.o + t * room.rows_bytes + unit.row * 4,
+                    };
+                    let squares = rows.token(gpu, step, &token);
+                    let piece = unit.start / H::PIECE + step;
+                    let at = room.sums + t * room.sums_bytes + unit.head * room.head_sums + piece * 4;
+                    self.put_squares(at, squares);
+                    let is_last = t + 1 == args.tokens;
+                    if self.blocks > 1 && is_last && step + 1 == pieces {
+                        gpu.cluster_arrive();
+                    }
+                    rows.keep(gpu, args, step, u64::from(low) | u64::from(high) << 32, !is_last);
+                    next = t + 1;
+                }
                 step += 1;
             }
-            gpu.sync_warp();
-
-            // Sums of squares, piece by piece.
-            let o = |t: u32| room.o + ((t * warps + warp) * WARP_ROWS + lane) * 4;
-            let mut t = 0;
-            while t < args.tokens {
-                let o = if has_row { shared(gpu, o(t)) } else { 0.0 };
-                let sum = sum_of(gpu, o * o, piece_rows);
-                if has_row && lane.is_multiple_of(piece_rows) {
-                    let piece = t * self.pieces + unit.piece + lane / piece_rows;
-                    gpu.store_shared4(room.sums + piece * 4, sum.to_bits());
-                }
-                t += 1;
-            }
-            gpu.barrier();
-
-            // The gated norm of the lane's row.
-            let pieces = args.dv.div_ceil(piece_rows);
-            let weight = number(gpu, args.norm_weight.dtype, weight);
-            let (mut z, mut t) = (z, 0);
-            while unit.len > 0 && t < args.tokens {
-                let next = if has_row && t + 1 < args.tokens { self.z(&unit, t + 1) } else { 0 };
-                let mut sum = 0.0;
-                let mut i = lane;
-                while i < pieces {
-                    sum += shared(gpu, room.sums + (t * self.pieces + unit.head_piece + i) * 4);
-                    i += 32;
-                }
-                let sum = gpu.sum::<32>(sum);
-                if has_row {
-                    let scale = math::rms_scale(sum, args.dv as f32, args.norm_eps);
-                    let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
-                    let z = number(gpu, args.z.dtype, z);
-                    let y = math::gated(shared(gpu, o(t)), scale, weight, z, gate);
-                    store(gpu, args.out.dtype, self.out(unit.head, unit.start + lane, t), y);
-                }
-                z = next;
-                t += 1;
-            }
-            self.keep_windows::<WIDE>(&unit, with_qk);
-        }
-    }
-
-    /// The bits of the gate's input of the lane's row at a token.
-    ///
-    /// # Safety
-    /// As [`run`]; the row is there.
-    #[inline(always)]
-    unsafe fn z(&self, unit: &Unit, t: u32) -> u32 {
-        let Args { dv, z, .. } = self.args;
-        let at = self.feature(z, unit.head * dv + unit.start + self.gpu.lane(), t);
-        // SAFETY: the caller's promise.
-        unsafe { bits(self.gpu, z.dtype, at) }
-    }
-
-    /// What decay and beta of a v head are made of: token t's in lane t.
-    ///
-    /// # Safety
-    /// As [`run`].
-    #[inline(always)]
-    unsafe fn gate_bits(&self, unit: &Unit, v_head: u32) -> [u32; 4] {
-        let Self { gpu, args, .. } = self;
-        let t = gpu.lane().min(args.tokens - 1);
-        if unit.len == 0 {
-            return [0; 4];
-        }
-        // SAFETY: the caller's promises.
-        unsafe {
-            let gate = |field: &Field| bits(*gpu, field.dtype, self.feature(field, unit.head, t));
-            let of_head = |vector: &Vector| {
-                bits(*gpu, vector.dtype, vector.address + u64::from(v_head) * vector.stride)
-            };
-            [gate(&args.a), gate(&args.b), of_head(&args.A_log), of_head(&args.dt_bias)]
-        }
-    }
-
-    /// Decay and beta of the v head, and where its state goes: token t's in lane t.
-    ///
-    /// # Safety
-    /// As [`run`].
-    #[inline(always)]
-    unsafe fn gates(&self, read: &Read, [a, b, a_log, dt_bias]: [u32; 4]) -> Gates {
-        let Self { gpu, args, .. } = self;
-        let gpu = *gpu;
-        let t = gpu.lane().min(args.tokens - 1);
-        let (a, b) = (number(gpu, args.a.dtype, a), number(gpu, args.b.dtype, b));
-        let (a_log, dt_bias) =
-            (number(gpu, args.A_log.dtype, a_log), number(gpu, args.dt_bias.dtype, dt_bias));
-        Gates {
-            decay: exp(math::log_decay(a, a_log, dt_bias)),
-            beta: math::beta(b, args.beta_scale),
-            // SAFETY: the caller's promise.
-            to: unsafe { args.kept.address(gpu, args, self.sequence, read.recurrent, t) },
-        }
-    }
-
-    /// q, k and v, convolved, into shared memory, and the windows that nobody else reads.
-    ///
-    /// # Safety
-    /// As [`run`].
-    #[inline(always)]
-    unsafe fn convolve<const WIDE: bool>(
-        &self,
-        read: &Read,
-        windows: &Windows,
-        unit: &Unit,
-        with_qk: bool,
-        padded: u32,
-    ) {
-        let Self { gpu, args, room, .. } = self;
-        let (gpu, dk, lane) = (*gpu, args.dk, gpu.lane());
-        let (mut i, step) = (gpu.thread(), gpu.threads());
-        let of_qk = if with_qk { 2 * dk } else { 0 };
-        let of_v = self.channel_of_v(read, unit);
-        let has_row = lane < unit.len;
-        let values = room.v + (gpu.thread() / 32 * WARP_ROWS + lane) * 4;
-        let put_v = |t: u32, c: f32| {
-            // SAFETY: one lane's place.
-            unsafe { gpu.store_shared4(values + t * (gpu.threads() * 4), c.to_bits()) }
-        };
-        // SAFETY: the shared memory is one thread's.
-        let put = |to: u32, c: f32| unsafe { gpu.store_shared4(to, c.to_bits()) };
-        // Of q and k the cluster's first block keeps the windows.
-        let of_block = if self.rank == 0 { windows.without_last() } else { Windows::NONE };
-        let keeps = windows.last != 0 && !conv::rolls(args);
-        // Where other blocks read a window, it waits here until they have.
-        let later = room.windows + gpu.thread() * 4;
-        // SAFETY: the caller's promises; each place is one thread's.
-        unsafe {
-            if WIDE {
-                let start_of_v = if has_row { Some(of_v.start(gpu, args)) } else { None };
-                let mut channel = self.channel_of_qk(read, i.min(2 * dk - 1));
-                let mut start = if i < of_qk { Some(channel.start(gpu, args)) } else { None };
-                if let Some(start) = start_of_v {
-                    let window = of_v.run(gpu, args, start, windows, put_v);
-                    if keeps {
-                        of_v.put_window(gpu, args, windows.last, window);
-                    }
-                }
-                while let Some(given) = start {
-                    let to = if i < dk { room.q + i * 4 } else { room.k + (i - dk) * 4 };
-                    let window = channel.run(gpu, args, given, &of_block, |t, c| put(to + t * padded * 4, c));
-                    if self.blocks > 1 {
-                        let mut column = 0;
-                        while column < 3 {
-                            put(later + column * step * 4, window[column as usize]);
-                            column += 1;
-                        }
-                    } else if keeps {
-                        channel.put_window(gpu, args, windows.last, window);
-                    }
-                    i += step;
-                    start = None;
-                    if i < of_qk {
-                        channel = self.channel_of_qk(read, i);
-                        start = Some(channel.start(gpu, args));
-                    }
-                }
-            } else {
-                if has_row {
-                    of_v.run_any(gpu, args, windows, put_v);
-                }
-                while i < of_qk {
-                    let to = if i < dk { room.q + i * 4 } else { room.k + (i - dk) * 4 };
-                    self.channel_of_qk(read, i)
-                        .run_any(gpu, args, &of_block, |t, c| put(to + t * padded * 4, c));
-                    i += step;
-                }
-            }
             if self.blocks > 1 {
-                // What this thread read it has used.
-                gpu.cluster_arrive();
-            }
-            if !has_row {
-                let mut t = 0;
-                while t < args.tokens {
-                    put_v(t, 0.0);
-                    t += 1;
+                if pieces == 0 {
+                    gpu.cluster_arrive();
                 }
+                gpu.cluster_wait();
+            } else {
+                gpu.barrier();
             }
-            // Zeros behind queries and keys.
-            let mut line = 0;
-            while dk < padded && with_qk && line < 2 * args.tokens {
-                let mut i = dk + gpu.thread();
-                while i < padded {
-                    put(room.q + (line * padded + i) * 4, 0.0);
-                    i += gpu.threads();
-                }
-                line += 1;
+            if H::PLAIN {
+                // Made again rather than held in registers.
+                let by = [args.cluster, args.num_k_heads].map(|by| by.unforeseen(|shift| gpu.unforeseen(shift)));
+                let block = Block::new::<H>(gpu, args, gpu.block_anew(), by);
+                let pass = block.first_pass();
+                block.norm::<H>(&pass, row);
+                block.keep_windows::<H>(&pass);
+            } else {
+                self.norm::<H>(pass, row);
+                self.keep_windows::<H>(pass);
             }
         }
     }
 
-    /// The windows after the last token that are not kept yet: those that roll, those of the narrow kernels, and, in a
-    /// cluster, those of q and k.
+    /// The sum of the squares of a piece's outputs, to all blocks that have rows of its v head.
     ///
     /// # Safety
-    /// As [`run`].
+    /// The place is the piece's.
     #[inline(always)]
-    unsafe fn keep_windows<const WIDE: bool>(&self, unit: &Unit, with_qk: bool) {
-        let Self { gpu, args, room, .. } = self;
-        let gpu = *gpu;
-        if self.blocks > 1 {
-            // All blocks have read the windows of q and k.
-            gpu.cluster_wait();
-        }
-        let rolls = !WIDE || conv::rolls(args);
-        if args.conv_kept.kind == args::NOTHING || !rolls && self.blocks == 1 {
-            return;
-        }
-        // SAFETY: the caller's promises.
+    unsafe fn put_squares(&self, at: u32, squares: f32) {
+        let Self { gpu, args, .. } = self;
+        let (lane, blocks) = (gpu.lane(), args.head_blocks.get());
+        // SAFETY: the caller's promise; all blocks of the cluster have begun, and end behind its barrier.
         unsafe {
-            // What was read for this at first was not kept: it is seldom needed.
-            let Some(read) = Read::of(gpu, args, self.sequence) else { return };
-            let windows = Windows::of(gpu, args, &read, self.sequence);
-            let mut i = gpu.thread();
-            let of_qk = if with_qk && self.rank == 0 { 2 * args.dk } else { 0 };
-            if !rolls {
-                if i < of_qk && windows.last != 0 {
-                    let column = |column: u32| shared(gpu, room.windows + (column * gpu.threads() + i) * 4);
-                    let window = [column(0), column(1), column(2)];
-                    self.channel_of_qk(&read, i).put_window(gpu, args, windows.last, window);
+            if blocks == 1 {
+                if lane == 0 {
+                    gpu.store_shared4(at, squares.to_bits());
                 }
-                return;
-            }
-            if gpu.lane() < unit.len {
-                self.channel_of_v(&read, unit).keep_last(gpu, args, &read, &windows);
-            }
-            while i < of_qk {
-                self.channel_of_qk(&read, i).keep_last(gpu, args, &read, &windows);
-                i += gpu.threads();
+            } else if lane < blocks {
+                let (share, _) = args.head_blocks.divide(self.rank);
+                gpu.store_cluster4(at, share * blocks + lane, squares.to_bits());
             }
         }
     }
 
-    /// What brings each token's query and key to their lengths: token t's in lanes 2t and 2t + 1.
+    /// What brings each token's query and key to their lengths, token t's in lanes 2t and 2t + 1, and the product of both.
     ///
     /// # Safety
-    /// As [`run`]; they are in shared memory, for all to see.
+    /// As [`run`]; the sums of squares are in shared memory, for all to see.
     #[inline(always)]
-    unsafe fn lengths(&self, padded: u32) -> f32 {
+    unsafe fn lengths<H: Held>(&self) -> (f32, f32) {
         let Self { gpu, args, room, .. } = self;
-        let (gpu, mut mine) = (*gpu, 0.0);
-        let mut t = 0;
-        while t < args.tokens {
-            let mut sums = [0.0; 2];
-            let mut i = gpu.lane();
-            while i < padded {
-                let at = (t * padded + i) * 4;
+        let (t, side) = ((gpu.lane() / 2).min(args.tokens - 1), gpu.lane() % 2);
+        let sum_of = |kind: u32| {
+            let at = room.squares + (t * 3 + kind) * GROUPS * 4;
+            let mut sum = 0.0;
+            let mut group = 0;
+            while group < H::PADDED / 32 {
                 // SAFETY: the caller's promise.
-                let (q, k) = unsafe { (shared(gpu, room.q + at), shared(gpu, room.k + at)) };
-                sums = [Lanes::mul_add(q, q, sums[0]), Lanes::mul_add(k, k, sums[1])];
-                i += 32;
+                sum += unsafe { shared(*gpu, at + group * 4) };
+                group += 1;
             }
-            let mut mask = 16;
-            while mask > 0 {
-                let other = sums.map(|sum| f32::from_bits(gpu.shuffle_xor(sum.to_bits(), mask)));
-                sums = [sums[0] + other[0], sums[1] + other[1]];
-                mask /= 2;
-            }
-            if gpu.lane() / 2 == t {
-                mine = if gpu.lane().is_multiple_of(2) { sums[0] } else { sums[1] };
-            }
-            t += 1;
-        }
-        let scale = if gpu.lane().is_multiple_of(2) { args.scale } else { 1.0 };
-        math::l2_scale(mine, args.l2norm_eps, scale)
+            sum
+        };
+        let scale = if side == 0 { args.scale } else { 1.0 };
+        (math::l2_scale(sum_of(side), args.l2norm_eps, scale), sum_of(2))
     }
-}
-
-/// Of a v head, in lane t what belongs to token t.
-#[derive(Clone, Copy)]
-struct Gates {
-    decay: f32,
-    beta: f32,
-    to: u64,
 }
 
 /// The number that lane `lane` has.
 #[inline(always)]
 fn of_lane(gpu: &impl Warp, value: f32, lane: u32) -> f32 {
     f32::from_bits(gpu.shuffle(value.to_bits(), lane))
-}
-
-/// The sum over neighbouring lanes, `lanes` (a power of two) at a time.
-#[inline(always)]
-fn sum_of(gpu: &impl Warp, value: f32, lanes: u32) -> f32 {
-    match lanes {
-        4 => gpu.sum::<4>(value),
-        8 => gpu.sum::<8>(value),
-        _ => gpu.sum::<16>(value),
-    }
 }

@@ -6,25 +6,132 @@ use gdn_math::{Lanes, layer as math};
 
 use super::{
     args::Args,
-    element::{Element, bits, number, shared, store},
+    element::{Element, bits, far, number, shared, store},
 };
-use crate::gpu::{AsyncCopy, Bytes16, Hopper, SharedWord, Warp};
+use crate::gpu::{AsyncCopy, Bytes16, Hopper, SharedWord, TensorCore, Warp};
 
 /// Pieces of rows that have room in shared memory, the one that is computed included.
-const STAGES: u32 = 2;
+pub(super) const STAGES: u32 = 2;
 
-/// The rows of a warp: `len` from row `start` of a v head on, piece by piece. `LANES` lanes hold a row, each `CHUNKS`
-/// times `V` columns of it, and each of the warp's groups of so many lanes `ROWS` rows.
+/// What the kernels ask of the machine.
+pub trait Machine: Hopper + Warp + AsyncCopy + TensorCore {}
+
+impl<G: Hopper + Warp + AsyncCopy + TensorCore> Machine for G {}
+
+/// Some rows of a v head, which a warp computes piece by piece.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// The slot that they are read from.
+    pub state: u64,
+    /// The v head, and the first row.
+    pub head: u32,
+    /// See `head`.
+    pub start: u32,
+    /// How many.
+    pub len: u32,
+    /// Where the warp's pieces land in shared memory.
+    pub landing: u32,
+}
+
+/// What a warp's rows have in common at a token.
+#[derive(Clone, Copy, Debug)]
+pub struct Token {
+    /// See gdn-math.
+    pub decay: f32,
+    /// See gdn-math.
+    pub beta: f32,
+    /// What brings the query and the key to their lengths.
+    pub q_scale: f32,
+    /// See `q_scale`.
+    pub k_scale: f32,
+    /// The query times the key, as the convolution left them.
+    pub q_k: f32,
+    /// Where the query, the key, and values and outputs of the warp's first row are in shared memory.
+    pub q: u32,
+    /// See `q`.
+    pub k: u32,
+    /// See `q`.
+    pub v: u32,
+    /// See `q`.
+    pub o: u32,
+}
+
+/// Rows of any strides, and convolutions of any width.
+pub const NARROW: u32 = 0;
+/// Rows are dense, at multiples of 16 bytes, the convolution has 4 taps, and strides and numbers of slots have 31 bits.
+pub const WIDE: u32 = 1;
+/// Besides, q, k, v, z, the convolution's weight and states, the norm's weight and `out` are bf16, indices have 4 bytes, taps lie
+/// side by side at a multiple of 8 bytes, there is no bias, the window has 3 columns, of which one after the last token is kept,
+/// no number of accepted tokens is given, rows have as many columns as the kernel, and v heads are whole pieces. What else a
+/// call may be costs instructions even where it is not.
+pub const PLAIN: u32 = 2;
+
+/// How a warp holds rows. All lanes come to each of these functions together.
+pub trait Held: Sized {
+    /// Rows of a piece, which is held in registers.
+    const PIECE: u32;
+    /// Numbers of a query or key, with the zeros behind it.
+    const PADDED: u32;
+    /// Bytes of shared memory in which a warp's pieces land.
+    const LANDING: u32;
+    /// [`NARROW`], [`WIDE`] or [`PLAIN`].
+    const KIND: u32;
+    /// Whether queries and keys are needed in parts (`Room::q`).
+    const PARTS: bool;
+    /// Whether this is a [`WIDE`] or [`PLAIN`] one.
+    const WIDE: bool = Self::KIND != NARROW;
+    /// Whether this is a [`PLAIN`] one.
+    const PLAIN: bool = Self::KIND == PLAIN;
+
+    /// Begins to read the first pieces.
+    ///
+    /// # Safety
+    /// The rows are there, and the shared memory is the warp's alone.
+    unsafe fn begin(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
+
+    /// Piece `step`, into registers. Pieces are taken in order.
+    ///
+    /// # Safety
+    /// As [`Held::begin`].
+    unsafe fn take(&mut self, gpu: &impl Machine, args: &Args, step: u32);
+
+    /// The next token on the piece: outputs to shared memory, the state in registers. The sum of its outputs' squares, in all
+    /// lanes.
+    ///
+    /// # Safety
+    /// As [`Held::begin`]; what `token` names is in shared memory for all to see, and outputs are nobody else's.
+    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> f32;
+
+    /// Writes the piece to the slot at `to`, if that is not 0. Where tokens follow (`more`), what is left of it in the state's
+    /// dtype is what they find.
+    ///
+    /// # Safety
+    /// As [`Held::begin`]; the slot's rows are to be written.
+    unsafe fn keep(&mut self, gpu: &impl Machine, args: &Args, step: u32, to: u64, more: bool);
+}
+
+/// The delta rule for a row: its output, and what it adds to the state for each number of the key. `of_k` and `of_q` are the
+/// row's products with the key and the query, before the token. The row that the token leaves is `decay * S + added * k`, so
+/// its product with the query needs no second look at it.
+#[inline(always)]
+pub(super) fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
+    let r = token.decay * (token.k_scale * of_k);
+    let added = math::correction(token.beta, v, r) * token.k_scale;
+    (token.q_scale * Lanes::mul_add(added, token.q_k, token.decay * of_q), added)
+}
+
+/// Rows of which `LANES` lanes hold one, each `CHUNKS` times `V` columns of it, and each of the warp's groups of so many lanes
+/// `ROWS` rows.
 ///
-/// With `WIDE`, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is then on its way to
+/// But for [`NARROW`] ones, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is then on its way to
 /// shared memory while the one before it is computed, and no lane touches there what is another one's.
-pub(super) struct Rows<
+pub struct Rows<
     E,
     const LANES: u32,
     const V: usize,
     const CHUNKS: usize,
     const ROWS: usize,
-    const WIDE: bool,
+    const KIND: u32,
 > {
     len: u32,
     /// The lane's first row of the first piece, at its first column, and bytes to the next row and column.
@@ -39,79 +146,17 @@ pub(super) struct Rows<
     element: PhantomData<E>,
 }
 
-/// What the warp's rows have in common at a token.
-#[derive(Clone, Copy)]
-pub(super) struct Token {
-    pub(super) decay: f32,
-    pub(super) beta: f32,
-    /// What brings the query and the key to their lengths.
-    pub(super) q_scale: f32,
-    pub(super) k_scale: f32,
-    /// Where the state after it goes: the slot's first element, 0 for nowhere.
-    pub(super) to: u64,
-    /// Lines of shared memory: the query, the key, the warp's values, and its outputs.
-    pub(super) q: u32,
-    pub(super) k: u32,
-    pub(super) v: u32,
-    pub(super) o: u32,
-}
-
-impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const WIDE: bool>
-    Rows<E, LANES, V, CHUNKS, ROWS, WIDE>
+impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
+    Rows<E, LANES, V, CHUNKS, ROWS, KIND>
 {
     /// Rows of the warp side by side.
     const GROUPS: u32 = 32 / LANES;
-    /// Rows of a piece.
-    pub(super) const PIECE: u32 = Self::GROUPS * ROWS as u32;
-    /// Numbers of a query or key, with the zeros behind it.
-    pub(super) const PADDED: u32 = LANES * (V * CHUNKS) as u32;
-    /// Bytes of shared memory in which a warp's pieces land.
-    pub(super) const LANDING: u32 = if WIDE { STAGES * Self::STAGE } else { 0 };
     const STAGE: u32 = (ROWS * CHUNKS) as u32 * 512;
-
-    /// Rows of v head `head`; `state` is the slot that they are read from. The first pieces are on their way.
-    ///
-    /// # Safety
-    /// They are there, and `landing` is shared memory of the warp alone.
-    #[inline(always)]
-    pub(super) unsafe fn begin(
-        gpu: &(impl Warp + AsyncCopy),
-        args: &Args,
-        state: u64,
-        head: u32,
-        start: u32,
-        len: u32,
-        landing: u32,
-    ) -> Self {
-        let (row, column) = (start + gpu.lane() / LANES, gpu.lane() % LANES * V as u32);
-        let place = |[of_head, of_row, of_column]: [u64; 3]| {
-            u64::from(head) * of_head + u64::from(row) * of_row + u64::from(column) * of_column
-        };
-        let [_, of_head, of_row, of_column] = args.state.strides;
-        let [.., to_head, to_row, to_column] = args.kept.to.strides;
-        let rows = Self {
-            len,
-            from: state + place([of_head, of_row, of_column]),
-            of_row,
-            of_column,
-            to: place([to_head, to_row, to_column]),
-            landing: landing + gpu.lane() * 16,
-            s: [[[0.0; V]; CHUNKS]; ROWS],
-            element: PhantomData,
-        };
-        let mut step = 0;
-        while WIDE && step < STAGES {
-            // SAFETY: the caller's promise.
-            unsafe { rows.send_for(gpu, args, step) }
-            step += 1;
-        }
-        rows
-    }
 
     /// Whether the lane's `n`th row of a piece is there.
     #[inline(always)]
-    fn has(&self, gpu: &impl Warp, step: u32, n: usize) -> bool {
-        step * Self::PIECE + n as u32 * Self::GROUPS + gpu.lane() / LANES < self.len
+    fn has(&self, gpu: &impl Machine, step: u32, n: usize) -> bool {
+        Self::PLAIN || step * Self::PIECE + n as u32 * Self::GROUPS + gpu.lane() / LANES < self.len
     }
 
     /// From the lane's first row of the first piece to its `n`th of this one.
@@ -122,21 +167,21 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
 
     /// Whether column `v` of the lane's chunk `c` is there.
     #[inline(always)]
-    fn has_column(gpu: &impl Warp, args: &Args, c: usize, v: usize) -> bool {
-        ((c as u32 * LANES + gpu.lane() % LANES) * V as u32 + v as u32) < args.dk
+    fn has_column(gpu: &impl Machine, args: &Args, c: usize, v: usize) -> bool {
+        Self::PLAIN || ((c as u32 * LANES + gpu.lane() % LANES) * V as u32 + v as u32) < args.dk
     }
 
     /// Begins to copy a piece, if there is one more.
     ///
     /// # Safety
-    /// As [`Rows::begin`].
+    /// As [`Held::begin`].
     #[inline(always)]
-    unsafe fn send_for(&self, gpu: &(impl Warp + AsyncCopy), args: &Args, step: u32) {
+    unsafe fn send_for(&self, gpu: &impl Machine, args: &Args, step: u32) {
         let stage = self.landing + step % STAGES * Self::STAGE;
         let is_there = step * Self::PIECE < self.len;
         let mut n = 0;
         while is_there && n < ROWS {
-            let from = self.from + Self::distance(step, n) * self.of_row;
+            let from = self.from + far(Self::WIDE, Self::distance(step, n), self.of_row);
             let mut c = 0;
             while c < CHUNKS {
                 let there = self.has(gpu, step, n) && Self::has_column(gpu, args, c, 0);
@@ -155,59 +200,12 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
         gpu.commit_copies();
     }
 
-    /// A piece, into registers.
-    ///
-    /// # Safety
-    /// As [`Rows::begin`].
-    #[inline(always)]
-    unsafe fn take(&mut self, gpu: &(impl Warp + AsyncCopy), args: &Args, step: u32) {
-        if WIDE {
-            gpu.wait_copies::<{ STAGES - 1 }>();
-        }
-        let stage = self.landing + step % STAGES * Self::STAGE;
-        let of_column = gpu.unforeseen(self.of_column);
-        let mut n = 0;
-        while n < ROWS {
-            let mut c = 0;
-            while c < CHUNKS {
-                // SAFETY: what the lane sent for has landed; elsewhere the caller's promise.
-                unsafe {
-                    let bytes = if WIDE {
-                        Bytes16::load_shared(gpu, stage + (n * CHUNKS + c) as u32 * 512)
-                    } else {
-                        Bytes16([0; 4])
-                    };
-                    let mut v = 0;
-                    while v < V {
-                        self.s[n][c][v] = if WIDE {
-                            E::of(gpu, bytes, v)
-                        } else if self.has(gpu, step, n) && Self::has_column(gpu, args, c, v) {
-                            let at = self.from
-                                + Self::distance(step, n) * self.of_row
-                                + (c as u64 * u64::from(LANES) * V as u64 + v as u64) * of_column;
-                            number(gpu, E::DTYPE, bits(gpu, E::DTYPE, at))
-                        } else {
-                            0.0
-                        };
-                        v += 1;
-                    }
-                }
-                c += 1;
-            }
-            n += 1;
-        }
-        if WIDE {
-            // SAFETY: the caller's promise; the stage was read above.
-            unsafe { self.send_for(gpu, args, step + STAGES) }
-        }
-    }
-
     /// The lane's columns of a query or key.
     ///
     /// # Safety
     /// The line is in shared memory, for all to see.
     #[inline(always)]
-    unsafe fn line(gpu: &impl Warp, line: u32) -> [[f32; V]; CHUNKS] {
+    unsafe fn line(gpu: &impl Machine, line: u32) -> [[f32; V]; CHUNKS] {
         let mut numbers = [[0.0; V]; CHUNKS];
         let at = line + gpu.lane() % LANES * V as u32 * 4;
         let mut c = 0;
@@ -235,93 +233,152 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
         }
         numbers
     }
+}
 
-    /// All tokens on a piece.
-    ///
-    /// # Safety
-    /// As [`Rows::begin`]; what is at the places in shared memory that `token` names is there for all to see.
+impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32> Held
+    for Rows<E, LANES, V, CHUNKS, ROWS, KIND>
+{
+    const PIECE: u32 = Self::GROUPS * ROWS as u32;
+    const PADDED: u32 = LANES * (V * CHUNKS) as u32;
+    const LANDING: u32 = if Self::WIDE { STAGES * Self::STAGE } else { 0 };
+    const KIND: u32 = KIND;
+    const PARTS: bool = false;
+
     #[inline(always)]
-    pub(super) unsafe fn compute<G: Hopper + Warp + AsyncCopy>(
-        &mut self,
-        gpu: &G,
-        args: &Args,
-        step: u32,
-        mut token: impl FnMut(u32) -> Token,
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.take(gpu, args, step);
-            let mut t = 0;
-            while t < args.tokens {
-                let token = token(t);
-                let place = |n: usize| (Self::distance(step, n) as u32 + gpu.lane() / LANES) * 4;
-                let k = Self::line(gpu, token.k);
-                let products = self.products(gpu, &k);
-                let mut n = 0;
-                while n < ROWS {
-                    let r = token.decay * (token.k_scale * products[n]);
-                    let v = shared(gpu, token.v + place(n));
-                    let correction = math::correction(token.beta, v, r) * token.k_scale;
-                    let s = &mut self.s[n];
-                    each::<V, CHUNKS>(|c, x| {
-                        s[c][x] = Lanes::mul_add(k[c][x], correction, s[c][x] * token.decay);
-                    });
-                    n += 1;
-                }
-                let products = self.products(gpu, &Self::line(gpu, token.q));
-                let mut n = 0;
-                while n < ROWS {
-                    if gpu.lane().is_multiple_of(LANES) {
-                        gpu.store_shared4(token.o + place(n), (token.q_scale * products[n]).to_bits());
+    unsafe fn begin(gpu: &impl Machine, args: &Args, place: &Place) -> Self {
+        let (row, column) = (place.start + gpu.lane() / LANES, gpu.lane() % LANES * V as u32);
+        let [_, of_head, of_row, of_column] = args.state.strides;
+        let [.., to_head, to_row, to_column] = args.kept.to.strides;
+        let at = |[of_head, of_row, of_column]: [u64; 3]| {
+            far(Self::WIDE, u64::from(place.head), of_head)
+                + far(Self::WIDE, u64::from(row), of_row)
+                + far(Self::WIDE, u64::from(column), of_column)
+        };
+        let rows = Self {
+            len: place.len,
+            from: place.state + at([of_head, of_row, of_column]),
+            of_row,
+            of_column,
+            to: at([to_head, to_row, to_column]),
+            landing: place.landing + gpu.lane() * 16,
+            s: [[[0.0; V]; CHUNKS]; ROWS],
+            element: PhantomData,
+        };
+        let mut step = 0;
+        while Self::WIDE && step < STAGES {
+            // SAFETY: the caller's promise.
+            unsafe { rows.send_for(gpu, args, step) }
+            step += 1;
+        }
+        rows
+    }
+
+    #[inline(always)]
+    unsafe fn take(&mut self, gpu: &impl Machine, args: &Args, step: u32) {
+        if Self::WIDE {
+            gpu.wait_copies::<{ STAGES - 1 }>();
+        }
+        let stage = self.landing + step % STAGES * Self::STAGE;
+        let of_column = gpu.unforeseen(self.of_column);
+        let mut n = 0;
+        while n < ROWS {
+            let mut c = 0;
+            while c < CHUNKS {
+                // SAFETY: what the lane sent for has landed; elsewhere the caller's promise.
+                unsafe {
+                    let bytes = if Self::WIDE {
+                        Bytes16::load_shared(gpu, stage + (n * CHUNKS + c) as u32 * 512)
+                    } else {
+                        Bytes16([0; 4])
+                    };
+                    let mut v = 0;
+                    while v < V {
+                        self.s[n][c][v] = if Self::WIDE {
+                            E::of(gpu, bytes, v)
+                        } else if self.has(gpu, step, n) && Self::has_column(gpu, args, c, v) {
+                            let at = self.from
+                                + far(Self::WIDE, Self::distance(step, n), self.of_row)
+                                + (c as u64 * u64::from(LANES) * V as u64 + v as u64) * of_column;
+                            number(gpu, E::DTYPE, bits(gpu, E::DTYPE, at))
+                        } else {
+                            0.0
+                        };
+                        v += 1;
                     }
-                    n += 1;
                 }
-                self.keep(gpu, args, step, token.to, t + 1 < args.tokens);
-                t += 1;
+                c += 1;
             }
+            n += 1;
+        }
+        if Self::WIDE {
+            // SAFETY: the caller's promise; the stage was read above.
+            unsafe { self.send_for(gpu, args, step + STAGES) }
         }
     }
 
-    /// The products of the lane's rows and a query or key, row by row side by side.
     #[inline(always)]
-    fn products(&self, gpu: &impl Warp, line: &[[f32; V]; CHUNKS]) -> [f32; ROWS] {
-        let mut sums = [0.0; ROWS];
+    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> f32 {
+        // SAFETY: the caller's promise.
+        let (k, q) = unsafe { (Self::line(gpu, token.k), Self::line(gpu, token.q)) };
+        // A row's products with the key and the query.
+        let mut products = [[0.0; 2]; ROWS];
         let mut n = 0;
         while n < ROWS {
-            sums[n] = dot(&self.s[n], line);
+            products[n] = [dot(&self.s[n], &k), dot(&self.s[n], &q)];
             n += 1;
         }
         let mut mask = LANES / 2;
         while mask > 0 {
             let mut n = 0;
             while n < ROWS {
-                sums[n] += f32::from_bits(gpu.shuffle_xor(sums[n].to_bits(), mask));
+                let other = products[n].map(|sum| f32::from_bits(gpu.shuffle_xor(sum.to_bits(), mask)));
+                products[n] = [products[n][0] + other[0], products[n][1] + other[1]];
                 n += 1;
             }
             mask /= 2;
         }
-        sums
+        let mut squares = 0.0;
+        let mut n = 0;
+        while n < ROWS {
+            let row = step * Self::PIECE + n as u32 * Self::GROUPS + gpu.lane() / LANES;
+            // Where there is no row, another one's value does no harm.
+            let at = if Self::PLAIN { row } else { row.min(self.len - 1) } * 4;
+            // SAFETY: the caller's promise.
+            let v = unsafe { shared(gpu, token.v + at) };
+            let (o, added) = output_and_added(token, products[n][0], products[n][1], v);
+            let s = &mut self.s[n];
+            each::<V, CHUNKS>(|c, x| {
+                s[c][x] = Lanes::mul_add(k[c][x], added, s[c][x] * token.decay);
+            });
+            if self.has(gpu, step, n) && gpu.lane().is_multiple_of(LANES) {
+                // SAFETY: the caller's promise.
+                unsafe { gpu.store_shared4(token.o + at, o.to_bits()) }
+            }
+            squares += if self.has(gpu, step, n) { o * o } else { 0.0 };
+            n += 1;
+        }
+        let mut mask = LANES;
+        while mask < 32 {
+            squares += f32::from_bits(gpu.shuffle_xor(squares.to_bits(), mask));
+            mask *= 2;
+        }
+        squares
     }
 
-    /// Writes a piece to where the state after a token goes, if it goes anywhere. Where tokens follow, what is left of
-    /// it in the state's dtype is what they find.
-    ///
-    /// # Safety
-    /// Its rows at `to` are to be written.
     #[inline(always)]
-    unsafe fn keep(&mut self, gpu: &impl Warp, args: &Args, step: u32, to: u64, more: bool) {
+    unsafe fn keep(&mut self, gpu: &impl Machine, args: &Args, step: u32, to: u64, more: bool) {
         let [.., to_row, to_column] = args.kept.to.strides;
         let to_column = gpu.unforeseen(to_column);
         let mut n = 0;
         while n < ROWS {
             let is_kept = to != 0 && self.has(gpu, step, n);
-            let row = to + self.to + Self::distance(step, n) * to_row;
+            let row = to + self.to + far(Self::WIDE, Self::distance(step, n), to_row);
             let mut c = 0;
             while c < CHUNKS {
                 let bytes = E::packed(gpu, &self.s[n][c]);
                 // SAFETY: the caller's promise.
                 unsafe {
-                    if WIDE {
+                    if Self::WIDE {
                         if is_kept && Self::has_column(gpu, args, c, 0) {
                             gpu.store16(row + u64::from(c as u32 * LANES * 16), bytes);
                         }

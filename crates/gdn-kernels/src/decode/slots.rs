@@ -1,10 +1,13 @@
 //! Which slots a sequence has: indices are read here, on the device, and those that name no slot are padding.
 
-use super::args::{self, Args, Indices, Kept};
+use super::{
+    args::{self, Args, Indices, Kept},
+    element::far,
+};
 use crate::gpu::Gpu;
 
 /// Where a sequence's states are read.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Read {
     pub(super) conv: i64,
     pub(super) recurrent: i64,
@@ -29,25 +32,32 @@ unsafe fn load(gpu: &impl Gpu, indices: &Indices, sequence: u32, column: u32) ->
     }
 }
 
-/// The slot of a sequence, of so many; -1 for padding. Without indices it is the sequence's number.
+/// The index of a sequence in a column; its own number where there are no indices.
 ///
 /// # Safety
 /// As [`load`], where there are indices.
 #[inline(always)]
-unsafe fn slot(
-    gpu: &impl Gpu,
-    args: &Args,
-    indices: &Indices,
-    sequence: u32,
-    column: u32,
-    slots: i64,
-) -> i64 {
+unsafe fn index(gpu: &impl Gpu, is_plain: bool, indices: &Indices, sequence: u32, column: u32) -> i64 {
     if indices.address == 0 {
         return i64::from(sequence);
     }
     // SAFETY: the caller's promise.
-    let slot = unsafe { load(gpu, indices, sequence, column) };
-    if slot < 0 || slot == args.pad_slot_id || slot >= slots { -1 } else { slot }
+    unsafe {
+        if is_plain {
+            let row = far(true, u64::from(sequence), indices.row);
+            let at = indices.address + row + far(true, u64::from(column), indices.column);
+            i64::from(gpu.load4(at) as i32)
+        } else {
+            load(gpu, indices, sequence, column)
+        }
+    }
+}
+
+/// The slot that an index names, of so many; -1 for padding.
+#[inline(always)]
+fn slot(args: &Args, indices: &Indices, index: i64, slots: i64) -> i64 {
+    let is_none = index < 0 || index == args.pad_slot_id || index >= slots;
+    if is_none && indices.address != 0 { -1 } else { index }
 }
 
 impl Read {
@@ -57,33 +67,34 @@ impl Read {
     /// # Safety
     /// The indices of the arguments are there.
     #[inline(always)]
-    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, sequence: u32) -> Option<Self> {
+    pub(super) unsafe fn of(gpu: &impl Gpu, is_plain: bool, args: &Args, sequence: u32) -> Option<Self> {
+        let indices = &args.state_indices;
         // SAFETY: the caller's promise; a column that is not there belongs to a number that cannot be.
         unsafe {
-            let conv = slot(gpu, args, &args.state_indices, sequence, 0, args.conv_slots);
-            if conv < 0 {
-                return None;
-            }
-            let (mut accepted, mut column) = (0, 0);
-            if args.num_accepted_tokens.address != 0 {
+            let first = index(gpu, is_plain, indices, sequence, 0);
+            let (mut accepted, mut of_state) = (0, first);
+            if !is_plain && args.num_accepted_tokens.address != 0 {
                 let number = load(gpu, &args.num_accepted_tokens, sequence, 0);
                 if number < 1 || number > i64::from(args.most_accepted) {
                     return None;
                 }
                 accepted = number as u32;
-                column = if args.index_columns > 1 { accepted - 1 } else { 0 };
+                if args.index_columns > 1 {
+                    of_state = index(gpu, is_plain, indices, sequence, accepted - 1);
+                }
             }
-            let recurrent = slot(gpu, args, &args.state_indices, sequence, column, args.slots);
-            if recurrent < 0 {
-                return None;
-            }
-            Some(Self { conv, recurrent, accepted })
+            let conv = slot(args, indices, first, args.conv_slots);
+            let recurrent = slot(args, indices, of_state, args.slots);
+            if conv < 0 || recurrent < 0 { None } else { Some(Self { conv, recurrent, accepted }) }
         }
     }
 
     /// The first column of the convolution's window.
     #[inline(always)]
-    pub(super) fn first_column(&self, args: &Args) -> u32 {
+    pub(super) fn first_column(&self, is_plain: bool, args: &Args) -> u32 {
+        if is_plain {
+            return 0;
+        }
         if self.accepted > 0 { self.accepted - 1 } else { args.conv_columns + 1 - args.conv_width }
     }
 }
@@ -97,6 +108,7 @@ impl<const D: usize> Kept<D> {
     pub(super) unsafe fn address(
         &self,
         gpu: &impl Gpu,
+        is_plain: bool,
         args: &Args,
         sequence: u32,
         read: i64,
@@ -113,12 +125,13 @@ impl<const D: usize> Kept<D> {
         let mut slot = read;
         if self.kind != args::LAST {
             // SAFETY: the caller's promise.
-            slot = unsafe { self::slot(gpu, args, &self.indices, sequence, token, self.slots) };
+            let index = unsafe { index(gpu, is_plain, &self.indices, sequence, token) };
+            slot = self::slot(args, &self.indices, index, self.slots);
         }
         if slot < 0 {
             return 0;
         }
         let (of_slot, of_token) = (self.to.strides[0], self.to.strides[1]);
-        self.to.address + slot as u64 * of_slot + u64::from(token) * of_token
+        self.to.address + far(is_plain, slot as u64, of_slot) + far(is_plain, u64::from(token), of_token)
     }
 }

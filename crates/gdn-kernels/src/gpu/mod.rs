@@ -40,6 +40,9 @@ pub trait Gpu {
     fn threads(&self) -> u32;
     /// This block within the grid: x, y, z.
     fn block(&self) -> [u32; 3];
+    /// This block within the grid along x, asked for anew: nothing that comes of it is what was computed before and held
+    /// in registers.
+    fn block_anew(&self) -> u32;
     /// Blocks of the grid: x, y, z.
     fn blocks(&self) -> [u32; 3];
 

@@ -3,7 +3,10 @@
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
 use gdn_kernels::{
-    decode::args::{self, Args, Strided, Vector},
+    decode::{
+        NARROW, PLAIN, WIDE,
+        args::{self, Args, Strided, Vector},
+    },
     split::Divisor,
 };
 
@@ -12,7 +15,7 @@ use super::{
     error::CudaError,
     launch::Launch,
     module::Current,
-    share::{CHOICES, Profile, Share, Work},
+    share::{Choice, Profile, Share, Work},
 };
 use crate::{
     argument::ArgumentError,
@@ -364,6 +367,52 @@ pub(crate) struct Job {
     pub(crate) cluster: u32,
 }
 
+/// Whether every stride of a call has 31 bits, and every number of a slot or token. They are known to be no less than 0.
+fn is_near(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::Kept<5>) -> bool {
+    let Plan { tokens, conv, recurrent, slots, .. } = plan;
+    let fields = [&tokens.q, &tokens.k, &tokens.v, &tokens.z, &tokens.b, &tokens.a];
+    let mut all = (plan.tokens.num_tokens | conv.state.sizes[0] | recurrent.state.sizes[0]) as u64
+        | windows.slots as u64
+        | states.slots as u64;
+    let mut see = |strides: &[u64]| all |= strides.iter().fold(0, |all, stride| all | stride);
+    fields.iter().for_each(|field| see(&[field.row_stride as u64, field.head_step as u64]));
+    see(&strided(&tokens.conv_weight).strides);
+    see(&strided(&tokens.out).strides);
+    see(&strided(&conv.state).strides);
+    see(&strided(&recurrent.state).strides);
+    see(&windows.to.strides);
+    see(&states.to.strides);
+    let vectors = [Some(&tokens.A_log), Some(&tokens.dt_bias), Some(&tokens.norm_weight)];
+    vectors.into_iter().chain([tokens.conv_bias.as_ref()]).flatten().for_each(|at| see(&[vector(at).stride]));
+    let own = indices(slots.state_indices.as_ref());
+    let accepted = indices(plan.num_accepted_tokens.as_ref());
+    for at in [own, accepted, windows.indices, states.indices] {
+        see(&[at.row, at.column]);
+    }
+    all < 1 << 31
+}
+
+/// Whether a wide call is a plain one: see [`PLAIN`].
+fn is_plain(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::Kept<5>) -> bool {
+    let Plan { tokens, conv, slots, .. } = plan;
+    let dtypes = [tokens.q.dtype, tokens.v.dtype, tokens.z.dtype, tokens.conv_weight.kind, conv.state.kind];
+    let is_bf16 = dtypes.iter().all(|dtype| *dtype == Dtype::BF16)
+        && [tokens.norm_weight.kind, tokens.out.kind] == [Dtype::BF16; 2]
+        && windows.to.dtype == args::BF16;
+    let weight = strided(&tokens.conv_weight);
+    let own = indices(slots.state_indices.as_ref());
+    let has_4_bytes = |at: &args::Indices| at.address == 0 || at.size == 4;
+    is_bf16
+        && (weight.address | weight.strides[0]).is_multiple_of(8)
+        && tokens.conv_weight.is_dense(1)
+        && tokens.conv_bias.is_none()
+        && conv.state.sizes[2] == 3
+        && windows.kind != args::EACH
+        && windows.kind != args::EACH_IN
+        && plan.num_accepted_tokens.is_none()
+        && [own, windows.indices, states.indices].iter().all(has_4_bytes)
+}
+
 fn number(dtype: Dtype) -> u32 {
     match dtype {
         Dtype::F32 => args::F32,
@@ -491,13 +540,19 @@ impl Job {
         }
         let is_wide =
             state.is_dense(3) && (dk == 1 || kept_state.to.strides[4] == element) && all.is_multiple_of(16);
-        let choices = &CHOICES[number(state.kind) as usize];
         // The registers that hold a window have room for 4 taps.
-        let is_wide = is_wide && layer.conv_width == 4;
-        let wide = choices[..3].iter().find(|choice| is_wide && choice.columns >= dk);
-        let work = Work { groups, ratio, dv, dk, tokens: t };
-        let share = |choice| Share::new(choice, &work, &profile).map(|share| (choice, share));
-        let (choice, share) = wide.and_then(share).or_else(|| share(&choices[3])).ok_or_else(too_many)?;
+        let is_wide = is_wide && layer.conv_width == 4 && is_near(plan, &kept_windows, &kept_state);
+        let kind = if !is_wide {
+            NARROW
+        } else if is_plain(plan, &kept_windows, &kept_state) {
+            PLAIN
+        } else {
+            WIDE
+        };
+        let work = Work { groups, ratio, dv, tokens: t };
+        let (choice, share) = Choice::all(number(state.kind), kind, [ratio, dk, dv])
+            .find_map(|choice| Share::new(choice, &work, &profile).map(|share| (choice, share)))
+            .ok_or_else(too_many)?;
         let blocks =
             groups.checked_mul(share.cluster).filter(|blocks| *blocks < 1 << 31).ok_or_else(too_many)?;
         let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
@@ -506,7 +561,9 @@ impl Job {
         let args = Args {
             num_k_heads: divisor(hk as u32)?,
             cluster: divisor(share.cluster)?,
+            head_blocks: divisor(share.head_blocks)?,
             head_warps: divisor(share.head_warps)?,
+            block_rows: divisor(share.block_rows)?,
             dk,
             dv,
             ratio,
@@ -542,6 +599,7 @@ impl Job {
             state: read,
             slots: state.sizes[0] as i64,
             kept: kept_state,
+            room: share.room,
             state_indices: indices(plan.slots.state_indices.as_ref()),
             num_accepted_tokens: indices(plan.num_accepted_tokens.as_ref()),
         };
@@ -550,7 +608,7 @@ impl Job {
             args,
             blocks,
             threads: share.warps * 32,
-            shared: share.shared,
+            shared: share.room.bytes,
             cluster: share.cluster,
         }))
     }

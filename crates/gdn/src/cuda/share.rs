@@ -1,7 +1,10 @@
 //! How a decode's work is shared out among blocks and warps, and by which kernel it is done.
 
 use gdn_kernels::{
-    decode::{WARP_ROWS, args::Room},
+    decode::{
+        NARROW, PLAIN, WARP_ROWS, WIDE,
+        args::{Room, RoomFor},
+    },
     modules::{DECODE_SHARED, Target, decode_warps},
 };
 
@@ -13,8 +16,8 @@ pub(crate) struct Profile {
     pub(crate) multiprocessors: u32,
     /// The most blocks of a cluster.
     pub(crate) most_cluster: u32,
-    /// The most warps of a block.
-    pub(crate) most_warps: u32,
+    /// What kernels are compiled for.
+    pub(crate) target: Target,
     /// The most bytes of shared memory of a block.
     pub(crate) most_shared: u32,
     /// Tests and measurements choose for themselves: the blocks of a cluster,
@@ -30,7 +33,7 @@ impl Profile {
     pub(crate) const LEAST: Self = Self {
         multiprocessors: 1,
         most_cluster: 1,
-        most_warps: decode_warps(Target::Sm80),
+        target: Target::Sm80,
         most_shared: 99 << 10,
         cluster: None,
         steps: None,
@@ -43,7 +46,7 @@ impl Profile {
         Self {
             multiprocessors: info.multiprocessors,
             most_cluster: if has_clusters { 8 } else { 1 },
-            most_warps: decode_warps(if has_clusters { Target::Sm90 } else { Target::Sm80 }),
+            target: if has_clusters { Target::Sm90 } else { Target::Sm80 },
             most_shared: info.shared_bytes_per_block.min(DECODE_SHARED),
             cluster: None,
             steps: None,
@@ -59,46 +62,99 @@ const RESIDENT_WARPS: u32 = 24;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Choice {
     pub(super) name: &'static str,
-    /// Columns of a row, at most.
+    kind: u32,
+    /// Columns of a row: at most so many, or for plain kernels as many.
     pub(super) columns: u32,
     /// Rows of a piece.
     piece_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
+    /// Whether rows are multiplied by tensor cores.
+    by_tensor_cores: bool,
 }
 
-const fn choice(name: &'static str, columns: u32, piece_rows: u32, landing: u32) -> Choice {
-    Choice { name, columns, piece_rows, landing }
+/// Of rows of f32, or of 16 bits as if they were, with two stages of a piece.
+const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
+    let piece_rows = if columns > 128 { 4 } else { 8 };
+    let landing = 2 * piece_rows * columns * bytes;
+    Choice { name, kind, columns, piece_rows, landing, by_tensor_cores: false }
 }
 
-/// For states of f32, f16 and bf16: by the columns of a row, and the one for rows of any strides.
-pub(super) const CHOICES: [[Choice; 4]; 3] = [
-    [
-        choice("gdn_decode_f32_64", 64, 8, 4096),
-        choice("gdn_decode_f32_128", 128, 8, 8192),
-        choice("gdn_decode_f32_256", 256, 4, 8192),
-        choice("gdn_decode_f32_narrow", 256, 4, 0),
+const fn by_tensor_cores(kind: u32, name: &'static str, columns: u32) -> Choice {
+    Choice { name, kind, columns, piece_rows: 16, landing: 2 * 16 * columns * 2, by_tensor_cores: true }
+}
+
+const fn narrow(name: &'static str) -> Choice {
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 4, landing: 0, by_tensor_cores: false }
+}
+
+/// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for rows of any strides.
+const PLAINS: [&[Choice]; 3] = [
+    &[
+        wide(PLAIN, "gdn_decode_f32_64_plain", 64, 4),
+        wide(PLAIN, "gdn_decode_f32_96_plain", 96, 4),
+        wide(PLAIN, "gdn_decode_f32_128_plain", 128, 4),
+        wide(PLAIN, "gdn_decode_f32_256_plain", 256, 4),
     ],
-    [
-        choice("gdn_decode_f16_64", 64, 8, 2048),
-        choice("gdn_decode_f16_128", 128, 8, 4096),
-        choice("gdn_decode_f16_256", 256, 4, 4096),
-        choice("gdn_decode_f16_narrow", 256, 4, 0),
-    ],
-    [
-        choice("gdn_decode_bf16_64", 64, 8, 2048),
-        choice("gdn_decode_bf16_128", 128, 8, 4096),
-        choice("gdn_decode_bf16_256", 256, 4, 4096),
-        choice("gdn_decode_bf16_narrow", 256, 4, 0),
+    &[],
+    &[
+        by_tensor_cores(PLAIN, "gdn_decode_bf16_64_plain", 64),
+        by_tensor_cores(PLAIN, "gdn_decode_bf16_96_plain", 96),
+        by_tensor_cores(PLAIN, "gdn_decode_bf16_128_plain", 128),
+        by_tensor_cores(PLAIN, "gdn_decode_bf16_256_plain", 256),
     ],
 ];
+const WIDES: [[Choice; 3]; 3] = [
+    [
+        wide(WIDE, "gdn_decode_f32_64", 64, 4),
+        wide(WIDE, "gdn_decode_f32_128", 128, 4),
+        wide(WIDE, "gdn_decode_f32_256", 256, 4),
+    ],
+    [
+        wide(WIDE, "gdn_decode_f16_64", 64, 2),
+        wide(WIDE, "gdn_decode_f16_128", 128, 2),
+        wide(WIDE, "gdn_decode_f16_256", 256, 2),
+    ],
+    [
+        by_tensor_cores(WIDE, "gdn_decode_bf16_64", 64),
+        by_tensor_cores(WIDE, "gdn_decode_bf16_128", 128),
+        by_tensor_cores(WIDE, "gdn_decode_bf16_256", 256),
+    ],
+];
+const NARROWS: [Choice; 3] =
+    [narrow("gdn_decode_f32_narrow"), narrow("gdn_decode_f16_narrow"), narrow("gdn_decode_bf16_narrow")];
+
+impl Choice {
+    /// The kernels for a call of this kind on states of a dtype (its number in the arguments), the best first, the narrow one
+    /// last.
+    pub(super) fn all(
+        dtype: u32,
+        kind: u32,
+        [ratio, dk, dv]: [u32; 3],
+    ) -> impl Iterator<Item = &'static Self> {
+        let is_for = move |choice: &&Self| match choice.kind {
+            // Where a block has a key head to itself, each lane has two channels of v, or none.
+            PLAIN => {
+                let is_even = dv.is_multiple_of(choice.piece_rows) && (ratio * dv).is_multiple_of(64);
+                kind == PLAIN && choice.columns == dk && is_even
+            }
+            WIDE => kind != NARROW && choice.columns >= dk,
+            _ => true,
+        };
+        let dtype = dtype as usize;
+        PLAINS[dtype].iter().chain(&WIDES[dtype]).chain(&NARROWS[dtype..=dtype]).filter(is_for)
+    }
+}
 
 /// How the rows of a key head's states are shared out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Share {
-    /// Blocks of a cluster, and v heads of a block.
+    /// Blocks of a cluster, and those of them that compute a v head together.
     pub(super) cluster: u32,
+    pub(super) head_blocks: u32,
+    /// v heads of a block, and rows of each.
     pub(super) block_heads: u32,
+    pub(super) block_rows: u32,
     /// v heads of a block at a time.
     pub(super) pass_heads: u32,
     /// Pieces of a warp, and warps of a v head.
@@ -106,8 +162,8 @@ pub(super) struct Share {
     pub(super) head_warps: u32,
     /// Warps of a block.
     pub(super) warps: u32,
-    /// Bytes of shared memory of a block.
-    pub(super) shared: u32,
+    /// Shared memory of a block.
+    pub(super) room: Room,
 }
 
 /// What is to be shared out.
@@ -118,7 +174,6 @@ pub(super) struct Work {
     /// v heads of each, and their rows.
     pub(super) ratio: u32,
     pub(super) dv: u32,
-    pub(super) dk: u32,
     pub(super) tokens: u32,
 }
 
@@ -126,7 +181,7 @@ impl Share {
     /// `None` where a block has no room for what it computes. Whether there is one does not depend on how many key heads
     /// there are, since kernels differ in their bits.
     pub(super) fn new(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
-        if choice.landing == 0 {
+        if choice.kind == NARROW {
             return Self::in_passes(choice, work, profile);
         }
         // In as few warps as can be.
@@ -136,18 +191,18 @@ impl Share {
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
             return Self::of(choice, work, profile, cluster, steps).or(Some(last));
         }
-        // As few pieces a warp, and v heads a block, as leave the device not too much to do at a time.
+        // As many blocks, and then as few pieces a warp, as leave the device not too much to do at a time.
         let mut best = last;
-        let mut most = 0;
-        for cluster in 1..=work.ratio {
+        let mut most = (0, 0);
+        for cluster in 1..=work.ratio.max(profile.most_cluster) {
             for steps in (0..=most_steps.ilog2()).map(|log| 1 << log) {
                 let Some(share) = Self::of(choice, work, profile, cluster, steps) else { continue };
                 let blocks = u64::from(work.groups) * u64::from(cluster);
                 let warps = blocks * u64::from(share.warps);
                 let fits = blocks <= u64::from(profile.multiprocessors)
                     && warps <= u64::from(profile.multiprocessors * RESIDENT_WARPS);
-                if fits && warps > most {
-                    (best, most) = (share, warps);
+                if fits && (blocks, warps) > most {
+                    (best, most) = (share, (blocks, warps));
                 }
             }
         }
@@ -156,20 +211,48 @@ impl Share {
 
     /// So many blocks a cluster, pieces a warp, and all v heads at once.
     fn of(choice: &Choice, work: &Work, profile: &Profile, cluster: u32, steps: u32) -> Option<Self> {
+        let Work { ratio, dv, tokens, .. } = *work;
         let steps = steps.min(WARP_ROWS / choice.piece_rows);
-        let pieces = work.dv.div_ceil(choice.piece_rows);
-        let (head_warps, block_heads) = (pieces.div_ceil(steps), work.ratio.div_ceil(cluster));
-        let warps = block_heads * head_warps;
-        let all = warps * steps;
-        let shared = Room::new(work.tokens, choice.columns, warps, all, choice.landing, cluster).bytes;
-        let is_there = cluster == 1
-            || cluster <= profile.most_cluster
-                && work.ratio.is_multiple_of(cluster)
-                && warps * 32 >= 2 * work.dk;
-        let has_room =
-            warps <= if choice.landing > 0 { profile.most_warps } else { 8 } && shared <= profile.most_shared;
-        let share = Self { cluster, block_heads, pass_heads: block_heads, steps, head_warps, warps, shared };
-        (is_there && has_room).then_some(share)
+        let head_blocks = (cluster / ratio).max(1);
+        let (block_heads, block_rows) = (ratio.div_ceil(cluster), dv.div_ceil(head_blocks));
+        let is_even = ratio.is_multiple_of(cluster) || cluster.is_multiple_of(ratio);
+        let is_whole = head_blocks == 1 || dv.is_multiple_of(head_blocks * choice.piece_rows);
+        if cluster > 1 && (cluster > profile.most_cluster || !is_even || !is_whole) {
+            return None;
+        }
+        let head_warps = block_rows.div_ceil(choice.piece_rows).div_ceil(steps);
+        // Those of a small block's cluster have channels besides: as many warps as are at hand at once.
+        let of_channels = choice.columns / 32 + (block_heads * block_rows).div_ceil(64);
+        let warps = (block_heads * head_warps).max(if cluster > 1 { of_channels.min(8) } else { 1 });
+        let room = Room::new(RoomFor {
+            tokens,
+            padded: choice.columns,
+            parts: choice.by_tensor_cores,
+            piece_rows: choice.piece_rows,
+            dv,
+            heads: block_heads,
+            block_rows,
+            warps,
+            landing: choice.landing,
+            blocks: cluster,
+        });
+        let most_warps = match choice.kind {
+            NARROW => 8,
+            kind => decode_warps(profile.target, kind == PLAIN, choice.columns),
+        };
+        let pass_heads = block_heads;
+        let share = Self {
+            cluster,
+            head_blocks,
+            block_heads,
+            block_rows,
+            pass_heads,
+            steps,
+            head_warps,
+            warps,
+            room,
+        };
+        (warps <= most_warps && room.bytes <= profile.most_shared).then_some(share)
     }
 
     /// One block a key head, with v heads as many at a time as have room.

@@ -160,7 +160,11 @@ impl Hopper for Thread<'_> {
     }
 
     fn cluster_arrive(&self) {
-        self.cluster.arrive(self.id);
+        self.cluster.arrive(self.id, false);
+    }
+
+    fn cluster_arrive_relaxed(&self) {
+        self.cluster.arrive(self.id, true);
     }
 
     fn cluster_wait(&self) {

@@ -252,6 +252,11 @@ impl Gpu for Thread<'_> {
         pair(low, high, element::bf16_of_f32)
     }
 
+    fn block_anew(&self) -> u32 {
+        let [block, ..] = self.block();
+        block
+    }
+
     fn unforeseen(&self, number: u64) -> u64 {
         number
     }

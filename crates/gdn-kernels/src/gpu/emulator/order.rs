@@ -117,6 +117,11 @@ impl Clocks {
         Arrival { thread, known: Rc::clone(&clock.known), at: clock.now - 1 }
     }
 
+    /// The same, but of what it did and knows nothing is passed on.
+    pub(super) fn arrive_relaxed(&self, thread: usize) -> Arrival {
+        Arrival { thread, known: self.nothing(), at: 0 }
+    }
+
     /// What those that arrived did and know, together.
     pub(super) fn gathered(&self, arrivals: &[Arrival]) -> Known {
         let mut all = self.nothing();

@@ -225,7 +225,7 @@ impl<'a> Cluster<'a> {
     }
 
     /// A thread arrives at the cluster's barrier.
-    pub(super) fn arrive(&self, thread: usize) {
+    pub(super) fn arrive(&self, thread: usize, relaxed: bool) {
         let mut gathering = self.gathering.borrow_mut();
         let Gathering { phases, arrived, left } = &mut *gathering;
         assert!(
@@ -236,7 +236,9 @@ impl<'a> Cluster<'a> {
         if phases.len() == arrived[thread] {
             phases.push(Phase::default());
         }
-        phases[arrived[thread]].arrivals.push(self.clocks.borrow_mut().arrive(thread));
+        let mut clocks = self.clocks.borrow_mut();
+        let arrival = if relaxed { clocks.arrive_relaxed(thread) } else { clocks.arrive(thread) };
+        phases[arrived[thread]].arrivals.push(arrival);
         arrived[thread] += 1;
     }
 

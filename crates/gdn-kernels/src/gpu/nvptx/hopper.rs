@@ -11,6 +11,8 @@ use crate::gpu::{Bytes16, Hopper};
 unsafe extern "C" {
     #[link_name = "llvm.nvvm.barrier.cluster.arrive.aligned"]
     fn cluster_arrive();
+    #[link_name = "llvm.nvvm.barrier.cluster.arrive.relaxed.aligned"]
+    fn cluster_arrive_relaxed();
     #[link_name = "llvm.nvvm.barrier.cluster.wait.aligned"]
     fn cluster_wait();
 }
@@ -155,6 +157,13 @@ impl<S: Shared> Hopper for Nvptx<S> {
 
     #[cfg(sm_90)]
     #[inline(always)]
+    fn cluster_arrive_relaxed(&self) {
+        // SAFETY: orders nothing.
+        unsafe { cluster_arrive_relaxed() }
+    }
+
+    #[cfg(sm_90)]
+    #[inline(always)]
     fn cluster_wait(&self) {
         // SAFETY: orders memory and waits, nothing else.
         unsafe { cluster_wait() }
@@ -163,6 +172,10 @@ impl<S: Shared> Hopper for Nvptx<S> {
     #[cfg(not(sm_90))]
     #[inline(always)]
     fn cluster_arrive(&self) {}
+
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    fn cluster_arrive_relaxed(&self) {}
 
     #[cfg(not(sm_90))]
     #[inline(always)]

@@ -94,6 +94,14 @@ impl<S: Shared> Gpu for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn block_anew(&self) -> u32 {
+        let block: u32;
+        // SAFETY: as above. Without `pure` it is not taken to be what was read before.
+        unsafe { asm!("mov.u32 {}, %ctaid.x;", out(reg32) block, options(nomem, nostack)) };
+        block
+    }
+
+    #[inline(always)]
     fn blocks(&self) -> [u32; 3] {
         [special!("%nctaid.x"), special!("%nctaid.y"), special!("%nctaid.z")]
     }

@@ -1,5 +1,7 @@
 //! The cases, for any backend that runs a [`Call`].
 
+use gdn_kernels::modules::Target;
+
 use super::{
     Call,
     batch::{Batch, Form, bound},
@@ -25,7 +27,7 @@ fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
     Profile {
         multiprocessors: 132,
         most_cluster: 8,
-        most_warps: 16,
+        target: Target::Sm90,
         most_shared: 227 << 10,
         cluster: Some(cluster),
         steps: Some(steps),
@@ -84,6 +86,22 @@ pub(super) fn oracle(run: &mut Run<'_>) {
     for state_dtype in [Dtype::F16, Dtype::BF16] {
         for dk in [128, 256] {
             check(&Options::new([1, 1, dk, 24]), Form { state_dtype, ..Form::default() }, 1, 1, run);
+        }
+    }
+    // Plain calls.
+    let bf16 = Dtype::BF16;
+    for state_dtype in [Dtype::F32, Dtype::BF16] {
+        let form = Form { out_dtype: bf16, conv_dtype: bf16, state_dtype, ..Form::default() };
+        let plain = |heads| Options { dtype: bf16, weight_dtype: bf16, ..Options::new(heads) };
+        for heads in [[1, 2, 64, 32], [1, 4, 96, 48], [1, 6, 128, 32], [1, 1, 256, 64]] {
+            check(&plain(heads), form, 2, 1, run);
+        }
+        for packing in [Packing::Interleaved, Packing::Contiguous] {
+            check(&Options { packing, ..plain([2, 4, 64, 64]) }, form, 1, 1, run);
+        }
+        for inputs in Inputs::ALL {
+            let tokens = if state_dtype == Dtype::F32 { 3 } else { 1 };
+            check(&Options { inputs, ..plain([1, 2, 64, 32]) }, form, 1, tokens, run);
         }
     }
     for inputs in Inputs::ALL {

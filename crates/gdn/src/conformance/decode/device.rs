@@ -38,9 +38,9 @@ fn gpu() -> Option<Gpu> {
 
 /// Clusters are for devices that have them.
 fn on(gpu: &Gpu, profile: Profile) -> Profile {
-    let Profile { most_cluster, most_warps, .. } = Profile::of(gpu);
+    let Profile { most_cluster, target, .. } = Profile::of(gpu);
     let cluster = profile.cluster.map(|blocks| blocks.min(most_cluster));
-    Profile { cluster, most_cluster, most_warps, ..profile }
+    Profile { cluster, most_cluster, target, ..profile }
 }
 
 /// The tensors of a call on the device.
@@ -352,14 +352,12 @@ fn measure_decode() {
                 (String::from("chosen"), capture(&|i| call(i, None, None))),
                 (String::from("copy"), capture(&copy)),
             ];
-            for blocks in [1, 2] {
+            for blocks in [1u32, 2, 4, 8] {
                 for steps in [1, 2, 4] {
-                    // More warps than a block has, or fewer threads than channels of q and k.
-                    if blocks * steps == 1 || blocks * steps == 8 {
-                        continue;
+                    if sequences as u32 * blocks <= 64 {
+                        let graph = capture(&|i| call(i, Some(blocks), Some(steps)));
+                        ways.push((format!("{blocks}x{steps}"), graph));
                     }
-                    let graph = capture(&|i| call(i, Some(blocks), Some(steps)));
-                    ways.push((format!("{blocks}x{steps}"), graph));
                 }
             }
             let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
