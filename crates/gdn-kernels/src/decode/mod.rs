@@ -49,7 +49,7 @@ use crate::{
 };
 
 /// Rows of a warp, at most.
-pub const WARP_ROWS: u32 = 32;
+pub const WARP_ROWS: u32 = 64;
 
 /// What one block does.
 struct Block<'a, G> {
@@ -91,8 +91,7 @@ struct Unit {
 /// The kernel: `H` holds the rows of the state.
 ///
 /// # Safety
-/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each, and as many
-/// threads as rows of the state at a time; more than one block a cluster only on devices that have clusters, and for wide
+/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each; more than one block a cluster only on devices that have clusters, and for wide
 /// kernels. All that the arguments say is there, elements at multiples of their size, and what is kept is
 /// written by nobody else meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
 #[inline(always)]

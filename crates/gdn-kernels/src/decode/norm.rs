@@ -59,7 +59,8 @@ impl<G: Machine> Block<'_, G> {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
         let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
-        let (mut row, mut t, mut given) = (gpu.thread(), 0, first);
+        let (mut row, mut t) = (gpu.thread(), 0);
+        let mut given = Some(first);
         loop {
             while row >= pass.rows {
                 row -= pass.rows;
@@ -70,9 +71,10 @@ impl<G: Machine> Block<'_, G> {
             }
             // SAFETY: the caller's promises.
             unsafe {
-                if t > 0 {
-                    given = self.row_at::<H>(pass, row, t);
-                }
+                let RowBits([first, second]) = match given.take() {
+                    Some(first) if gpu.thread() < pass.rows => first,
+                    _ => self.row_at::<H>(pass, row, t),
+                };
                 let (head, of_head) = args.block_rows.divide(row);
                 let mut sums = [0.0; 4];
                 let at = room.sums + t * room.sums_bytes + head * room.head_sums;
@@ -89,7 +91,6 @@ impl<G: Machine> Block<'_, G> {
                 let sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
                 let scale = math::rms_scale(sum, args.dv as f32, args.norm_eps);
                 let o = shared(gpu, room.o + t * room.rows_bytes + row * 4);
-                let RowBits([first, second]) = given;
                 let (weight, z) = if H::PLAIN { (first >> 16, first & 0xffff) } else { (first, second) };
                 let weight = number(gpu, dtype::<H>(args.norm_weight.dtype), weight);
                 let z = number(gpu, dtype::<H>(args.z.dtype), z);

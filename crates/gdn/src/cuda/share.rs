@@ -58,6 +58,9 @@ impl Profile {
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
 const RESIDENT_WARPS: u32 = 24;
 
+/// Rows of a warp where there is enough to do for all.
+const FULL_ROWS: u32 = 32;
+
 /// A kernel, and how it holds rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Choice {
@@ -185,7 +188,7 @@ impl Share {
             return Self::in_passes(choice, work, profile);
         }
         // In as few warps as can be.
-        let most_steps = WARP_ROWS / choice.piece_rows;
+        let most_steps = FULL_ROWS / choice.piece_rows;
         let last = Self::of(choice, work, profile, 1, most_steps)
             .or_else(|| (2..=work.ratio).find_map(|cluster| Self::of(choice, work, profile, cluster, 1)))?;
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
@@ -257,7 +260,7 @@ impl Share {
 
     /// One block a key head, with v heads as many at a time as have room.
     fn in_passes(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
-        let most_steps = WARP_ROWS / choice.piece_rows;
+        let most_steps = FULL_ROWS / choice.piece_rows;
         let steps = profile.steps.unwrap_or(most_steps).min(most_steps);
         let mut heads = if profile.one_by_one { 1 } else { work.ratio };
         loop {

@@ -353,8 +353,8 @@ fn measure_decode() {
                 (String::from("copy"), capture(&copy)),
             ];
             for blocks in [1u32, 2, 4, 8] {
-                for steps in [1, 2, 4] {
-                    if sequences as u32 * blocks <= 64 {
+                for steps in [1, 2, 4, 8] {
+                    if sequences as u32 * blocks <= 64 || blocks == 1 && steps > 1 {
                         let graph = capture(&|i| call(i, Some(blocks), Some(steps)));
                         ways.push((format!("{blocks}x{steps}"), graph));
                     }
