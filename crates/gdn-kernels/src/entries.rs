@@ -3,7 +3,7 @@
 // A build for the device is of one op.
 #[allow(unused_imports)]
 use crate::{
-    decode::{self, Fragments, NARROW, PLAIN, Rows, WIDE, args::Args as DecodeArgs, element::F32},
+    decode::{self, NARROW, PLAIN, Rows, WIDE, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
     prefill::{self, args::Args as PrefillArgs},
     probe, split,
@@ -79,17 +79,17 @@ kernels! { "decode":
     gdn_decode_f16_128(DecodeArgs) = decode::run::<Rows<F16, 8, 8, 2, 2, WIDE>>;
     gdn_decode_f16_256(DecodeArgs) = decode::run::<Rows<F16, 16, 8, 2, 2, WIDE>>;
     gdn_decode_f16_narrow(DecodeArgs) = decode::run::<Rows<F16, 16, 1, 16, 2, NARROW>>;
-    gdn_decode_bf16_64(DecodeArgs) = decode::run::<Fragments<2, WIDE>>;
-    gdn_decode_bf16_128(DecodeArgs) = decode::run::<Fragments<4, WIDE>>;
-    gdn_decode_bf16_256(DecodeArgs) = decode::run::<Fragments<8, WIDE>>;
+    gdn_decode_bf16_64(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 1, 2, WIDE>>;
+    gdn_decode_bf16_128(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, WIDE>>;
+    gdn_decode_bf16_256(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, WIDE>>;
     gdn_decode_f32_64_plain(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 2, 2, PLAIN>>;
     gdn_decode_f32_96_plain(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 3, 2, PLAIN>>;
     gdn_decode_f32_128_plain(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 4, 2, PLAIN>>;
     gdn_decode_f32_256_plain(DecodeArgs) = decode::run::<Rows<F32, 16, 4, 4, 2, PLAIN>>;
-    gdn_decode_bf16_64_plain(DecodeArgs) = decode::run::<Fragments<2, PLAIN>>;
-    gdn_decode_bf16_96_plain(DecodeArgs) = decode::run::<Fragments<3, PLAIN>>;
-    gdn_decode_bf16_128_plain(DecodeArgs) = decode::run::<Fragments<4, PLAIN>>;
-    gdn_decode_bf16_256_plain(DecodeArgs) = decode::run::<Fragments<8, PLAIN>>;
+    gdn_decode_bf16_64_plain(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 1, 2, PLAIN>>;
+    gdn_decode_bf16_96_plain(DecodeArgs) = decode::run::<Rows<Bf16, 4, 8, 3, 1, PLAIN>>;
+    gdn_decode_bf16_128_plain(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>>;
+    gdn_decode_bf16_256_plain(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, PLAIN>>;
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 2, NARROW>>;
 }
 

@@ -216,14 +216,14 @@ const fn decodes(target: Target) -> [[Kernel; 1]; 20] {
         [decode_wide(target, "gdn_decode_f16_128", 128).wide(0, 4)],
         [decode_wide(target, "gdn_decode_f16_256", 256).wide(0, 4)],
         [decode("gdn_decode_f16_narrow", 8)],
-        [decode_wide(target, "gdn_decode_bf16_64", 64).wide(0, 4).hmma(4)],
-        [decode_wide(target, "gdn_decode_bf16_128", 128).wide(0, 8).hmma(8)],
-        [decode_wide(target, "gdn_decode_bf16_256", 256).wide(0, 16).hmma(16)],
+        [decode_wide(target, "gdn_decode_bf16_64", 64).wide(0, 2)],
+        [decode_wide(target, "gdn_decode_bf16_128", 128).wide(0, 4)],
+        [decode_wide(target, "gdn_decode_bf16_256", 256).wide(0, 4)],
         [decode("gdn_decode_bf16_narrow", 8)],
-        [decode_plain(target, "gdn_decode_bf16_64_plain", 64).wide(0, 4).hmma(4)],
-        [decode_plain(target, "gdn_decode_bf16_96_plain", 96).wide(0, 6).hmma(6)],
-        [decode_plain(target, "gdn_decode_bf16_128_plain", 128).wide(0, 8).hmma(8)],
-        [decode_plain(target, "gdn_decode_bf16_256_plain", 256).wide(0, 16).hmma(16)],
+        [decode_plain(target, "gdn_decode_bf16_64_plain", 64).wide(0, 2)],
+        [decode_plain(target, "gdn_decode_bf16_96_plain", 96).wide(0, 3)],
+        [decode_plain(target, "gdn_decode_bf16_128_plain", 128).wide(0, 4)],
+        [decode_plain(target, "gdn_decode_bf16_256_plain", 256).wide(0, 4)],
     ]
 }
 

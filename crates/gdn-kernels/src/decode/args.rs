@@ -185,11 +185,8 @@ pub struct Args {
 pub struct Room {
     /// `[padded]`: keys, as the convolution leaves them, and zeros behind.
     pub k: u32,
-    /// `[padded]`: queries. Or, for kernels that multiply by tensor cores, six lines of [`part_line`] bytes: the bf16 parts of
-    /// keys and queries.
+    /// `[padded]`: queries.
     pub q: u32,
-    /// Bytes of a token's queries.
-    pub q_bytes: u32,
     /// `[heads * block_rows]`: values.
     pub v: u32,
     /// `[heads * block_rows]`: outputs, before the norm.
@@ -226,8 +223,6 @@ pub struct RoomFor {
     pub tokens: u32,
     /// Numbers of a query or key, with the zeros behind it.
     pub padded: u32,
-    /// Whether queries and keys are needed in parts.
-    pub parts: bool,
     /// Rows of a piece.
     pub piece_rows: u32,
     /// DV.
@@ -247,23 +242,16 @@ pub struct RoomFor {
 /// Groups of 32 channels of a key, at most.
 pub const GROUPS: u32 = 8;
 
-/// Bytes of a part of a query or key. A quarter of the banks behind the numbers keeps two neighbours' lines apart.
-#[inline(always)]
-pub const fn part_line(padded: u32) -> u32 {
-    padded * 2 + 64
-}
-
 impl Room {
     /// Room for this.
     pub const fn new(of: RoomFor) -> Self {
-        let RoomFor { tokens, padded, parts, piece_rows, dv, heads, block_rows, warps, landing, blocks } = of;
+        let RoomFor { tokens, padded, piece_rows, dv, heads, block_rows, warps, landing, blocks } = of;
         let k_bytes = padded * 4;
-        let q_bytes = if parts { 6 * part_line(padded) } else { k_bytes };
         let rows_bytes = (heads * block_rows * 4 + 15) & !15;
         let head_sums = (dv.div_ceil(piece_rows) * 4 + 15) & !15;
         let sums_bytes = heads * head_sums;
         let q = tokens * k_bytes;
-        let v = q + tokens * q_bytes;
+        let v = q + tokens * k_bytes;
         let o = v + tokens * rows_bytes;
         let sums = o + tokens * rows_bytes;
         let squares = sums + tokens * sums_bytes;
@@ -275,7 +263,6 @@ impl Room {
         Self {
             k: 0,
             q,
-            q_bytes,
             v,
             o,
             rows_bytes,

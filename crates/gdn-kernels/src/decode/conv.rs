@@ -178,6 +178,55 @@ impl Channel {
     }
 }
 
+/// Bits of the taps of two channels, and of their biases, on their way. In plain calls four taps are one word.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Taps {
+    packed: [u64; 2],
+    apart: [[u32; TAPS]; 2],
+    bias: [u32; 2],
+}
+
+impl Taps {
+    /// Those of two channels. Of those that are not there nothing is read.
+    ///
+    /// # Safety
+    /// The others are there, and have so many taps.
+    #[inline(always)]
+    pub(super) unsafe fn of(
+        gpu: &impl Gpu,
+        is_plain: bool,
+        args: &Args,
+        channels: &[Channel; 2],
+        there: [bool; 2],
+    ) -> Self {
+        let [of_channel, of_tap] = args.conv_weight.strides;
+        let mut taps = Self::default();
+        let mut m = 0;
+        while m < 2 {
+            let weight = args.conv_weight.address + far(true, channels[m].channel, of_channel);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if there[m] && is_plain {
+                    taps.packed[m] = gpu.load8(weight);
+                } else if there[m] {
+                    let mut i = 0;
+                    while i < TAPS {
+                        let at = weight + far(true, i as u64, of_tap);
+                        taps.apart[m][i] = bits(gpu, args.conv_weight.dtype, at);
+                        i += 1;
+                    }
+                    if args.conv_bias.address != 0 {
+                        let at = args.conv_bias.address + far(true, channels[m].channel, args.conv_bias.stride);
+                        taps.bias[m] = bits(gpu, args.conv_bias.dtype, at);
+                    }
+                }
+            }
+            m += 1;
+        }
+        taps
+    }
+}
+
 /// The convolution of [`TAPS`] taps of a channel, at a token.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Convolved {
@@ -197,65 +246,52 @@ impl Convolved {
         gpu: &impl Gpu,
         is_plain: bool,
         args: &Args,
-        channels: &[Channel; 2],
+        (channels, taps): (&[Channel; 2], &Taps),
         there: [bool; 2],
         t: u32,
     ) -> [Self; 2] {
-        let [of_channel, of_tap] = args.conv_weight.strides;
         let [.., of_column] = args.conv_state.strides;
-        let (mut inputs, mut taps, mut packed, mut bias) = ([[0; TAPS]; 2], [[0; TAPS]; 2], [0; 2], [0.0; 2]);
+        let mut inputs = [[0; TAPS]; 2];
         // Everything is on its way before any of it is used.
         let mut m = 0;
         while m < 2 {
-            let Channel { x, row_stride, dtype, window, channel } = channels[m];
-            let weight = args.conv_weight.address + far(true, channel, of_channel);
+            let Channel { x, row_stride, dtype, window, .. } = channels[m];
             let mut i = 0;
-            // SAFETY: the caller's promise.
-            unsafe {
-                while there[m] && i < TAPS {
-                    let place = t + i as u32;
-                    let of_window = place < TAPS as u32 - 1;
-                    let at = if of_window {
-                        window + far(true, u64::from(place), of_column)
-                    } else {
-                        x + far(true, u64::from(place - (TAPS as u32 - 1)), row_stride)
-                    };
-                    inputs[m][i] = if is_plain {
+            while there[m] && i < TAPS {
+                let place = t + i as u32;
+                let of_window = place < TAPS as u32 - 1;
+                let at = if of_window {
+                    window + far(true, u64::from(place), of_column)
+                } else {
+                    x + far(true, u64::from(place - (TAPS as u32 - 1)), row_stride)
+                };
+                // SAFETY: the caller's promise.
+                inputs[m][i] = unsafe {
+                    if is_plain {
                         u32::from(gpu.load2(at))
                     } else {
                         bits(gpu, if of_window { args.conv_state.dtype } else { dtype }, at)
-                    };
-                    i += 1;
-                }
-                if there[m] && is_plain {
-                    packed[m] = gpu.load8(weight);
-                } else if there[m] {
-                    let mut i = 0;
-                    while i < TAPS {
-                        let at = weight + far(true, i as u64, of_tap);
-                        taps[m][i] = bits(gpu, args.conv_weight.dtype, at);
-                        i += 1;
                     }
-                    if args.conv_bias.address != 0 {
-                        let at = args.conv_bias.address + far(true, channel, args.conv_bias.stride);
-                        bias[m] = load(gpu, args.conv_bias.dtype, at);
-                    }
-                }
+                };
+                i += 1;
             }
             m += 1;
         }
         let mut two = [Self::default(); 2];
         let mut m = 0;
         while m < 2 {
-            let mut sum = bias[m];
+            let mut sum =
+                if args.conv_bias.address != 0 { number(gpu, args.conv_bias.dtype, taps.bias[m]) } else { 0.0 };
+            sum = if is_plain { 0.0 } else { sum };
             let mut i = 0;
             while i < TAPS {
                 let (input, tap) = if is_plain {
-                    (f32_of_bf16(inputs[m][i] as u16), f32_of_bf16((packed[m] >> (16 * i)) as u16))
+                    (f32_of_bf16(inputs[m][i] as u16), f32_of_bf16((taps.packed[m] >> (16 * i)) as u16))
                 } else {
                     let of_window = t + (i as u32) < TAPS as u32 - 1;
                     let dtype = if of_window { args.conv_state.dtype } else { channels[m].dtype };
-                    (number(gpu, dtype, inputs[m][i]), number(gpu, args.conv_weight.dtype, taps[m][i]))
+                    let tap = number(gpu, args.conv_weight.dtype, taps.apart[m][i]);
+                    (number(gpu, dtype, inputs[m][i]), tap)
                 };
                 two[m].inputs[i] = input;
                 sum = Lanes::mul_add(input, tap, sum);

@@ -6,10 +6,9 @@ use gdn_math::{layer as math, special::exp};
 
 use super::{
     Block, Pass,
-    args::{self, Args, Field, GROUPS, Vector, part_line},
-    conv::{self, Channel, Convolved, TAPS, Windows},
+    args::{self, Args, Field, GROUPS, Vector},
+    conv::{self, Channel, Convolved, TAPS, Taps, Windows},
     element::{bits, far, number, shared, size},
-    fragments::parts,
     rows::{Held, Machine},
     slots::Read,
 };
@@ -91,19 +90,32 @@ impl<G: Machine> Block<'_, G> {
         // SAFETY: the caller's promises; each place of shared memory is one thread's.
         unsafe {
             let mut gate_bits = if gates < of_gates { self.gate_bits::<H>(pass, gates) } else { [0; 4] };
-            // Tokens are convolved side by side.
-            let (mut n, mut t) = (warp, 0);
-            loop {
+            // Where there are more warps than pairs, several share a pair: each has every so manieth token.
+            let (mut n, mut first, mut apart, mut step) = (warp, 0, 1, warps);
+            if all < warps {
+                (apart, step) = (0, all);
+                while step <= warps {
+                    apart += 1;
+                    step += all;
+                }
                 while n >= all {
                     n -= all;
-                    t += 1;
+                    first += 1;
                 }
-                if t >= args.tokens {
-                    break;
+                if first >= apart {
+                    first = args.tokens;
                 }
+            }
+            while n < all {
                 let pair = self.pair::<H>(read, pass, n, of_qk);
-                self.convolve::<H>(&pair, windows, n, t);
-                n += warps;
+                let is_read = pair.there.map(|there| there && H::WIDE || H::PLAIN);
+                let taps = Taps::of(gpu, H::PLAIN, args, &pair.channels, is_read);
+                let mut t = first;
+                while t < args.tokens {
+                    self.convolve::<H>(&pair, &taps, windows, n, t);
+                    t += apart;
+                }
+                n += step;
             }
             while gates < of_gates {
                 self.put_gates::<H>(read, pass, gates, gate_bits);
@@ -134,7 +146,7 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    unsafe fn convolve<H: Held>(&self, pair: &Pair, windows: &Windows, n: u32, t: u32) {
+    unsafe fn convolve<H: Held>(&self, pair: &Pair, taps: &Taps, windows: &Windows, n: u32, t: u32) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
         let Pair { channels, there, is_qk, i } = *pair;
@@ -147,7 +159,7 @@ impl<G: Machine> Block<'_, G> {
             let mut two = [Convolved::default(); 2];
             if H::WIDE {
                 let is_read = there.map(|there| there || H::PLAIN);
-                two = Convolved::two(gpu, H::PLAIN, args, &channels, is_read, t);
+                two = Convolved::two(gpu, H::PLAIN, args, (&channels, taps), is_read, t);
             }
             let mut m = 0;
             while m < 2 {
@@ -215,22 +227,11 @@ impl<G: Machine> Block<'_, G> {
     #[inline(always)]
     unsafe fn put_query_and_key<H: Held>(&self, i: u32, t: u32, [q, k]: [f32; 2]) {
         let Self { gpu, room, .. } = self;
-        let line = room.q + t * room.q_bytes;
+        let line = room.q + t * H::PADDED * 4;
         // SAFETY: the caller's promise.
         unsafe {
             gpu.store_shared4(room.k + (t * H::PADDED + i) * 4, k.to_bits());
-            if H::PARTS {
-                let [k, q] = [k, q].map(|number| parts(*gpu, number));
-                let mut part = 0;
-                while part < 3 {
-                    let at = line + part * part_line(H::PADDED) + i * 2;
-                    gpu.store_shared2(at, k[part as usize]);
-                    gpu.store_shared2(at + 3 * part_line(H::PADDED), q[part as usize]);
-                    part += 1;
-                }
-            } else {
-                gpu.store_shared4(line + i * 4, q.to_bits());
-            }
+            gpu.store_shared4(line + i * 4, q.to_bits());
         }
     }
 

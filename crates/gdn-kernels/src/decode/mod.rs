@@ -5,7 +5,7 @@
 //! state of one v head, in pieces: a row is read once and written once, whatever T. Each block makes q and k for itself.
 //!
 //! Three stages, with a barrier between them, and each thread is someone else in each: convolution and gates (`inputs.rs`: a
-//! lane is two channels), the rows of S (`rows.rs`, `fragments.rs`), the gated norm (`norm.rs`: a thread is a row).
+//! lane is two channels), the rows of S (`rows.rs`), the gated norm (`norm.rs`: a thread is a row).
 //!
 //! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Where one block does them
 //! all, each channel's window is read by one thread and written by that same thread: there is nobody to race with. Where
@@ -24,7 +24,6 @@
 pub mod args;
 mod conv;
 pub mod element;
-mod fragments;
 mod inputs;
 mod norm;
 mod rows;
@@ -39,10 +38,7 @@ use self::{
     rows::{Held, Place, Token},
     slots::Read,
 };
-pub use self::{
-    fragments::Fragments,
-    rows::{NARROW, PLAIN, Rows, WIDE},
-};
+pub use self::rows::{NARROW, PLAIN, Rows, WIDE};
 use crate::{
     gpu::{Bytes16, Warp},
     split::Divisor,
@@ -256,7 +252,7 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                         q_scale: of_lane(gpu, scales, 2 * t),
                         k_scale: of_lane(gpu, scales, 2 * t + 1),
                         q_k: of_lane(gpu, q_k, 2 * t),
-                        q: room.q + t * room.q_bytes,
+                        q: room.q + t * H::PADDED * 4,
                         k: room.k + t * H::PADDED * 4,
                         v: room.v + t * room.rows_bytes + unit.row * 4,
                         o: room.o + t * room.rows_bytes + unit.row * 4,

@@ -8,15 +8,15 @@ use super::{
     args::Args,
     element::{Element, bits, far, number, shared, store},
 };
-use crate::gpu::{AsyncCopy, Bytes16, Hopper, SharedWord, TensorCore, Warp};
+use crate::gpu::{AsyncCopy, Bytes16, Hopper, SharedWord, Warp};
 
 /// Pieces of rows that have room in shared memory, the one that is computed included.
-pub(super) const STAGES: u32 = 2;
+const STAGES: u32 = 2;
 
 /// What the kernels ask of the machine.
-pub trait Machine: Hopper + Warp + AsyncCopy + TensorCore {}
+pub trait Machine: Hopper + Warp + AsyncCopy {}
 
-impl<G: Hopper + Warp + AsyncCopy + TensorCore> Machine for G {}
+impl<G: Hopper + Warp + AsyncCopy> Machine for G {}
 
 /// Some rows of a v head, which a warp computes piece by piece.
 #[derive(Clone, Copy, Debug)]
@@ -76,8 +76,6 @@ pub trait Held: Sized {
     const LANDING: u32;
     /// [`NARROW`], [`WIDE`] or [`PLAIN`].
     const KIND: u32;
-    /// Whether queries and keys are needed in parts (`Room::q`).
-    const PARTS: bool;
     /// Whether this is a [`WIDE`] or [`PLAIN`] one.
     const WIDE: bool = Self::KIND != NARROW;
     /// Whether this is a [`PLAIN`] one.
@@ -114,7 +112,7 @@ pub trait Held: Sized {
 /// row's products with the key and the query, before the token. The row that the token leaves is `decay * S + added * k`, so
 /// its product with the query needs no second look at it.
 #[inline(always)]
-pub(super) fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
+fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
     let r = token.decay * (token.k_scale * of_k);
     let added = math::correction(token.beta, v, r) * token.k_scale;
     (token.q_scale * Lanes::mul_add(added, token.q_k, token.decay * of_q), added)
@@ -242,7 +240,6 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     const PADDED: u32 = LANES * (V * CHUNKS) as u32;
     const LANDING: u32 = if Self::WIDE { STAGES * Self::STAGE } else { 0 };
     const KIND: u32 = KIND;
-    const PARTS: bool = false;
 
     #[inline(always)]
     unsafe fn begin(gpu: &impl Machine, args: &Args, place: &Place) -> Self {

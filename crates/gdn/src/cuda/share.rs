@@ -72,23 +72,17 @@ pub(super) struct Choice {
     piece_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
-    /// Whether rows are multiplied by tensor cores.
-    by_tensor_cores: bool,
 }
 
 /// Of rows of f32, or of 16 bits as if they were, with two stages of a piece.
 const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
     let piece_rows = if columns > 128 { 4 } else { 8 };
     let landing = 2 * piece_rows * columns * bytes;
-    Choice { name, kind, columns, piece_rows, landing, by_tensor_cores: false }
-}
-
-const fn by_tensor_cores(kind: u32, name: &'static str, columns: u32) -> Choice {
-    Choice { name, kind, columns, piece_rows: 16, landing: 2 * 16 * columns * 2, by_tensor_cores: true }
+    Choice { name, kind, columns, piece_rows, landing }
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice { name, kind: NARROW, columns: 256, piece_rows: 4, landing: 0, by_tensor_cores: false }
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 4, landing: 0 }
 }
 
 /// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for rows of any strides.
@@ -101,10 +95,10 @@ const PLAINS: [&[Choice]; 3] = [
     ],
     &[],
     &[
-        by_tensor_cores(PLAIN, "gdn_decode_bf16_64_plain", 64),
-        by_tensor_cores(PLAIN, "gdn_decode_bf16_96_plain", 96),
-        by_tensor_cores(PLAIN, "gdn_decode_bf16_128_plain", 128),
-        by_tensor_cores(PLAIN, "gdn_decode_bf16_256_plain", 256),
+        wide(PLAIN, "gdn_decode_bf16_64_plain", 64, 2),
+        wide(PLAIN, "gdn_decode_bf16_96_plain", 96, 2),
+        wide(PLAIN, "gdn_decode_bf16_128_plain", 128, 2),
+        wide(PLAIN, "gdn_decode_bf16_256_plain", 256, 2),
     ],
 ];
 const WIDES: [[Choice; 3]; 3] = [
@@ -119,9 +113,9 @@ const WIDES: [[Choice; 3]; 3] = [
         wide(WIDE, "gdn_decode_f16_256", 256, 2),
     ],
     [
-        by_tensor_cores(WIDE, "gdn_decode_bf16_64", 64),
-        by_tensor_cores(WIDE, "gdn_decode_bf16_128", 128),
-        by_tensor_cores(WIDE, "gdn_decode_bf16_256", 256),
+        wide(WIDE, "gdn_decode_bf16_64", 64, 2),
+        wide(WIDE, "gdn_decode_bf16_128", 128, 2),
+        wide(WIDE, "gdn_decode_bf16_256", 256, 2),
     ],
 ];
 const NARROWS: [Choice; 3] =
@@ -224,13 +218,12 @@ impl Share {
             return None;
         }
         let head_warps = block_rows.div_ceil(choice.piece_rows).div_ceil(steps);
-        // Those of a small block's cluster have channels besides: as many warps as are at hand at once.
-        let of_channels = choice.columns / 32 + (block_heads * block_rows).div_ceil(64);
+        // Those of a small block have channels besides, at every token: as many warps as are at hand at once.
+        let of_channels = (choice.columns / 32 + (block_heads * block_rows).div_ceil(64)) * tokens;
         let warps = (block_heads * head_warps).max(if cluster > 1 { of_channels.min(8) } else { 1 });
         let room = Room::new(RoomFor {
             tokens,
             padded: choice.columns,
-            parts: choice.by_tensor_cores,
             piece_rows: choice.piece_rows,
             dv,
             heads: block_heads,
