@@ -74,11 +74,11 @@ kernels! { "decode":
     gdn_decode_f32_64(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 2, 2, WIDE>>;
     gdn_decode_f32_128(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 4, 2, WIDE>>;
     gdn_decode_f32_256(DecodeArgs) = decode::run::<Rows<F32, 16, 4, 4, 2, WIDE>>;
-    gdn_decode_f32_narrow(DecodeArgs) = decode::run::<Rows<F32, 16, 1, 16, 2, NARROW>>;
+    gdn_decode_f32_narrow(DecodeArgs) = decode::run::<Rows<F32, 16, 1, 16, 1, NARROW>>;
     gdn_decode_f16_64(DecodeArgs) = decode::run::<Rows<F16, 8, 8, 1, 2, WIDE>>;
     gdn_decode_f16_128(DecodeArgs) = decode::run::<Rows<F16, 8, 8, 2, 2, WIDE>>;
     gdn_decode_f16_256(DecodeArgs) = decode::run::<Rows<F16, 16, 8, 2, 2, WIDE>>;
-    gdn_decode_f16_narrow(DecodeArgs) = decode::run::<Rows<F16, 16, 1, 16, 2, NARROW>>;
+    gdn_decode_f16_narrow(DecodeArgs) = decode::run::<Rows<F16, 16, 1, 16, 1, NARROW>>;
     gdn_decode_bf16_64(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 1, 2, WIDE>>;
     gdn_decode_bf16_128(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, WIDE>>;
     gdn_decode_bf16_256(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, WIDE>>;
@@ -90,7 +90,7 @@ kernels! { "decode":
     gdn_decode_bf16_96_plain(DecodeArgs) = decode::run::<Rows<Bf16, 4, 8, 3, 1, PLAIN>>;
     gdn_decode_bf16_128_plain(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>>;
     gdn_decode_bf16_256_plain(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, PLAIN>>;
-    gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 2, NARROW>>;
+    gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
 }
 
 // The convolution by the numbers that a head has at most, the scan by those of a key.

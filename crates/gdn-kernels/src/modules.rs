@@ -182,10 +182,11 @@ const SPLIT: &[&[Kernel]] = &[
 pub const DECODE_SHARED: u32 = 227 << 10;
 
 /// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. For plain calls there are
-/// kernels that make do with fewer, for rows of fewer than 256 columns. The narrow kernels have 8.
+/// kernels that make do with fewer, for rows of 96 and 128 columns. The narrow kernels have 8, and so do those for 256 columns.
 pub const fn decode_warps(target: Target, is_plain: bool, columns: u32) -> u32 {
     match target {
-        Target::Sm90 if is_plain && columns < 256 => 16,
+        Target::Sm90 if is_plain && (columns == 96 || columns == 128) => 16,
+        _ if columns == 256 => 8,
         _ => 12,
     }
 }

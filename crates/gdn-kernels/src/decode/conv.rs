@@ -216,7 +216,8 @@ impl Taps {
                         i += 1;
                     }
                     if args.conv_bias.address != 0 {
-                        let at = args.conv_bias.address + far(true, channels[m].channel, args.conv_bias.stride);
+                        let at =
+                            args.conv_bias.address + far(true, channels[m].channel, args.conv_bias.stride);
                         taps.bias[m] = bits(gpu, args.conv_bias.dtype, at);
                     }
                 }
@@ -280,8 +281,11 @@ impl Convolved {
         let mut two = [Self::default(); 2];
         let mut m = 0;
         while m < 2 {
-            let mut sum =
-                if args.conv_bias.address != 0 { number(gpu, args.conv_bias.dtype, taps.bias[m]) } else { 0.0 };
+            let mut sum = if args.conv_bias.address != 0 {
+                number(gpu, args.conv_bias.dtype, taps.bias[m])
+            } else {
+                0.0
+            };
             sum = if is_plain { 0.0 } else { sum };
             let mut i = 0;
             while i < TAPS {

@@ -56,11 +56,8 @@ impl<G: Machine> Block<'_, G> {
         } else {
             i = (n - of_qk) * PAIRS + gpu.lane();
             // A plain call's lanes all have two channels to read: see `Running::two`.
-            let (a, b) = if H::PLAIN {
-                (i.min(pass.rows - 1), (i + 32).min(pass.rows - 1))
-            } else {
-                (i, i + 32)
-            };
+            let (a, b) =
+                if H::PLAIN { (i.min(pass.rows - 1), (i + 32).min(pass.rows - 1)) } else { (i, i + 32) };
             let feature = pass.first * dv + pass.start + a;
             x = self.feature(H::WIDE, &Field { dtype, ..args.v }, feature, 0);
             channel = 2 * num_k_heads * dk + self.head * args.ratio * dv + feature;
@@ -70,7 +67,15 @@ impl<G: Machine> Block<'_, G> {
         }
         let stride = if is_qk { q.row_stride } else { v.row_stride };
         let first = Channel::new([H::WIDE, H::PLAIN], args, read, x, stride, dtype, channel);
-        let second = Channel::new([H::WIDE, H::PLAIN], args, read, x.wrapping_add(x_apart), stride, dtype, channel + apart);
+        let second = Channel::new(
+            [H::WIDE, H::PLAIN],
+            args,
+            read,
+            x.wrapping_add(x_apart),
+            stride,
+            dtype,
+            channel + apart,
+        );
         Pair { channels: [first, second], there, is_qk, i }
     }
 
@@ -176,7 +181,11 @@ impl<G: Machine> Block<'_, G> {
                 }
                 m += 1;
             }
-            let c = if H::PLAIN { two.map(|one| one.result) } else { [0, 1].map(|m| if there[m] { two[m].result } else { 0.0 }) };
+            let c = if H::PLAIN {
+                two.map(|one| one.result)
+            } else {
+                [0, 1].map(|m| if there[m] { two[m].result } else { 0.0 })
+            };
             if is_qk {
                 self.put_query_and_key::<H>(i, t, c);
                 let sums = [c[0] * c[0], c[1] * c[1], c[0] * c[1]].map(|x| gpu.sum::<32>(x));
@@ -286,7 +295,13 @@ impl<G: Machine> Block<'_, G> {
                         channel.keep_last(gpu, args, &read, &windows);
                     } else if pair.there[m] {
                         let column = |column: u32| shared(gpu, later[m] + column * room.column_bytes);
-                        channel.put_window(gpu, H::PLAIN, args, windows.last, [column(0), column(1), column(2)]);
+                        channel.put_window(
+                            gpu,
+                            H::PLAIN,
+                            args,
+                            windows.last,
+                            [column(0), column(1), column(2)],
+                        );
                     }
                     m += 1;
                 }
@@ -316,7 +331,8 @@ impl<G: Machine> Block<'_, G> {
         let v_head = self.head * args.ratio + pass.first + head;
         // SAFETY: the caller's promises.
         unsafe {
-            let gate = |field: &Field| bits(*gpu, field.dtype, self.feature(H::WIDE, field, pass.first + head, t));
+            let gate =
+                |field: &Field| bits(*gpu, field.dtype, self.feature(H::WIDE, field, pass.first + head, t));
             let of_head = |vector: &Vector| {
                 bits(*gpu, vector.dtype, vector.address + far(H::WIDE, u64::from(v_head), vector.stride))
             };

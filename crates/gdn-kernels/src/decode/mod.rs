@@ -31,6 +31,7 @@ mod slots;
 
 use gdn_math::layer as math;
 
+pub use self::rows::{NARROW, PLAIN, Rows, WIDE};
 use self::{
     args::{Args, Field, GROUPS, Room},
     conv::Windows,
@@ -38,7 +39,6 @@ use self::{
     rows::{Held, Place, Token},
     slots::Read,
 };
-pub use self::rows::{NARROW, PLAIN, Rows, WIDE};
 use crate::{
     gpu::{Bytes16, Warp},
     split::Divisor,
@@ -199,7 +199,8 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         let Self { gpu, args, .. } = self;
         let (head, of_head) = args.head_warps.divide(gpu.thread() / 32);
         let (before, rows) = (of_head * args.steps * piece_rows, args.block_rows.get());
-        let len = if head < pass.heads { rows.saturating_sub(before).min(args.steps * piece_rows) } else { 0 };
+        let len =
+            if head < pass.heads { rows.saturating_sub(before).min(args.steps * piece_rows) } else { 0 };
         Unit { head, start: pass.start + before, len, row: head * rows + before }
     }
 
@@ -280,7 +281,8 @@ impl<'a, G: rows::Machine> Block<'a, G> {
             }
             if H::PLAIN {
                 // Made again rather than held in registers.
-                let by = [args.cluster, args.num_k_heads].map(|by| by.unforeseen(|shift| gpu.unforeseen(shift)));
+                let by =
+                    [args.cluster, args.num_k_heads].map(|by| by.unforeseen(|shift| gpu.unforeseen(shift)));
                 let block = Block::new::<H>(gpu, args, gpu.block_anew(), by);
                 let pass = block.first_pass();
                 block.norm::<H>(&pass, row);

@@ -123,14 +123,8 @@ fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
 ///
 /// But for [`NARROW`] ones, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is then on its way to
 /// shared memory while the one before it is computed, and no lane touches there what is another one's.
-pub struct Rows<
-    E,
-    const LANES: u32,
-    const V: usize,
-    const CHUNKS: usize,
-    const ROWS: usize,
-    const KIND: u32,
-> {
+pub struct Rows<E, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
+{
     len: u32,
     /// The lane's first row of the first piece, at its first column, and bytes to the next row and column.
     from: u64,
@@ -233,8 +227,8 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     }
 }
 
-impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32> Held
-    for Rows<E, LANES, V, CHUNKS, ROWS, KIND>
+impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
+    Held for Rows<E, LANES, V, CHUNKS, ROWS, KIND>
 {
     const PIECE: u32 = Self::GROUPS * ROWS as u32;
     const PADDED: u32 = LANES * (V * CHUNKS) as u32;

@@ -58,8 +58,15 @@ impl Profile {
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
 const RESIDENT_WARPS: u32 = 24;
 
-/// Rows of a warp where there is enough to do for all.
+/// Rows of a warp where there is enough to do for all. With twice as many, fewer warps do what each does once: worth it where
+/// that is much beside the bytes, and blocks are many; and where the block is too large for two on a multiprocessor.
 const FULL_ROWS: u32 = 32;
+
+/// Blocks that are many, for each multiprocessor.
+const MANY_BLOCKS: u32 = 6;
+
+/// Warps of a block, at most, of which a multiprocessor has two.
+const HALF_WARPS: u32 = 8;
 
 /// A kernel, and how it holds rows.
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +89,7 @@ const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice { name, kind: NARROW, columns: 256, piece_rows: 4, landing: 0 }
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, landing: 0 }
 }
 
 /// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for rows of any strides.
@@ -182,7 +189,14 @@ impl Share {
             return Self::in_passes(choice, work, profile);
         }
         // In as few warps as can be.
-        let most_steps = FULL_ROWS / choice.piece_rows;
+        let mut most_steps = FULL_ROWS / choice.piece_rows;
+        // Two stages of two bytes.
+        let is_small = choice.landing == 4 * choice.piece_rows * choice.columns || work.tokens > 1;
+        let are_many = work.groups >= MANY_BLOCKS * profile.multiprocessors;
+        let is_large = Self::of(choice, work, profile, 1, most_steps).is_none_or(|s| s.warps > HALF_WARPS);
+        if is_small && are_many || is_large {
+            most_steps *= 2;
+        }
         let last = Self::of(choice, work, profile, 1, most_steps)
             .or_else(|| (2..=work.ratio).find_map(|cluster| Self::of(choice, work, profile, cluster, 1)))?;
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
