@@ -54,8 +54,9 @@ const NIGHTLY: &str = "nightly-2026-05-20";
 /// undefined.
 ///
 /// It takes hundreds of times as long as a processor: property tests, conformance with every instruction set
-/// and prefill, whose smallest work is a chunk of 16 tokens, did not end within five minutes, and the sanitizer
-/// sees those. It has no GPU, no huge pages and no maps of files. So it gets tests of its own, of seconds.
+/// and prefill, whose smallest work is a chunk of 16 tokens, did not end within five minutes, and the
+/// sanitizer sees those. It has no GPU, no huge pages and no maps of files. So it gets tests of its own, of
+/// seconds.
 pub(crate) fn miri() -> anyhow::Result<()> {
     if !has("rustup") {
         skip("Miri: it comes with rustup, which is not here");

@@ -31,8 +31,8 @@ pub(crate) fn cargo(args: &[&str]) -> Command {
     if subcommand != ["fmt"] {
         cargo.arg("--locked");
     }
-    // What a chore builds is built once and debugged by nobody: without these a build takes two thirds more of
-    // a processor's time, and six times the room.
+    // What a chore builds is built once and debugged by nobody: without these a build takes two thirds more
+    // of a processor's time, and six times the room.
     cargo.env("CARGO_INCREMENTAL", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
     cargo.args(rest);
     cargo

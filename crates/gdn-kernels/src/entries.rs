@@ -68,8 +68,8 @@ kernels! { "split":
     gdn_merge_narrow(split::Args) = split::run::<false, true, 4>;
 }
 
-// By the dtype of the state and the columns that a row of it has at most. The narrow ones take rows of any strides and
-// alignment, and convolutions of any width.
+// By the dtype of the state and the columns that a row of it has at most. The narrow ones take rows of any
+// strides and alignment, and convolutions of any width.
 kernels! { "decode":
     gdn_decode_f32_64(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 2, 2, WIDE>>;
     gdn_decode_f32_128(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 4, 2, WIDE>>;

@@ -178,11 +178,13 @@ const SPLIT: &[&[Kernel]] = &[
     &[Kernel::new("gdn_merge_narrow")],
 ];
 
-/// Shared memory that a block of the decode asks for, at most: that of a Hopper's multiprocessor, or what there is.
+/// Shared memory that a block of the decode asks for, at most: that of a Hopper's multiprocessor, or what
+/// there is.
 pub const DECODE_SHARED: u32 = 227 << 10;
 
-/// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. For plain calls there are
-/// kernels that make do with fewer, for rows of 96 and 128 columns. The narrow kernels have 8, and so do those for 256 columns.
+/// Warps of a block of the decode, at most, on this target: with more, registers do not suffice. For plain
+/// calls there are kernels that make do with fewer, for rows of 96 and 128 columns. The narrow kernels have
+/// 8, and so do those for 256 columns.
 pub const fn decode_warps(target: Target, is_plain: bool, columns: u32) -> u32 {
     match target {
         Target::Sm90 if is_plain && (columns == 96 || columns == 128) => 16,

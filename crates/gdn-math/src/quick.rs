@@ -1,8 +1,8 @@
 //! Exponential, inverse and inverse root for what is rounded to 16 bits afterwards: within 3e-6 of the exact
 //! result, where bf16 is within 4e-3 and f16 within 5e-4, and the same bits on every machine.
 //!
-//! A GPU divides and takes roots in 8 to 20 instructions, most of them for the last place and for numbers that do
-//! not come up here. These take about 20 for a whole silu. For one f32: a thread of a GPU.
+//! A GPU divides and takes roots in 8 to 20 instructions, most of them for the last place and for numbers
+//! that do not come up here. These take about 20 for a whole silu. For one f32: a thread of a GPU.
 
 use core::f32::consts::LOG2_E;
 
@@ -71,7 +71,8 @@ fn at_least(x: f32, least: f32) -> f32 {
     unsafe { maximum(x, least) }
 }
 
-/// `e^x` for x of at most 87, within 1e-6 down to -50 and 2e-6 below; less than 1.2e-38 below -87. NaN is as 0.
+/// `e^x` for x of at most 87, within 1e-6 down to -50 and 2e-6 below; less than 1.2e-38 below -87. NaN is as
+/// 0.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     power(x.max(-87.0), 1.0, POWER_5)

@@ -1,5 +1,5 @@
-//! For engines: decode captured in a CUDA graph, on the engine's own stream and memory, and replayed step by step; slots
-//! change between replays.
+//! For engines: decode captured in a CUDA graph, on the engine's own stream and memory, and replayed step by
+//! step; slots change between replays.
 //!
 //!     cargo run --release -p gdn --features cuda --example decode_graph
 

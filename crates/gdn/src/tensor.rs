@@ -219,8 +219,8 @@ macro_rules! view {
                 &self.at
             }
 
-            /// Elements at `at`. That they are there, and share no memory where they are to be written, is the caller's
-            /// to see.
+            /// Elements at `at`. That they are there, and share no memory where they are to be written, is
+            /// the caller's to see.
             #[cfg(feature = "cuda")]
             pub(crate) fn over(
                 at: A,
@@ -238,8 +238,8 @@ macro_rules! view {
         }
 
         impl<const D: usize> $view<DeviceAddress, D> {
-            /// Elements in a device's memory, to be read: numbers that nothing on the host follows. Strides are in
-            /// elements.
+            /// Elements in a device's memory, to be read: numbers that nothing on the host follows. Strides
+            /// are in elements.
             ///
             /// # Errors
             /// [`ArgumentError::TooLarge`].

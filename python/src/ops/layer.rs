@@ -90,7 +90,8 @@ impl Settings {
         layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?).map(Self)
     }
 
-    /// Why `op`, decode or prefill, has no kernel for such a layer on a type of devices, whatever the tensors.
+    /// Why `op`, decode or prefill, has no kernel for such a layer on a type of devices, whatever the
+    /// tensors.
     fn refusal(&self, op: &str, device_type: &str, conv_width: usize) -> Option<String> {
         let layer = gdn::Layer { conv_width, ..self.0 };
         let supported = match (device_type, op) {
@@ -241,8 +242,8 @@ impl Side for OnDevice {
         gdn::Tensor::at_device_mut(address as u64, dtype, sizes, strides)
     }
 
-    /// Those of consecutive tokens may share memory, each one input further on: one thread writes all windows of a
-    /// channel, one after the other, and what they share are the same inputs.
+    /// Those of consecutive tokens may share memory, each one input further on: one thread writes all windows
+    /// of a channel, one after the other, and what they share are the same inputs.
     fn write_windows(
         address: usize,
         dtype: Dtype,

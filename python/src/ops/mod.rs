@@ -152,8 +152,8 @@ pub(crate) fn cuda_error(error: &cuda::CudaError) -> PyErr {
     }
 }
 
-/// The device `cuda:ordinal`, made ready at its first call: kernels of the split are loaded then, so that calls can be
-/// captured in graphs. One of the decode is loaded when it is first called.
+/// The device `cuda:ordinal`, made ready at its first call: kernels of the split are loaded then, so that
+/// calls can be captured in graphs. One of the decode is loaded when it is first called.
 pub(crate) fn gpu(ordinal: i32) -> PyResult<&'static cuda::Gpu> {
     const MOST: usize = 64;
     static GPUS: [OnceLock<cuda::Gpu>; MOST] = [const { OnceLock::new() }; MOST];

@@ -1,6 +1,6 @@
-//! Calls of decode on a GPU that were checked, kept for those like them: what is checked depends on nothing but
-//! the call's numbers and on where tensors are, their shapes, strides and dtypes. A loop that decodes has the
-//! same again and again, and then only compares them.
+//! Calls of decode on a GPU that were checked, kept for those like them: what is checked depends on nothing
+//! but the call's numbers and on where tensors are, their shapes, strides and dtypes. A loop that decodes has
+//! the same again and again, and then only compares them.
 
 use std::sync::{Mutex, TryLockError};
 

@@ -24,7 +24,8 @@ pub(super) struct Cpp {
 pub(super) struct Seers {
     /// `c10::impl::TorchDispatchModeTLS::stack_len`
     pub(super) modes: unsafe extern "C" fn() -> i64,
-    /// `torch::jit::tracer::getTracingState`: a reference to a `std::shared_ptr`, which begins with the pointer
+    /// `torch::jit::tracer::getTracingState`: a reference to a `std::shared_ptr`, which begins with the
+    /// pointer
     pub(super) tracing: unsafe extern "C" fn() -> *const *const c_void,
 }
 

@@ -139,8 +139,8 @@ fn every_case_of_transformers() {
     assert!(cases >= 21, "{cases} cases");
 }
 
-/// As close as on the CPU; prefill, which multiplies in f16 there, by two roundings to that less. Layers that it does not take
-/// are refused by the argument that it is about.
+/// As close as on the CPU; prefill, which multiplies in f16 there, by two roundings to that less. Layers that
+/// it does not take are refused by the argument that it is about.
 #[cfg(feature = "cuda")]
 #[test]
 fn every_case_of_transformers_on_a_gpu() {

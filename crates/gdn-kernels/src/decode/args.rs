@@ -179,7 +179,8 @@ pub struct Args {
     pub num_accepted_tokens: Indices,
 }
 
-/// Where things are in a block's shared memory, in bytes. Sizes of a token; what is not said to be something else is f32.
+/// Where things are in a block's shared memory, in bytes. Sizes of a token; what is not said to be something
+/// else is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Room {
@@ -203,8 +204,8 @@ pub struct Room {
     pub squares: u32,
     /// `[heads]`: decay, beta, and where the state goes, 16 bytes.
     pub gates: u32,
-    /// Of all tokens, in a cluster or where there are several: `[3][2 * padded + heads * block_rows]`, windows that are kept when
-    /// all have been read.
+    /// Of all tokens, in a cluster or where there are several: `[3][2 * padded + heads * block_rows]`,
+    /// windows that are kept when all have been read.
     pub windows: u32,
     /// Bytes of a column of these.
     pub column_bytes: u32,

@@ -1,5 +1,5 @@
-//! The causal convolution of a channel, and the windows that are kept of it. One thread of one block reads a channel's
-//! window and writes it.
+//! The causal convolution of a channel, and the windows that are kept of it. One thread of one block reads a
+//! channel's window and writes it.
 
 use gdn_math::{Lanes, element::f32_of_bf16, layer as math};
 
@@ -120,7 +120,8 @@ impl Channel {
         math::activation(sum)
     }
 
-    /// Writes W - 1 inputs from `first` on to the slot at `to`. In order, so that a window may move onto itself.
+    /// Writes W - 1 inputs from `first` on to the slot at `to`. In order, so that a window may move onto
+    /// itself.
     ///
     /// # Safety
     /// As [`Channel::put_window`].
@@ -139,8 +140,8 @@ impl Channel {
         }
     }
 
-    /// Keeps a channel's window after the last token, which may roll. Columns are moved in order, so it may move onto
-    /// itself.
+    /// Keeps a channel's window after the last token, which may roll. Columns are moved in order, so it may
+    /// move onto itself.
     ///
     /// # Safety
     /// As [`Channel::put_window`].
@@ -149,7 +150,8 @@ impl Channel {
         let to = kept.last;
         let (tokens, width) = (args.tokens, args.conv_width);
         let [.., of_channel, of_column] = args.conv_kept.to.strides;
-        // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to `columns`.
+        // Column `old + i` goes to column i for the first `stay`, and the last inputs to those up to
+        // `columns`.
         let (old, stay, columns) = if read.accepted > 0 {
             (
                 read.accepted,
@@ -178,7 +180,8 @@ impl Channel {
     }
 }
 
-/// Bits of the taps of two channels, and of their biases, on their way. In plain calls four taps are one word.
+/// Bits of the taps of two channels, and of their biases, on their way. In plain calls four taps are one
+/// word.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Taps {
     packed: [u64; 2],
@@ -237,8 +240,9 @@ pub(super) struct Convolved {
 }
 
 impl Convolved {
-    /// Two channels at token `t`. Of those that are not there nothing is read. A branch for each would have the second
-    /// wait for the first: where all is known beforehand, lanes without a channel of their own read another one's.
+    /// Two channels at token `t`. Of those that are not there nothing is read. A branch for each would have
+    /// the second wait for the first: where all is known beforehand, lanes without a channel of their own
+    /// read another one's.
     ///
     /// # Safety
     /// The others are there, and have so many taps.
@@ -337,8 +341,8 @@ impl Windows {
     }
 }
 
-/// Whether a window is more than what the convolution reads and the next call's begins with: it has more columns, or
-/// some of the last call's tokens go.
+/// Whether a window is more than what the convolution reads and the next call's begins with: it has more
+/// columns, or some of the last call's tokens go.
 #[inline(always)]
 pub(super) fn rolls(args: &Args) -> bool {
     args.num_accepted_tokens.address != 0 || args.conv_columns + 1 > args.conv_width

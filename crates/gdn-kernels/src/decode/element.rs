@@ -93,8 +93,8 @@ pub(super) fn size(dtype: u32) -> u32 {
     if dtype == args::F32 { 4 } else { 2 }
 }
 
-/// The bits of an element of a dtype that the arguments name. Apart from [`number`], so that several can be on their
-/// way.
+/// The bits of an element of a dtype that the arguments name. Apart from [`number`], so that several can be
+/// on their way.
 ///
 /// # Safety
 /// It is readable, at a multiple of its size.

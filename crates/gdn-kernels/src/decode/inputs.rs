@@ -1,4 +1,5 @@
-//! What the rows of S are multiplied with, in shared memory: queries, keys, values, gates. And the windows of the convolution.
+//! What the rows of S are multiplied with, in shared memory: queries, keys, values, gates. And the windows of
+//! the convolution.
 //!
 //! A lane is two channels at a time: a query's and the key's beside it, or two of v.
 
@@ -222,8 +223,8 @@ impl<G: Machine> Block<'_, G> {
         }
     }
 
-    /// Whether windows wait in shared memory: others may still read them where they are, and in a cluster what is stored would
-    /// be waited for.
+    /// Whether windows wait in shared memory: others may still read them where they are, and in a cluster
+    /// what is stored would be waited for.
     #[inline(always)]
     fn keeps_later(&self) -> bool {
         self.blocks > 1 || self.args.tokens > 1
@@ -257,8 +258,8 @@ impl<G: Machine> Block<'_, G> {
         [first, first + if pair.is_qk { H::PADDED } else { 32 } * 4]
     }
 
-    /// The windows after the last token that are not kept yet: those that roll, those of the narrow kernels, and those that
-    /// wait in shared memory.
+    /// The windows after the last token that are not kept yet: those that roll, those of the narrow kernels,
+    /// and those that wait in shared memory.
     ///
     /// # Safety
     /// As [`super::run`].
@@ -310,7 +311,8 @@ impl<G: Machine> Block<'_, G> {
         }
     }
 
-    /// Of v heads `2 * n` and `2 * n + 1` of a pass, in the lane of a head and token: both, and whether they are there.
+    /// Of v heads `2 * n` and `2 * n + 1` of a pass, in the lane of a head and token: both, and whether they
+    /// are there.
     #[inline(always)]
     fn head_and_token(&self, pass: &Pass, n: u32) -> (u32, u32, bool) {
         let (head, t) = (2 * n + self.gpu.lane() / 16, self.gpu.lane() % 16);

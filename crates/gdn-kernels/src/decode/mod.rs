@@ -1,25 +1,28 @@
 //! The decode: everything between the layer's two GEMMs for T tokens of each of B sequences, in one launch.
 //!
-//! A block does some v heads of one key head of one sequence: all of them, or, where that leaves the device idle, a
-//! share, beside the other blocks of a cluster; a share may be some rows of one v head. A warp computes up to 32 rows of the
-//! state of one v head, in pieces: a row is read once and written once, whatever T. Each block makes q and k for itself.
+//! A block does some v heads of one key head of one sequence: all of them, or, where that leaves the device
+//! idle, a share, beside the other blocks of a cluster; a share may be some rows of one v head. A warp
+//! computes up to 32 rows of the state of one v head, in pieces: a row is read once and written once,
+//! whatever T. Each block makes q and k for itself.
 //!
-//! Three stages, with a barrier between them, and each thread is someone else in each: convolution and gates (`inputs.rs`: a
-//! lane is two channels), the rows of S (`rows.rs`), the gated norm (`norm.rs`: a thread is a row).
+//! Three stages, with a barrier between them, and each thread is someone else in each: convolution and gates
+//! (`inputs.rs`: a lane is two channels), the rows of S (`rows.rs`), the gated norm (`norm.rs`: a thread is a
+//! row).
 //!
-//! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Where one block does them
-//! all, each channel's window is read by one thread and written by that same thread: there is nobody to race with. Where
-//! a cluster does, its blocks all read the window, and the first one writes it once the cluster's barrier says that all
-//! have read. Blocks of other clusters have no channel in common with it. The same barrier hands round the sums of squares of
-//! rows. It waits for what a block stored before it came there, so states and windows are stored behind it.
+//! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Where one block
+//! does them all, each channel's window is read by one thread and written by that same thread: there is
+//! nobody to race with. Where a cluster does, its blocks all read the window, and the first one writes it
+//! once the cluster's barrier says that all have read. Blocks of other clusters have no channel in common
+//! with it. The same barrier hands round the sums of squares of rows. It waits for what a block stored before
+//! it came there, so states and windows are stored behind it.
 //!
-//! **Bits.** Sums over DK are those of the lanes of a row, sums over DV those of pieces, then over pieces, each in an
-//! order that depends on nothing but the kernel. So the bits of a result do not depend on the size of the cluster, on
-//! B or on the slot.
+//! **Bits.** Sums over DK are those of the lanes of a row, sums over DV those of pieces, then over pieces,
+//! each in an order that depends on nothing but the kernel. So the bits of a result do not depend on the size
+//! of the cluster, on B or on the slot.
 //!
-//! **Skipped** is a sequence whose indices are padding or name a slot that is not there, or whose number of accepted
-//! tokens cannot be: its rows of `out` become zeros, nothing else is touched. A state that would be kept in such a slot
-//! is not kept.
+//! **Skipped** is a sequence whose indices are padding or name a slot that is not there, or whose number of
+//! accepted tokens cannot be: its rows of `out` become zeros, nothing else is touched. A state that would be
+//! kept in such a slot is not kept.
 
 pub mod args;
 mod conv;
@@ -62,8 +65,9 @@ struct Block<'a, G> {
     rank: u32,
 }
 
-/// What a block does at a time: `heads` v heads from `first` on (within the key head), of each the block's rows from `start` on.
-/// They are `rows` in all, and lie side by side: where there are several heads, they are whole.
+/// What a block does at a time: `heads` v heads from `first` on (within the key head), of each the block's
+/// rows from `start` on. They are `rows` in all, and lie side by side: where there are several heads, they
+/// are whole.
 #[derive(Clone, Copy)]
 struct Pass {
     first: u32,
@@ -87,9 +91,10 @@ struct Unit {
 /// The kernel: `H` holds the rows of the state.
 ///
 /// # Safety
-/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each; more than one block a cluster only on devices that have clusters, and for wide
-/// kernels. All that the arguments say is there, elements at multiples of their size, and what is kept is
-/// written by nobody else meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
+/// A grid of `B * HK` clusters along x, of blocks of whole warps with [`Room`]'s bytes of shared memory each;
+/// more than one block a cluster only on devices that have clusters, and for wide kernels. All that the
+/// arguments say is there, elements at multiples of their size, and what is kept is written by nobody else
+/// meanwhile. No two sequences keep a state in one slot, or one where another one's is read.
 #[inline(always)]
 pub unsafe fn run<H: Held>(gpu: &impl rows::Machine, args: &Args) {
     gpu.let_next_start();
@@ -144,7 +149,8 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         Pass { first, heads, start: part * block_rows.get(), rows: heads * block_rows.get(), with_qk: true }
     }
 
-    /// Those behind, where a block computes them one after the other. It is then the only one of its key head.
+    /// Those behind, where a block computes them one after the other. It is then the only one of its key
+    /// head.
     #[inline(always)]
     fn pass_behind(&self, pass: &Pass) -> Option<Pass> {
         let Args { block_rows, pass_heads, ratio, .. } = self.args;
@@ -243,7 +249,8 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                 rows.take(gpu, args, step);
                 let mut next = 0;
                 while next < args.tokens {
-                    // The compiler would hold every address by itself in a register, and make a loop of its own for the last token.
+                    // The compiler would hold every address by itself in a register, and make a loop of its
+                    // own for the last token.
                     let t = gpu.unforeseen(u64::from(next)) as u32;
                     let gates = room.gates + (t * args.pass_heads + unit.head) * 16;
                     let Bytes16([decay, beta, low, high]) = gpu.load_shared16(gates);
@@ -315,7 +322,8 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         }
     }
 
-    /// What brings each token's query and key to their lengths, token t's in lanes 2t and 2t + 1, and the product of both.
+    /// What brings each token's query and key to their lengths, token t's in lanes 2t and 2t + 1, and the
+    /// product of both.
     ///
     /// # Safety
     /// As [`run`]; the sums of squares are in shared memory, for all to see.

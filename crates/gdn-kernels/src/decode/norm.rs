@@ -10,8 +10,8 @@ use super::{
 };
 use crate::gpu::Bytes16;
 
-/// Bits of what a row is multiplied with, on their way: of the norm's weight, and of the gate's input at the first token. In
-/// plain kernels they share the first word.
+/// Bits of what a row is multiplied with, on their way: of the norm's weight, and of the gate's input at the
+/// first token. In plain kernels they share the first word.
 #[derive(Clone, Copy, Default)]
 pub(super) struct RowBits([u32; 2]);
 

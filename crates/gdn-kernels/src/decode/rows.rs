@@ -58,12 +58,14 @@ pub struct Token {
 
 /// Rows of any strides, and convolutions of any width.
 pub const NARROW: u32 = 0;
-/// Rows are dense, at multiples of 16 bytes, the convolution has 4 taps, and strides and numbers of slots have 31 bits.
+/// Rows are dense, at multiples of 16 bytes, the convolution has 4 taps, and strides and numbers of slots
+/// have 31 bits.
 pub const WIDE: u32 = 1;
-/// Besides, q, k, v, z, the convolution's weight and states, the norm's weight and `out` are bf16, indices have 4 bytes, taps lie
-/// side by side at a multiple of 8 bytes, there is no bias, the window has 3 columns, of which one after the last token is kept,
-/// no number of accepted tokens is given, rows have as many columns as the kernel, and v heads are whole pieces. What else a
-/// call may be costs instructions even where it is not.
+/// Besides, q, k, v, z, the convolution's weight and states, the norm's weight and `out` are bf16, indices
+/// have 4 bytes, taps lie side by side at a multiple of 8 bytes, there is no bias, the window has 3 columns,
+/// of which one after the last token is kept, no number of accepted tokens is given, rows have as many
+/// columns as the kernel, and v heads are whole pieces. What else a call may be costs instructions even where
+/// it is not.
 pub const PLAIN: u32 = 2;
 
 /// How a warp holds rows. All lanes come to each of these functions together.
@@ -93,24 +95,25 @@ pub trait Held: Sized {
     /// As [`Held::begin`].
     unsafe fn take(&mut self, gpu: &impl Machine, args: &Args, step: u32);
 
-    /// The next token on the piece: outputs to shared memory, the state in registers. The sum of its outputs' squares, in all
-    /// lanes.
+    /// The next token on the piece: outputs to shared memory, the state in registers. The sum of its outputs'
+    /// squares, in all lanes.
     ///
     /// # Safety
-    /// As [`Held::begin`]; what `token` names is in shared memory for all to see, and outputs are nobody else's.
+    /// As [`Held::begin`]; what `token` names is in shared memory for all to see, and outputs are nobody
+    /// else's.
     unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> f32;
 
-    /// Writes the piece to the slot at `to`, if that is not 0. Where tokens follow (`more`), what is left of it in the state's
-    /// dtype is what they find.
+    /// Writes the piece to the slot at `to`, if that is not 0. Where tokens follow (`more`), what is left of
+    /// it in the state's dtype is what they find.
     ///
     /// # Safety
     /// As [`Held::begin`]; the slot's rows are to be written.
     unsafe fn keep(&mut self, gpu: &impl Machine, args: &Args, step: u32, to: u64, more: bool);
 }
 
-/// The delta rule for a row: its output, and what it adds to the state for each number of the key. `of_k` and `of_q` are the
-/// row's products with the key and the query, before the token. The row that the token leaves is `decay * S + added * k`, so
-/// its product with the query needs no second look at it.
+/// The delta rule for a row: its output, and what it adds to the state for each number of the key. `of_k` and
+/// `of_q` are the row's products with the key and the query, before the token. The row that the token leaves
+/// is `decay * S + added * k`, so its product with the query needs no second look at it.
 #[inline(always)]
 fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
     let r = token.decay * (token.k_scale * of_k);
@@ -118,11 +121,12 @@ fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
     (token.q_scale * Lanes::mul_add(added, token.q_k, token.decay * of_q), added)
 }
 
-/// Rows of which `LANES` lanes hold one, each `CHUNKS` times `V` columns of it, and each of the warp's groups of so many lanes
-/// `ROWS` rows.
+/// Rows of which `LANES` lanes hold one, each `CHUNKS` times `V` columns of it, and each of the warp's groups
+/// of so many lanes `ROWS` rows.
 ///
-/// But for [`NARROW`] ones, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is then on its way to
-/// shared memory while the one before it is computed, and no lane touches there what is another one's.
+/// But for [`NARROW`] ones, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is
+/// then on its way to shared memory while the one before it is computed, and no lane touches there what is
+/// another one's.
 pub struct Rows<E, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
 {
     len: u32,

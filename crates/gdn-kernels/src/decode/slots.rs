@@ -61,8 +61,8 @@ fn slot(args: &Args, indices: &Indices, index: i64, slots: i64) -> i64 {
 }
 
 impl Read {
-    /// `None` for a sequence that is skipped: padding, a slot that is not there, a number of accepted tokens that
-    /// cannot be. All threads of a cluster find the same.
+    /// `None` for a sequence that is skipped: padding, a slot that is not there, a number of accepted tokens
+    /// that cannot be. All threads of a cluster find the same.
     ///
     /// # Safety
     /// The indices of the arguments are there.

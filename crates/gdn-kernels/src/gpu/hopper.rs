@@ -60,11 +60,14 @@ pub trait Hopper: Gpu {
     fn cluster_rank(&self) -> u32;
     /// Blocks of a cluster; 1 where the launch names none.
     fn cluster_blocks(&self) -> u32;
-    /// Says that this thread is here, and goes on. Before it says so again it waits ([`Hopper::cluster_wait`]).
+    /// Says that this thread is here, and goes on. Before it says so again it waits
+    /// ([`Hopper::cluster_wait`]).
     fn cluster_arrive(&self);
-    /// As [`Hopper::cluster_arrive`], but the others need not see what this thread wrote before, and it is not waited for.
+    /// As [`Hopper::cluster_arrive`], but the others need not see what this thread wrote before, and it is
+    /// not waited for.
     fn cluster_arrive_relaxed(&self);
-    /// Waits until every thread of the cluster has arrived. What they wrote before they did, all can read after.
+    /// Waits until every thread of the cluster has arrived. What they wrote before they did, all can read
+    /// after.
     fn cluster_wait(&self);
     /// Waits until every thread of the cluster is here. What they wrote before, all can read after.
     #[inline(always)]

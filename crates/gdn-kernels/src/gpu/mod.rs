@@ -40,8 +40,8 @@ pub trait Gpu {
     fn threads(&self) -> u32;
     /// This block within the grid: x, y, z.
     fn block(&self) -> [u32; 3];
-    /// This block within the grid along x, asked for anew: nothing that comes of it is what was computed before and held
-    /// in registers.
+    /// This block within the grid along x, asked for anew: nothing that comes of it is what was computed
+    /// before and held in registers.
     fn block_anew(&self) -> u32;
     /// Blocks of the grid: x, y, z.
     fn blocks(&self) -> [u32; 3];
@@ -67,8 +67,8 @@ pub trait Gpu {
     /// Two numbers to the nearest bf16, as [`Gpu::f16_pair`].
     fn bf16_pair(&self, low: f32, high: f32) -> u32;
 
-    /// The same number, of which the compiler does not know that it is: what is computed from it is not computed
-    /// ahead of time, where it would take up registers.
+    /// The same number, of which the compiler does not know that it is: what is computed from it is not
+    /// computed ahead of time, where it would take up registers.
     fn unforeseen(&self, number: u64) -> u64;
 
     /// Reads 16 bytes of global memory in one access.

@@ -59,8 +59,8 @@ pub const OTHER_MAJOR: bool = true;
 pub struct Operand {
     /// First byte of the first atom.
     pub at: u32,
-    /// Bytes from there to the first that is meant, a multiple of 16. Apart from `at`, so that what is known of it beforehand is
-    /// added to a descriptor that was made once.
+    /// Bytes from there to the first that is meant, a multiple of 16. Apart from `at`, so that what is known
+    /// of it beforehand is added to a descriptor that was made once.
     pub offset: u32,
     /// Its atoms.
     pub swizzle: Swizzle,

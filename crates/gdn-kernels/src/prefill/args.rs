@@ -247,8 +247,8 @@ pub struct PrepareRoom {
     pub beta: u32,
     /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row.
     pub to_rows: u32,
-    /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its first
-    /// row; of each row of blocks as many as are left of the diagonal.
+    /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its
+    /// first row; of each row of blocks as many as are left of the diagonal.
     pub from_columns: u32,
     /// `[CHUNK][DK, padded]`, f16.
     pub q: u32,
@@ -291,8 +291,8 @@ impl PrepareRoom {
 /// Bytes of 64 rows of 128 bytes each, as `wgmma` takes a matrix.
 pub const ATOM: u32 = 64 * 128;
 
-/// Where things of one chunk are in the shared memory of a block of the scan, in bytes. Matrices of 64 rows are
-/// padded, or for products by four warps together atoms of 64 columns ([`ATOM`]), one after the other.
+/// Where things of one chunk are in the shared memory of a block of the scan, in bytes. Matrices of 64 rows
+/// are padded, or for products by four warps together atoms of 64 columns ([`ATOM`]), one after the other.
 ///
 /// The first three have as many bytes as all warps' rows of S in f32, which come through here.
 #[derive(Clone, Copy, Debug)]
@@ -348,7 +348,8 @@ impl ScanRoom {
     }
 }
 
-/// What groups of warps that multiply together hand over to each other, in bytes of shared memory; 64 rows each.
+/// What groups of warps that multiply together hand over to each other, in bytes of shared memory; 64 rows
+/// each.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupRoom {
     /// `[DK, in atoms]`, f16.

@@ -40,8 +40,8 @@ struct Block<'a, G> {
     channel: u32,
 }
 
-/// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits each and
-/// are read 16 bytes at a time, there are four taps, which are read together, and no bias.
+/// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits
+/// each and are read 16 bytes at a time, there are four taps, which are read together, and no bias.
 ///
 /// # Safety
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.

@@ -178,8 +178,8 @@ pub(super) unsafe fn store4(
 pub(super) struct Eight([u32; 8]);
 
 impl Eight {
-    /// As [`load4`] reads four; `wide`: 2 where their address, with dtypes of 2 bytes, is a multiple of 16 too, else
-    /// as for four.
+    /// As [`load4`] reads four; `wide`: 2 where their address, with dtypes of 2 bytes, is a multiple of 16
+    /// too, else as for four.
     ///
     /// # Safety
     /// They are readable, each at a multiple of its size.

@@ -1,7 +1,8 @@
 //! Three groups of four warps, of which each multiplies together (`wgmma`), with 64 rows of S.
 //!
-//! The first two share the columns of S, and the tokens of X and U; the third makes the outputs and copies the chunks that all
-//! need. What one makes and another multiplies goes through shared memory, as atoms of 64 columns.
+//! The first two share the columns of S, and the tokens of X and U; the third makes the outputs and copies
+//! the chunks that all need. What one makes and another multiplies goes through shared memory, as atoms of 64
+//! columns.
 
 use gdn_math::Lanes;
 
@@ -80,7 +81,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                         gpu.fence_async();
                     } else {
                         down = own.outputs_of_state(base, &mut o);
-                        // The next chunk has landed. A fence waits for all copies: those of the one behind begin after it.
+                        // The next chunk has landed. A fence waits for all copies: those of the one behind
+                        // begin after it.
                         gpu.wait_copies::<0>();
                         gpu.fence_async();
                         block.fetch::<TILES>(i + STAGES - 1);
@@ -142,8 +144,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// Where the lane's numbers of its first row are in an atom, in its first tile of 8 columns. Those of tile `i` are at
-    /// this `^ 16 * i`.
+    /// Where the lane's numbers of its first row are in an atom, in its first tile of 8 columns. Those of
+    /// tile `i` are at this `^ 16 * i`.
     #[inline(always)]
     fn place(&self, atom: u32) -> u32 {
         let gpu = self.block.gpu;
@@ -164,8 +166,9 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// Puts S where all multiply it, f16 that were brought into range for the chunk at `base`. What rows are multiplied
-    /// with for that; what U is multiplied with in addition, as far as it is left at the end, and what brings that back.
+    /// Puts S where all multiply it, f16 that were brought into range for the chunk at `base`. What rows are
+    /// multiplied with for that; what U is multiplied with in addition, as far as it is left at the end, and
+    /// what brings that back.
     #[inline(always)]
     unsafe fn hand_over(&self, base: u32) -> ([f32; 2], [f32; 2], f32) {
         let (gpu, room) = (self.block.gpu, &self.room);
@@ -218,8 +221,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// U of the group's 32 tokens of the chunk at `base`, which is handed over, and what is left of it at the chunk's
-    /// end, as many times themselves as `up` and `lift` say.
+    /// U of the group's 32 tokens of the chunk at `base`, which is handed over, and what is left of it at the
+    /// chunk's end, as many times themselves as `up` and `lift` say.
     #[inline(always)]
     unsafe fn correct(&self, base: u32, up: [f32; 2], lift: f32) {
         let Block { gpu, room, .. } = *self.block;

@@ -1,7 +1,8 @@
 //! The last kernel: the gated norm, a block for each chunk and v head. Rows of padding become zeros.
 //!
-//! Outputs lie transposed in scratch, a row for each column of `out`. `ldmatrix` turns them: as which rows make a matrix
-//! is free to choose, a lane gets eight columns of a token that lie side by side, and its gates and results are 16 bytes.
+//! Outputs lie transposed in scratch, a row for each column of `out`. `ldmatrix` turns them: as which rows
+//! make a matrix is free to choose, a lane gets eight columns of a token that lie side by side, and its gates
+//! and results are 16 bytes.
 
 use gdn_math::{Lanes, layer as math, quick};
 

@@ -1,9 +1,9 @@
 //! The second kernel: the gates, and per v head the masked Q K^T and the inverse of I + strictLower(beta e^D
 //! K K^T), a block for each chunk and key head; so that what is left are products.
 //!
-//! Of the inverse's 16 x 16 blocks those on the diagonal are made by substitution in f32, a thread a column, and
-//! those below by products of numbers that are split in two f16 each, which have 22 bits together: within some
-//! 2^-20 of 1 whatever the keys (`docs/gpu-kernels.md`). It is rounded once, when it is stored.
+//! Of the inverse's 16 x 16 blocks those on the diagonal are made by substitution in f32, a thread a column,
+//! and those below by products of numbers that are split in two f16 each, which have 22 bits together: within
+//! some 2^-20 of 1 whatever the keys (`docs/gpu-kernels.md`). It is rounded once, when it is stored.
 
 use gdn_math::{Lanes, layer as math, quick, special::exp};
 
@@ -74,8 +74,8 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
         block.gates();
         gpu.barrier();
-        // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to keep
-        // the products there are no registers.
+        // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to
+        // keep the products there are no registers.
         let mut first = 0;
         while first < args.ratio.get() {
             if first > 0 {
@@ -162,8 +162,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// Decays' logs, summed from the chunk's start, beta, and what the scan multiplies each token with; a warp a
-    /// v head. What lies past the sequence's end has no decay and no beta. Copies q and k meanwhile.
+    /// Decays' logs, summed from the chunk's start, beta, and what the scan multiplies each token with; a
+    /// warp a v head. What lies past the sequence's end has no decay and no beta. Copies q and k meanwhile.
     #[inline(always)]
     unsafe fn gates(&self) {
         let Self { gpu, args, room, .. } = self;
@@ -229,7 +229,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// For the v heads from `first` on the decays between blocks of a matrix, in two factors that are at most 1.
+    /// For the v heads from `first` on the decays between blocks of a matrix, in two factors that are at most
+    /// 1.
     #[inline(always)]
     unsafe fn decays(&self, first: u32) {
         let Self { gpu, args, room, .. } = self;
@@ -256,13 +257,13 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// K K^T and Q K^T, and of them for some v heads the inverse and the masked product. Of the blocks on and below
-    /// the diagonal each warp has two of a row, or one.
+    /// K K^T and Q K^T, and of them for some v heads the inverse and the masked product. Of the blocks on and
+    /// below the diagonal each warp has two of a row, or one.
     #[inline(always)]
     unsafe fn group(&self, first: u32) {
         let Self { gpu, args, room, .. } = self;
-        // The thread's own number, in a way that keeps places from being kept from group to group: there are no
-        // registers for them.
+        // The thread's own number, in a way that keeps places from being kept from group to group: there are
+        // no registers for them.
         let thread = gpu.unforeseen(u64::from(first) << 32 | u64::from(gpu.thread())) as u32;
         let (warp, lane) = (thread / 32, thread % 32);
         // The blocks' row, and the first one's column: 3 0, 3 2, 2 0, 1 0, 2 2, 0 0.
@@ -327,8 +328,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// For v head `h`, the `n`th of its group, a block of beta e^D K K^T below the diagonal, and of e^D Q K^T up
-    /// to it.
+    /// For v head `h`, the `n`th of its group, a block of beta e^D K K^T below the diagonal, and of e^D Q K^T
+    /// up to it.
     #[inline(always)]
     unsafe fn masked(
         &self,
@@ -447,9 +448,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// Of the `n`th head's inverse T the blocks of a column, from the diagonal's down, a warp:
-    /// `T_ij = -T_ii (M_ij T_jj + M_ij+1 T_j+1,j + ...)`, transposed: what one product leaves is the left side of the
-    /// next.
+    /// Of the `n`th head's inverse T the blocks of a column, from the diagonal's down, a warp: `T_ij = -T_ii
+    /// (M_ij T_jj + M_ij+1 T_j+1,j + ...)`, transposed: what one product leaves is the left side of the next.
     #[inline(always)]
     unsafe fn merge(&self, lane: u32, n: u32, column: u32) {
         let Self { gpu, room, .. } = self;

@@ -100,7 +100,8 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
         }
     }
 
-    /// Puts S where the outputs are made, f16 that were brought into range. What rows are multiplied with for that.
+    /// Puts S where the outputs are made, f16 that were brought into range. What rows are multiplied with for
+    /// that.
     ///
     /// # Safety
     /// As [`run`](super::scan::run); those who make outputs are through with what was handed over before.
@@ -140,8 +141,8 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
         }
     }
 
-    /// U of the chunk that is in shared memory from `base` on, which is handed over, as many times itself as S is
-    /// multiplied with, `up`; and that.
+    /// U of the chunk that is in shared memory from `base` on, which is handed over, as many times itself as
+    /// S is multiplied with, `up`; and that.
     ///
     /// # Safety
     /// As [`run`](super::scan::run); the chunk was copied, and a barrier is past.

@@ -1,8 +1,8 @@
 //! The third kernel: from chunk to chunk, a block for each sequence, v head and 32 or 64 rows of S.
 //!
-//! Some warps have S in their registers, in f32, and go from chunk to chunk; others make the outputs and copy what all
-//! need next. Rows need nothing of one another: everything is transposed, so that rows of S are rows of the
-//! accumulators. For a chunk:
+//! Some warps have S in their registers, in f32, and go from chunk to chunk; others make the outputs and copy
+//! what all need next. Rows need nothing of one another: everything is transposed, so that rows of S are rows
+//! of the accumulators. For a chunk:
 //!
 //! ```text
 //! X^T = beta (V^T - e^G * S K^T)                 what each key finds in the state, corrected
@@ -12,12 +12,14 @@
 //! ```
 //!
 //! There are two ways, with the same bits: each warp has 16 whole rows and multiplies for itself (`rows.rs`,
-//! `outputs.rs`), or three groups of four warps multiply together and share the columns of 64 rows (`group.rs`).
+//! `outputs.rs`), or three groups of four warps multiply together and share the columns of 64 rows
+//! (`group.rs`).
 //!
-//! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which depends on the
-//! row of S and on the chunk's largest value ([`Scales`](super::tiles::Scales)): 2^26 and more below what it is made for, numbers still have the 11
-//! bits of an f16. S itself stays f32 and is added to outside of the tensor cores, which cut sums towards zero. As
-//! each row is by itself, bits depend on nothing but the row's own history.
+//! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which
+//! depends on the row of S and on the chunk's largest value (`tiles.rs`): 2^26 and more below what it is made
+//! for, numbers still have the 11 bits of an f16. S itself stays f32 and is added to outside of the tensor
+//! cores, which cut sums towards zero. As each row is by itself, bits depend on nothing but the row's own
+//! history.
 
 use super::{
     args::{ATOM, Args, CHUNK, GROUP_THREADS, SLICE, ScanRoom, WARP_ROWS, padded},
@@ -62,8 +64,8 @@ pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: 
     }
 }
 
-/// The kernel for blocks of 64 rows and [`GROUP_THREADS`] threads, four warps multiplying together. Keys have `8 * TILES`
-/// numbers, each group has columns of `OWN` atoms of S.
+/// The kernel for blocks of 64 rows and [`GROUP_THREADS`] threads, four warps multiplying together. Keys have
+/// `8 * TILES` numbers, each group has columns of `OWN` atoms of S.
 ///
 /// # Safety
 /// As [`run`].
@@ -81,7 +83,8 @@ pub unsafe fn run_by_group<const TILES: usize, const OWN: usize, G: Wgmma + Tens
     }
 }
 
-/// All chunks of a block whose warps multiply for themselves. All threads come to each barrier in the same place.
+/// All chunks of a block whose warps multiply for themselves. All threads come to each barrier in the same
+/// place.
 #[inline(always)]
 unsafe fn rows<const TILES: usize, G: TensorCore + AsyncCopy>(block: &Block<'_, false, G>) {
     let Block { gpu, args, from, to, .. } = *block;
@@ -239,8 +242,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         unsafe { self.gpu.store4(self.args.scratch.out_scales + place * 4, scale.to_bits()) };
     }
 
-    /// Begins to copy what fits before the first chunk is looked at, but for the last stage: the copiers. Keys have
-    /// `8 * TILES` numbers.
+    /// Begins to copy what fits before the first chunk is looked at, but for the last stage: the copiers.
+    /// Keys have `8 * TILES` numbers.
     #[inline(always)]
     pub(super) unsafe fn fetch_first<const TILES: usize>(&self) {
         let mut i = 0;
@@ -251,7 +254,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         }
     }
 
-    /// Waits for the copies of the chunk that is `i` after the first, whose last group is `i + stages - 2`: the copiers.
+    /// Waits for the copies of the chunk that is `i` after the first, whose last group is `i + stages - 2`:
+    /// the copiers.
     #[inline(always)]
     unsafe fn wait<const TILES: usize>(&self, i: u32) {
         if self.args.stages == 1 {
@@ -265,8 +269,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         }
     }
 
-    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage, in a group of copies:
-    /// the copiers.
+    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage, in a group
+    /// of copies: the copiers.
     #[inline(always)]
     pub(super) unsafe fn fetch<const TILES: usize>(&self, i: u32) {
         let Self { gpu, args, room, .. } = *self;
@@ -287,7 +291,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         unsafe {
             self.copy::<TILES>(base + room.k, args.scratch.k + keys);
             self.copy::<8>(base + room.t, args.scratch.t + square);
-            // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all its rows.
+            // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all
+            // its rows.
             let slices = if BY_GROUP { 2 } else { (room.bytes - room.v) / (CHUNK * padded(SLICE)) };
             let to = base + room.v + thread / 4 * padded(SLICE) + thread % 4 * 16;
             let from = args.scratch.v + values + u64::from(thread * 16);
@@ -307,7 +312,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         }
     }
 
-    /// This thread among the copiers. Worked out anew for each chunk: there are no registers to keep places in.
+    /// This thread among the copiers. Worked out anew for each chunk: there are no registers to keep places
+    /// in.
     #[inline(always)]
     fn copier(&self) -> u32 {
         self.gpu.unforeseen(u64::from(self.gpu.thread() - self.copiers)) as u32

@@ -56,8 +56,8 @@ impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
         }
     }
 
-    /// Keeps the states after the chunks before `chunk`: where a checkpoint is, in the slot, for the next window. `put`
-    /// writes them.
+    /// Keeps the states after the chunks before `chunk`: where a checkpoint is, in the slot, for the next
+    /// window. `put` writes them.
     ///
     /// # Safety
     /// As [`run`](super::scan::run).

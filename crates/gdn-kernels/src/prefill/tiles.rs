@@ -15,12 +15,12 @@ pub(super) type Tile = [f32; 4];
 /// What the tokens of a chunk make: 8 tiles.
 pub(super) type Tokens = [Tile; 8];
 
-/// What a row of S, and what a chunk makes of it, are multiplied with to be in the range of f16, and what brings them
-/// back.
+/// What a row of S, and what a chunk makes of it, are multiplied with to be in the range of f16, and what
+/// brings them back.
 ///
-/// A row's absolute numbers add up to `sum`, and values times beta are at most `value`. Keys and queries have a norm of at most
-/// 1, beta is at most 2, and a token changes S by a contraction and its value. So no number of S, X, U or O is larger
-/// than 2 sum + 2 * 64 value.
+/// A row's absolute numbers add up to `sum`, and values times beta are at most `value`. Keys and queries have
+/// a norm of at most 1, beta is at most 2, and a token changes S by a contraction and its value. So no number
+/// of S, X, U or O is larger than 2 sum + 2 * 64 value.
 #[inline(always)]
 pub(super) fn scale(sum: f32, value: f32) -> [f32; 2] {
     let (up, down) = power(Lanes::mul_add(sum, 2.0, value * 130.0));
@@ -49,8 +49,8 @@ pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
     [gpu.sum::<4>(sums[0]), gpu.sum::<4>(sums[1])]
 }
 
-/// What of a chunk's tokens is asked for ahead of time: of two tokens a lane what values are multiplied with, and what is
-/// left of U at the chunk's end.
+/// What of a chunk's tokens is asked for ahead of time: of two tokens a lane what values are multiplied with,
+/// and what is left of U at the chunk's end.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Values([[u32; 2]; 2]);
 
@@ -83,8 +83,9 @@ impl Values {
         Self([two(gpu.lane()), two(gpu.lane() + CHUNK / 2)])
     }
 
-    /// What no value of the chunk times its beta is larger than (values are brought to less than 2^15); and a power of
-    /// two that brings the largest of what is left at the chunk's end of the tokens that change S close to 1.
+    /// What no value of the chunk times its beta is larger than (values are brought to less than 2^15); and a
+    /// power of two that brings the largest of what is left at the chunk's end of the tokens that change S
+    /// close to 1.
     #[inline(always)]
     pub(super) fn largest(self, gpu: &impl TensorCore) -> [f32; 2] {
         let [[a, of_a], [b, of_b]] = self.0.map(|two| two.map(|bits| f32::from_bits(bits).abs()));
@@ -121,8 +122,8 @@ pub(super) fn lefts(gpu: &impl TensorCore, tokens: &Tokens) -> [[u32; 4]; 4] {
     left
 }
 
-/// Makes X of what 16 keys find in S, in two tiles: `words` are their values, as `ldmatrix` brings them, `factors` is
-/// where those of the first begin for the lane, `up` what S is multiplied with.
+/// Makes X of what 16 keys find in S, in two tiles: `words` are their values, as `ldmatrix` brings them,
+/// `factors` is where those of the first begin for the lane, `up` what S is multiplied with.
 ///
 /// # Safety
 /// As [`factor`].
@@ -228,7 +229,8 @@ pub(super) unsafe fn by_triangle(gpu: &impl TensorCore, left: &[[u32; 4]; 4], at
     }
 }
 
-/// Products of S, whose left sides lie at `left` for the lane, with 64 rows of `8 * TILES` numbers, padded at `at`.
+/// Products of S, whose left sides lie at `left` for the lane, with 64 rows of `8 * TILES` numbers, padded at
+/// `at`.
 ///
 /// # Safety
 /// They are in shared memory, for all to see.

@@ -124,8 +124,9 @@ impl Recurrence {
     #[inline(always)]
     unsafe fn all_rows<L: Register, E: Element, const N: usize>(&self, rows: Range<usize>) {
         let steps = rows.len() / N * self.num_tokens;
-        // Rows wait for the sums of their corrections, unless other rows' are computed before they are changed.
-        // In f32 that costs more than it gains: states of no cache are brought fastest in the order of memory.
+        // Rows wait for the sums of their corrections, unless other rows' are computed before they are
+        // changed. In f32 that costs more than it gains: states of no cache are brought fastest in the order
+        // of memory.
         let ahead = usize::from(self.num_tokens == 1 && E::BYTES < 4);
         let mut waiting = [0.0; N];
         for i in 0..steps + ahead {

@@ -1,5 +1,5 @@
-//! Decode on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernel's arguments and
-//! grid for a checked plan.
+//! Decode on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernel's arguments
+//! and grid for a checked plan.
 
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
 use gdn_kernels::{
@@ -34,8 +34,9 @@ impl Gpu {
     ///
     /// Shapes, dtypes, strides and overlaps are checked as on the CPU. Indices are read by the kernel, which
     /// skips a sequence whose slot is not there, or whose number of accepted tokens cannot be, as if it were
-    /// padding; where two sequences keep a state in one slot, or one where the other reads, what they leave there is
-    /// not defined. DK and DV go up to 256, and addresses are multiples of the size of their elements.
+    /// padding; where two sequences keep a state in one slot, or one where the other reads, what they leave
+    /// there is not defined. DK and DV go up to 256, and addresses are multiples of the size of their
+    /// elements.
     ///
     /// A result has the same bits whatever B, the slot and the neighbours, and T tokens those of T calls with
     /// one.
@@ -45,9 +46,9 @@ impl Gpu {
     /// [`CudaError::Driver`].
     ///
     /// # Safety
-    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel starts
-    /// until it is done, all tensors are in memory that the device can reach, those that are read are not
-    /// written, those that are written neither read nor written by anything else, and these have no two
+    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the kernel
+    /// starts until it is done, all tensors are in memory that the device can reach, those that are read are
+    /// not written, those that are written neither read nor written by anything else, and these have no two
     /// elements in one place.
     pub unsafe fn decode_raw(
         &self,
@@ -73,14 +74,15 @@ impl Gpu {
         Ok(DecodePlan(job))
     }
 
-    /// The launch of a call that was planned for this GPU. It can be repeated while the tensors are where they
-    /// were.
+    /// The launch of a call that was planned for this GPU. It can be repeated while the tensors are where
+    /// they were.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
     ///
     /// # Safety
-    /// That of [`Gpu::decode_raw`], for the tensors of the call that was planned; the plan is one of this GPU's.
+    /// That of [`Gpu::decode_raw`], for the tensors of the call that was planned; the plan is one of this
+    /// GPU's.
     pub unsafe fn launch_decode(&self, plan: &DecodePlan, stream: CUstream) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         plan.0.as_ref().map_or(Ok(()), |job| unsafe { job.launch(self, stream) })
@@ -91,7 +93,8 @@ impl Gpu {
 #[derive(Clone, Debug)]
 pub struct DecodePlan(Option<Job>);
 
-/// Whether [`Gpu::decode_raw`] takes a call: all that is checked before a kernel is launched, without a device.
+/// Whether [`Gpu::decode_raw`] takes a call: all that is checked before a kernel is launched, without a
+/// device.
 ///
 /// # Errors
 /// [`CudaError::Argument`], [`CudaError::TooManySequences`].
@@ -177,12 +180,13 @@ impl Space for Write<'_> {
 macro_rules! of_slices {
     ($view:ident, $bound:ident :: $constant:ident) => {
         impl<'a, const D: usize> $view<Read<'a>, D> {
-            /// Elements of a slice of the GPU's, for calls on its stream. Strides are in elements; `None` for no
-            /// gaps, last dim dense.
+            /// Elements of a slice of the GPU's, for calls on its stream. Strides are in elements; `None` for
+            /// no gaps, last dim dense.
             ///
             /// # Errors
             /// [`ArgumentError::TooLarge`](crate::ArgumentError::TooLarge),
-            /// [`ArgumentError::Length`](crate::ArgumentError::Length) where the last element lies past the end.
+            /// [`ArgumentError::Length`](crate::ArgumentError::Length) where the last element lies past the
+            /// end.
             pub fn on<T: $bound>(
                 slice: &'a impl DevicePtr<T>,
                 sizes: [usize; D],
@@ -367,7 +371,8 @@ pub(crate) struct Job {
     pub(crate) cluster: u32,
 }
 
-/// Whether every stride of a call has 31 bits, and every number of a slot or token. They are known to be no less than 0.
+/// Whether every stride of a call has 31 bits, and every number of a slot or token. They are known to be no
+/// less than 0.
 fn is_near(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::Kept<5>) -> bool {
     let Plan { tokens, conv, recurrent, slots, .. } = plan;
     let fields = [&tokens.q, &tokens.k, &tokens.v, &tokens.z, &tokens.b, &tokens.a];

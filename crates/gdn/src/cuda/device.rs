@@ -168,9 +168,9 @@ impl Gpu {
         })
     }
 
-    /// Loads all kernels now rather than each family at its first call, which takes seconds: the driver compiles
-    /// them. Calls that are captured in a CUDA graph are of kernels that were loaded before, by this or by a
-    /// call like them.
+    /// Loads all kernels now rather than each family at its first call, which takes seconds: the driver
+    /// compiles them. Calls that are captured in a CUDA graph are of kernels that were loaded before, by this
+    /// or by a call like them.
     ///
     /// # Errors
     /// [`CudaError::Driver`].

@@ -127,8 +127,8 @@ impl Gpu {
         unsafe { run(self, &plan, scratch, Profile::of(self), stream) }
     }
 
-    /// Whether [`Gpu::prefill_raw`] takes a call: all that is checked before a kernel is launched, but for whose
-    /// memory the addresses are and the scratch memory.
+    /// Whether [`Gpu::prefill_raw`] takes a call: all that is checked before a kernel is launched, but for
+    /// whose memory the addresses are and the scratch memory.
     ///
     /// # Errors
     /// [`CudaError::Argument`], [`CudaError::TooManySequences`].
@@ -419,8 +419,8 @@ impl Job {
         // Features of a row, so of all channels, have 31 bits with room to spare.
         number(heads.qkvz_features().saturating_mul(2))?;
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
-        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side. Where there are
-        // more, four warps multiply together, if the device can and there are 64 rows for them.
+        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side. Where
+        // there are more, four warps multiply together, if the device can and there are 64 rows for them.
         let room = |threads: u32, by_group, stages| ScanRoom::all(dk, threads / 128, by_group, stages);
         let has_64 =
             |by_group, stages| dv.is_multiple_of(2 * SLICE) && room(256, by_group, stages) <= profile.shared;

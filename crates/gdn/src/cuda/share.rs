@@ -58,8 +58,9 @@ impl Profile {
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
 const RESIDENT_WARPS: u32 = 24;
 
-/// Rows of a warp where there is enough to do for all. With twice as many, fewer warps do what each does once: worth it where
-/// that is much beside the bytes, and blocks are many; and where the block is too large for two on a multiprocessor.
+/// Rows of a warp where there is enough to do for all. With twice as many, fewer warps do what each does
+/// once: worth it where that is much beside the bytes, and blocks are many; and where the block is too large
+/// for two on a multiprocessor.
 const FULL_ROWS: u32 = 32;
 
 /// Blocks that are many, for each multiprocessor.
@@ -92,7 +93,8 @@ const fn narrow(name: &'static str) -> Choice {
     Choice { name, kind: NARROW, columns: 256, piece_rows: 2, landing: 0 }
 }
 
-/// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for rows of any strides.
+/// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for
+/// rows of any strides.
 const PLAINS: [&[Choice]; 3] = [
     &[
         wide(PLAIN, "gdn_decode_f32_64_plain", 64, 4),
@@ -129,8 +131,8 @@ const NARROWS: [Choice; 3] =
     [narrow("gdn_decode_f32_narrow"), narrow("gdn_decode_f16_narrow"), narrow("gdn_decode_bf16_narrow")];
 
 impl Choice {
-    /// The kernels for a call of this kind on states of a dtype (its number in the arguments), the best first, the narrow one
-    /// last.
+    /// The kernels for a call of this kind on states of a dtype (its number in the arguments), the best
+    /// first, the narrow one last.
     pub(super) fn all(
         dtype: u32,
         kind: u32,
@@ -182,8 +184,8 @@ pub(super) struct Work {
 }
 
 impl Share {
-    /// `None` where a block has no room for what it computes. Whether there is one does not depend on how many key heads
-    /// there are, since kernels differ in their bits.
+    /// `None` where a block has no room for what it computes. Whether there is one does not depend on how
+    /// many key heads there are, since kernels differ in their bits.
     pub(super) fn new(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
         if choice.kind == NARROW {
             return Self::in_passes(choice, work, profile);

@@ -91,7 +91,8 @@ impl<'a> StagedCall<'a> {
     }
 
     /// # Errors
-    /// Those of [`Gpu::prefill_raw`], before anything is copied where they are of shapes, dtypes and overlaps.
+    /// Those of [`Gpu::prefill_raw`], before anything is copied where they are of shapes, dtypes and
+    /// overlaps.
     pub(super) fn prefill(
         call: &'a mut Prefill<Shared<'_>, Exclusive<'_>>,
         gpu: &Gpu,
@@ -151,8 +152,8 @@ impl<'a> StagedCall<'a> {
                 gathered.resize(bytes, 0u8);
                 gathered.as_mut_ptr()
             });
-            // SAFETY: so many bytes are at both places: of a tensor without gaps that the call has for itself,
-            // or of `gathered`, which is kept until the stream has been waited for.
+            // SAFETY: so many bytes are at both places: of a tensor without gaps that the call has for
+            // itself, or of `gathered`, which is kept until the stream has been waited for.
             unsafe {
                 let from = memory[index].device_ptr(stream).0;
                 sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream.cu_stream())
@@ -215,8 +216,8 @@ impl Copies<'_> {
     }
 
     fn room(&mut self, bytes: usize) -> Result<DeviceAddress, CudaError> {
-        // One byte at least, to have an address.
-        // SAFETY: nothing is read of it before it is written: by a copy, or, of scratch memory, by the kernels.
+        // One byte at least, to have an address. SAFETY: nothing is read of it before it is written: by a
+        // copy, or, of scratch memory, by the kernels.
         let memory = unsafe { self.gpu.stream().alloc::<u8>(bytes.max(1)) };
         let memory = memory.map_err(driver(self.gpu.info().ordinal, "cuMemAlloc"))?;
         let address = memory.device_ptr(self.gpu.stream()).0;
@@ -238,8 +239,8 @@ impl Copies<'_> {
             let to = gathered.as_mut_ptr().cast::<u8>();
             let len = elements.stretch();
             for (i, offset) in elements.offsets().enumerate() {
-                // SAFETY: a stretch of the tensor, and room for all of them. Bytes that were never written may
-                // be among them: they are copied and not looked at.
+                // SAFETY: a stretch of the tensor, and room for all of them. Bytes that were never written
+                // may be among them: they are copied and not looked at.
                 unsafe { to.add(i * len).copy_from_nonoverlapping(elements.at.add(offset), len) };
             }
             to

@@ -96,8 +96,8 @@ impl Batch {
         }
     }
 
-    /// The same of a large layer, where numbers at random would take long: those of the first `rows` tokens again and
-    /// again.
+    /// The same of a large layer, where numbers at random would take long: those of the first `rows` tokens
+    /// again and again.
     #[allow(dead_code, reason = "for measurements on GPUs")]
     pub fn repeated(options: &Options, form: Form, lens: &[usize], rows: usize) -> Self {
         let total = lens.iter().sum();
@@ -243,9 +243,9 @@ impl Batch {
                 let error = relative(got, exact);
                 let precision = if name == "conv_state" { Precision::F32 } else { precision };
                 let mut bound = precision.bound(exact, dtype);
-                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left: no
-                // more is asked than of the exact result for inputs and states that are a few units in the last
-                // place off.
+                // Where a query hardly meets its keys, or states cancel, the norm makes much of what is left:
+                // no more is asked than of the exact result for inputs and states that are a few units in the
+                // last place off.
                 for seed in 0..if error > bound { 8 } else { 0 } {
                     let (near, states) = self.setup.exact_of(rows.clone(), &state, precision.change, seed);
                     let last = states.last().unwrap_or(&state);
@@ -283,8 +283,8 @@ pub struct Precision {
 impl Precision {
     pub const F32: Self = Self { error: 2e-6, change: 4.0 * f32::EPSILON as f64 };
 
-    /// The error that a result may have: in 16 bits 1.05 times what rounding the exact result to them makes, and
-    /// what it may have in f32.
+    /// The error that a result may have: in 16 bits 1.05 times what rounding the exact result to them makes,
+    /// and what it may have in f32.
     pub fn bound(&self, exact: &[f64], dtype: Dtype) -> f64 {
         match dtype {
             Dtype::F32 => self.error,

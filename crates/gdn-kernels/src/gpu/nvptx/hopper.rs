@@ -1,4 +1,5 @@
-//! [`Hopper`]: mbarriers, bulk copies, clusters. In code for devices before 9.0 each block is a cluster of its own.
+//! [`Hopper`]: mbarriers, bulk copies, clusters. In code for devices before 9.0 each block is a cluster of
+//! its own.
 
 use core::arch::asm;
 

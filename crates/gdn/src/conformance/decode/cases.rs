@@ -22,7 +22,8 @@ use crate::{
 /// Runs a call as a device of this profile would.
 pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 
-/// With so many blocks a cluster and pieces a warp, as far as there are; v heads all at once or one after the other.
+/// With so many blocks a cluster and pieces a warp, as far as there are; v heads all at once or one after the
+/// other.
 fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
     Profile {
         multiprocessors: 132,
@@ -40,7 +41,8 @@ fn results(batch: &Batch) -> [&[u8]; 3] {
     [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
 }
 
-/// Holds decode of `tokens` tokens to the oracle, and clusters of other sizes and v heads one by one to the same bits.
+/// Holds decode of `tokens` tokens to the oracle, and clusters of other sizes and v heads one by one to the
+/// same bits.
 fn check(options: &Options, form: Form, sequences: usize, tokens: usize, run: &mut Run<'_>) {
     let before = Batch::new(options, form, &vec![tokens; sequences]);
     let what = format!("decode of {tokens}, {options:?}, {form:?}");
@@ -222,7 +224,8 @@ impl Kept {
     }
 }
 
-/// Every way to keep states, held to the CPU: each number near, each byte that the CPU leaves alone untouched.
+/// Every way to keep states, held to the CPU: each number near, each byte that the CPU leaves alone
+/// untouched.
 pub(super) fn contracts(run: &mut Run<'_>) {
     fn same<const D: usize>(what: &str, got: &Memory<D>, cpu: &Memory<D>, before: &Memory<D>) {
         let changed = |place: [usize; D]| cpu.get(place).to_bits() != before.get(place).to_bits();
@@ -291,7 +294,8 @@ pub(super) fn tokens_at_once(run: &mut Run<'_>) {
     }
 }
 
-/// Padding, and indices that the CPU would refuse, are skipped: zeros, and nothing touched. NaN there reaches nobody.
+/// Padding, and indices that the CPU would refuse, are skipped: zeros, and nothing touched. NaN there reaches
+/// nobody.
 pub(super) fn slots_that_are_not_there(run: &mut Run<'_>) {
     for pad_slot_id in [-1, 0] {
         for wrong in [-1, -7, pad_slot_id, 6, 1 << 30] {

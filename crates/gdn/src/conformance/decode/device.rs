@@ -1,4 +1,5 @@
-//! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are skipped.
+//! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are
+//! skipped.
 
 use cudarc::driver::{CudaSlice, DevicePtr, sys};
 
@@ -153,7 +154,8 @@ fn contracts_on_the_gpu_alone() {
     cases::slots_that_are_not_there(&mut |call, profile| launch(call, profile, &gpu));
 }
 
-/// A graph is replayed ten thousand times, with other slots each time, and leaves what as many calls on the CPU leave.
+/// A graph is replayed ten thousand times, with other slots each time, and leaves what as many calls on the
+/// CPU leave.
 #[test]
 fn ten_thousand_replays_with_other_slots() {
     let Some(gpu) = gpu() else { return };
@@ -240,8 +242,8 @@ fn two_streams_at_a_time() {
     }
 }
 
-/// Microseconds of a call by heads, state and B, replayed from a graph with slots rotated past the second-level cache,
-/// beside a copy of as many bytes as the state has.
+/// Microseconds of a call by heads, state and B, replayed from a graph with slots rotated past the
+/// second-level cache, beside a copy of as many bytes as the state has.
 #[test]
 #[ignore = "a measurement"]
 fn measure_decode() {

@@ -1,5 +1,6 @@
-//! Decode on a GPU: the CPU's own layers and batches (`tests/layer`), held to the f64 oracle, and the contracts held to
-//! the CPU. The same cases run on the emulator and on a device, which must give the same bits.
+//! Decode on a GPU: the CPU's own layers and batches (`tests/layer`), held to the f64 oracle, and the
+//! contracts held to the CPU. The same cases run on the emulator and on a device, which must give the same
+//! bits.
 
 mod cases;
 mod device;

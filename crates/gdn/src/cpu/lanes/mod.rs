@@ -200,8 +200,8 @@ pub(super) trait Element: Copy {
         unsafe { [Self::load(src), Self::load(src.wrapping_add(L::LEN * Self::BYTES))] }
     }
 
-    /// The inverse of [`load_pair`](Self::load_pair). With `NUMBERS` for lanes of which none is NaN, where that
-    /// [takes time](Self::NAN_TAKES_TIME).
+    /// The inverse of [`load_pair`](Self::load_pair). With `NUMBERS` for lanes of which none is NaN, where
+    /// that [takes time](Self::NAN_TAKES_TIME).
     ///
     /// # Safety
     /// As [`Register::store`], for so many of this element.

@@ -14,8 +14,8 @@ use crate::{
     tensor::Operand,
 };
 
-/// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has none
-/// left for what it reads now.
+/// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has
+/// none left for what it reads now.
 pub(in crate::cpu) struct Upcoming {
     stretches: [Stretch; 4],
     num_rows: usize,

@@ -100,8 +100,8 @@ pub(in crate::cpu) fn step<const D: usize>(operand: &Operand<*mut u8, Dtype, D>,
     operand.strides[dim] * operand.kind.size()
 }
 
-/// Columns of `len` channels as rows of f32, each of them whole registers at `dst(column)`: a channel's columns
-/// and the next channel's are `channel` and `column` bytes apart. Zeros where rows pass `len`.
+/// Columns of `len` channels as rows of f32, each of them whole registers at `dst(column)`: a channel's
+/// columns and the next channel's are `channel` and `column` bytes apart. Zeros where rows pass `len`.
 ///
 /// # Safety
 /// As [`load`], for each column.
