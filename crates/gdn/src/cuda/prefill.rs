@@ -101,9 +101,10 @@ impl Gpu {
     /// have one slot, what they leave there is not defined.
     ///
     /// Between the six steps numbers are f32 or, where matrices are multiplied, f16 that are scaled row by
-    /// row, so results may be 5e-4 of their norm off the exact ones, before they are rounded to the dtypes
-    /// of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot and the
-    /// neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
+    /// row, so results may be some 5e-4 of their norm off the exact ones (6e-4 was the most seen of a v head;
+    /// an ill-conditioned one as much as a change of the inputs by 2^-11 makes), before they are rounded to
+    /// the dtypes of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot
+    /// and the neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
     ///
     /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.
     ///
