@@ -23,7 +23,7 @@ use gdn_math::{layer as math, special::exp};
 use super::{
     lanes::{Bf16, Element, F16, F32, Register, WIDEST, turned},
     scratch::{Pieces, padded},
-    stages::{Group, Upcoming, at, for_dtype, in_head, step},
+    stages::{Group, ahead::Upcoming, at, for_dtype, in_head, step},
 };
 use crate::{dtype::Dtype, prefill::CHUNK, tensor::Operand};
 

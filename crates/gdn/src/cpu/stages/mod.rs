@@ -5,17 +5,14 @@
 
 use std::ops::Range;
 
-mod ahead;
+pub(super) mod ahead;
 mod elements;
 mod window;
 
 use gdn_math::{Lanes, layer as math};
 
+pub(super) use self::elements::{at, for_dtype, step};
 use self::elements::{load, load_columns, store};
-pub(super) use self::{
-    ahead::Upcoming,
-    elements::{at, for_dtype, step},
-};
 use super::{
     lanes::{Register, Together, WIDEST},
     scratch::{Pieces, padded},
