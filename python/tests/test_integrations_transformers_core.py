@@ -91,6 +91,16 @@ def padded(batch, length):
     return mask
 
 
+def in_pieces(net, ids, ends):
+    """Logits of tokens given up to each of `ends`, on the cache of those before."""
+    out, cache, start = [], None, 0
+    for end in ends:
+        step = net(ids[:, start:end], past_key_values=cache, use_cache=True)
+        out.append(step.logits)
+        cache, start = step.past_key_values, end
+    return torch.cat(out, 1)
+
+
 def both(run, calls):
     """What `run` returns without gdn and with it. gdn has to be used the second time, and only then."""
     before = run()
@@ -163,12 +173,7 @@ def test_prefill_and_steps_of_any_heads(kind, heads, dtype, calls):
 
     def logits(net):
         """A prompt, more of it behind, one token, and three at once."""
-        out, cache = [], None
-        for start, end in ((0, 17), (17, 36), (36, 37), (37, 40)):
-            step = net(ids[:, start:end], past_key_values=cache, use_cache=True)
-            out.append(step.logits)
-            cache = step.past_key_values
-        return torch.cat(out, 1)
+        return in_pieces(net, ids, (17, 36, 37, 40))
 
     with torch.no_grad():
         exact = logits(copy.deepcopy(net).float())

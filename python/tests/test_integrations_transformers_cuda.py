@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import oracle_layer as ol
 import test_integrations_transformers_core as whole
-from test_integrations_transformers_core import KINDS, both
+from test_integrations_transformers_core import KINDS, both, in_pieces
 
 import gdn
 import gdn.integrations.transformers as integration
@@ -147,12 +147,7 @@ def test_prefill_and_steps_of_any_heads(kind, heads, dtype, calls):
 
     def logits(net):
         """A prompt, more of it behind, one token, and three at once."""
-        out, cache = [], None
-        for start, end in ((0, 77), (77, 196), (196, 197), (197, 200)):
-            step = net(ids[:, start:end], past_key_values=cache, use_cache=True)
-            out.append(step.logits)
-            cache = step.past_key_values
-        return torch.cat(out, 1)
+        return in_pieces(net, ids, (77, 196, 197, 200))
 
     with torch.no_grad():
         exact = logits(copy.deepcopy(net).float())
