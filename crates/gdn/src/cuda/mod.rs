@@ -52,6 +52,7 @@ mod launch;
 mod module;
 pub(crate) mod prefill;
 pub(crate) mod share;
+mod side;
 pub(crate) mod split;
 mod staged;
 mod views;

@@ -1,4 +1,4 @@
-//! [`Kernels`]: the embedded PTX, loaded once for each context.
+//! [`Kernels`]: what is made once for each context: the embedded PTX, loaded, and streams beside callers'.
 
 use std::{
     ffi::CString,
@@ -11,9 +11,12 @@ use cudarc::driver::{
 };
 use gdn_kernels::modules::{self, Kernel, Module};
 
-use super::error::{CudaError, driver};
+use super::{
+    error::{CudaError, driver},
+    side::Sides,
+};
 
-/// The kernels of one context. Never unloaded: they go with the context.
+/// The kernels of one context, and its streams. Never unloaded: they go with the context.
 ///
 /// They are loaded in families, so that a first call waits for the driver to compile what it needs and no
 /// more.
@@ -23,6 +26,8 @@ pub(super) struct Kernels {
     /// Whether the device knows programmatic dependent launch.
     pub(super) programmatic: bool,
     families: Vec<Family>,
+    /// Streams for kernels that run beside others of the same call.
+    pub(super) sides: Sides,
 }
 
 /// Kernels that are compiled together.
@@ -58,7 +63,7 @@ impl Kernels {
         }
         let programmatic = compute_capability >= (9, 0);
         let families = families_for(modules::MODULES, compute_capability);
-        let kernels = Arc::new(Self { context_id, programmatic, families });
+        let kernels = Arc::new(Self { context_id, programmatic, families, sides: Sides::default() });
         all.push(Arc::clone(&kernels));
         Ok(kernels)
     }

@@ -17,6 +17,7 @@ use super::{
     error::CudaError,
     launch::Launch,
     module::Current,
+    side::Side,
 };
 use crate::{
     argument::{ArgumentError, Because},
@@ -28,8 +29,15 @@ use crate::{
 /// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits.
 pub const PREFILL_CHUNK: usize = CHUNK as usize;
 
-/// Scratch memory is for windows of so many chunks that they take no more than this.
+/// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
 const MOST_SCRATCH: usize = 256 << 20;
+
+/// So many windows, of so many chunks at least, are made where they may be shorter.
+const MOST_WINDOWS: usize = 8;
+const FEWEST_CHUNKS: usize = 16;
+
+/// Rows of states that keep a large device's multiprocessors busy: 64 each.
+const ROWS_OF_A_DEVICE: usize = 128 * 64;
 
 /// The lengths of keys, and of values, that the kernels are made for.
 const DIMS: [(&str, &[usize], &str); 2] = [
@@ -64,8 +72,9 @@ pub fn prefill_supports(layer: &Layer) -> Result<(), ArgumentError> {
 /// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
 /// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
 pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
-    let window = window(layer, chunks(num_tokens, num_sequences));
-    usize::try_from(scratch(layer, 0, window).bytes).unwrap_or(usize::MAX)
+    let chunks = chunks(num_tokens, num_sequences);
+    let (_, bytes) = slots(layer, 0, chunks, window(layer, chunks, num_sequences));
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Chunks that there are at most: each sequence begins one.
@@ -73,25 +82,52 @@ fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
     (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
 }
 
-/// Chunks of a window.
-fn window(layer: &Layer, chunks: usize) -> usize {
-    let of_one = scratch(layer, 0, 1);
-    let bytes = usize::try_from(of_one.carry[0]).unwrap_or(usize::MAX);
-    chunks.min(MOST_SCRATCH / bytes.max(1)).max(1)
+/// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so several are
+/// better than one; but each is a scan of its own, so they are no shorter than some chunks, and have
+/// sequences enough to fill a large device.
+fn window(layer: &Layer, chunks: usize, num_sequences: usize) -> usize {
+    let of_one = usize::try_from(slot(layer, 0, 1).carry[0]).unwrap_or(usize::MAX).max(1);
+    let heads = layer.heads();
+    let rows = heads.num_v_heads().saturating_mul(heads.head_v_dim()).max(1);
+    let side_by_side = (ROWS_OF_A_DEVICE / rows).max(1);
+    let by_sequences = if num_sequences == 1 { MOST_WINDOWS } else { num_sequences / side_by_side };
+    let windows = by_sequences.min(chunks / FEWEST_CHUNKS).clamp(1, MOST_WINDOWS);
+    let most =
+        if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
+    chunks.div_ceil(windows).min(most).max(1)
 }
 
-fn scratch(layer: &Layer, at: u64, chunks: usize) -> Scratch {
+/// Scratch memory of a window.
+fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
     let heads = layer.heads();
     let [hk, hv, dk, dv] =
         [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()].map(|n| n as u64);
     Scratch::new(at, chunks as u64, hk, hv, dk, dv)
 }
 
+/// The scratch memory of windows that follow one another, and the bytes of all. Where there are several
+/// windows, the next one is made while one is scanned, so they take turns. The states that go on from one to
+/// the next come last.
+pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
+    let first = slot(layer, at, window);
+    let (bytes, state) = (first.carry[0] - at, first.carry[1] - first.carry[0]);
+    let count = if window < chunks { 2 } else { 1 };
+    let second = slot(layer, at + (count - 1) * bytes, window);
+    let carry = at + count * bytes;
+    let carry = [carry, carry + state];
+    (
+        [Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..second }],
+        count * bytes + 2 * state,
+    )
+}
+
 impl Gpu {
-    /// [`gdn::prefill`](crate::prefill()) by four kernel launches on `stream` for each window of some 10,000
-    /// tokens, and nothing else. The call returns before the work is done. It allocates nothing, waits for
-    /// nothing and reads nothing of the device's memory, so it can be captured in a CUDA graph once
-    /// [`Gpu::warmup`] was called; `cu_seqlens`, indices and flags may change between replays.
+    /// [`gdn::prefill`](crate::prefill()) by four kernel launches for each of some windows of chunks, and
+    /// nothing else: on `stream`, and where there are several windows, one of the four on a stream beside it,
+    /// which waits for all that `stream` had before and which `stream` waits for. The call returns before the
+    /// work is done. It allocates no memory of the device, waits for nothing and reads nothing of its memory,
+    /// so it can be captured in a CUDA graph once [`Gpu::warmup`] was called; `cu_seqlens`, indices and flags
+    /// may change between replays.
     ///
     /// Shapes, dtypes, strides and overlaps are checked as on the CPU; [`prefill_supports`] says which layers
     /// are taken. `checkpoints.every` is a multiple of [`PREFILL_CHUNK`], and addresses are multiples of the
@@ -156,12 +192,9 @@ pub(crate) unsafe fn run(
     }
     // The kernels are for compute capability 8.0 too, and wait for nothing by themselves.
     let gpu = gpu.clone().programmatic(false);
-    for step in job.steps() {
-        // SAFETY: the arguments were made from a checked plan, and the grids for them. The caller answers for
-        // the memory and the stream.
-        unsafe { step.launch(&gpu, stream) }?;
-    }
-    Ok(())
+    // SAFETY: the arguments were made from a checked plan, and the grids for them. The caller answers for the
+    // memory and the stream.
+    unsafe { job.launch(&gpu, stream) }
 }
 
 /// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
@@ -339,6 +372,8 @@ pub(crate) struct Job {
     /// The last window's chunks end before this one.
     chunks: u32,
     window: u32,
+    /// The scratch memory of windows with even and odd numbers.
+    slots: [Scratch; 2],
     args: Args,
     convolve: Step,
     prepare: Step,
@@ -392,14 +427,14 @@ impl Job {
             .into());
         }
         let chunks = chunks(tokens.num_tokens, num_sequences);
-        let window = profile.window.unwrap_or(usize::MAX).min(window(layer, chunks));
-        let scratch = scratch(layer, at.0, window);
-        if (scratch_bytes as u64) < scratch.bytes {
+        let window = profile.window.unwrap_or_else(|| window(layer, chunks, num_sequences));
+        let (slots, bytes) = slots(layer, at.0, chunks, window);
+        if (scratch_bytes as u64) < bytes {
             return Err(ArgumentError::Length {
                 argument: "scratch",
                 unit: "bytes",
                 got: scratch_bytes,
-                expected: scratch.bytes as usize,
+                expected: bytes as usize,
                 because: Because::Op,
             }
             .into());
@@ -519,7 +554,7 @@ impl Job {
             windows: windows.map_or_else(no_tensor, strided),
             checkpoint_slots: kept.map_or(0, |kept| kept.recurrent_states.sizes[0] as i64),
             window_columns: columns(windows.map(|windows| windows.sizes[2]))?,
-            scratch,
+            scratch: slots[0],
         };
         let by_16_bytes = wide
             && element == 2
@@ -571,19 +606,99 @@ impl Job {
                 return Err(ArgumentError::Value { argument: "layout", got, expected }.into());
             }
         }
-        Ok(Some(Self { chunks, window, args, convolve, prepare, scan, norm }))
+        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, scan, norm }))
     }
 
-    /// The launches, in order.
-    pub(crate) fn steps(&self) -> impl Iterator<Item = Step> + '_ {
-        let mut scratch = self.args.scratch;
-        (0..self.chunks).step_by(self.window as usize).flat_map(move |first_chunk| {
-            let end_chunk = first_chunk.saturating_add(self.window).min(self.chunks);
-            let args = Args { first_chunk, end_chunk, scratch, ..self.args };
-            scratch = scratch.next();
-            let chunks = end_chunk - first_chunk;
-            let tokens = |step: Step| Step { args, blocks: step.blocks * chunks, ..step };
-            [tokens(self.convolve), tokens(self.prepare), Step { args, ..self.scan }, tokens(self.norm)]
+    /// The windows' launches, in an order in which each finds done what it needs. A window's norm comes
+    /// behind the next one's scan, which may then run beside it, and beside the kernels that make the window
+    /// after that.
+    pub(crate) fn steps(&self) -> impl Iterator<Item = (Stage, Step)> + '_ {
+        let count = self.chunks.div_ceil(self.window);
+        let norm_of = move |w: u32| (Stage::Norm(w), w);
+        (0..count).flat_map(move |w| {
+            let before = w.checked_sub(1).map(norm_of);
+            let last = (w + 1 == count).then(|| norm_of(w));
+            [Some((Stage::Convolve, w)), Some((Stage::Prepare, w)), Some((Stage::Scan(w), w)), before, last]
+                .into_iter()
+                .flatten()
+                .map(|(stage, w)| (stage, self.step(stage, w)))
         })
+    }
+
+    fn step(&self, stage: Stage, w: u32) -> Step {
+        let first_chunk = w * self.window;
+        let end_chunk = first_chunk.saturating_add(self.window).min(self.chunks);
+        let args = Args { first_chunk, end_chunk, scratch: self.slots[w as usize % 2], ..self.args };
+        let of_chunks = |step: Step| Step { args, blocks: step.blocks * (end_chunk - first_chunk), ..step };
+        match stage {
+            Stage::Convolve => of_chunks(self.convolve),
+            Stage::Prepare => of_chunks(self.prepare),
+            Stage::Scan(_) => Step { args, ..self.scan },
+            Stage::Norm(_) => of_chunks(self.norm),
+        }
+    }
+
+    /// Launches all: where there are several windows, their scans on a stream beside the caller's.
+    ///
+    /// # Safety
+    /// That of [`Gpu::launch`], for the memory of the arguments.
+    unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
+        let sides = &gpu.kernels.sides;
+        let side =
+            if self.window < self.chunks { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };
+        let mut launched = Ok(());
+        for (stage, step) in self.steps() {
+            // SAFETY: the caller's promise.
+            launched = unsafe { stage.launch(step, gpu, stream, side.as_ref()) };
+            if launched.is_err() {
+                break;
+            }
+        }
+        if let Some(side) = side {
+            if launched.is_err() {
+                // The memory may be freed when the caller's stream has come here: it waits for what was
+                // launched.
+                let _ = side.mark(0).and_then(|()| side.join(0));
+            }
+            sides.give_back(side);
+        }
+        launched
+    }
+}
+
+/// What a launch does, of which window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Convolve,
+    Prepare,
+    Scan(u32),
+    Norm(u32),
+}
+
+impl Stage {
+    /// # Safety
+    /// That of [`Job::launch`].
+    unsafe fn launch(
+        self,
+        step: Step,
+        gpu: &Gpu,
+        stream: CUstream,
+        side: Option<&Side>,
+    ) -> Result<(), CudaError> {
+        match (self, side) {
+            (Self::Scan(w), Some(side)) => {
+                side.fork()?;
+                // SAFETY: the caller's promise.
+                unsafe { step.launch(gpu, side.stream()) }?;
+                side.mark(w as usize)
+            }
+            (Self::Norm(w), Some(side)) => {
+                side.join(w as usize)?;
+                // SAFETY: as above.
+                unsafe { step.launch(gpu, stream) }
+            }
+            // SAFETY: as above.
+            _ => unsafe { step.launch(gpu, stream) },
+        }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     argument::ArgumentError,
     cuda::{
         CudaError,
-        prefill::{Job, PREFILL_CHUNK, Profile, prefill_scratch_bytes, prefill_supports},
+        prefill::{Job, PREFILL_CHUNK, Profile, prefill_scratch_bytes, prefill_supports, slots},
     },
     dtype::Dtype,
     heads::Heads,
@@ -37,9 +37,11 @@ const SMALL: Profile =
 
 /// Bytes of scratch that a call takes.
 pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usize {
-    let tokens = profile.window.map_or(usize::MAX, |window| window * PREFILL_CHUNK);
-    let (tokens, sequences) = (plan.tokens.num_tokens.min(tokens), plan.slots.num_sequences);
-    prefill_scratch_bytes(&plan.tokens.layer, tokens, sequences)
+    let (layer, tokens, sequences) = (&plan.tokens.layer, plan.tokens.num_tokens, plan.slots.num_sequences);
+    profile.window.map_or_else(
+        || prefill_scratch_bytes(layer, tokens, sequences),
+        |window| slots(layer, 0, tokens / PREFILL_CHUNK + sequences, window).1 as usize,
+    )
 }
 
 /// What a call leaves.

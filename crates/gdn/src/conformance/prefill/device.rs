@@ -14,7 +14,7 @@ use super::{
 use crate::{
     cuda::{
         CudaError, Gpu,
-        prefill::{Job, Profile, run},
+        prefill::{Job, PREFILL_CHUNK, Profile, run},
     },
     dtype::Dtype,
     prefill::Plan,
@@ -170,8 +170,21 @@ fn measure_prefill() {
         let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
         let mut batch = Batch::repeated(&options, form, &lens, 64);
         batch.prefill_by(None, |call| {
-            for threads in [None, Some(128), Some(256)] {
-                let profile = Profile { threads, ..Profile::of(&gpu) };
+            let chunks = lens.iter().sum::<usize>() / PREFILL_CHUNK + lens.len();
+            for (threads, windows) in [
+                (None, None),
+                (Some(128), Some(1)),
+                (Some(256), Some(1)),
+                (Some(128), Some(2)),
+                (Some(256), Some(2)),
+                (Some(128), Some(4)),
+                (Some(256), Some(4)),
+                (Some(128), Some(6)),
+                (Some(128), Some(8)),
+                (Some(256), Some(8)),
+            ] {
+                let window = windows.map(|windows| chunks.div_ceil(windows));
+                let profile = Profile { threads, window, ..Profile::of(&gpu) };
                 let placed = Placed::new(call, profile, &gpu);
                 let time = |work: &dyn Fn()| {
                     let mut times: Vec<f32> = (0..12)
@@ -194,10 +207,11 @@ fn measure_prefill() {
                     .steps()
                     .take(4)
                     // SAFETY: as above.
-                    .map(|step| time(&|| unsafe { step.launch(&gpu, stream.cu_stream()) }.unwrap()))
+                    .map(|(_, step)| time(&|| unsafe { step.launch(&gpu, stream.cu_stream()) }.unwrap()))
                     .collect();
                 println!(
-                    "prefill,{heads:?},{lens:?},threads {threads:?}: {all:.1} us, steps {steps:.1?} of {}",
+                    "prefill,{heads:?},{lens:?},threads {threads:?},windows {windows:?}: {all:.1} us, \
+                     steps {steps:.1?} of {}",
                     job.steps().count()
                 );
             }

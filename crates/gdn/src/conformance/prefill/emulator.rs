@@ -58,7 +58,7 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
         return Vec::new();
     };
     let mut kernels = Vec::new();
-    for (i, step) in job.steps().enumerate() {
+    for (i, (_, step)) in job.steps().enumerate() {
         let launch = emulator::Launch::new([step.blocks, 1, 1], step.threads).shared(step.shared);
         emulator::run_in_step(&memory, launch.seed(i as u64 * 31 + 7), |gpu| kernel(&step, gpu));
         kernels.push(step.kernel);
