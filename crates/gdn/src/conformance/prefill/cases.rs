@@ -25,7 +25,7 @@ use crate::{
 pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 
 /// Products are of f16.
-const PRECISION: Precision = Precision { error: 5e-4, change: 1.0 / 2048.0 };
+pub(super) const PRECISION: Precision = Precision { error: 5e-4, change: 1.0 / 2048.0 };
 
 /// All of shared memory, `wgmma`, as if there were more sequences than multiprocessors.
 const WHOLE: Profile =
@@ -45,7 +45,7 @@ pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usi
 }
 
 /// What a call leaves.
-fn results(batch: &Batch) -> [&[u8]; 3] {
+pub(super) fn results(batch: &Batch) -> [&[u8]; 3] {
     [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
 }
 

@@ -1,14 +1,16 @@
 //! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are
 //! skipped.
 
-use cudarc::driver::{CudaSlice, DevicePtr, sys};
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, sys};
 
 use super::{
     Access, Call,
     batch::{Batch, Form},
     cases,
     emulator::emulate,
-    extents, moved,
+    extents,
+    memory::Random,
+    moved,
     setup::Options,
 };
 use crate::{
@@ -85,20 +87,41 @@ impl Placed {
         // SAFETY: the tensors are at these addresses as long as `self`, which outlives the stream's work.
         unsafe { run(gpu, &self.plan, self.at, on(gpu, profile), stream.cu_stream()) }.unwrap();
     }
+
+    /// A graph of the call.
+    fn capture(&self, profile: Profile, gpu: &Gpu, meanwhile: impl FnOnce()) -> CudaGraph {
+        let stream = gpu.stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        self.run(profile, gpu);
+        meanwhile();
+        stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap()
+    }
+
+    /// Brings what the call may have written back to the host's tensors.
+    fn fetch(&self, gpu: &Gpu) {
+        for (extent, start, memory) in self.tensors.iter().filter(|(e, ..)| e.access != Access::Reads) {
+            let bytes = gpu.stream().clone_dtoh(memory).unwrap();
+            let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
+            assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
+            // SAFETY: the tensor's memory, which the call may write.
+            unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
+                .copy_from_slice(&bytes[*start..*start + extent.bytes]);
+        }
+    }
+
+    /// Copies another call's tensors, of the same sizes, over these on the device.
+    fn take_over(&mut self, other: &Self, gpu: &Gpu) {
+        for ((_, _, to), (_, _, from)) in self.tensors.iter_mut().zip(&other.tensors) {
+            gpu.stream().memcpy_dtod(from, to).unwrap();
+        }
+    }
 }
 
 /// Runs a call on the device, within tensors that are copied there and back.
 fn launch(call: &mut Call<'_, '_>, profile: Profile, gpu: &Gpu) {
     let placed = Placed::new(call, profile, gpu);
     placed.run(profile, gpu);
-    for (extent, start, memory) in placed.tensors.iter().filter(|(e, ..)| e.access != Access::Reads) {
-        let bytes = gpu.stream().clone_dtoh(memory).unwrap();
-        let outside = bytes[..*start].iter().chain(&bytes[*start + extent.bytes..]);
-        assert!(outside.into_iter().all(|byte| *byte == 0xA5), "written before or after a tensor");
-        // SAFETY: the tensor's memory, which the call may write.
-        unsafe { std::slice::from_raw_parts_mut(extent.at, extent.bytes) }
-            .copy_from_slice(&bytes[*start..*start + extent.bytes]);
-    }
+    placed.fetch(gpu);
 }
 
 /// Runs a call on the device and on the emulator, for the same bits.
@@ -146,6 +169,96 @@ fn contracts_on_the_gpu() {
 fn contracts_on_the_gpu_alone() {
     let Some(gpu) = gpu() else { return };
     cases::contracts(&mut |call, profile| launch(call, profile, &gpu));
+}
+
+/// Windows that are scanned on a stream beside the caller's.
+fn in_windows(gpu: &Gpu) -> Profile {
+    Profile { window: Some(2), ..Profile::of(gpu) }
+}
+
+fn small() -> Options {
+    Options { dtype: Dtype::BF16, ..Options::new([1, 2, 128, 128]) }
+}
+
+/// A hundred batches of any lengths, each launch behind the last one's.
+#[test]
+fn ragged_batches_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    for seed in 0..100 {
+        let mut random = Random(seed + 77);
+        let mut below = |n: u64| (random.bits() % n) as usize;
+        let lens: Vec<usize> = (0..=below(6)).map(|_| below(260)).collect();
+        let before = Batch::new(&Options { seed, ..small() }, Form::default(), &lens);
+        let mut batch = before.clone();
+        let profile = if below(2) == 0 { in_windows(&gpu) } else { Profile::of(&gpu) };
+        batch.prefill_by(None, |call| launch(call, profile, &gpu));
+        batch.check_to(cases::PRECISION, &before, &format!("prefill of {lens:?}"));
+    }
+}
+
+/// A graph is replayed with other lengths and slots, inputs and states than it was captured with.
+#[test]
+fn replays_with_other_lengths_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    gpu.warmup().unwrap();
+    let profile = in_windows(&gpu);
+    let batch = |lens: &[usize]| Batch::new(&small(), Form::default(), lens);
+    let mut first = batch(&[300, 0, 100, 200]);
+    first.prefill_by(None, |call| {
+        let mut placed = Placed::new(call, profile, &gpu);
+        let graph = placed.capture(profile, &gpu, || ());
+        for lens in [[300, 0, 100, 200], [1, 599, 0, 0], [150; 4], [64, 65, 63, 408]] {
+            let (mut right, mut got) = (batch(&lens), batch(&lens));
+            right.prefill_by(None, |call| launch(call, profile, &gpu));
+            got.prefill_by(None, |call| {
+                let mut own = Placed::new(call, profile, &gpu);
+                placed.take_over(&own, &gpu);
+                graph.launch().unwrap();
+                own.take_over(&placed, &gpu);
+                own.fetch(&gpu);
+            });
+            assert!(cases::results(&got) == cases::results(&right), "{lens:?}");
+        }
+    });
+}
+
+/// While a thread captures its stream, and makes a graph of several calls, another one's calls are its own.
+#[test]
+fn a_capture_beside_another_thread_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    gpu.warmup().unwrap();
+    let profile = in_windows(&gpu);
+    let batch = |seed| Batch::new(&Options { seed, ..small() }, Form::default(), &[300, 0, 200]);
+    let alone = |seed| {
+        let mut batch = batch(seed);
+        batch.prefill_by(None, |call| launch(call, profile, &gpu));
+        batch
+    };
+    let (right, other_right) = (alone(1), alone(2));
+    let (captured, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            let gpu = Gpu::on(&gpu.stream().context().new_stream().unwrap()).unwrap();
+            captured.wait();
+            for _ in 0..20 {
+                let mut other = batch(2);
+                other.prefill_by(None, |call| launch(call, profile, &gpu));
+                assert!(cases::results(&other) == cases::results(&other_right), "beside a capture");
+            }
+            done.wait();
+        });
+        let mut got = batch(1);
+        got.prefill_by(None, |call| {
+            let placed = Placed::new(call, profile, &gpu);
+            let graph = placed.capture(profile, &gpu, || {
+                captured.wait();
+                done.wait();
+            });
+            graph.launch().unwrap();
+            placed.fetch(&gpu);
+        });
+        assert!(cases::results(&got) == cases::results(&right), "captured");
+    });
 }
 
 /// Microseconds of a call and of each of its first four launches, by heads and lengths.
@@ -198,9 +311,7 @@ fn measure_prefill() {
                     times.sort_by(f32::total_cmp);
                     times[5]
                 };
-                stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-                placed.run(profile, &gpu);
-                let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().unwrap();
+                let graph = placed.capture(profile, &gpu, || ());
                 let all = time(&|| graph.launch().unwrap());
                 let job = Job::new(&placed.plan, placed.at, profile).unwrap().unwrap();
                 let steps: Vec<f32> = job
