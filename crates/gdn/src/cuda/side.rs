@@ -46,7 +46,7 @@ impl Sides {
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut own, mut other) = (None, None);
         for (i, side) in free.iter().enumerate() {
-            match side.capture()? {
+            match side.capture() {
                 CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE if side.caller != caller => {
                     other = Some(i)
                 }
@@ -122,13 +122,14 @@ impl Side {
             .map_err(driver(self.ordinal, "cuStreamWaitEvent"))
     }
 
-    fn capture(&self) -> Result<CUstreamCaptureStatus, CudaError> {
+    /// Where the driver does not say, as if the capture had failed: the side is not used.
+    fn capture(&self) -> CUstreamCaptureStatus {
         let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: writes the status of a stream of this side.
-        unsafe { sys::cuStreamIsCapturing(self.stream, &raw mut status) }
-            .result()
-            .map_err(driver(self.ordinal, "cuStreamIsCapturing"))?;
-        Ok(status)
+        match unsafe { sys::cuStreamIsCapturing(self.stream, &raw mut status) }.result() {
+            Ok(()) => status,
+            Err(_) => CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_INVALIDATED,
+        }
     }
 }
 

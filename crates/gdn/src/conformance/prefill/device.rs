@@ -1,6 +1,8 @@
 //! The cases on a GPU, which must give the emulator's bits. Where there is none, the tests say that they are
 //! skipped.
 
+use std::sync::mpsc;
+
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, sys};
 
 use super::{
@@ -111,8 +113,10 @@ impl Placed {
 
     /// Copies another call's tensors, of the same sizes, over these on the device.
     fn take_over(&mut self, other: &Self, gpu: &Gpu) {
-        for ((_, _, to), (_, _, from)) in self.tensors.iter_mut().zip(&other.tensors) {
-            gpu.stream().memcpy_dtod(from, to).unwrap();
+        for ((extent, to_start, to), (_, from_start, from)) in self.tensors.iter_mut().zip(&other.tensors) {
+            let from = from.slice(*from_start..*from_start + extent.bytes);
+            let mut to = to.slice_mut(*to_start..*to_start + extent.bytes);
+            gpu.stream().memcpy_dtod(&from, &mut to).unwrap();
         }
     }
 }
@@ -235,24 +239,28 @@ fn a_capture_beside_another_thread_on_the_gpu() {
         batch
     };
     let (right, other_right) = (alone(1), alone(2));
-    let (captured, done) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+    // Neither waits for one that has failed: then its end is gone.
+    let (captured, is_captured) = mpsc::channel::<()>();
+    let (done, is_done) = mpsc::channel::<()>();
     std::thread::scope(|threads| {
-        threads.spawn(|| {
-            let gpu = Gpu::on(&gpu.stream().context().new_stream().unwrap()).unwrap();
-            captured.wait();
+        let context = gpu.stream().context().clone();
+        let other_right = &other_right;
+        threads.spawn(move || {
+            let _done = done;
+            let gpu = Gpu::on(&context.new_stream().unwrap()).unwrap();
+            let _ = is_captured.recv();
             for _ in 0..20 {
                 let mut other = batch(2);
                 other.prefill_by(None, |call| launch(call, profile, &gpu));
-                assert!(cases::results(&other) == cases::results(&other_right), "beside a capture");
+                assert!(cases::results(&other) == cases::results(other_right), "beside a capture");
             }
-            done.wait();
         });
         let mut got = batch(1);
         got.prefill_by(None, |call| {
             let placed = Placed::new(call, profile, &gpu);
             let graph = placed.capture(profile, &gpu, || {
-                captured.wait();
-                done.wait();
+                drop(captured);
+                let _ = is_done.recv();
             });
             graph.launch().unwrap();
             placed.fetch(&gpu);
