@@ -32,12 +32,9 @@ pub const PREFILL_CHUNK: usize = CHUNK as usize;
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
 const MOST_SCRATCH: usize = 256 << 20;
 
-/// So many windows, of so many chunks at least, are made where they may be shorter.
-const MOST_WINDOWS: usize = 8;
+/// One sequence alone goes in so many windows, if each has so many chunks at least.
+const WINDOWS: usize = 2;
 const FEWEST_CHUNKS: usize = 16;
-
-/// Rows of states that keep a large device's multiprocessors busy: 64 each.
-const ROWS_OF_A_DEVICE: usize = 128 * 64;
 
 /// The lengths of keys, and of values, that the kernels are made for.
 const DIMS: [(&str, &[usize], &str); 2] = [
@@ -82,16 +79,12 @@ fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
     (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
 }
 
-/// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so several are
-/// better than one; but each is a scan of its own, so they are no shorter than some chunks, and have
-/// sequences enough to fill a large device.
+/// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
+/// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and
+/// windows would only cut these in pieces.
 fn window(layer: &Layer, chunks: usize, num_sequences: usize) -> usize {
     let of_one = usize::try_from(slot(layer, 0, 1).carry[0]).unwrap_or(usize::MAX).max(1);
-    let heads = layer.heads();
-    let rows = heads.num_v_heads().saturating_mul(heads.head_v_dim()).max(1);
-    let side_by_side = (ROWS_OF_A_DEVICE / rows).max(1);
-    let by_sequences = if num_sequences == 1 { MOST_WINDOWS } else { num_sequences / side_by_side };
-    let windows = by_sequences.min(chunks / FEWEST_CHUNKS).clamp(1, MOST_WINDOWS);
+    let windows = if num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS { WINDOWS } else { 1 };
     let most =
         if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
     chunks.div_ceil(windows).min(most).max(1)
@@ -455,14 +448,16 @@ impl Job {
         // Features of a row, so of all channels, have 31 bits with room to spare.
         number(heads.qkvz_features().saturating_mul(2))?;
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
-        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side. Where
-        // there are more, four warps multiply together, if the device can and there are 64 rows for them.
+        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side; where
+        // there are other kernels to run beside them, as few as a quarter. Where there are more, four warps
+        // multiply together, if the device can and there are 64 rows for them.
         let room = |threads: u32, by_group, stages| ScanRoom::all(dk, threads / 128, by_group, stages);
         let has_64 =
             |by_group, stages| dv.is_multiple_of(2 * SLICE) && room(256, by_group, stages) <= profile.shared;
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
         let threads = profile.threads.unwrap_or_else(|| {
-            if halves.is_some_and(|halves| halves <= profile.multiprocessors) { 128 } else { 256 }
+            let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
+            if halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
         });
         let by_group = profile.wgmma && threads > 128 && has_64(true, 3);
         let threads = if by_group || has_64(false, 1) { threads } else { 128 };

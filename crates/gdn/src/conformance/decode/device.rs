@@ -14,28 +14,14 @@ use super::{
     setup::{Options, Setup},
 };
 use crate::{
+    conformance::gpu,
     cpu::Cpu,
-    cuda::{CudaError, Gpu, decode::run, share::Profile},
+    cuda::{Gpu, decode::run, share::Profile},
     decode::{Decode, Plan},
     dtype::Dtype,
     state::{ConvState, Keep, RecurrentState, Slots},
     view::DeviceAddress,
 };
-
-/// On a stream of its own: the default one cannot be captured.
-fn gpu() -> Option<Gpu> {
-    match Gpu::new(0) {
-        Ok(gpu) => {
-            let stream = gpu.stream().context().new_stream().unwrap();
-            Some(Gpu::on(&stream).unwrap())
-        }
-        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// Clusters are for devices that have them.
 fn on(gpu: &Gpu, profile: Profile) -> Profile {

@@ -45,7 +45,7 @@ pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usi
 }
 
 /// What a call leaves.
-pub(super) fn results(batch: &Batch) -> [&[u8]; 3] {
+fn results(batch: &Batch) -> [&[u8]; 3] {
     [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
 }
 

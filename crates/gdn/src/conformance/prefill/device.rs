@@ -16,29 +16,15 @@ use super::{
     setup::Options,
 };
 use crate::{
+    conformance::gpu,
     cuda::{
-        CudaError, Gpu,
+        Gpu,
         prefill::{Job, PREFILL_CHUNK, Profile, run},
     },
     dtype::Dtype,
     prefill::Plan,
     view::DeviceAddress,
 };
-
-/// On a stream of its own: the default one cannot be captured.
-fn gpu() -> Option<Gpu> {
-    match Gpu::new(0) {
-        Ok(gpu) => {
-            let stream = gpu.stream().context().new_stream().unwrap();
-            Some(Gpu::on(&stream).unwrap())
-        }
-        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-            eprintln!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// No more shared memory than the device has.
 fn on(gpu: &Gpu, profile: Profile) -> Profile {
@@ -184,6 +170,11 @@ fn small() -> Options {
     Options { dtype: Dtype::BF16, ..Options::new([1, 2, 128, 128]) }
 }
 
+/// What a call leaves. Not bytes: of two batches they begin at different ones.
+fn left_by(batch: &Batch) -> [Vec<f64>; 3] {
+    [batch.out.all(), batch.conv.all(), batch.recurrent.all()]
+}
+
 /// A hundred batches of any lengths, each launch behind the last one's.
 #[test]
 fn ragged_batches_on_the_gpu() {
@@ -221,7 +212,7 @@ fn replays_with_other_lengths_on_the_gpu() {
                 own.take_over(&placed, &gpu);
                 own.fetch(&gpu);
             });
-            assert!(cases::results(&got) == cases::results(&right), "{lens:?}");
+            assert!(left_by(&got) == left_by(&right), "{lens:?}");
         }
     });
 }
@@ -252,7 +243,7 @@ fn a_capture_beside_another_thread_on_the_gpu() {
             for _ in 0..20 {
                 let mut other = batch(2);
                 other.prefill_by(None, |call| launch(call, profile, &gpu));
-                assert!(cases::results(&other) == cases::results(other_right), "beside a capture");
+                assert!(left_by(&other) == left_by(other_right), "beside a capture");
             }
         });
         let mut got = batch(1);
@@ -265,7 +256,7 @@ fn a_capture_beside_another_thread_on_the_gpu() {
             graph.launch().unwrap();
             placed.fetch(&gpu);
         });
-        assert!(cases::results(&got) == cases::results(&right), "captured");
+        assert!(left_by(&got) == left_by(&right), "captured");
     });
 }
 
@@ -292,18 +283,9 @@ fn measure_prefill() {
         let mut batch = Batch::repeated(&options, form, &lens, 64);
         batch.prefill_by(None, |call| {
             let chunks = lens.iter().sum::<usize>() / PREFILL_CHUNK + lens.len();
-            for (threads, windows) in [
-                (None, None),
-                (Some(128), Some(1)),
-                (Some(256), Some(1)),
-                (Some(128), Some(2)),
-                (Some(256), Some(2)),
-                (Some(128), Some(4)),
-                (Some(256), Some(4)),
-                (Some(128), Some(6)),
-                (Some(128), Some(8)),
-                (Some(256), Some(8)),
-            ] {
+            for (threads, windows) in
+                [(None, None), (Some(128), Some(1)), (Some(256), Some(1)), (Some(256), Some(2))]
+            {
                 let window = windows.map(|windows| chunks.div_ceil(windows));
                 let profile = Profile { threads, window, ..Profile::of(&gpu) };
                 let placed = Placed::new(call, profile, &gpu);
