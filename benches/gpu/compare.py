@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 import triton
-import triton.language as tl
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benches"))
 
+from copies import copy_in_pieces, triton_copy
 from graphs import bits, graph_of
 from peers import load
 
@@ -93,25 +93,6 @@ class Gdn:
         if took < 0:
             raise RuntimeError(message.value.decode())
         return took
-
-
-# ---- copies
-
-
-@triton.jit
-def copy_kernel(src, dst, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(dst + at, tl.load(src + at, mask=at < n), mask=at < n)
-
-
-def triton_copy(src, dst):
-    s, d = src.view(torch.int32), dst.view(torch.int32)
-    copy_kernel[(triton.cdiv(s.numel(), 1024),)](s, d, s.numel(), BLOCK=1024, num_warps=8)
-
-
-def copy_in_pieces(src, dst, piece=512 << 20):
-    for at in range(0, src.numel(), piece):
-        dst[at : at + piece].copy_(src[at : at + piece])
 
 
 # ---- peers

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Decode on a GPU against SGLang's chains of launches, its recurrence alone, and a copy of the state's bytes, in one process.
+"""Decode on a GPU against SGLang's chains of launches, its and FlashInfer's recurrence alone, and copies of the state's bytes, in one process.
 
-    pip install ./python && python python/tests/peers.py sglang
-    python benches/gpu/decode.py --sglang peers/sglang-0.5.23 --csv OUT.csv
+    pip install ./python flashinfer-python==0.7.2 nvidia-cutlass-dsl[cu13] && python python/tests/peers.py sglang
+    python benches/gpu/decode.py --sglang peers/sglang-0.5.23 --csv OUT.csv --svg OUT.svg
 
 Every subject is first held to float64. Each is then captured in a CUDA graph of calls on slots of their own, together larger than the
 second-level cache; graphs are replayed in turns, and a figure is the median over the turns, in microseconds a call. SGLang's files are
 loaded from where they are; what they import of the rest of SGLang is stood in for, and its kernels are launched as it launches them on this device.
+FlashInfer is left out where it cannot be imported. A recurrence alone begins with the convolution's results and ends before the norm.
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import importlib.util
@@ -27,8 +29,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "python/tests")]
 
 import oracle_layer
-from graphs import graph_of
+from bars import svg
+from copies import copy_in_pieces, triton_copy
+from graphs import bits, graph_of
 from peers import StandIns
+
+
+#: Tokens of a sequence where several are decoded at once: a draft, verified.
+MOST_TOKENS = 4
+#: How many sequences are held to float64.
+CHECKED = 4
+COPY = "copy of the states"
 
 
 class Peer(StandIns):
@@ -79,56 +90,88 @@ class Case:
 
     def __init__(self, heads, batch, state_dtype, packing):
         torch.manual_seed(0)
-        self.heads, self.batch, self.packing = heads, batch, packing
+        self.heads, self.batch = heads, batch
+        self.numbers = oracle_layer.Numbers(heads, packing)
         hk, hv, dk, dv = heads
         channels = oracle_layer.channels(heads)
         self.state_bytes = hv * dv * dk * state_dtype.itemsize
         self.calls = max(2, min(64, (256 << 20) // (batch * self.state_bytes)))
         slots = self.calls * batch
         made = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        self.qkvz, self.ba = made(batch, 2 * hk * dk + 2 * hv * dv), made(batch, 2 * hv)
+        self.qkvz, self.ba = made(MOST_TOKENS * batch, 2 * hk * dk + 2 * hv * dv), made(MOST_TOKENS * batch, 2 * hv)
         self.weights = oracle_layer.Weights(
             made(channels, 4) * 0.3, None, torch.rand(hv, device="cuda"), torch.rand(hv, device="cuda"), 1 + 0.1 * made(dv)
         )
         self.conv = made(slots, channels, 3)
         self.state = torch.empty(slots, hv, dv, dk, device="cuda", dtype=state_dtype).normal_(std=0.1)
         self.order = torch.randperm(slots, device="cuda").to(torch.int32).view(self.calls, batch)
-        self.out = torch.empty(batch, hv, dv, device="cuda", dtype=torch.bfloat16)
+        # What a recurrence alone is given: the convolution's results, b and a.
+        self.convolved, self.b, self.a = made(batch, channels), made(batch, hv), made(batch, hv)
 
-    def exact(self, slots):
-        numbers = oracle_layer.Numbers(self.heads, self.packing)
-        weights = oracle_layer.Weights(*(None if one is None else one.cpu() for one in vars(self.weights).values()))
-        parts = oracle_layer.unpacked((self.qkvz.cpu(), self.ba.cpu()), numbers)
-        pick = lambda r: oracle_layer.sequence(
-            numbers, weights, [part[r : r + 1] for part in parts], self.conv[slots[r]].cpu(), self.state[slots[r]].cpu()
-        )
-        done = [pick(r) for r in range(min(len(slots), 4))]
-        return torch.stack([y[0] for y, _, _ in done]), torch.stack([states[0] for _, _, states in done])
+    def packed(self, tokens):
+        """The projections of so many tokens of each sequence."""
+        return self.qkvz[: tokens * self.batch], self.ba[: tokens * self.batch]
+
+    def core_bytes(self, tokens=1):
+        """What a call must move: states and windows there and back, weights, projections, outputs."""
+        hk, hv, dk, dv = self.heads
+        channels = oracle_layer.channels(self.heads)
+        a_token = channels + hv * dv + 2 * hv + hv * dv
+        return self.batch * (2 * self.state_bytes + 2 * 3 * channels * 2 + tokens * a_token * 2) + channels * 4 * 2
+
+    def exact(self, tokens):
+        """Of the first sequences of the first call, in float64: outputs and states after so many tokens of each."""
+        slots = self.order[0].tolist()[:CHECKED]
+        parts = oracle_layer.unpacked([one[: tokens * len(slots)].cpu() for one in self.packed(tokens)], self.numbers)
+        weights = on_cpu(self.weights)
+        done = [
+            oracle_layer.sequence(
+                self.numbers, weights, [part[tokens * r : tokens * (r + 1)] for part in parts], self.conv[slot].cpu(), self.state[slot].cpu()
+            )
+            for r, slot in enumerate(slots)
+        ]
+        return torch.cat([y for y, _, _ in done]), torch.stack([states[-1] for _, _, states in done])
+
+    def exact_recurrence(self):
+        """The same of a recurrence alone."""
+        weights = on_cpu(self.weights).doubled()
+        done = [
+            oracle_layer.recurrence(
+                self.numbers, weights, *(one[r].double().cpu() for one in (self.convolved, self.b, self.a)), self.state[slot].double().cpu()
+            )
+            for r, slot in enumerate(self.order[0].tolist()[:CHECKED])
+        ]
+        return torch.stack([o for o, _ in done]), torch.stack([state for _, state in done])
 
 
-def ours(case):
-    layer = gdn.Layer(case.heads, case.packing, **vars(case.weights))
+def on_cpu(weights):
+    return oracle_layer.Weights(*(None if one is None else one.cpu() for one in vars(weights).values()))
 
-    def run(i):
-        layer.decode((case.qkvz, case.ba), case.conv, case.state, state_indices=case.order[i], out=case.out)
-        return case.out
 
-    return run
+# ---- subjects: functions of a call's number, which write to its slots and return its outputs
+
+
+def ours(case, tokens=1):
+    _, hv, _, dv = case.heads
+    layer = gdn.Layer(case.heads, case.numbers.packing, **vars(case.weights))
+    packed, out = case.packed(tokens), torch.empty(tokens * case.batch, hv, dv, device="cuda", dtype=torch.bfloat16)
+    return lambda i: layer.decode(packed, case.conv, case.state, tokens_per_sequence=tokens, state_indices=case.order[i], out=out)
 
 
 def chain(case, sglang, launches):
     hk, hv, dk, dv = case.heads
     w, channels = case.weights, oracle_layer.channels(case.heads)
+    qkvz, ba = case.packed(1)
     core = torch.empty(case.batch, 1, hv, dv, device="cuda", dtype=torch.bfloat16)
 
     def run(i):
         slots = case.order[i]
         if launches == 3:
             mixed, z, b, a = sglang.fused_qkvzba_causal_conv1d_update_contiguous(
-                case.qkvz, case.ba, case.conv, w.conv_weight, None, slots, qkv_dim=channels, v_dim=hv * dv, num_v_heads=hv,
+                qkvz, ba, case.conv, w.conv_weight, None, slots, qkv_dim=channels, v_dim=hv * dv, num_v_heads=hv,
                 head_v_dim=dv, activation="silu")
         else:
-            mixed, z, b, a = sglang.fused_qkvzba_split_reshape_cat(case.qkvz, case.ba, hk, hv, dk, dv)
+            mixed, z, b, a = sglang.fused_qkvzba_split_reshape_cat(qkvz, ba, hk, hv, dk, dv)
             mixed = sglang.causal_conv1d_update(mixed, case.conv, w.conv_weight, None, "silu", conv_state_indices=slots)
         sglang.fused_recurrent_gated_delta_rule_packed_decode(
             mixed, a, b, w.A_log, w.dt_bias, dk**-0.5, case.state, core, slots, use_qk_l2norm_in_kernel=True)
@@ -139,50 +182,82 @@ def chain(case, sglang, launches):
     return run
 
 
-def recurrence(case, sglang):
+def sglang_recurrence(case, sglang):
     _, hv, dk, dv = case.heads
-    w = case.weights
-    mixed = torch.randn(case.batch, oracle_layer.channels(case.heads), device="cuda", dtype=torch.bfloat16)
-    a, b = (torch.randn(case.batch, hv, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    core = torch.empty(case.batch, 1, hv, dv, device="cuda", dtype=torch.bfloat16)
-    return lambda i: sglang.fused_recurrent_gated_delta_rule_packed_decode(
-        mixed, a, b, w.A_log, w.dt_bias, dk**-0.5, case.state, core, case.order[i], use_qk_l2norm_in_kernel=True)
+    w, core = case.weights, torch.empty(case.batch, 1, hv, dv, device="cuda", dtype=torch.bfloat16)
+
+    def run(i):
+        sglang.fused_recurrent_gated_delta_rule_packed_decode(
+            case.convolved, case.a, case.b, w.A_log, w.dt_bias, dk**-0.5, case.state, core, case.order[i], use_qk_l2norm_in_kernel=True)
+        return core[:, 0]
+
+    return run
 
 
-def copy(case):
-    """As many bytes as the states of a call have, read once and written once."""
+def flashinfer_recurrence(case, decode):
+    hk, hv, dk, dv = case.heads
+    w, out = case.weights, torch.empty(case.batch, 1, hv, dv, device="cuda", dtype=torch.bfloat16)
+    q, k, v = case.convolved.split([hk * dk, hk * dk, hv * dv], dim=1)
+    q, k, v = (one.reshape(case.batch, 1, -1, dk).contiguous() for one in (q, k, v))
+
+    def run(i):
+        decode(
+            q, k, v, None, w.A_log, case.a[:, None], w.dt_bias, case.b[:, None], dk**-0.5, out, True, initial_state=case.state,
+            initial_state_indices=case.order[i], backend="flashinfer")
+        return out[:, 0]
+
+    return run
+
+
+def copies(case):
+    """As many bytes as the states of a call have, read once and written once, in the ways of which one is the fastest."""
     other = torch.empty_like(case.state)
-    parts = [(other[i * case.batch : (i + 1) * case.batch], case.state[i * case.batch : (i + 1) * case.batch]) for i in range(case.calls)]
-    return lambda i: parts[i][0].copy_(parts[i][1])
+    part = lambda all_, i: bits(all_[i * case.batch : (i + 1) * case.batch])
+    found = {"torch": lambda src, dst: dst.copy_(src), "Triton": triton_copy}
+    if case.batch * case.state_bytes > 512 << 20:
+        found["torch, 512 MiB at a time"] = copy_in_pieces
+    return {f"{COPY}, {how}": lambda i, one=one: one(part(case.state, i), part(other, i)) for how, one in found.items()}
+
+
+def subjects(case, sglang, flashinfer):
+    """By name: what runs, and what it is held to in float64."""
+    found = {"gdn": (ours(case), lambda: case.exact(1))}
+    if case.numbers.packing == "contiguous":
+        found[f"gdn, {MOST_TOKENS} tokens"] = ours(case, MOST_TOKENS), lambda: case.exact(MOST_TOKENS)
+    if sglang:
+        launches = 3 if case.numbers.packing == "contiguous" else 4
+        found[f"SGLang, {launches} launches"] = chain(case, sglang, launches), lambda: case.exact(1)
+        found["SGLang's recurrence"] = sglang_recurrence(case, sglang), case.exact_recurrence
+    if flashinfer:
+        found["FlashInfer's recurrence"] = flashinfer_recurrence(case, flashinfer), case.exact_recurrence
+    return found | {name: (run, None) for name, run in copies(case).items()}
 
 
 def error(got, right):
     return ((got.double().cpu() - right).norm() / right.norm()).item()
 
 
-def measure(case, sglang, turns):
-    subjects = {"gdn": ours(case), "copy of the states": copy(case)}
-    if sglang:
-        launches = 3 if case.packing == "contiguous" else 4
-        subjects |= {f"SGLang, {launches} launches": chain(case, sglang, launches), "SGLang's recurrence": recurrence(case, sglang)}
+def checked(case, name, run, exact):
+    """The errors of outputs and states of the first sequences; states are as they were afterwards."""
+    kept = case.conv.clone(), case.state.clone()
+    right, state = exact()
+    got = run(0)[: len(right)]
+    torch.cuda.synchronize()
+    errors = error(got, right), error(case.state[case.order[0][: len(state)].long()], state)
+    case.conv.copy_(kept[0]), case.state.copy_(kept[1])
+    assert max(errors) < 2e-2, f"{name} is off float64 by {errors}"
+    return errors
+
+
+def measure(case, sglang, flashinfer, turns):
     results, graphs = {}, {}
-    for name, run in subjects.items():
+    for name, (run, exact) in subjects(case, sglang, flashinfer).items():
         try:
-            errors = ("", "")
-            if name not in ("copy of the states", "SGLang's recurrence"):
-                kept = case.conv.clone(), case.state.clone()
-                right, state = case.exact(case.order[0].tolist())
-                got, n = run(0), len(right)
-                torch.cuda.synchronize()
-                errors = error(got[:n], right), error(case.state[case.order[0][:n].long()], state)
-                assert max(errors) < 2e-2, f"{name} is off float64 by {errors}"
-                case.conv.copy_(kept[0]), case.state.copy_(kept[1])
-                del kept
-            results[name] = errors
+            results[name] = checked(case, name, run, exact) if exact else ("", "")
             turn = itertools.cycle(range(case.calls))
             graphs[name] = graph_of(lambda run=run, turn=turn: run(next(turn)), case.calls)
         except Exception as failed:  # a peer that does not run is said so, and the others go on
-            print(f"{name}: {type(failed).__name__}: {str(failed)[:300]}")
+            print(f"{name}: {type(failed).__name__}: {str(failed)[:300]}", flush=True)
     times = {name: [] for name in graphs}
     for _ in range(turns):
         for name, graph in graphs.items():
@@ -195,15 +270,41 @@ def measure(case, sglang, turns):
     return {name: (statistics.median(all_), *results[name]) for name, all_ in times.items()}
 
 
+def share_of_copy(case, figures):
+    """gdn's bytes a second over those of the fastest copy."""
+    best = min(figure[0] for name, figure in figures.items() if name.startswith(COPY))
+    return case.core_bytes() / figures["gdn"][0] / (2 * case.batch * case.state_bytes / best)
+
+
+def bars(rows):
+    """gdn, SGLang's chain, and what moves the states alone, for the packing that SGLang has the shorter chain for."""
+    groups = {}
+    for heads, state, packing, batch, subject, micros, *_ in rows:
+        if packing == "contiguous":
+            groups.setdefault(f"{heads}, {state}, B = {batch}", {})[subject] = float(micros)
+    for figures in groups.values():
+        best = min((name for name in figures if name.startswith(COPY)), key=figures.get, default=None)
+        for name in [name for name in figures if (name.startswith(COPY) and name != best) or "tokens" in name]:
+            del figures[name]
+    return groups
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sglang", help="the folder of SGLang 0.5.23's files")
     parser.add_argument("--csv", help="where figures go")
+    parser.add_argument("--svg", help="where bars go")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--heads", default="16/32,4/8,16/48", help="key and value heads of 128")
     parser.add_argument("--batch", default="1,4,16,64,256,512")
     arguments = parser.parse_args()
     sglang = Peer(arguments.sglang).load() if arguments.sglang else None
+    about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
+    flashinfer = None
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module("flashinfer.gdn_decode")
+        flashinfer = module.gated_delta_rule_decode_pretranspose
+        about.append(f"FlashInfer {importlib.import_module('flashinfer.version').__version__}")
     rows = []
     for pair in arguments.heads.split(","):
         hk, hv = map(int, pair.split("/"))
@@ -213,21 +314,28 @@ def main():
                     if packing == "interleaved" and pair != "16/32":
                         continue
                     case = Case((hk, hv, 128, 128), batch, dtype, packing)
-                    figures = measure(case, sglang, arguments.turns)
+                    figures = measure(case, sglang, flashinfer, arguments.turns)
                     name = str(dtype).removeprefix("torch.")
                     line = ", ".join(f"{subject} {figure[0]:.2f}" for subject, figure in figures.items())
-                    print(f"{pair} {name} {packing} B={batch}: {line}", flush=True)
+                    print(f"{pair} {name} {packing} B={batch}: {line}; bytes a second, of the copy's: {share_of_copy(case, figures):.3f}", flush=True)
                     for subject, (micros, out_error, state_error) in figures.items():
                         rows.append([pair, name, packing, batch, subject, f"{micros:.3f}", out_error, state_error])
                     del case
                     torch.cuda.empty_cache()
+                    write(arguments, rows, ", ".join(about))
+
+
+def write(arguments, rows, about):
+    """What there is so far: a run that is ended early has left its figures."""
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.writer(file)
-            about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
-            writer.writerow(["# " + ", ".join(map(str, about))])
+            writer.writerow([f"# {about}"])
             writer.writerow(["heads", "state", "packing", "batch", "subject", "microseconds", "error of out", "error of state"])
             writer.writerows(rows)
+    if arguments.svg:
+        title = "Decode of one token: gdn and SGLang's chain, projections in, normed heads out; and recurrences alone"
+        Path(arguments.svg).write_text(svg(title, f"{about}; heads of 128, bf16", bars(rows)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 """What a call of decode with given outputs costs the host, on a GPU: the time until it returns, µs.
 
     pip install ./python torch
-    python benches/gpu/host_cost.py
+    python benches/gpu/host_cost.py --csv OUT.csv
 
 One sequence of 16/32 heads of 128, bf16, f32 states. Subjects take turns; a figure is the median over turns of the mean of some calls,
 which wait for the GPU before and after, not between: few enough that the queue of launches never fills. "check" is what is read and checked
 without a launch, "kernel" a launch of PyTorch's for comparison.
 """
 
+import argparse
 import contextlib
+import csv
+import datetime
 import statistics
 import time
 
@@ -90,9 +93,12 @@ def subjects():
 
 
 def main() -> None:
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, gdn {gdn.__version__}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="where figures go")
+    arguments = parser.parse_args()
+    about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"gdn {gdn.__version__}"]
+    print(", ".join(about))
+    rows = []
     for mode in (contextlib.nullcontext, torch.inference_mode):
         with mode():
             found = dict(subjects())
@@ -109,9 +115,14 @@ def main() -> None:
                     times[name].append((time.perf_counter() - start) / CALLS * 1e6)
                     torch.cuda.synchronize()
         for name, each in times.items():
-            print(
-                f"{mode.__name__:14} {name:32} {statistics.median(each):6.2f} ({min(each):.2f})"
-            )
+            print(f"{mode.__name__:14} {name:32} {statistics.median(each):6.2f} ({min(each):.2f})")
+            rows.append(["inference" if mode is torch.inference_mode else "default", name, f"{statistics.median(each):.2f}", f"{min(each):.2f}"])
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([f"# {', '.join(about)}, us"])
+            writer.writerow(["mode", "subject", "median", "least"])
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 """Prefill on a GPU: the whole core in gdn against chains of the engines' kernels, and what each makes of hostile inputs, in one process.
 
     pip install ./python && pip install --no-deps fla-core==0.6.0
+    pip install flash-qla==0.1.3 tilelang==0.1.12 flashinfer-python==0.7.2 nvidia-cutlass-dsl[cu13]
     python python/tests/peers.py sglang vllm
     python benches/gpu/prefill.py --csv OUT.csv --svg OUT.svg
 
-A chain is SGLang's convolution, vLLM's preparation (split, l2norm, gates), a scan and SGLang's norm; the scans are those that can be loaded of FLA 0.6, SGLang 0.5.23, vLLM 0.33 and
-FlashQLA 0.1.3. Their files are loaded from where they are, with stand-ins for the rest of the engines. Every subject is first held to float64. Each is
-captured in a CUDA graph; graphs are replayed in turns, and a figure is the median over the turns, in microseconds. `alone` are the scans on prepared q, k, v, g, beta.
+A chain is SGLang's convolution, vLLM's preparation (split, l2norm, gates), a scan and SGLang's norm; the scans are those that can be loaded of FLA 0.6, SGLang 0.5.23, vLLM 0.33,
+FlashQLA 0.1.3 (with the context parallelism that it chooses) and FlashInfer 0.7.2 (without its context parallelism, and with it). The engines' files are loaded from where they are, with
+stand-ins for the rest of the engines. Every subject is first held to float64. Each is captured in a CUDA graph; graphs are replayed in turns, and a figure is the median over the turns,
+in microseconds. `alone` are the scans on prepared q, k, v, g, beta.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import contextlib
 import csv
 import datetime
 import importlib
+import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -33,6 +36,7 @@ import stand_ins
 import torch
 import triton
 import vllm_rig
+from bars import svg
 from graphs import graph_of
 
 import gdn
@@ -40,6 +44,7 @@ import gdn
 D = 128
 HEADS = {"16/32": (16, 32, D, D), "4/8": (4, 8, D, D), "16/48": (16, 48, D, D)}
 RAGGED = {"4 x 2048": [2048] * 4, "100, 1, 3000, 777, 4096": [100, 1, 3000, 777, 4096]}
+SCANS = "SGLang,vLLM,FLA,FlashQLA,FlashInfer,FlashInfer with context parallelism"
 #: How many tokens of a sequence, from its first, are held to float64.
 CHECKED = 512
 
@@ -108,10 +113,15 @@ class Engines:
         self.scans = {"SGLang": self._sglang(importlib.import_module(f"{fla}.chunk").chunk_gated_delta_rule)}
         index = importlib.import_module(f"{vllm_rig.FLA}.ops.index")
         self.scans["vLLM"] = self._vllm(vllm.chunk_gated_delta_rule, index)
+        os.environ["FLA_FLASH_QLA"] = "0"  # FLA's own kernels, also where FlashQLA is there
         with contextlib.suppress(ImportError):
             self.scans["FLA"] = self._fla(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, state_v_first=True)
         with contextlib.suppress(ImportError):
             self.scans["FlashQLA"] = self._fla(importlib.import_module("flash_qla").chunk_gated_delta_rule, state_v_first=True)
+        with contextlib.suppress(ImportError):
+            scan = importlib.import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule
+            self.scans["FlashInfer"] = self._flashinfer(scan, use_cp=False)
+            self.scans["FlashInfer with context parallelism"] = self._flashinfer(scan, use_cp=True)
         self.scans = {name: scan for name, scan in self.scans.items() if name in scans}
 
     @staticmethod
@@ -150,7 +160,18 @@ class Engines:
 
         return run
 
-    def prepared(self, case):
+    @staticmethod
+    def _flashinfer(scan, **how):
+        def run(case, q, k, v, g, beta):
+            o, _ = scan(
+                *(one[0] for one in (q, k, v, g, beta)), initial_state=case.state, output_final_state=True, cu_seqlens=case.starts,
+                output_state=case.state, state_indices=case.slots, max_seqlen=max(case.lengths), backend="flashinfer", **how)
+            return o
+
+        run.wants_exp_of_g = True
+        return run
+
+    def prepared(self, case, name):
         hk, hv, dk, dv = case.heads
         w = case.weights
         mixed = case.qkvz[:, : case.channels]
@@ -158,7 +179,8 @@ class Engines:
             mixed.transpose(0, 1), w.conv_weight, None, case.conv, case.starts, case.lengths, cache_indices=case.slots,
             has_initial_state=case.fresh, activation="silu").transpose(0, 1)
         b, a = case.ba.split([hv, hv], dim=1)
-        parts = self.prepare(done, a, b, w.A_log, w.dt_bias, hk, dk, dv)
+        exp = getattr(self.scans[name], "wants_exp_of_g", False)
+        parts = self.prepare(done, a, b, w.A_log, w.dt_bias, hk, dk, dv, output_g_exp=exp)
         return [one.unsqueeze(0) for one in parts]
 
     def chain(self, case, name):
@@ -166,13 +188,13 @@ class Engines:
         z = case.qkvz[:, case.channels :].view(-1, hv, dv)
 
         def run():
-            o = self.scans[name](case, *self.prepared(case))
+            o = self.scans[name](case, *self.prepared(case, name))
             return self.norm(o.view(-1, dv), case.weights.norm_weight, None, z=z, eps=1e-6, is_rms_norm=True).view(-1, hv, dv)
 
         return run
 
     def alone(self, case, name):
-        parts = self.prepared(case)
+        parts = self.prepared(case, name)
         return lambda: self.scans[name](case, *parts)
 
 
@@ -307,30 +329,16 @@ def first_results(processes):
 # ---- what comes out
 
 
-def svg(rows, about):
-    """Bars: for each shape the time of gdn's whole core and of the best chain."""
-    shapes = {}
+def bars(rows):
+    """For each shape the time of gdn's whole core and of the fastest chain."""
+    groups = {}
     for heads, shape, subject, micros, *_ in rows:
         if subject == "gdn" or subject.startswith("chain"):
-            shapes.setdefault((heads, shape), {})[subject] = float(micros)
-    lines, y = [], 60
-    for (heads, shape), figures in shapes.items():
-        chains = {name: one for name, one in figures.items() if name != "gdn"}
-        if "gdn" not in figures or not chains:
-            continue
-        best = min(chains, key=chains.get)
-        top = max(figures["gdn"], chains[best])
-        lines.append(f'<text x="8" y="{y + 16}">{heads}, {shape}</text>')
-        for i, (name, colour) in enumerate((("gdn", "#2a7"), (best, "#999"))):
-            width = 420 * figures[name] / top
-            lines.append(f'<rect x="230" y="{y + 14 * i}" width="{width:.1f}" height="11" fill="{colour}"/>')
-            lines.append(f'<text x="{236 + width:.1f}" y="{y + 10 + 14 * i}">{figures[name]:.0f} us, {name}</text>')
-        y += 38
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{y + 8}" font-family="sans-serif" font-size="12">']
-    head.append('<rect width="100%" height="100%" fill="white"/>')
-    head.append('<text x="8" y="22" font-size="15">Prefill of one layer, projections in, normed heads out: gdn, and the fastest chain</text>')
-    head.append(f'<text x="8" y="42" fill="#555">{about}; heads of 128, bf16, states f32</text>')
-    return "\n".join([*head, *lines, "</svg>", ""])
+            groups.setdefault(f"{heads}, {shape}", {})[subject] = float(micros)
+    for label, figures in groups.items():
+        chains = sorted((name for name in figures if name != "gdn"), key=figures.get)
+        groups[label] = {name: figures[name] for name in ("gdn", *chains[:1]) if name in figures}
+    return groups
 
 
 def write(arguments, rows, hostile_rows, about):
@@ -345,7 +353,8 @@ def write(arguments, rows, hostile_rows, about):
             writer.writerow(["input", "", "subject", "not finite", "error of out", "error of state"])
             writer.writerows([[kind, "", name, bad, out, state] for kind, name, out, state, bad in hostile_rows])
     if arguments.svg:
-        Path(arguments.svg).write_text(svg(rows, about))
+        title = "Prefill of one layer, projections in, normed heads out: gdn, and the fastest chain"
+        Path(arguments.svg).write_text(svg(title, f"{about}; heads of 128, bf16, states f32", bars(rows)))
 
 
 def main():
@@ -355,7 +364,7 @@ def main():
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--heads", default=",".join(HEADS))
     parser.add_argument("--tokens", default="512,2048,8192,32768,ragged")
-    parser.add_argument("--scans", default="SGLang,vLLM,FLA,FlashQLA", help="which, of those that can be loaded")
+    parser.add_argument("--scans", default=SCANS, help="which, of those that can be loaded")
     parser.add_argument("--no-errors", action="store_true", help="without hostile inputs")
     parser.add_argument("--first", type=int, default=3, help="processes for the time to the first result")
     parser.add_argument("--first-result", action="store_true", help=argparse.SUPPRESS)
@@ -364,6 +373,9 @@ def main():
         return first_result()
     torch.set_grad_enabled(False)
     about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
+    for package in ("fla-core", "flash-qla", "flashinfer-python"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about.append(f"{package} {importlib.metadata.version(package)}")
     rows, hostile_rows = [], []
     with contextlib.ExitStack() as stack:
         for package, rig in (("sglang", sglang_rig), ("vllm", vllm_rig)):

@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""SGLang's Gated DeltaNet layer on a GPU, as it is and with gdn in it, in CUDA graphs, in one process.
+"""SGLang's Gated DeltaNet layer on a GPU, as it is and with gdn in it, in one process.
 
     pip install ./python && python python/tests/peers.py sglang
     python benches/gpu/sglang_layer.py --csv OUT.csv
 
-The layers are SGLang's own, with their backends and kernels (python/tests/sglang_rig.py says what is stood in for), decoding and verifying drafts. `core` is all between
-the GEMMs, `layer` has them too, for a hidden size of 2048. Graphs of calls, each on slots of its own, together larger than the second-level cache, are
-replayed in turns; a figure is the median over the turns, in microseconds a call.
+The layers are SGLang's own, with their backends and kernels (python/tests/sglang_rig.py says what is stood in for), decoding, verifying drafts, and taking prompts in
+(`extend`). `core` is all between the GEMMs, `layer` has them too, for a hidden size of 2048. Graphs of calls of the first two, each on slots of its own, together larger
+than the second-level cache, are replayed in turns; a figure is the median over the turns, in microseconds a call. Prompts go in without a graph, as in SGLang: there a
+figure is from the call of `forward` until the GPU is through.
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
 os.environ["GDN_OPS"] = "split,decode,verify,prefill"
@@ -30,19 +33,14 @@ from graphs import graph_of
 import gdn.integrations.sglang as integration
 
 HIDDEN = 2048
+HEADS = (16, 32, 128, 128)
 
 
-def subjects(rig, batch_size, tokens, calls):
-    """Calls of the layer's `forward`, each on slots of its own, by what is timed."""
+def parts(rig, rows):
+    """The layer's `forward` by what is in it: a function of a batch."""
     hv, dv = rig.heads[1::2]
-    rig.project(batch_size * tokens)
-    order = torch.randperm(rig.slots)[: calls * batch_size].view(calls, batch_size)
-    starts = torch.arange(batch_size + 1) * tokens
-    steps = []
-    for slots in order:
-        batch = rig.step("DECODE" if tokens == 1 else "TARGET_VERIFY", slots, starts)
-        steps.append((batch, rig.backend.forward_metadata))
-    hidden = rig.random(batch_size * tokens, HIDDEN)
+    rig.project(rows)
+    hidden = rig.random(rows, HIDDEN)
     wide = [rig.random(one.shape[1], HIDDEN, scale=HIDDEN**-0.5) for one in rig.projections]
     back = rig.random(HIDDEN, hv * dv, scale=(hv * dv) ** -0.5)
     given = rig.layer._forward_input_proj, rig.layer.out_proj
@@ -51,12 +49,30 @@ def subjects(rig, batch_size, tokens, calls):
         lambda core: (torch.nn.functional.linear(core, back), None),
     )
 
-    def run(i, parts):
-        batch, rig.backend.forward_metadata = steps[i]
-        rig.layer._forward_input_proj, rig.layer.out_proj = parts
+    def run(batch, gemms):
+        rig.layer._forward_input_proj, rig.layer.out_proj = gemms
         return rig.layer.forward(hidden, batch)
 
-    return {"core": lambda i: run(i, given), "layer": lambda i: run(i, with_gemms)}
+    return {"core": lambda batch: run(batch, given), "layer": lambda batch: run(batch, with_gemms)}
+
+
+def subjects(rig, batch_size, tokens, calls):
+    """Calls of the layer's `forward`, each on slots of its own, by what is timed."""
+    order = torch.randperm(rig.slots)[: calls * batch_size].view(calls, batch_size)
+    starts = torch.arange(batch_size + 1) * tokens
+    steps = []
+    for slots in order:
+        batch = rig.step("DECODE" if tokens == 1 else "TARGET_VERIFY", slots, starts)
+        steps.append((batch, rig.backend.forward_metadata))
+
+    def call(run):
+        def of(i):
+            batch, rig.backend.forward_metadata = steps[i]
+            return run(batch)
+
+        return of
+
+    return {part: call(run) for part, run in parts(rig, batch_size * tokens).items()}
 
 
 def measure(rig, batch_size, tokens, calls, turns):
@@ -83,14 +99,46 @@ def measure(rig, batch_size, tokens, calls, turns):
     return {key: statistics.median(one) for key, one in times.items()}
 
 
+def measure_extend(rig, lengths, turns):
+    """Microseconds from a call until the GPU is through, for prompts of so many tokens, each the first of its slot."""
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    prefixes = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
+    batch = rig.step("EXTEND", torch.arange(len(lengths)), starts, extend_prefix_lens=prefixes)
+    times = {}
+    with torch.no_grad():
+        for part, run in parts(rig, sum(lengths)).items():
+            for turn in range(turns + 1):
+                for who in ("SGLang", "gdn"):
+                    with integration.installed() if who == "gdn" else contextlib.nullcontext():
+                        run(batch)  # what a first call does, and what switching does
+                        torch.cuda.synchronize()
+                        start = time.perf_counter()
+                        run(batch)
+                        torch.cuda.synchronize()
+                        took = (time.perf_counter() - start) * 1e6
+                    if turn:
+                        times.setdefault((part, who), []).append(took)
+    return {key: statistics.median(one) for key, one in times.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="where figures go")
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--batch", default="1,4,16,64,256")
     parser.add_argument("--tokens", default="1,4", help="1 for decoding, more for drafts")
+    parser.add_argument("--prompts", default="512,2048,8192,4x2048", help="lengths of prompts that go in, alone or LENGTHS as often as said")
     arguments = parser.parse_args()
     rows = []
+
+    def keep(packing, state, step, tokens, batch_size, figures):
+        name = str(state).removeprefix("torch.")
+        for part in ("core", "layer"):
+            theirs, ours = figures[part, "SGLang"], figures[part, "gdn"]
+            what = f"{packing} {name} {step} T={tokens} B={batch_size} {part}"
+            print(f"{what}: SGLang {theirs:.2f}, gdn {ours:.2f}, {theirs / ours:.2f} times", flush=True)
+            rows.append([packing, name, step, tokens, batch_size, part, f"{theirs:.3f}", f"{ours:.3f}"])
+
     import sglang_rig as rigs
 
     with stand_ins.engine(peers.folder("sglang"), "sglang", rigs.REAL, rigs.given()):
@@ -101,21 +149,24 @@ def main():
                         if tokens > 1 and batch_size > 64:
                             continue
                         calls = max(2, min(32, (256 << 20) // (batch_size * 32 * 128 * 128 * state.itemsize)))
-                        rig = rigs.Rig(packing, (16, 32, 128, 128), slots=calls * batch_size, state_dtype=state, tokens=tokens, rows=batch_size + 1)
+                        rig = rigs.Rig(packing, HEADS, slots=calls * batch_size, state_dtype=state, tokens=tokens, rows=batch_size + 1)
                         figures = measure(rig, batch_size, tokens, calls, arguments.turns)
-                        name = str(state).removeprefix("torch.")
-                        for part in ("core", "layer"):
-                            theirs, ours = figures[part, "SGLang"], figures[part, "gdn"]
-                            print(f"{packing} {name} T={tokens} B={batch_size} {part}: SGLang {theirs:.2f}, gdn {ours:.2f}, {theirs / ours:.2f} times", flush=True)
-                            rows.append([packing, name, tokens, batch_size, part, f"{theirs:.3f}", f"{ours:.3f}"])
+                        keep(packing, state, "decode" if tokens == 1 else "verify", tokens, batch_size, figures)
                         del rig
                         torch.cuda.empty_cache()
+            for prompts in filter(None, arguments.prompts.split(",")):
+                *often, length = map(int, prompts.split("x"))
+                lengths = (often[0] if often else 1) * [length]
+                rig = rigs.Rig(packing, HEADS, slots=len(lengths), rows=len(lengths) + 1)
+                keep(packing, torch.float32, "extend", length, len(lengths), measure_extend(rig, lengths, arguments.turns))
+                del rig
+                torch.cuda.empty_cache()
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.writer(file)
             about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "SGLang 0.5.23"]
             writer.writerow(["# " + ", ".join(map(str, about))])
-            writer.writerow(["packing", "state", "tokens", "batch", "part", "SGLang us", "with gdn us"])
+            writer.writerow(["packing", "state", "step", "tokens", "batch", "part", "SGLang us", "with gdn us"])
             writer.writerows(rows)
 
 

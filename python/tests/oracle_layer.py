@@ -50,13 +50,9 @@ def unpacked(projections: Any, numbers: Numbers) -> list[Any]:
     return [mixed_qkv, z.reshape(-1, hv, dv), b, a]
 
 
-def step(numbers: Numbers, weights: Weights, token: Any, window: Any, state: Any) -> tuple[Any, Any, Any]:
-    """One token of one sequence: out [HV, DV], the window [C, W - 1] and the state [HV, DV, DK] after it. All in float64."""
+def recurrence(numbers: Numbers, weights: Weights, c: Any, b: Any, a: Any, state: Any) -> tuple[Any, Any]:
+    """One token from its convolved features [C] on, without the norm: o [HV, DV] and the state after it. All in float64."""
     hk, hv, dk, dv = numbers.heads
-    x, z, b, a = token
-    taps = torch.cat([window, x[:, None]], dim=1)
-    c = (taps * weights.conv_weight).sum(1)
-    c = F.silu(c if weights.conv_bias is None else c + weights.conv_bias)
     q, k, v = c[: hk * dk].view(hk, dk), c[hk * dk : 2 * hk * dk].view(hk, dk), c[2 * hk * dk :].view(hv, dv)
     scale = dk**-0.5 if numbers.scale is None else numbers.scale
     q = q / (q.square().sum(-1, keepdim=True) + numbers.l2norm_eps).sqrt() * scale
@@ -67,7 +63,16 @@ def step(numbers: Numbers, weights: Weights, token: Any, window: Any, state: Any
     state = g.exp()[:, None, None] * state
     read = (state @ k[:, :, None])[..., 0]
     state = state + (beta[:, None] * (v - read))[:, :, None] * k[:, None, :]
-    o = (state @ q[:, :, None])[..., 0]
+    return (state @ q[:, :, None])[..., 0], state
+
+
+def step(numbers: Numbers, weights: Weights, token: Any, window: Any, state: Any) -> tuple[Any, Any, Any]:
+    """One token of one sequence: out [HV, DV], the window [C, W - 1] and the state [HV, DV, DK] after it. All in float64."""
+    x, z, b, a = token
+    taps = torch.cat([window, x[:, None]], dim=1)
+    c = (taps * weights.conv_weight).sum(1)
+    c = F.silu(c if weights.conv_bias is None else c + weights.conv_bias)
+    o, state = recurrence(numbers, weights, c, b, a, state)
     y = o / (o.square().mean(-1, keepdim=True) + numbers.norm_eps).sqrt() * weights.norm_weight
     return y * (F.silu(z) if numbers.gate == "silu" else z.sigmoid()), taps[:, 1:], state
 
