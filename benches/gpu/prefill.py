@@ -110,19 +110,19 @@ class Engines:
         self.norm = importlib.import_module(f"{fla}.layernorm_gated").layernorm_fn
         vllm = importlib.import_module(f"{vllm_rig.FLA}.ops")
         self.prepare = vllm.fused_post_conv_prep
-        self.scans = {"SGLang": self._sglang(importlib.import_module(f"{fla}.chunk").chunk_gated_delta_rule)}
-        index = importlib.import_module(f"{vllm_rig.FLA}.ops.index")
-        self.scans["vLLM"] = self._vllm(vllm.chunk_gated_delta_rule, index)
         os.environ["FLA_FLASH_QLA"] = "0"  # FLA's own kernels, also where FlashQLA is there
-        with contextlib.suppress(ImportError):
-            self.scans["FLA"] = self._fla(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, state_v_first=True)
-        with contextlib.suppress(ImportError):
-            self.scans["FlashQLA"] = self._fla(importlib.import_module("flash_qla").chunk_gated_delta_rule, state_v_first=True)
-        with contextlib.suppress(ImportError):
-            scan = importlib.import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule
-            self.scans["FlashInfer"] = self._flashinfer(scan, use_cp=False)
-            self.scans["FlashInfer with context parallelism"] = self._flashinfer(scan, use_cp=True)
-        self.scans = {name: scan for name, scan in self.scans.items() if name in scans}
+        wanted = {
+            "SGLang": lambda: self._sglang(importlib.import_module(f"{fla}.chunk").chunk_gated_delta_rule),
+            "vLLM": lambda: self._vllm(vllm.chunk_gated_delta_rule, importlib.import_module(f"{vllm_rig.FLA}.ops.index")),
+            "FLA": lambda: self._fla(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule, state_v_first=True),
+            "FlashQLA": lambda: self._fla(importlib.import_module("flash_qla").chunk_gated_delta_rule, state_v_first=True),
+            "FlashInfer": lambda: self._flashinfer(use_cp=False),
+            "FlashInfer with context parallelism": lambda: self._flashinfer(use_cp=True),
+        }
+        self.scans = {}
+        for name in scans:
+            with contextlib.suppress(ImportError):
+                self.scans[name] = wanted[name]()
 
     @staticmethod
     def _sglang(scan):
@@ -161,7 +161,9 @@ class Engines:
         return run
 
     @staticmethod
-    def _flashinfer(scan, **how):
+    def _flashinfer(**how):
+        scan = importlib.import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule
+
         def run(case, q, k, v, g, beta):
             o, _ = scan(
                 *(one[0] for one in (q, k, v, g, beta)), initial_state=case.state, output_final_state=True, cu_seqlens=case.starts,
