@@ -48,5 +48,13 @@ macro_rules! text {
     };
 }
 
+/// The machine's code in a file.
+#[cfg(not(target_arch = "nvptx64"))]
+macro_rules! code {
+    ($file:literal) => {
+        include_bytes!(concat!("../ptx/", $file))
+    };
+}
+
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod modules;

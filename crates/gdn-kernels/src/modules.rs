@@ -1,7 +1,8 @@
 //! THE table of kernels: which there are, what they are compiled for, and what must hold of each. `cargo
 //! xtask ptx` builds and checks from it, the library loads from it.
 //!
-//! `text!` is defined by who includes this file: the library embeds the PTX, `xtask` makes it.
+//! `text!` and `code!` are defined by who includes this file: the library embeds the PTX and the machine's code,
+//! `xtask` makes them.
 
 /// What PTX is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +113,25 @@ impl Kernel {
     }
 }
 
+/// Machine code: it runs on devices of one compute capability.
+#[derive(Clone, Copy, Debug)]
+pub struct Code {
+    /// As ptxas calls the device.
+    pub gpu: &'static str,
+    /// Its compute capability.
+    pub capability: (i32, i32),
+    /// An ELF file.
+    pub bytes: &'static [u8],
+}
+
+/// Of compute capability 9.0, as ptxas calls it, in a file. On others the driver compiles the PTX, once: it
+/// keeps what it made.
+macro_rules! of_hopper {
+    ($gpu:literal, $file:literal) => {
+        &[Code { gpu: $gpu, capability: (9, 0), bytes: code!($file) }]
+    };
+}
+
 /// The kernels of an op for a target: one file of PTX.
 #[derive(Clone, Copy, Debug)]
 pub struct Module {
@@ -121,6 +141,8 @@ pub struct Module {
     pub target: Target,
     /// The PTX.
     pub ptx: &'static str,
+    /// What ptxas made of it for some devices, which need not compile it then.
+    pub code: &'static [Code],
     /// The kernels, in families: the driver compiles a family when one of it is first called.
     pub families: &'static [&'static [Kernel]],
 }
@@ -134,16 +156,41 @@ impl Module {
 
 /// Those of the library. Of the modules of an op the first that runs on a device is the one for it.
 pub static MODULES: &[Module] = &[
-    Module { op: "split", target: Target::Sm90, ptx: text!("split.sm_90.ptx"), families: SPLIT },
-    Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), families: SPLIT },
-    Module { op: "decode", target: Target::Sm90, ptx: text!("decode.sm_90.ptx"), families: DECODE_90 },
-    Module { op: "decode", target: Target::Sm80, ptx: text!("decode.sm_80.ptx"), families: DECODE_80 },
-    Module { op: "prefill", target: Target::Sm80, ptx: text!("prefill.sm_80.ptx"), families: PREFILL },
+    Module {
+        op: "split",
+        target: Target::Sm90,
+        ptx: text!("split.sm_90.ptx"),
+        code: of_hopper!("sm_90", "split.sm_90.sm_90.cubin"),
+        families: SPLIT,
+    },
+    Module { op: "split", target: Target::Sm80, ptx: text!("split.sm_80.ptx"), code: &[], families: SPLIT },
+    Module {
+        op: "decode",
+        target: Target::Sm90,
+        ptx: text!("decode.sm_90.ptx"),
+        code: of_hopper!("sm_90", "decode.sm_90.sm_90.cubin"),
+        families: DECODE_90,
+    },
+    Module {
+        op: "decode",
+        target: Target::Sm80,
+        ptx: text!("decode.sm_80.ptx"),
+        code: &[],
+        families: DECODE_80,
+    },
+    Module {
+        op: "prefill",
+        target: Target::Sm80,
+        ptx: text!("prefill.sm_80.ptx"),
+        code: of_hopper!("sm_90", "prefill.sm_80.sm_90.cubin"),
+        families: PREFILL,
+    },
     // Beside the other kernels, on devices that have it.
     Module {
         op: "prefill_wgmma",
         target: Target::Sm90a,
         ptx: text!("prefill_wgmma.sm_90a.ptx"),
+        code: of_hopper!("sm_90a", "prefill_wgmma.sm_90a.sm_90a.cubin"),
         families: PREFILL_WGMMA,
     },
 ];
@@ -154,19 +201,22 @@ pub static PROBES: &[Module] = &[
         op: "convergence",
         target: Target::Sm80,
         ptx: text!("convergence.sm_80.ptx"),
+        code: &[],
         families: CONVERGENCE,
     },
-    Module { op: "probe", target: Target::Sm80, ptx: text!("probe.sm_80.ptx"), families: PROBE },
+    Module { op: "probe", target: Target::Sm80, ptx: text!("probe.sm_80.ptx"), code: &[], families: PROBE },
     Module {
         op: "probe_hopper",
         target: Target::Sm90,
         ptx: text!("probe_hopper.sm_90.ptx"),
+        code: &[],
         families: PROBE_HOPPER,
     },
     Module {
         op: "probe_wgmma",
         target: Target::Sm90a,
         ptx: text!("probe_wgmma.sm_90a.ptx"),
+        code: &[],
         families: PROBE_WGMMA,
     },
 ];

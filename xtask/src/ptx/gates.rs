@@ -209,8 +209,15 @@ impl Tools {
                 .with_context(|| format!("{} for {gpu}", ptx.display()))?;
         // Said where a product's registers are touched before it is done.
         ensure!(!report.contains("wgmma.mma_async instructions are serialized"), "{report}");
-        let code = output(Command::new(self.bin.join("cuobjdump")).arg("--dump-sass").arg(&cubin))?;
-        functions(&code, &report)
+        let said = cubin.with_extension("report");
+        fs::write(&said, report)?;
+        self.code(&cubin, &said)
+    }
+
+    /// The kernels of machine code, of which ptxas said what is in the file `said`.
+    pub(super) fn code(&self, cubin: &Path, said: &Path) -> Result<Vec<Function>> {
+        let code = output(Command::new(self.bin.join("cuobjdump")).arg("--dump-sass").arg(cubin))?;
+        functions(&code, &fs::read_to_string(said)?)
     }
 }
 
@@ -268,7 +275,7 @@ mod tests {
         collectives: Some(Collectives { barriers: 1, ..Collectives::NONE }),
         ..Kernel::new("k")
     }]];
-    const MODULE: Module = Module { op: "k", target: Target::Sm80, ptx: "", families: TABLE };
+    const MODULE: Module = Module { op: "k", target: Target::Sm80, ptx: "", code: &[], families: TABLE };
 
     #[test]
     fn what_no_driver_loads_is_refused() {

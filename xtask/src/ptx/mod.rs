@@ -4,7 +4,8 @@
 //! Plain calls of rustc make core, compiler_builtins and the crates of device code; unstable features are
 //! opened for these alone. What comes out is cleaned of comments and of the panic handler, held against what
 //! a driver can load, assembled by ptxas for every GPU there is to be had, and held to what the table of
-//! kernels says of it (`crates/gdn-kernels/src/modules.rs`).
+//! kernels says of it (`crates/gdn-kernels/src/modules.rs`). Where the table asks for machine code too, what ptxas
+//! made is kept beside it.
 
 mod compiler;
 mod gates;
@@ -13,6 +14,13 @@ mod gates;
 macro_rules! text {
     ($file:literal) => {
         ""
+    };
+}
+
+/// As `text!`.
+macro_rules! code {
+    ($file:literal) => {
+        &[]
     };
 }
 
@@ -29,9 +37,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 use compiler::{CRATES, Compiler, Job, VERSION};
 use gates::Tools;
-use modules::{MODULES, Module, PROBES};
+use modules::{Code, MODULES, Module, PROBES};
 
 const HASH_FILE: &str = "sources.hash";
+/// Of each file of machine code its name, the hash of the PTX and the version of ptxas it was made of, and its own.
+const CODE_FILE: &str = "code.hash";
 
 /// Whether the compiler and its source are there.
 pub(crate) fn can_build() -> bool {
@@ -67,17 +77,9 @@ pub(crate) fn run(check: bool) -> Result<()> {
     for module in PROBES.iter().chain(MODULES) {
         let file = format!("{}.{}.ptx", module.op, module.target.name());
         let text = build.checked(module, &file).with_context(|| file.clone())?;
-        let path = committed.join(&file);
-        if check {
-            let old = fs::read_to_string(&path).unwrap_or_default();
-            ensure!(
-                old == text,
-                "{} is stale: run `cargo xtask ptx` and commit what it writes (this build: {})",
-                path.display(),
-                build.dir.join(file).display()
-            );
-        } else {
-            fs::write(&path, &text)?;
+        keep(check, &committed, &file, text.as_bytes())?;
+        for code in module.code {
+            code_of(check, &build, &committed, (module, code), &text)?;
         }
         println!("ptx: {file}: {} kernels, {} bytes", module.kernels().count(), text.len());
     }
@@ -91,6 +93,52 @@ pub(crate) fn run(check: bool) -> Result<()> {
         fs::write(recorded, hash + "\n")?;
     }
     Ok(())
+}
+
+/// Writes a file among the committed ones; with `check`, sees that it is there already.
+fn keep(check: bool, committed: &Path, file: &str, made: &[u8]) -> Result<()> {
+    let path = committed.join(file);
+    if check {
+        let is_there = fs::read(&path).is_ok_and(|old| old == made);
+        ensure!(is_there, "{} is stale: run `cargo xtask ptx` and commit what it writes", path.display());
+        return Ok(());
+    }
+    fs::write(&path, made).with_context(|| path.display().to_string())
+}
+
+/// Keeps the machine code of a module; with `check`, sees that what is there is of this PTX. Registers are not
+/// given out alike by each run of ptxas, so its bytes are not compared: what it was made of is written down, and
+/// the code itself is held to the table.
+fn code_of(
+    check: bool,
+    build: &Build<'_>,
+    committed: &Path,
+    (module, code): (&Module, &Code),
+    text: &str,
+) -> Result<()> {
+    let (file, record) = (file_of_code(module, code), committed.join(CODE_FILE));
+    let path = committed.join(&file);
+    let lines = fs::read_to_string(&record).unwrap_or_default();
+    // ptxas is of a version that is written there.
+    let made_of = fnv(format!("{text}{}", include_str!("requirements.txt")).as_bytes());
+    let line = |bytes: &[u8]| format!("{file} {made_of} {}", fnv(bytes));
+    let is_fresh = fs::read(&path).is_ok_and(|bytes| lines.lines().any(|known| known == line(&bytes)));
+    if !is_fresh {
+        ensure!(!check, "{} is stale: run `cargo xtask ptx` and commit what it writes", path.display());
+        let bytes = fs::read(build.dir.join(&file))?;
+        fs::write(&path, &bytes).with_context(|| path.display().to_string())?;
+        let start = format!("{file} ");
+        let mut lines: Vec<_> = lines.lines().filter(|l| !l.starts_with(&start)).map(str::to_owned).collect();
+        lines.push(line(&bytes));
+        lines.sort();
+        fs::write(record, lines.join("\n") + "\n")?;
+    }
+    let functions = build.tools.code(&path, &build.dir.join(&file).with_extension("report"))?;
+    gates::code(module, &functions).with_context(|| file)
+}
+
+fn file_of_code(module: &Module, code: &Code) -> String {
+    format!("{}.{}.{}.cubin", module.op, module.target.name(), code.gpu)
 }
 
 struct Build<'a> {
@@ -146,13 +194,16 @@ impl Build<'_> {
     }
 }
 
-/// That no PTX lies there of a module that the table has no longer.
+/// That no PTX or code lies there of a module that the table has no longer.
 fn nothing_else(committed: &Path) -> Result<()> {
     for entry in fs::read_dir(committed)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let known = |module: &Module| name == format!("{}.{}.ptx", module.op, module.target.name());
+        let known = |module: &Module| {
+            name == format!("{}.{}.ptx", module.op, module.target.name())
+                || module.code.iter().any(|code| name == file_of_code(module, code))
+        };
         ensure!(
-            name == HASH_FILE || PROBES.iter().chain(MODULES).any(known),
+            name == HASH_FILE || name == CODE_FILE || PROBES.iter().chain(MODULES).any(known),
             "{} belongs to no module of the table: remove it",
             committed.join(name).display()
         );
@@ -173,9 +224,13 @@ fn hash_of_sources(root: &Path) -> Result<String> {
         text += &file.strip_prefix(root)?.to_string_lossy().replace('\\', "/");
         text += &fs::read_to_string(file)?.replace("\r\n", "\n");
     }
-    // FNV-1a: to notice a change, not to withstand anybody.
-    let fnv = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    Ok(format!("{:016x}", text.bytes().fold(0xcbf2_9ce4_8422_2325, fnv)))
+    Ok(fnv(text.as_bytes()))
+}
+
+/// FNV-1a: to notice a change, not to withstand anybody.
+fn fnv(bytes: &[u8]) -> String {
+    let next = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("{:016x}", bytes.iter().fold(0xcbf2_9ce4_8422_2325, next))
 }
 
 /// The Rust files under a folder. The emulator's go into no PTX.

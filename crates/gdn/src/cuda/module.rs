@@ -9,7 +9,7 @@ use cudarc::driver::{
     CudaContext, result,
     sys::{self, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule},
 };
-use gdn_kernels::modules::{self, Kernel, Module};
+use gdn_kernels::modules::{self, Code, Kernel, Module};
 
 use super::{
     error::{CudaError, driver},
@@ -36,11 +36,28 @@ struct Family {
     op: &'static str,
     ptx: &'static str,
     kernels: &'static [Kernel],
+    code: Option<Arc<Loaded>>,
     loaded: OnceLock<Vec<Function>>,
+}
+
+/// Machine code for the device, of all families of a module; loaded when the first of them is, `None` inside
+/// where the driver does not take it.
+#[derive(Debug)]
+struct Loaded {
+    bytes: &'static [u8],
+    module: OnceLock<Option<Handle>>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Function(CUfunction);
+
+#[derive(Debug, Clone, Copy)]
+struct Handle(CUmodule);
+
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
 
 // SAFETY: a handle of the driver, which any thread may use.
 unsafe impl Send for Function {}
@@ -98,10 +115,13 @@ fn families_for(table: &'static [Module], compute_capability: (i32, i32)) -> Vec
         first.is_some_and(|first| std::ptr::eq(first, *module))
     };
     let families = |module: &'static Module| {
-        module.families.iter().map(|kernels| Family {
+        let code = module.code.iter().find(|code| code.capability == compute_capability);
+        let code = code.map(|Code { bytes, .. }| Arc::new(Loaded { bytes, module: OnceLock::new() }));
+        module.families.iter().map(move |kernels| Family {
             op: module.op,
             ptx: module.ptx,
             kernels,
+            code: code.clone(),
             loaded: OnceLock::new(),
         })
     };
@@ -123,13 +143,31 @@ impl Family {
         Ok(self.loaded.get_or_init(|| functions))
     }
 
+    /// Machine code needs no compilation; a driver that does not take it gets PTX.
     fn load(&self, context: &CudaContext) -> Result<Vec<Function>, CudaError> {
-        let ordinal = context.ordinal();
         let _current = Current::new(context)?;
+        let code = self.code.as_ref().and_then(|code| {
+            // SAFETY: an ELF file, which says itself how long it is.
+            let load = || unsafe { result::module::load_data(code.bytes.as_ptr().cast()) }.ok().map(Handle);
+            *code.module.get_or_init(load)
+        });
+        let Handle(module) = match code {
+            Some(module) => module,
+            None => self.compiled(context)?,
+        };
+        self.functions_of(module, context)
+    }
+
+    /// The PTX as the driver compiles it.
+    fn compiled(&self, context: &CudaContext) -> Result<Handle, CudaError> {
         let ptx = CString::new(only(self.ptx, self.kernels)).expect("PTX is a text without zeros");
         // SAFETY: PTX that ends with a zero.
-        let module: CUmodule = unsafe { result::module::load_data(ptx.as_ptr().cast()) }
-            .map_err(driver(ordinal, "cuModuleLoadData"))?;
+        let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
+        module.map(Handle).map_err(driver(context.ordinal(), "cuModuleLoadData"))
+    }
+
+    fn functions_of(&self, module: CUmodule, context: &CudaContext) -> Result<Vec<Function>, CudaError> {
+        let ordinal = context.ordinal();
         let function = |kernel: &Kernel| {
             let name = CString::new(kernel.name).expect("a name without zeros");
             // SAFETY: the module was loaded above and stays.
@@ -232,6 +270,36 @@ mod tests {
                 assert!(text.contains(".version") && text.contains(".target sm_"), "{text}");
             }
         }
+    }
+
+    /// What a device without machine code of its own gets.
+    #[test]
+    fn the_driver_compiles_all_kernels() {
+        let gpu = match crate::cuda::Gpu::new(0) {
+            Ok(gpu) => gpu,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let context = gpu.stream().context();
+        for family in families_for(MODULES, gpu.info().compute_capability) {
+            let Handle(module) = family.compiled(context).unwrap();
+            let functions = family.functions_of(module, context).unwrap();
+            assert_eq!(functions.len(), family.kernels.len());
+            let code = family.code.as_ref().map(|_| family.load(context).unwrap().len());
+            assert!(code.is_none_or(|count| count == functions.len()));
+            // SAFETY: nothing uses its functions.
+            unsafe { result::module::unload(module) }.unwrap();
+        }
+    }
+
+    #[test]
+    fn machine_code_is_an_elf_file() {
+        for module in MODULES {
+            for code in module.code {
+                assert!(code.bytes.starts_with(b"\x7fELF"), "{} for {}", module.op, code.gpu);
+                assert!(module.target.runs_on(code.capability));
+            }
+        }
+        assert!(MODULES.iter().filter(|m| m.code.iter().any(|c| c.capability == (9, 0))).count() == 4);
     }
 
     #[test]

@@ -319,3 +319,36 @@ fn measure_prefill() {
         });
     }
 }
+
+/// To be run by itself in a fresh process, with `CUDA_CACHE_DISABLE=1`: `--ignored --exact --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn time_to_first_prefill() {
+    let start = std::time::Instant::now();
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    stream.clone_htod(&[1u8]).unwrap();
+    stream.synchronize().unwrap();
+    let driver = start.elapsed();
+    let options =
+        Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new([16, 32, 128, 128]) };
+    let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
+    for lens in [vec![100], vec![100], vec![64; 8], vec![64; 8]] {
+        let mut batch = Batch::repeated(&options, form, &lens, 64);
+        batch.prefill_by(None, |call| {
+            let start = std::time::Instant::now();
+            let gpu = Gpu::on(&stream).unwrap();
+            let profile = Profile::of(&gpu);
+            let made = start.elapsed();
+            let placed = Placed::new(call, profile, &gpu);
+            let start = std::time::Instant::now();
+            placed.run(profile, &gpu);
+            stream.synchronize().unwrap();
+            let first = start.elapsed() + made;
+            println!("the driver's own start {driver:.1?}, prefill of {lens:?} {first:.1?} after it");
+        });
+    }
+    let start = std::time::Instant::now();
+    Gpu::on(&stream).unwrap().warmup().unwrap();
+    println!("all other kernels {:.1?}", start.elapsed());
+}
