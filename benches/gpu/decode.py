@@ -199,11 +199,12 @@ def flashinfer_recurrence(case, decode):
     w, out = case.weights, torch.empty(case.batch, 1, hv, dv, device="cuda", dtype=torch.bfloat16)
     q, k, v = case.convolved.split([hk * dk, hk * dk, hv * dv], dim=1)
     q, k, v = (one.reshape(case.batch, 1, -1, dk).contiguous() for one in (q, k, v))
+    slots = [one.clone() for one in case.order]  # it wants them aligned
 
     def run(i):
         decode(
             q, k, v, None, w.A_log, case.a[:, None], w.dt_bias, case.b[:, None], dk**-0.5, out, True, initial_state=case.state,
-            initial_state_indices=case.order[i], backend="flashinfer")
+            initial_state_indices=slots[i], backend="flashinfer")
         return out[:, 0]
 
     return run

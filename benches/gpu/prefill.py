@@ -375,7 +375,7 @@ def main():
         return first_result()
     torch.set_grad_enabled(False)
     about = [str(datetime.date.today()), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}"]
-    for package in ("fla-core", "flash-qla", "flashinfer-python"):
+    for package in ("fla-core", "flash-qla", "tilelang", "flashinfer-python", "nvidia-cutlass-dsl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             about.append(f"{package} {importlib.metadata.version(package)}")
     rows, hostile_rows = [], []

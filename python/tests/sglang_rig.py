@@ -151,18 +151,18 @@ class Rig:
 
     def __post_init__(self) -> None:
         hk, hv, dk, dv = self.heads
-        made = torch.Generator().manual_seed(0)
+        made = torch.Generator(self.device).manual_seed(0)
 
         def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(shape, generator=made) * scale).to(self.device, self.dtype)
+            return (torch.randn(shape, generator=made, device=self.device) * scale).to(self.dtype)
 
         self.random = random
         channels = ol.channels(self.heads)
         self.weights = ol.Weights(
             random(channels, 4, scale=0.3),
             None,
-            torch.rand(hv, generator=made).to(self.device),
-            torch.rand(hv, generator=made).to(self.device),
+            torch.rand(hv, generator=made, device=self.device),
+            torch.rand(hv, generator=made, device=self.device),
             1 + random(dv, scale=0.1),
         )
         self.conv = random(self.slots, channels, 3)
