@@ -66,18 +66,22 @@ def checked(layer, weights, projections, states, options):
     )
 
 
+def decode(layer, projections, states, options):
+    """The call as it is written in an engine."""
+    conv_state, recurrent_state = states
+    state_indices, out = options["state_indices"], options["out"]
+    return lambda: layer.decode(
+        projections, conv_state, recurrent_state, state_indices=state_indices, out=out
+    )
+
+
 def subjects():
     one = torch.zeros(1, device="cuda")
     yield "kernel", one.zero_
     for packed in (True, False):
         layer, projections, weights, states, options = sample(packed)
         how = "packed" if packed else "unpacked"
-        yield (
-            f"gdn.Layer.decode, {how}",
-            lambda layer=layer, given=(projections, *states), options=options: (
-                layer.decode(*given, **options)
-            ),
-        )
+        yield f"gdn.Layer.decode, {how}", decode(layer, projections, states, options)
         op = torch.ops.gdn.decode.out if packed else torch.ops.gdn.decode.unpacked_out
         given = (*projections, *weights, *states, *HEADS)
         yield (

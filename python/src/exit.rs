@@ -60,12 +60,17 @@ fn is_ending() -> bool {
 }
 
 /// Does `work` while other threads of Python go on; under the GIL where the interpreter is about to end.
-pub(crate) fn detach<T: Ungil>(py: Python<'_>, work: impl Ungil + FnOnce() -> T) -> T {
+/// `outside` where the caller is so already.
+pub(crate) fn detach<T: Ungil>(
+    py: Python<'_>,
+    outside: Option<&Outside>,
+    work: impl Ungil + FnOnce() -> T,
+) -> T {
     // With the GIL: `wait` has either not begun, and will see that this call is outside, or has.
     if is_ending() {
         return work();
     }
-    let _outside = Outside::new(py);
+    let _outside = outside.is_none().then(|| Outside::new(py));
     py.detach(work)
 }
 

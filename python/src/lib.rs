@@ -77,7 +77,7 @@ fn four(heads: &Heads) -> [usize; 4] {
 /// One line for each NVIDIA GPU of this machine; the reason where there are none to ask for.
 #[pyfunction]
 fn cuda_devices(py: Python<'_>) -> PyResult<Vec<String>> {
-    let devices = exit::detach(py, gdn::cuda::devices).map_err(|e| ops::cuda_error(&e))?;
+    let devices = exit::detach(py, None, gdn::cuda::devices).map_err(|e| ops::cuda_error(&e))?;
     Ok(devices.iter().map(ToString::to_string).collect())
 }
 

@@ -27,6 +27,8 @@ impl DType {
     pub(crate) const BFLOAT: u8 = 4;
     pub(crate) const COMPLEX: u8 = 5;
     pub(crate) const BOOL: u8 = 6;
+    /// No code of DLPack's: so many and more are types that have none here.
+    pub(crate) const OPAQUE: u8 = 0x80;
 
     /// Bytes of an element; 0 where it is no whole number of them.
     pub(crate) fn size(self) -> usize {

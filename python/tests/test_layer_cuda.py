@@ -150,6 +150,13 @@ def test_calls_like_one_before(door):
         assert torch.equal(again(out=half), first.bfloat16())
     out.zero_()
     assert torch.equal(again(), first)
+    # Other memory, and another dtype, under the same object: `module.to()` has it so.
+    for other in (2 * weights.norm_weight.data, weights.norm_weight.data.bfloat16()):
+        before, weights.norm_weight.data = weights.norm_weight.data, other
+        expected = fresh()
+        assert torch.equal(again(), expected) and torch.equal(again(), expected)
+        weights.norm_weight.data = before
+        assert torch.equal(again(), first)
     refused = (ValueError, RuntimeError)
     for changed, message in [
         (dict(tokens_per_sequence=2), "state_indices has 4 rows"),

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import oracle
+import oracle_layer as ol
 
 import gdn
 from gdn import _gdn
@@ -239,3 +240,31 @@ def test_alignment(no_blocks):
         part.data_ptr() % 64 == 0 for part in gdn.split(*oracle.packed(5, HEADS, torch.float32), *HEADS)
     )
     assert not has_blocks() or split_large(large())[0].data_ptr() % 4096 == 0
+
+
+@pytest.mark.parametrize("door", [gdn.split, torch.ops.gdn.split], ids=["function", "operator"])
+def test_what_is_read_is_not_copied(door):
+    """What PyTorch copies when it is written to stays uncopied where it is read, and is copied where it is written to."""
+    is_shared = torch._C._is_cow_tensor
+    qkvz, ba = torch.randn(3, 160), torch.randn(3, 8)
+    expected = door(qkvz, ba, *HEADS)
+    lazy = torch._lazy_clone(qkvz)
+    assert all(map(torch.equal, door(lazy, ba, *HEADS), expected)) and is_shared(lazy)
+    zeros = [torch.zeros_like(one) for one in expected]
+    out = tuple(map(torch._lazy_clone, zeros))
+    if door is gdn.split:
+        gdn.split(qkvz, ba, *HEADS, out=out)
+    else:
+        torch.ops.gdn.split.out(qkvz, ba, *HEADS, **dict(zip(["mixed_qkv", "z", "b", "a"], out, strict=True)))
+    assert all(map(torch.equal, out, expected)) and not any(one.any() for one in zeros)
+
+
+def test_what_a_layer_reads_is_not_copied():
+    numbers, weights = ol.Numbers(HEADS), ol.weights(HEADS)
+    projections, states = ol.projections(2, numbers, "packed"), ol.states(2, HEADS, "dense")
+    weights = ol.Weights(*map(torch._lazy_clone, (one for one in vars(weights).values())))
+    layer, projections = ol.layer(numbers, weights), tuple(map(torch._lazy_clone, projections))
+    out = torch.empty(2, HEADS[1], HEADS[3])
+    layer.decode(projections, *states, out=out)
+    layer.prefill(projections, torch.tensor([0, 1, 2]), *states, out=out)
+    assert all(map(torch._C._is_cow_tensor, (*projections, weights.conv_weight, weights.A_log)))

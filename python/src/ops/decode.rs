@@ -1,5 +1,7 @@
 //! Decode: the function, and what both doors come to.
 
+use std::sync::Arc;
+
 use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState, cuda};
 use pyo3::{prelude::*, types::PyTuple};
 
@@ -9,7 +11,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Objects, Wish, on_objects, take_projections, take_weights},
+    objects::{Objects, Wish, object, on_objects, projections_of, take_projections, take_weights},
 };
 use crate::{
     ops::{Place, gpu, integer, seen, size},
@@ -35,11 +37,10 @@ pub(crate) struct Call {
 }
 
 /// A call that was checked.
-#[expect(clippy::large_enum_variant, reason = "lives for one call")]
 pub(crate) enum Checked {
     Cpu,
     /// What is left is the launch.
-    Gpu(&'static cuda::Gpu, cuda::DecodePlan),
+    Gpu(&'static cuda::Gpu, Arc<cuda::DecodePlan>),
 }
 
 impl Call {
@@ -58,7 +59,7 @@ impl Call {
             }
             Device::CUDA => {
                 let (call, gpu) = (self.build::<OnDevice>(operands)?, gpu(device.ordinal)?);
-                let plan = gpu.plan_decode(&call).map_err(refused_by_gpu)?;
+                let plan = Arc::new(gpu.plan_decode(&call).map_err(refused_by_gpu)?);
                 seen::keep(self, operands, gpu, &plan);
                 Ok(Checked::Gpu(gpu, plan))
             }
@@ -163,42 +164,46 @@ pub(crate) fn tokens_per_sequence(number: i64) -> PyResult<usize> {
 #[expect(clippy::too_many_arguments, reason = "those of the Python function")]
 pub(crate) fn decode<'py>(
     py: Python<'py>,
-    settings: PyRef<'py, Settings>,
-    weights: Bound<'py, PyTuple>,
-    projections: Bound<'py, PyAny>,
-    conv_state: Option<Bound<'py, PyAny>>,
-    recurrent_state: Option<Bound<'py, PyAny>>,
-    tokens_per_sequence: Bound<'py, PyAny>,
-    state_indices: Option<Bound<'py, PyAny>>,
-    pad_slot_id: Bound<'py, PyAny>,
-    num_accepted_tokens: Option<Bound<'py, PyAny>>,
-    output_state_indices: Option<Bound<'py, PyAny>>,
+    settings: &Settings,
+    weights: &Bound<'py, PyTuple>,
+    projections: &Bound<'py, PyAny>,
+    conv_state: Option<&Bound<'py, PyAny>>,
+    recurrent_state: Option<&Bound<'py, PyAny>>,
+    tokens_per_sequence: &Bound<'py, PyAny>,
+    state_indices: Option<&Bound<'py, PyAny>>,
+    pad_slot_id: &Bound<'py, PyAny>,
+    num_accepted_tokens: Option<&Bound<'py, PyAny>>,
+    output_state_indices: Option<&Bound<'py, PyAny>>,
     disable_state_update: bool,
-    intermediate_states: Option<Bound<'py, PyAny>>,
-    intermediate_conv_windows: Option<Bound<'py, PyAny>>,
-    intermediate_state_indices: Option<Bound<'py, PyAny>>,
-    out: Option<Bound<'py, PyAny>>,
+    intermediate_states: Option<&Bound<'py, PyAny>>,
+    intermediate_conv_windows: Option<&Bound<'py, PyAny>>,
+    intermediate_state_indices: Option<&Bound<'py, PyAny>>,
+    out: Option<&Bound<'py, PyAny>>,
     only_check: bool,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let call = Call {
         layer: settings.0,
-        tokens_per_sequence: size(&tokens_per_sequence, "tokens_per_sequence", 1)?,
-        pad_slot_id: integer(&pad_slot_id, "pad_slot_id", i64::MIN)?,
+        tokens_per_sequence: size(tokens_per_sequence, "tokens_per_sequence", 1)?,
+        pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
         disable_state_update,
     };
-    let mut objects: Objects<'py> = [const { None }; _];
+    let mut objects: Objects<'_, 'py> = [None; _];
+    let projections = projections_of(projections)?;
     take_projections(&projections, &mut objects)?;
-    take_weights(&weights, &mut objects)?;
-    (objects[CONV_STATE], objects[RECURRENT_STATE]) = (conv_state, recurrent_state);
-    objects[STATE_INDICES] = state_indices;
-    (objects[SECOND_INDICES], objects[THIRD_INDICES]) = (num_accepted_tokens, output_state_indices);
-    objects[MORE_INDICES] = intermediate_state_indices;
-    (objects[MORE_STATES], objects[MORE_WINDOWS]) = (intermediate_states, intermediate_conv_windows);
-    objects[OUT] = out;
+    take_weights(weights, &mut objects)?;
+    objects[CONV_STATE] = object(conv_state);
+    objects[RECURRENT_STATE] = object(recurrent_state);
+    objects[STATE_INDICES] = object(state_indices);
+    objects[SECOND_INDICES] = object(num_accepted_tokens);
+    objects[THIRD_INDICES] = object(output_state_indices);
+    objects[MORE_INDICES] = object(intermediate_state_indices);
+    objects[MORE_STATES] = object(intermediate_states);
+    objects[MORE_WINDOWS] = object(intermediate_conv_windows);
+    objects[OUT] = object(out);
     let wish = if only_check { Wish::Check } else { Wish::Run };
     let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |checked, operands: &Operands, place: &Place| unsafe { call.run(checked, operands, place) };
-    on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, check, run)
+    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, check, run)
 }

@@ -2,6 +2,7 @@
 
 use gdn::Heads;
 use pyo3::{
+    Borrowed,
     prelude::*,
     types::{PySequence, PyTuple},
 };
@@ -17,7 +18,12 @@ use crate::{
 };
 
 /// The objects that a call of Python's has, by position.
-pub(crate) type Objects<'py> = [Option<Bound<'py, PyAny>>; COUNT];
+pub(crate) type Objects<'a, 'py> = [Option<Borrowed<'a, 'py, PyAny>>; COUNT];
+
+/// An argument that may be none, as one of them.
+pub(crate) fn object<'a, 'py>(argument: Option<&'a Bound<'py, PyAny>>) -> Option<Borrowed<'a, 'py, PyAny>> {
+    argument.map(Bound::as_borrowed)
+}
 
 /// What is asked with a call's objects.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,39 +42,38 @@ pub(crate) fn on_objects<'py, P: Send>(
     py: Python<'py>,
     names: &'static Names,
     heads: &Heads,
-    mut objects: Objects<'py>,
+    objects: &Objects<'_, 'py>,
     wish: Wish,
     check: impl Fn(&Operands, &Place) -> PyResult<P>,
     run: impl Fn(P, &Operands, &Place) -> PyResult<()> + Sync,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let first = if objects[0].is_some() { 0 } else { 2 };
-    let Some(lead) = objects[first].clone() else {
+    let Some(lead) = objects[first] else {
         return Err(value_error(format!("{} is None, expected a tensor", names[first])));
     };
     let torch = torch::get().filter(|torch| torch.is_tensor(&lead));
     let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     // What is asked of PyTorch may give up the GIL.
-    let _outside = torch.map(|_| Outside::new(py));
+    let outside = torch.map(|_| Outside::new(py));
     let mut operands = Operands::new(names);
     let (mut lent, mut is_operator) = (Vec::new(), false);
     for (i, object) in objects.iter().enumerate() {
         let Some(object) = object else { continue };
-        let mut tensor = Tensor::NONE;
+        let tensor = operands.tensors[i].insert(Tensor::NONE);
         match torch {
-            Some(torch) if torch.borrow(object, names[i], &mut tensor)? => {}
+            Some(torch) if torch.borrow(object, names[i], is_written(i), tensor)? => {}
             Some(torch) if torch.is_tensor(object) => {
                 if wish == Wish::Check {
                     return Err(torch.unwritable(object, names[i], names[first], &lead));
                 }
                 is_operator = true;
             }
-            None if !torch::is_tensor(object) => lent.extend(dlpack::borrow(object, names[i], &mut tensor)?),
+            None if !torch::is_tensor(object) => lent.extend(dlpack::borrow(object, names[i], tensor)?),
             _ => {
                 let (got, expected) = (type_name(object), type_name(&lead));
                 return Err(type_error(format!("{} is a {got}, {} is a {expected}", names[i], names[first])));
             }
         }
-        operands.tensors[i] = Some(tensor);
     }
     let known = operands.tensors[first].unwrap_or(Tensor::NONE);
     let is_fresh = !operands.has(OUT);
@@ -85,67 +90,68 @@ pub(crate) fn on_objects<'py, P: Send>(
         return Ok(None);
     }
     if let Some(torch) = torch
-        && (is_operator || torch.is_watched(py, objects.iter().flatten())?)
+        && (is_operator || torch.is_watched(py, objects.iter().flatten().copied())?)
     {
         return Ok(None);
     }
     if let Some(torch) = torch {
-        let written = || objects.iter().enumerate().filter(|(i, _)| is_written(*i));
-        let (objects, names): (Vec<_>, Vec<_>) =
-            written().filter_map(|(i, object)| Some((object.as_ref()?, names[i]))).unzip();
-        torch.advance_versions(&PyTuple::new(py, objects)?, &names)?;
+        let written = (0..COUNT).filter(|i| is_written(*i));
+        torch.advance_versions(py, written.filter_map(|i| Some((objects[i]?, names[i]))))?;
     }
-    let mut buffers = Vec::new();
+    let (mut buffers, mut out) = (Vec::new(), objects[OUT].map(|out| out.to_owned()));
     if is_fresh {
         let (made, tensor) = fresh(torch, &lead, &known, &shape, names[OUT], &mut buffers)?;
-        (objects[OUT], operands.tensors[OUT]) = (Some(made), Some(tensor));
+        (out, operands.tensors[OUT]) = (Some(made), Some(tensor));
         // It is elsewhere than was imagined.
         checked = Some(check(&operands, &place)?);
     }
     let Some(checked) = checked else { return Ok(None) };
-    exit::detach(py, || run(checked, &operands, &place))?;
+    exit::detach(py, outside.as_ref(), || run(checked, &operands, &place))?;
     drop(lent);
     match buffers.is_empty() {
-        true => Ok(objects[OUT].take()),
+        true => Ok(out),
         false => Ok(handed_over(&lead, buffers)?.pop()),
     }
 }
 
-/// The projections of a call: two or four tensors in a tuple or list, to their places among a call's objects.
-pub(crate) fn take_projections<'py>(
-    projections: &Bound<'py, PyAny>,
-    objects: &mut Objects<'py>,
+/// The projections of a call, two or four tensors in a tuple or list, as a tuple.
+pub(crate) fn projections_of<'py>(projections: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyTuple>> {
+    match (projections.cast_exact::<PyTuple>(), projections.cast::<PySequence>()) {
+        (Ok(tuple), _) => Ok(tuple.clone()),
+        // A tensor can be gone through, and is none.
+        (_, Ok(sequence)) if !torch::is_tensor(projections) => sequence.to_tuple(),
+        _ => Err(type_error(format!("projections is a {}, expected {PROJECTIONS}", type_name(projections)))),
+    }
+}
+
+/// What they are.
+const PROJECTIONS: &str = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
+
+/// The projections, to their places among a call's objects.
+pub(crate) fn take_projections<'a, 'py>(
+    projections: &'a Bound<'py, PyTuple>,
+    objects: &mut Objects<'a, 'py>,
 ) -> PyResult<()> {
-    let expected = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
-    // A tensor can be gone through, and is none.
-    let given: Vec<Bound<'py, PyAny>> =
-        match (projections.cast_exact::<PyTuple>(), projections.cast::<PySequence>()) {
-            (Ok(tuple), _) => tuple.iter().collect(),
-            (_, Ok(_)) if !torch::is_tensor(projections) => projections.extract()?,
-            _ => {
-                return Err(type_error(format!(
-                    "projections is a {}, expected {expected}",
-                    type_name(projections)
-                )));
-            }
-        };
-    let start = match given.len() {
+    let start = match projections.len() {
         2 => 0,
         4 => 2,
-        got => return Err(value_error(format!("projections has {got} tensors, expected {expected}"))),
+        got => return Err(value_error(format!("projections has {got} tensors, expected {PROJECTIONS}"))),
     };
-    for (object, given) in objects[start..].iter_mut().zip(given) {
+    for (object, given) in objects[start..].iter_mut().zip(projections.iter_borrowed()) {
         *object = Some(given);
     }
     Ok(())
 }
 
 /// The five weights, to their places.
-pub(crate) fn take_weights<'py>(weights: &Bound<'py, PyTuple>, objects: &mut Objects<'py>) -> PyResult<()> {
+pub(crate) fn take_weights<'a, 'py>(
+    weights: &'a Bound<'py, PyTuple>,
+    objects: &mut Objects<'a, 'py>,
+) -> PyResult<()> {
     if weights.len() != NORM_WEIGHT + 1 - CONV_WEIGHT {
         return Err(value_error(format!("weights has {} tensors, expected 5", weights.len())));
     }
-    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights) {
+    for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights.iter_borrowed()) {
         *object = Some(given).filter(|given| !given.is_none());
     }
     Ok(())

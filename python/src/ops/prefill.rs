@@ -9,7 +9,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Objects, Wish, on_objects, take_projections, take_weights},
+    objects::{Objects, Wish, object, on_objects, projections_of, take_projections, take_weights},
 };
 use crate::{
     ops::{Place, Scratch, gpu, integer, size},
@@ -137,40 +137,44 @@ pub(crate) fn every(number: i64) -> PyResult<usize> {
 #[expect(clippy::too_many_arguments, reason = "those of the Python function")]
 pub(crate) fn prefill<'py>(
     py: Python<'py>,
-    settings: PyRef<'py, Settings>,
-    weights: Bound<'py, PyTuple>,
-    projections: Bound<'py, PyAny>,
-    cu_seqlens: Option<Bound<'py, PyAny>>,
-    conv_state: Option<Bound<'py, PyAny>>,
-    recurrent_state: Option<Bound<'py, PyAny>>,
-    state_indices: Option<Bound<'py, PyAny>>,
-    pad_slot_id: Bound<'py, PyAny>,
-    has_initial_state: Option<Bound<'py, PyAny>>,
-    checkpoint_every_n_tokens: Bound<'py, PyAny>,
-    checkpoint_starts: Option<Bound<'py, PyAny>>,
-    state_checkpoints: Option<Bound<'py, PyAny>>,
-    conv_checkpoints: Option<Bound<'py, PyAny>>,
-    out: Option<Bound<'py, PyAny>>,
+    settings: &Settings,
+    weights: &Bound<'py, PyTuple>,
+    projections: &Bound<'py, PyAny>,
+    cu_seqlens: Option<&Bound<'py, PyAny>>,
+    conv_state: Option<&Bound<'py, PyAny>>,
+    recurrent_state: Option<&Bound<'py, PyAny>>,
+    state_indices: Option<&Bound<'py, PyAny>>,
+    pad_slot_id: &Bound<'py, PyAny>,
+    has_initial_state: Option<&Bound<'py, PyAny>>,
+    checkpoint_every_n_tokens: &Bound<'py, PyAny>,
+    checkpoint_starts: Option<&Bound<'py, PyAny>>,
+    state_checkpoints: Option<&Bound<'py, PyAny>>,
+    conv_checkpoints: Option<&Bound<'py, PyAny>>,
+    out: Option<&Bound<'py, PyAny>>,
     only_check: bool,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let call = Call {
         layer: settings.0,
-        pad_slot_id: integer(&pad_slot_id, "pad_slot_id", i64::MIN)?,
-        checkpoint_every_n_tokens: size(&checkpoint_every_n_tokens, "checkpoint_every_n_tokens", 0)?,
+        pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
+        checkpoint_every_n_tokens: size(checkpoint_every_n_tokens, "checkpoint_every_n_tokens", 0)?,
     };
-    let mut objects: Objects<'py> = [const { None }; _];
+    let mut objects: Objects<'_, 'py> = [None; _];
+    let projections = projections_of(projections)?;
     take_projections(&projections, &mut objects)?;
-    take_weights(&weights, &mut objects)?;
-    (objects[CONV_STATE], objects[RECURRENT_STATE]) = (conv_state, recurrent_state);
-    objects[STATE_INDICES] = state_indices;
-    (objects[SECOND_INDICES], objects[THIRD_INDICES]) = (cu_seqlens, has_initial_state);
-    objects[MORE_INDICES] = checkpoint_starts;
-    (objects[MORE_STATES], objects[MORE_WINDOWS]) = (state_checkpoints, conv_checkpoints);
-    objects[OUT] = out;
+    take_weights(weights, &mut objects)?;
+    objects[CONV_STATE] = object(conv_state);
+    objects[RECURRENT_STATE] = object(recurrent_state);
+    objects[STATE_INDICES] = object(state_indices);
+    objects[SECOND_INDICES] = object(cu_seqlens);
+    objects[THIRD_INDICES] = object(has_initial_state);
+    objects[MORE_INDICES] = object(checkpoint_starts);
+    objects[MORE_STATES] = object(state_checkpoints);
+    objects[MORE_WINDOWS] = object(conv_checkpoints);
+    objects[OUT] = object(out);
     let wish = if only_check { Wish::Check } else { Wish::Run };
     let check = |operands: &Operands, place: &Place| call.check(operands, place);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |(), operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
-    on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, check, run)
+    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, check, run)
 }

@@ -129,7 +129,7 @@ pub(crate) fn repack_weight<'py>(
     let way = Way::new(&heads, projection.as_ref(), &to, &block, &group)?;
     let torch = torch::get().filter(|torch| torch.is_plain(&weight));
     let mut from = Tensor::NONE;
-    let is_read = torch.map_or(Ok(false), |torch| torch.borrow(&weight, "weight", &mut from))?;
+    let is_read = torch.map_or(Ok(false), |torch| torch.borrow(&weight, "weight", false, &mut from))?;
     let _owner = if is_read { None } else { dlpack::borrow(&weight, "weight", &mut from)? };
     from.check("weight")?;
     let shape: Vec<usize> = from.shape().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();
@@ -164,7 +164,7 @@ pub(crate) fn repack_weight<'py>(
     let into =
         unsafe { RowsMut::from_raw(pointer(&into), size, num_rows, features, features) }.map_err(bad)?;
     if let Some(map) = map {
-        exit::detach(py, || gdn::repack_weight(&map, dim, rows, into)).map_err(bad)?;
+        exit::detach(py, None, || gdn::repack_weight(&map, dim, rows, into)).map_err(bad)?;
     }
     if buffers.is_empty() { Ok(made) } else { Ok(handed_over(&weight, buffers)?.remove(0)) }
 }

@@ -2,7 +2,7 @@
 //! but the call's numbers and on where tensors are, their shapes, strides and dtypes. A loop that decodes has
 //! the same again and again, and then only compares them.
 
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use gdn::cuda::{DecodePlan, Gpu};
 
@@ -16,7 +16,7 @@ struct Seen {
     call: Call,
     tensors: [Option<Tensor>; COUNT],
     gpu: &'static Gpu,
-    plan: DecodePlan,
+    plan: Arc<DecodePlan>,
 }
 
 /// As many as layers of a large model, several times over.
@@ -33,20 +33,20 @@ fn place(operands: &Operands) -> usize {
 
 /// What was made of a call like this one. `None` too where another thread is at that place, or was when the
 /// process was forked: waiting is not worth it.
-pub(crate) fn get(call: &Call, operands: &Operands) -> Option<(&'static Gpu, DecodePlan)> {
+pub(crate) fn get(call: &Call, operands: &Operands) -> Option<(&'static Gpu, Arc<DecodePlan>)> {
     let kept = match SEEN[place(operands)].try_lock() {
         Ok(kept) => kept,
         Err(TryLockError::Poisoned(kept)) => kept.into_inner(),
         Err(TryLockError::WouldBlock) => return None,
     };
     let seen = kept.as_ref().filter(|seen| seen.call == *call && seen.tensors == operands.tensors)?;
-    Some((seen.gpu, seen.plan.clone()))
+    Some((seen.gpu, Arc::clone(&seen.plan)))
 }
 
 /// Keeps a call in place of the one that was there.
-pub(crate) fn keep(call: &Call, operands: &Operands, gpu: &'static Gpu, plan: &DecodePlan) {
+pub(crate) fn keep(call: &Call, operands: &Operands, gpu: &'static Gpu, plan: &Arc<DecodePlan>) {
     if let Ok(mut kept) = SEEN[place(operands)].try_lock() {
-        let seen = Seen { call: *call, tensors: operands.tensors, gpu, plan: plan.clone() };
+        let seen = Seen { call: *call, tensors: operands.tensors, gpu, plan: Arc::clone(plan) };
         *kept = Some(Box::new(seen));
     }
 }

@@ -311,13 +311,13 @@ fn run<'py, const READ: usize>(
     let first = direction.read().start;
     let torch = torch::get().filter(|torch| torch.is_tensor(&read[0]));
     // What is asked of PyTorch may give up the GIL.
-    let _outside = torch.map(|_| Outside::new(py));
+    let outside = torch.map(|_| Outside::new(py));
     let mut lent = Vec::new();
     let mut tensors = [Tensor::NONE; 6];
     let mut is_operator = false;
     for (i, object) in direction.read().zip(&read) {
         match torch {
-            Some(torch) if torch.borrow(object, TENSORS[i], &mut tensors[i])? => {}
+            Some(torch) if torch.borrow(object, TENSORS[i], false, &mut tensors[i])? => {}
             Some(torch) if torch.is_tensor(object) => is_operator = true,
             None if !torch::is_tensor(object) => {
                 lent.extend(dlpack::borrow(object, TENSORS[i], &mut tensors[i])?);
@@ -326,7 +326,7 @@ fn run<'py, const READ: usize>(
         }
     }
     if let Some(torch) = torch
-        && (is_operator || torch.is_watched(py, &read)?)
+        && (is_operator || torch.is_watched(py, read.iter().map(Bound::as_borrowed))?)
     {
         // What can be checked is checked here all the same, so that errors are the same through both doors.
         let is_known =
@@ -343,7 +343,7 @@ fn run<'py, const READ: usize>(
                 if !torch.is_tensor(&object) {
                     return Err(other_framework(TENSORS[i], &object, TENSORS[first], &read[0]));
                 }
-                torch.borrow(&object, TENSORS[i], &mut tensors[i])?;
+                torch.borrow(&object, TENSORS[i], true, &mut tensors[i])?;
             }
             if is_known(&tensors, 0..6) {
                 Call::new(layout, direction, &tensors)?;
@@ -357,7 +357,9 @@ fn run<'py, const READ: usize>(
             borrow_given(out, direction, torch, &read[0], &mut tensors, &mut lent)?;
             let call = Call::new(layout, direction, &tensors)?;
             if let Some(torch) = torch {
-                torch.advance_versions(out, &TENSORS[direction.written()])?;
+                let name = |i: usize| TENSORS[direction.written().start + i];
+                let given = (0..out.len()).filter_map(|i| Some((out.get_borrowed_item(i).ok()?, name(i))));
+                torch.advance_versions(py, given)?;
             }
             (out.clone(), call)
         }
@@ -374,7 +376,7 @@ fn run<'py, const READ: usize>(
         unsafe { call.run(&place)? };
     } else {
         // SAFETY: as above.
-        exit::detach(py, || unsafe { call.run(&place) })?;
+        exit::detach(py, outside.as_ref(), || unsafe { call.run(&place) })?;
     }
     if buffers.is_empty() {
         Ok(Some(results))
@@ -419,7 +421,7 @@ fn borrow_given<'py>(
                     "{argument} requires grad: what is written to has no gradient"
                 )));
             }
-            Some(torch) if torch.borrow(&object, argument, &mut tensors[i])? => {}
+            Some(torch) if torch.borrow(&object, argument, true, &mut tensors[i])? => {}
             Some(torch) if torch.is_tensor(&object) => {
                 return Err(torch.unwritable(&object, argument, TENSORS[first], read));
             }

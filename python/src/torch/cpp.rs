@@ -6,7 +6,10 @@ use std::ffi::{c_char, c_void};
 use libloading::os::unix::Library;
 use pyo3::ffi;
 
-use super::abi::{Delete, Opaque};
+use super::{
+    abi::{Delete, Opaque},
+    inside,
+};
 
 pub(super) struct Cpp {
     pub(super) wrap: Option<Wrap>,
@@ -17,6 +20,7 @@ pub(super) struct Cpp {
     /// thread
     pub(super) what: Option<unsafe extern "C" fn() -> *const c_char>,
     pub(super) seers: Option<Seers>,
+    pub(super) inside: Option<inside::Functions>,
     delete: Option<DeleteValue>,
 }
 
@@ -79,7 +83,19 @@ impl Cpp {
             let modes = |c10| find(c10, "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv", without);
             let tracing = find(cpu, "_ZN5torch3jit6tracer15getTracingStateEv", without);
             let delete = find(cpu, "torch_delete_stable_ivalue", without).map(DeleteValue::C);
+            let is_neg = find(cpu, "_ZN2at6native6is_negERKNS_6TensorE", without);
+            let included =
+                |c10| find(c10, "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE", without);
+            let requires_grad = |c10| find(c10, "_ZNK3c1010TensorImpl13requires_gradEv", without);
+            let (is_included, requires_grad) = (c10.and_then(included), c10.and_then(requires_grad));
             Self {
+                inside: is_neg.zip(is_included).zip(requires_grad).map(
+                    |((is_neg, is_included), requires_grad)| inside::Functions {
+                        is_neg,
+                        is_included,
+                        requires_grad,
+                    },
+                ),
                 seers: c10.and_then(modes).zip(tracing).map(|(modes, tracing)| Seers { modes, tracing }),
                 delete: delete.or_else(|| find(cpu, "_ZdlPv", without).map(DeleteValue::Cpp)),
                 wrap: c.or_else(|| python.and_then(wrap)),

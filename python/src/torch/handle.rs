@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::{
-    Libtorch,
+    Libtorch, OFFSETS,
     abi::{Failed, Opaque, ask},
     cpp::{Versions, Wrap},
     made_in_inference_mode,
@@ -82,7 +82,8 @@ impl Handle<'_> {
             let numbers =
                 |at: *mut i64| if dims == 0 { &[][..] } else { std::slice::from_raw_parts(at, dims) };
             let (dtype, sizes, strides) = (torch.dtype_of(number), numbers(sizes), numbers(strides));
-            let is_freed = sizes.iter().all(|length| *length > 0)
+            let is_freed = address < OFFSETS
+                && sizes.iter().all(|length| *length > 0)
                 && ask!(torch, aoti_torch_get_storage_size(self.0))? == 0;
             if is_freed {
                 return Err(no_memory(argument, sizes));

@@ -5,6 +5,7 @@
 mod abi;
 mod cpp;
 mod handle;
+mod inside;
 mod operators;
 
 use std::{
@@ -27,6 +28,7 @@ use self::{
     abi::{Check, DTYPES, Failed, FromBlob, Functions, ask},
     cpp::Cpp,
     handle::Handle,
+    inside::Inside,
 };
 use crate::{
     dlpack::Exchange,
@@ -41,6 +43,7 @@ pub(crate) struct Libtorch {
     from_blob: Option<FromBlob>,
     check: Check,
     cpp: Cpp,
+    inside: Option<Inside>,
     /// Its numbers for [`DTYPES`].
     dtypes: [i32; DTYPES.len()],
     cuda: i32,
@@ -96,7 +99,8 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
     let cpp = Cpp::find(&cpu, c10.as_ref().ok(), python.as_ref().ok(), without);
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
-    let libtorch = Libtorch {
+    let mut libtorch = Libtorch {
+        inside: None,
         // SAFETY: a number.
         cuda: unsafe { (call.aoti_torch_device_type_cuda)() },
         call,
@@ -116,6 +120,8 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         increment_version: c.getattr("_increment_version")?.unbind(),
         version,
     };
+    let types = [libtorch.tensor.bind(torch.py()), libtorch.parameter.bind(torch.py())];
+    libtorch.inside = Inside::find(&libtorch, types);
     let libtorch = LIBTORCH.get_or_init(|| libtorch);
     // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations
     // are.
@@ -162,6 +168,9 @@ impl Libtorch {
     /// Whether a tensor wants a gradient.
     #[inline]
     pub(crate) fn requires_grad(&self, tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        if let Some(inside) = self.inside.as_ref().filter(|_| self.is_plain(tensor)) {
+            return Ok(inside.requires_grad(&inside.lend(self, tensor)));
+        }
         tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
     }
 
@@ -171,11 +180,11 @@ impl Libtorch {
     pub(crate) fn is_watched<'a, 'py: 'a>(
         &self,
         py: Python<'py>,
-        read: impl IntoIterator<Item = &'a Bound<'py, PyAny>>,
+        read: impl IntoIterator<Item = Borrowed<'a, 'py, PyAny>>,
     ) -> PyResult<bool> {
         if self.is_grad_enabled() {
             for tensor in read {
-                if self.requires_grad(tensor)? {
+                if self.requires_grad(&tensor)? {
                     return Ok(true);
                 }
             }
@@ -198,16 +207,23 @@ impl Libtorch {
     }
 
     /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a
-    /// transform's wrapper, or a lazy conjugate, of which shape and dtype are read all the same.
+    /// transform's wrapper, or a lazy conjugate, of which shape and dtype are read all the same. `write`
+    /// says whether its elements are to be written to.
     #[inline]
     pub(crate) fn borrow(
         &self,
         object: &Bound<'_, PyAny>,
         argument: &str,
+        write: bool,
         tensor: &mut Tensor,
     ) -> PyResult<bool> {
         if !self.is_plain(object) {
             return Ok(false);
+        }
+        if let Some(inside) = &self.inside
+            && inside.read(&inside.lend(self, object), argument, write, tensor)
+        {
+            return Ok(true);
         }
         match self.exchange.borrow(object, argument, tensor) {
             Ok(()) => {}
@@ -353,9 +369,21 @@ impl Libtorch {
     ///
     /// # Errors
     /// Where they may not be: tensors that were made in inference mode, outside of it.
-    pub(crate) fn advance_versions(&self, out: &Bound<'_, PyTuple>, names: &[&str]) -> PyResult<()> {
+    pub(crate) fn advance_versions<'a, 'py: 'a>(
+        &self,
+        py: Python<'py>,
+        written: impl Iterator<Item = (Borrowed<'a, 'py, PyAny>, &'static str)> + Clone,
+    ) -> PyResult<()> {
+        if let (Some(inside), Some(versions)) = (&self.inside, &self.cpp.versions)
+            && written.clone().all(|(object, _)| self.is_plain(&object))
+        {
+            for (object, name) in written {
+                versions.advance(&inside.lend(self, &object), name)?;
+            }
+            return Ok(());
+        }
         if let (Some(unwrap), Some(versions)) = (self.cpp.unwrap, &self.cpp.versions) {
-            for (object, name) in out.iter_borrowed().zip(names) {
+            for (object, name) in written {
                 let mut handle = std::ptr::null_mut();
                 // SAFETY: a tensor, and a place for a handle, which is there if the function says 0.
                 let handle = match unsafe { unwrap(object.as_ptr().cast(), &raw mut handle) } {
@@ -366,7 +394,6 @@ impl Libtorch {
             }
             return Ok(());
         }
-        let py = out.py();
         let is_inference_mode = match &self.cpp.versions {
             // SAFETY: reads a flag of this thread.
             Some(versions) => unsafe { (versions.is_inference_mode)() },
@@ -376,13 +403,14 @@ impl Libtorch {
             }
         };
         if !is_inference_mode {
-            for (object, name) in out.iter_borrowed().zip(names) {
+            for (object, name) in written.clone() {
                 if object.call_method0(intern!(py, "is_inference"))?.is_truthy()? {
                     return Err(made_in_inference_mode(name));
                 }
             }
         }
-        self.increment_version.bind(py).call1((out,)).map(drop)
+        let objects = PyTuple::new(py, written.map(|(object, _)| object).collect::<Vec<_>>())?;
+        self.increment_version.bind(py).call1((objects,)).map(drop)
     }
 
     /// The same for an operator's tensors. Where this PyTorch has no function for it, Python's is called,
@@ -390,7 +418,7 @@ impl Libtorch {
     fn advance_versions_of<'a>(
         &self,
         handles: impl Iterator<Item = &'a Handle<'a>>,
-        names: &[&str],
+        names: &[&'static str],
     ) -> PyResult<()> {
         match (&self.cpp.versions, self.cpp.wrap) {
             (Some(versions), _) => {
@@ -398,7 +426,7 @@ impl Libtorch {
             }
             (None, Some(_)) => Python::attach(|py| {
                 let objects = handles.map(|handle| handle.object(py)).collect::<PyResult<Vec<_>>>()?;
-                self.advance_versions(&PyTuple::new(py, objects)?, names)
+                self.advance_versions(py, objects.iter().map(Bound::as_borrowed).zip(names.iter().copied()))
             }),
             (None, None) => Err(PyRuntimeError::new_err(format!(
                 "torch {} lacks torch::autograd::impl::bump_version, which operators that write to tensors need; \
@@ -415,7 +443,7 @@ impl Libtorch {
                 // SAFETY: a number of libtorch's.
                 let size = unsafe { (self.call.aoti_torch_dtype_element_size)(number) };
                 // No code of DLPack's, and different for every type.
-                DType { code: 0x80 | (number as u8 & 0x7f), bits: (8 * size) as u8, lanes: 1 }
+                DType { code: DType::OPAQUE | (number as u8 & 0x7f), bits: (8 * size) as u8, lanes: 1 }
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Decode on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernel's arguments
 //! and grid for a checked plan.
 
+use std::sync::OnceLock;
+
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
 use gdn_kernels::{
     decode::{
@@ -14,7 +16,7 @@ use super::{
     device::Gpu,
     error::CudaError,
     launch::Launch,
-    module::Current,
+    module::{Current, Function},
     share::{Choice, Profile, Share, Work},
 };
 use crate::{
@@ -71,7 +73,7 @@ impl Gpu {
             let _current = Current::new(self.context())?;
             named(&plan, |argument, address, _| self.owns(argument, address))?;
         }
-        Ok(DecodePlan(job))
+        Ok(DecodePlan { job, function: OnceLock::new() })
     }
 
     /// The launch of a call that was planned for this GPU. It can be repeated while the tensors are where
@@ -85,13 +87,18 @@ impl Gpu {
     /// GPU's.
     pub unsafe fn launch_decode(&self, plan: &DecodePlan, stream: CUstream) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        plan.0.as_ref().map_or(Ok(()), |job| unsafe { job.launch(self, stream) })
+        plan.job.as_ref().map_or(Ok(()), |job| unsafe { job.launch(self, &plan.function, stream) })
     }
 }
 
 /// A checked call of decode on a GPU ([`Gpu::plan_decode`]): the kernel, its arguments and its grid.
 #[derive(Clone, Debug)]
-pub struct DecodePlan(Option<Job>);
+pub struct DecodePlan {
+    /// `None` for no sequences.
+    job: Option<Job>,
+    /// The kernel, once it was launched.
+    function: OnceLock<Function>,
+}
 
 /// Whether [`Gpu::decode_raw`] takes a call: all that is checked before a kernel is launched, without a
 /// device.
@@ -131,7 +138,7 @@ pub(crate) unsafe fn run(
         named(plan, |argument, address, _| gpu.owns(argument, address))?;
     }
     // SAFETY: the caller's promise.
-    unsafe { job.launch(gpu, stream) }
+    unsafe { job.launch(gpu, &OnceLock::new(), stream) }
 }
 
 /// Memory of a slice that a call reads, ordered after what was done to it on other streams; what comes later
@@ -490,15 +497,27 @@ fn kept<const D: usize, const E: usize>(
 
 impl Job {
     /// # Safety
-    /// That of [`Gpu::decode_raw`], for the tensors of the plan that this was made of, for such a GPU.
-    unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
+    /// That of [`Gpu::decode_raw`], for the tensors of the plan that this was made of, for such a GPU, whose
+    /// kernel `function` is if it is known.
+    unsafe fn launch(
+        &self,
+        gpu: &Gpu,
+        function: &OnceLock<Function>,
+        stream: CUstream,
+    ) -> Result<(), CudaError> {
         let _current = Current::new(gpu.context())?;
-        let function = gpu.kernels.kernel(gpu.context(), self.kernel)?;
-        let &Self { blocks, threads, shared, cluster, args, .. } = self;
+        let &Function(function) = match function.get() {
+            Some(function) => function,
+            None => {
+                let found = gpu.kernels.kernel(gpu.context(), self.kernel)?;
+                function.get_or_init(|| Function(found))
+            }
+        };
+        let &Self { blocks, threads, shared, cluster, .. } = self;
         let launch = Launch { function, blocks: [blocks, 1, 1], threads, shared, cluster };
         // SAFETY: the kernel takes one `Args`; they were made from a checked plan, and the grid for them. The
         // caller answers for the memory and the stream.
-        unsafe { gpu.launch(launch, args, stream) }
+        unsafe { gpu.launch_with(launch, &self.args, stream) }
     }
 
     /// `None` for no sequences: there is nothing to launch.

@@ -27,16 +27,30 @@ pub(super) struct Launch {
 }
 
 impl Gpu {
+    /// [`Gpu::launch_with`] of an argument that is made for this launch.
+    ///
+    /// # Safety
+    /// The same.
+    pub(super) unsafe fn launch<A>(
+        &self,
+        launch: Launch,
+        args: A,
+        stream: CUstream,
+    ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(launch, &args, stream) }
+    }
+
     /// Launches a kernel that takes one argument, `args`. It may overlap the end of the kernel before it
     /// where the GPU was told so ([`Gpu::programmatic`]).
     ///
     /// # Safety
     /// The context is the thread's current one, `stream` is a stream of it, and the kernel, which is loaded
     /// there, takes an `A`. What the kernel does with `args` and the grid is the caller's responsibility.
-    pub(super) unsafe fn launch<A>(
+    pub(super) unsafe fn launch_with<A>(
         &self,
         launch: Launch,
-        mut args: A,
+        args: &A,
         stream: CUstream,
     ) -> Result<(), CudaError> {
         let programmatic = CUlaunchAttribute {
@@ -67,8 +81,8 @@ impl Gpu {
             attrs: attributes.as_mut_ptr(),
             numAttrs: u32::from(is_programmatic) + u32::from(in_clusters),
         };
-        let mut params: [*mut c_void; 1] = [(&raw mut args).cast()];
-        // SAFETY: the driver copies the one argument before it returns; the caller answers for the rest.
+        let mut params: [*mut c_void; 1] = [(&raw const *args).cast_mut().cast()];
+        // SAFETY: the driver reads and copies the one argument before it returns; the caller answers for the rest.
         unsafe {
             sys::cuLaunchKernelEx(
                 &raw const config,

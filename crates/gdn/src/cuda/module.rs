@@ -49,7 +49,7 @@ struct Loaded {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Function(CUfunction);
+pub(super) struct Function(pub(super) CUfunction);
 
 #[derive(Debug, Clone, Copy)]
 struct Handle(CUmodule);

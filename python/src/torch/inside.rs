@@ -1,0 +1,120 @@
+//! The tensor inside a Python object of PyTorch's, read where it is: through DLPack's exchange API it is
+//! twice the time, as C++ takes a share in each tensor for that.
+//!
+//! `THPVariable_Unpack`, which does so in C++, is no function of a library but a place in an object, the same
+//! for all of them. It is looked for once, in objects whose tensors are known, and not used where it is not
+//! found.
+
+use std::{ffi::c_void, mem::ManuallyDrop, ops::Deref};
+
+use pyo3::{intern, prelude::*, types::PyType};
+
+use super::{
+    Libtorch,
+    abi::{Failed, Opaque, ask},
+    handle::Handle,
+};
+use crate::tensor::{DType, Device, Tensor};
+
+/// How tensors are found in objects, and what is to be known of them that libtorch has no C function for.
+pub(super) struct Inside {
+    /// Bytes from the start of an object to its `at::Tensor`, whose address is what a handle is.
+    offset: usize,
+    functions: Functions,
+    /// The number of a dispatch key, which is in a thread's set while a transform of `torch.func` is active.
+    transformed: u16,
+}
+
+/// C++.
+#[derive(Clone, Copy)]
+pub(super) struct Functions {
+    /// `at::native::is_neg`
+    pub(super) is_neg: unsafe extern "C" fn(Opaque) -> bool,
+    /// `c10::impl::tls_is_dispatch_key_included`
+    pub(super) is_included: unsafe extern "C" fn(u16) -> bool,
+    /// `c10::TensorImpl::requires_grad`, which takes what an `at::Tensor` points to
+    pub(super) requires_grad: unsafe extern "C" fn(*const c_void) -> bool,
+}
+
+/// A tensor that an object has.
+pub(super) struct Lent<'a>(ManuallyDrop<Handle<'a>>);
+
+impl<'a> Deref for Lent<'a> {
+    type Target = Handle<'a>;
+
+    fn deref(&self) -> &Handle<'a> {
+        &self.0
+    }
+}
+
+/// The only layout that is worked on: `c10::Layout::Strided`, whose number is in files
+const STRIDED: i32 = 0;
+
+impl Inside {
+    /// Looks for the place. `None` where this PyTorch keeps tensors elsewhere, or lacks what is needed.
+    pub(super) fn find(torch: &Libtorch, types: [&Bound<'_, PyType>; 2]) -> Option<Self> {
+        const WORD: usize = size_of::<usize>();
+        let (functions, py) = (torch.cpp.inside?, types[0].py());
+        let key = py.import(intern!(py, "torch")).ok()?.getattr(intern!(py, "_C")).ok()?;
+        let key = key.getattr(intern!(py, "DispatchKey")).ok()?;
+        let key = key.getattr(intern!(py, "FuncTorchDynamicLayerFrontMode")).ok()?;
+        let transformed = key.call_method0(intern!(py, "__int__")).ok()?.extract().ok()?;
+        let float = torch.number_of(DType { code: DType::FLOAT, bits: 32, lanes: 1 })?;
+        let made = |length: usize| {
+            let handle = torch.empty(&[length], float, Device::CPU).ok()?;
+            let object = handle.object(py).ok()?;
+            Some((handle, object))
+        };
+        let ours = [made(0)?, made(3)?];
+        let size: usize = types[0].getattr(intern!(py, "__basicsize__")).ok()?.extract().ok()?;
+        let offset = (2 * WORD..size).step_by(WORD).find(|offset| {
+            // SAFETY: words of objects of that size, and the first word of tensors that live: where the rest
+            // of one is.
+            ours.iter().all(|(handle, object)| unsafe {
+                object.get_type().is(types[0])
+                    && *object.as_ptr().byte_add(*offset).cast::<usize>() == *handle.0.cast::<usize>()
+            })
+        })?;
+        let inside = Self { offset, functions, transformed };
+        // What Python makes is no different.
+        types
+            .iter()
+            .all(|ty| {
+                let object = ty.call0();
+                object.is_ok_and(|object| {
+                    inside.lend(torch, &object).object(py).is_ok_and(|same| same.is(&object))
+                })
+            })
+            .then_some(inside)
+    }
+
+    /// The tensor of an object of one of the types that [`Inside::find`] was given.
+    #[inline]
+    pub(super) fn lend<'a>(&self, torch: &'a Libtorch, object: &Bound<'_, PyAny>) -> Lent<'a> {
+        // SAFETY: within the object.
+        Lent(ManuallyDrop::new(Handle(unsafe { object.as_ptr().byte_add(self.offset) }.cast(), torch)))
+    }
+
+    #[inline]
+    pub(super) fn requires_grad(&self, tensor: &Lent<'_>) -> bool {
+        // SAFETY: a tensor that lives, which begins with the address of the rest of it.
+        unsafe { (self.functions.requires_grad)(*tensor.0.0.cast()) }
+    }
+
+    /// Reads an ordinary tensor. `false` where it is none, for others to find out what it is.
+    #[inline]
+    pub(super) fn read(&self, tensor: &Lent<'_>, argument: &str, write: bool, into: &mut Tensor) -> bool {
+        let torch = tensor.1;
+        // SAFETY: what is read is this thread's, and a tensor that lives.
+        unsafe {
+            // A transform's wrapper has no memory. libtorch would say so in its log.
+            !(self.functions.is_included)(self.transformed)
+                && ask!(torch, aoti_torch_get_layout(tensor.0.0)).is_ok_and(|layout: i32| layout == STRIDED)
+                && tensor.read(argument, write, into).is_ok()
+                && into.dtype.code < DType::OPAQUE
+                && !into.is_hollow()
+                && into.dtype.code != DType::COMPLEX
+                && !(self.functions.is_neg)(tensor.0.0)
+        }
+    }
+}
