@@ -217,11 +217,7 @@ def main() -> None:
     kind = model.config.model_type
     shapes = {f"prefill {n}": (prefill, n, 1, n) for n in PREFILLS}
     shapes |= {f"decode, batch {n}": (decode, n, n, 1) for n in BATCHES}
-    shapes |= {
-        f"generate, batch {n}": (generate, n, n, GENERATED)
-        for n in BATCHES
-        if DEVICE == "cuda"
-    }
+    shapes |= {f"generate, batch {n}": (generate, n, n, GENERATED) for n in BATCHES}
     rows = []
     with torch.inference_mode():
         for name, (measure, size, batch, length) in shapes.items():

@@ -1,5 +1,6 @@
 """``Layer.decode`` on CUDA tensors, through both doors: held to float64, captured in a graph, compiled."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import oracle_layer as ol
 import test_decode
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gdn
 
@@ -68,6 +70,91 @@ def test_a_graph_of_it():
     out.zero_()
     graph.replay()
     assert all(map(torch.equal, (out, conv, state), expected))
+
+
+OVERLOADS = ["default", "out", "unpacked", "unpacked_out"]
+
+
+def operator_call(overload):
+    """The operator, its arguments and its keywords, always the same."""
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    if overload.startswith("unpacked"):
+        projections = tuple(one.float() for one in ol.unpacked(projections, numbers))
+    options = dict(state_indices=indices)
+    if overload.endswith("out"):
+        options |= dict(out=torch.zeros(4, 4, 128, device="cuda"))
+    given = (*projections, *vars(weights).values(), conv, state, *HEADS[0])
+    return getattr(torch.ops.gdn.decode, overload), given, options, (conv, state)
+
+
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_opcheck(overload):
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(*operator_call(overload)[:3], test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_compiled_whole(overload, backend):
+    def run(op, arguments, options):
+        out = op(*arguments, **options)
+        return (options["out"] if out is None else out) * 2
+
+    op, arguments, options, states = operator_call(overload)
+    expected = run(op, arguments, options), *states
+    op, arguments, options, states = operator_call(overload)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    got = torch.compile(lambda *given: run(op, *given), backend=counter, fullgraph=True)(arguments, options)
+    assert counter.frame_count == 1 and all(map(torch.equal, (got, *states), expected))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_layer_compiled_whole(mode):
+    """With CUDA graphs of PyTorch's own, too, call after call."""
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    layer = ol.layer(numbers, weights)
+
+    def run(projections, conv, state):
+        return layer.decode(projections, conv, state, state_indices=indices).float() + 1
+
+    expected = [run(projections, conv, state) for _ in range(4)]
+    expected_states = conv, state
+    conv, state = sample(HEADS[0], "dense")[3:5]
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, mode=mode)
+    for one in expected:
+        assert torch.equal(compiled(projections, conv, state), one)
+    assert all(map(torch.equal, (conv, state), expected_states))
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+@pytest.mark.parametrize("how", ["fresh", "out", "refused"])
+def test_calls_leak_nothing(how, op):
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
+    layer, cu = ol.layer(numbers, weights), torch.arange(5, dtype=torch.int32, device="cuda")
+    given = (projections, conv, state) if op == "decode" else (projections, cu, conv, state)
+    options = dict(state_indices=indices if how != "refused" else indices.short())
+    if how == "out":
+        options["out"] = torch.zeros(4, 4, 128, device="cuda")
+
+    def call():
+        try:
+            getattr(layer, op)(*given, **options)
+        except TypeError:
+            assert how == "refused"
+
+    for _ in range(300):
+        call()
+    gc.collect()
+    torch.cuda.synchronize()
+    memory, objects = torch.cuda.memory_allocated(), len(gc.get_objects())
+    for _ in range(3000):
+        call()
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == memory
+    assert len(gc.get_objects()) < objects + 100
 
 
 def test_what_is_supported():
