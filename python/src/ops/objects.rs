@@ -14,7 +14,7 @@ use crate::{
     ops::Place,
     outputs::{fresh, handed_over},
     tensor::{Tensor, type_error, value_error},
-    torch::{self, type_name},
+    torch::{self, Libtorch, type_name},
 };
 
 /// The objects that a call of Python's has, by position.
@@ -57,12 +57,13 @@ pub(crate) fn on_objects<'py, P: Send>(
     let outside = torch.map(|_| Outside::new(py));
     let mut operands = Operands::new(names);
     let (mut lent, mut is_operator) = (Vec::new(), false);
+    let way = torch.map(Libtorch::way);
     for (i, object) in objects.iter().enumerate() {
         let Some(object) = object else { continue };
         let tensor = operands.tensors[i].insert(Tensor::NONE);
-        match torch {
-            Some(torch) if torch.borrow(object, names[i], is_written(i), tensor)? => {}
-            Some(torch) if torch.is_tensor(object) => {
+        match torch.zip(way) {
+            Some((torch, way)) if torch.borrow(way, object, names[i], is_written(i), tensor)? => {}
+            Some((torch, _)) if torch.is_tensor(object) => {
                 if wish == Wish::Check {
                     return Err(torch.unwritable(object, names[i], names[first], &lead));
                 }

@@ -129,7 +129,8 @@ pub(crate) fn repack_weight<'py>(
     let way = Way::new(&heads, projection.as_ref(), &to, &block, &group)?;
     let torch = torch::get().filter(|torch| torch.is_plain(&weight));
     let mut from = Tensor::NONE;
-    let is_read = torch.map_or(Ok(false), |torch| torch.borrow(&weight, "weight", false, &mut from))?;
+    let is_read =
+        torch.map_or(Ok(false), |torch| torch.borrow(torch.way(), &weight, "weight", false, &mut from))?;
     let _owner = if is_read { None } else { dlpack::borrow(&weight, "weight", &mut from)? };
     from.check("weight")?;
     let shape: Vec<usize> = from.shape().iter().filter_map(|dim| usize::try_from(*dim).ok()).collect();

@@ -317,7 +317,7 @@ fn run<'py, const READ: usize>(
     let mut is_operator = false;
     for (i, object) in direction.read().zip(&read) {
         match torch {
-            Some(torch) if torch.borrow(object, TENSORS[i], false, &mut tensors[i])? => {}
+            Some(torch) if torch.borrow(torch.way(), object, TENSORS[i], false, &mut tensors[i])? => {}
             Some(torch) if torch.is_tensor(object) => is_operator = true,
             None if !torch::is_tensor(object) => {
                 lent.extend(dlpack::borrow(object, TENSORS[i], &mut tensors[i])?);
@@ -343,7 +343,7 @@ fn run<'py, const READ: usize>(
                 if !torch.is_tensor(&object) {
                     return Err(other_framework(TENSORS[i], &object, TENSORS[first], &read[0]));
                 }
-                torch.borrow(&object, TENSORS[i], true, &mut tensors[i])?;
+                torch.borrow(torch.way(), &object, TENSORS[i], true, &mut tensors[i])?;
             }
             if is_known(&tensors, 0..6) {
                 Call::new(layout, direction, &tensors)?;
@@ -421,7 +421,7 @@ fn borrow_given<'py>(
                     "{argument} requires grad: what is written to has no gradient"
                 )));
             }
-            Some(torch) if torch.borrow(&object, argument, true, &mut tensors[i])? => {}
+            Some(torch) if torch.borrow(torch.way(), &object, argument, true, &mut tensors[i])? => {}
             Some(torch) if torch.is_tensor(&object) => {
                 return Err(torch.unwritable(&object, argument, TENSORS[first], read));
             }

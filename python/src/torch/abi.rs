@@ -74,7 +74,6 @@ functions! {
     fn aoti_torch_get_sizes(Opaque, *mut *mut i64) -> i32;
     fn aoti_torch_get_strides(Opaque, *mut *mut i64) -> i32;
     fn aoti_torch_get_dtype(Opaque, *mut i32) -> i32;
-    fn aoti_torch_get_layout(Opaque, *mut i32) -> i32;
     fn aoti_torch_dtype_element_size(i32) -> usize;
     fn aoti_torch_get_device_type(Opaque, *mut i32) -> i32;
     fn aoti_torch_get_device_index(Opaque, *mut i32) -> i32;

@@ -9,11 +9,7 @@ use std::{ffi::c_void, mem::ManuallyDrop, ops::Deref};
 
 use pyo3::{intern, prelude::*, types::PyType};
 
-use super::{
-    Libtorch,
-    abi::{Failed, Opaque, ask},
-    handle::Handle,
-};
+use super::{Libtorch, abi::Opaque, handle::Handle};
 use crate::tensor::{DType, Device, Tensor};
 
 /// How tensors are found in objects, and what is to be known of them that libtorch has no C function for.
@@ -46,9 +42,6 @@ impl<'a> Deref for Lent<'a> {
         &self.0
     }
 }
-
-/// The only layout that is worked on: `c10::Layout::Strided`, whose number is in files
-const STRIDED: i32 = 0;
 
 impl Inside {
     /// Looks for the place. `None` where this PyTorch keeps tensors elsewhere, or lacks what is needed.
@@ -95,6 +88,14 @@ impl Inside {
         Lent(ManuallyDrop::new(Handle(unsafe { object.as_ptr().byte_add(self.offset) }.cast(), torch)))
     }
 
+    /// Whether a transform is active on this thread, whose wrappers have no memory: libtorch would say so in
+    /// its log for each.
+    #[inline]
+    pub(super) fn is_transformed(&self) -> bool {
+        // SAFETY: reads what is this thread's own.
+        unsafe { (self.functions.is_included)(self.transformed) }
+    }
+
     #[inline]
     pub(super) fn requires_grad(&self, tensor: &Lent<'_>) -> bool {
         // SAFETY: a tensor that lives, which begins with the address of the rest of it.
@@ -104,17 +105,17 @@ impl Inside {
     /// Reads an ordinary tensor. `false` where it is none, for others to find out what it is.
     #[inline]
     pub(super) fn read(&self, tensor: &Lent<'_>, argument: &str, write: bool, into: &mut Tensor) -> bool {
-        let torch = tensor.1;
-        // SAFETY: what is read is this thread's, and a tensor that lives.
+        // SAFETY: a tensor that lives.
         unsafe {
-            // A transform's wrapper has no memory. libtorch would say so in its log.
-            !(self.functions.is_included)(self.transformed)
-                && ask!(torch, aoti_torch_get_layout(tensor.0.0)).is_ok_and(|layout: i32| layout == STRIDED)
-                && tensor.read(argument, write, into).is_ok()
+            tensor.read(argument, write, into).is_ok()
                 && into.dtype.code < DType::OPAQUE
                 && !into.is_hollow()
-                && into.dtype.code != DType::COMPLEX
-                && !(self.functions.is_neg)(tensor.0.0)
+                && match into.dtype.code {
+                    DType::COMPLEX => false,
+                    // The imaginary part of a conjugate is lazily negated.
+                    DType::FLOAT => !(self.functions.is_neg)(tensor.0.0),
+                    _ => true,
+                }
         }
     }
 }

@@ -56,6 +56,8 @@ pub(crate) struct Libtorch {
     watchers: [Py<PyAny>; 2],
     /// What Python knows of forward-mode AD: the level that is open.
     forward_ad: Py<PyDict>,
+    /// -1, which is the same object each time.
+    no_level: Py<PyAny>,
     increment_version: Py<PyAny>,
     version: String,
 }
@@ -117,6 +119,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
             c.getattr("_get_tracing_state")?.unbind(),
         ],
         forward_ad: torch.py().import("torch.autograd.forward_ad")?.dict().unbind(),
+        no_level: (-1i64).into_pyobject(torch.py())?.into_any().unbind(),
         increment_version: c.getattr("_increment_version")?.unbind(),
         version,
     };
@@ -132,6 +135,10 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
 pub(crate) fn get() -> Option<&'static Libtorch> {
     LIBTORCH.get()
 }
+
+/// How plain tensors are read: inside their objects, or as DLPack has it.
+#[derive(Clone, Copy)]
+pub(crate) struct Way<'a>(Option<&'a Inside>);
 
 /// A tensor as an object of Python's, and what it is.
 pub(crate) type Fresh<'py> = (Bound<'py, PyAny>, Tensor);
@@ -191,7 +198,9 @@ impl Libtorch {
         }
         // A PyTorch that has no such number is asked through the operator.
         let level = self.forward_ad.bind(py).get_item(intern!(py, "_current_level"))?;
-        if level.is_none_or(|level| level.extract().unwrap_or(0) >= 0) {
+        let is_open =
+            |level: Bound<'py, PyAny>| !level.is(&self.no_level) && level.extract().unwrap_or(0) >= 0;
+        if level.is_none_or(is_open) {
             return Ok(true);
         }
         if let Some(seers) = &self.cpp.seers {
@@ -206,12 +215,19 @@ impl Libtorch {
         Ok(false)
     }
 
+    /// How plain tensors are read on this thread at present: for the tensors of one call.
+    #[inline]
+    pub(crate) fn way(&self) -> Way<'_> {
+        Way(self.inside.as_ref().filter(|inside| !inside.is_transformed()))
+    }
+
     /// Reads a plain tensor; `false` where an object is none, or does not hold the elements as they are: a
     /// transform's wrapper, or a lazy conjugate, of which shape and dtype are read all the same. `write`
     /// says whether its elements are to be written to.
     #[inline]
     pub(crate) fn borrow(
         &self,
+        way: Way<'_>,
         object: &Bound<'_, PyAny>,
         argument: &str,
         write: bool,
@@ -220,7 +236,7 @@ impl Libtorch {
         if !self.is_plain(object) {
             return Ok(false);
         }
-        if let Some(inside) = &self.inside
+        if let Way(Some(inside)) = way
             && inside.read(&inside.lend(self, object), argument, write, tensor)
         {
             return Ok(true);
