@@ -118,11 +118,13 @@ fn cluster(input: &[u32], threads: usize, blocks: usize) -> Vec<u32> {
             let (cluster, rank, thread) = (i / threads / blocks, i / threads % blocks, i % threads);
             let (next, before) = ((rank + 1) % blocks, (rank + blocks - 1) % blocks);
             let four = |k: usize| of(cluster, next, thread / 4 * 4 + k);
+            let sent = |k: usize| of(cluster, before, thread / 4 * 4 + k) & 0xffff | (before as u32) << 16;
             let words: [u32; hopper::WORDS as usize] = [
                 of(cluster, next, thread),
                 four(0).wrapping_add(four(1)) ^ four(2).wrapping_add(four(3)),
                 of(cluster, before, thread).rotate_left(before as u32),
                 (rank << 16 | blocks) as u32,
+                (0..4).fold(0, |all: u32, k| all.rotate_left(7) ^ sent(k)),
             ];
             words
         })

@@ -53,14 +53,24 @@ pub fn correction<L: Lanes>(beta: L, v: L, r: L) -> L {
     beta.times(v.minus(r))
 }
 
-/// The output's last step: `o * rms_scale * norm_weight * gate(z)`.
+/// The output's gate: silu(z) or sigmoid(z). They differ in what is divided.
 #[inline(always)]
-pub fn gated<L: Lanes>(o: L, rms_scale: L, norm_weight: L, z: L, gate: Gate) -> L {
-    // silu(z) or sigmoid(z): they differ in what is divided.
+pub fn gate_factor<L: Lanes>(z: L, gate: Gate) -> L {
     let numerator = match gate {
         Gate::Silu => z,
         Gate::Sigmoid => z.splat(1.0),
     };
-    let gate = numerator.over(exp(z.negated()).plus(z.splat(1.0)));
-    o.times(rms_scale).times(norm_weight).times(gate)
+    numerator.over(exp(z.negated()).plus(z.splat(1.0)))
+}
+
+/// The output's last step, where its [`gate_factor`] is known.
+#[inline(always)]
+pub fn gated_by<L: Lanes>(o: L, rms_scale: L, norm_weight: L, gate_factor: L) -> L {
+    o.times(rms_scale).times(norm_weight).times(gate_factor)
+}
+
+/// The output's last step: `o * rms_scale * norm_weight * gate(z)`.
+#[inline(always)]
+pub fn gated<L: Lanes>(o: L, rms_scale: L, norm_weight: L, z: L, gate: Gate) -> L {
+    gated_by(o, rms_scale, norm_weight, gate_factor(z, gate))
 }

@@ -242,8 +242,8 @@ impl Side for OnDevice {
         gdn::Tensor::at_device_mut(address as u64, dtype, sizes, strides)
     }
 
-    /// Those of consecutive tokens may share memory, each one input further on: one thread writes all windows
-    /// of a channel, one after the other, and what they share are the same inputs.
+    /// Those of consecutive tokens may share memory, each one input further on: what they share are the same
+    /// inputs, so it does not matter which thread writes there last.
     fn write_windows(
         address: usize,
         dtype: Dtype,

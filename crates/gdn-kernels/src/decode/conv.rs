@@ -1,7 +1,7 @@
 //! The causal convolution of a channel, and the windows that are kept of it. One thread of one block reads a
 //! channel's window and writes it.
 
-use gdn_math::{Lanes, element::f32_of_bf16, layer as math};
+use gdn_math::{Lanes, layer as math};
 
 use super::{
     args::{self, Args},
@@ -14,16 +14,16 @@ use crate::gpu::Gpu;
 pub(super) const TAPS: usize = 4;
 
 /// A channel of the convolution, for one sequence.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Channel {
     /// Its feature in the sequence's first row.
-    x: u64,
-    row_stride: u64,
-    dtype: u32,
+    pub(super) x: u64,
+    pub(super) row_stride: u64,
+    pub(super) dtype: u32,
     /// Its number.
-    channel: u64,
+    pub(super) channel: u64,
     /// Its first column of the window.
-    window: u64,
+    pub(super) window: u64,
 }
 
 impl Channel {
@@ -180,11 +180,9 @@ impl Channel {
     }
 }
 
-/// Bits of the taps of two channels, and of their biases, on their way. In plain calls four taps are one
-/// word.
+/// Bits of the taps of two channels, and of their biases, on their way.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Taps {
-    packed: [u64; 2],
     apart: [[u32; TAPS]; 2],
     bias: [u32; 2],
 }
@@ -195,13 +193,7 @@ impl Taps {
     /// # Safety
     /// The others are there, and have so many taps.
     #[inline(always)]
-    pub(super) unsafe fn of(
-        gpu: &impl Gpu,
-        is_plain: bool,
-        args: &Args,
-        channels: &[Channel; 2],
-        there: [bool; 2],
-    ) -> Self {
+    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, channels: &[Channel; 2], there: [bool; 2]) -> Self {
         let [of_channel, of_tap] = args.conv_weight.strides;
         let mut taps = Self::default();
         let mut m = 0;
@@ -209,9 +201,7 @@ impl Taps {
             let weight = args.conv_weight.address + far(true, channels[m].channel, of_channel);
             // SAFETY: the caller's promise.
             unsafe {
-                if there[m] && is_plain {
-                    taps.packed[m] = gpu.load8(weight);
-                } else if there[m] {
+                if there[m] {
                     let mut i = 0;
                     while i < TAPS {
                         let at = weight + far(true, i as u64, of_tap);
@@ -240,16 +230,13 @@ pub(super) struct Convolved {
 }
 
 impl Convolved {
-    /// Two channels at token `t`. Of those that are not there nothing is read. A branch for each would have
-    /// the second wait for the first: where all is known beforehand, lanes without a channel of their own
-    /// read another one's.
+    /// Two channels at token `t`. Of those that are not there nothing is read.
     ///
     /// # Safety
     /// The others are there, and have so many taps.
     #[inline(always)]
     pub(super) unsafe fn two(
         gpu: &impl Gpu,
-        is_plain: bool,
         args: &Args,
         (channels, taps): (&[Channel; 2], &Taps),
         there: [bool; 2],
@@ -271,13 +258,8 @@ impl Convolved {
                     x + far(true, u64::from(place - (TAPS as u32 - 1)), row_stride)
                 };
                 // SAFETY: the caller's promise.
-                inputs[m][i] = unsafe {
-                    if is_plain {
-                        u32::from(gpu.load2(at))
-                    } else {
-                        bits(gpu, if of_window { args.conv_state.dtype } else { dtype }, at)
-                    }
-                };
+                inputs[m][i] =
+                    unsafe { bits(gpu, if of_window { args.conv_state.dtype } else { dtype }, at) };
                 i += 1;
             }
             m += 1;
@@ -290,17 +272,12 @@ impl Convolved {
             } else {
                 0.0
             };
-            sum = if is_plain { 0.0 } else { sum };
             let mut i = 0;
             while i < TAPS {
-                let (input, tap) = if is_plain {
-                    (f32_of_bf16(inputs[m][i] as u16), f32_of_bf16((taps.packed[m] >> (16 * i)) as u16))
-                } else {
-                    let of_window = t + (i as u32) < TAPS as u32 - 1;
-                    let dtype = if of_window { args.conv_state.dtype } else { channels[m].dtype };
-                    let tap = number(gpu, args.conv_weight.dtype, taps.apart[m][i]);
-                    (number(gpu, dtype, inputs[m][i]), tap)
-                };
+                let of_window = t + (i as u32) < TAPS as u32 - 1;
+                let dtype = if of_window { args.conv_state.dtype } else { channels[m].dtype };
+                let tap = number(gpu, args.conv_weight.dtype, taps.apart[m][i]);
+                let input = number(gpu, dtype, inputs[m][i]);
                 two[m].inputs[i] = input;
                 sum = Lanes::mul_add(input, tap, sum);
                 i += 1;
@@ -331,13 +308,24 @@ impl Windows {
     /// # Safety
     /// The indices of the arguments are there.
     #[inline(always)]
-    pub(super) unsafe fn of(gpu: &impl Gpu, is_plain: bool, args: &Args, read: &Read, sequence: u32) -> Self {
+    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) -> Self {
         let kept = &args.conv_kept;
-        let is_each = !is_plain && kept.kind == args::EACH_IN;
+        let is_each = kept.kind == args::EACH_IN;
         let token = if is_each { 0 } else { args.tokens - 1 };
         // SAFETY: the caller's promise.
-        let to = unsafe { kept.address(gpu, is_plain, args, sequence, read.conv, token) };
+        let to = unsafe { kept.address(gpu, false, args, sequence, read.conv, token) };
         if is_each { Self { last: 0, each: to } } else { Self { last: to, each: 0 } }
+    }
+
+    /// Those of a plain call, which keeps the last window or none.
+    ///
+    /// # Safety
+    /// As [`Windows::of`].
+    #[inline(always)]
+    pub(super) unsafe fn plain(gpu: &impl Gpu, args: &Args, read: &Read, sequence: u32) -> Self {
+        // SAFETY: the caller's promise.
+        let last = unsafe { args.conv_kept.address(gpu, true, args, sequence, read.conv, args.tokens - 1) };
+        Self { last, each: 0 }
     }
 }
 

@@ -16,10 +16,10 @@ use super::{
 use crate::gpu::Bytes16;
 
 /// Two channels of a lane.
-#[derive(Clone, Copy)]
-struct Pair {
-    channels: [Channel; 2],
-    there: [bool; 2],
+#[derive(Clone, Copy, Default)]
+pub(super) struct Pair {
+    pub(super) channels: [Channel; 2],
+    pub(super) there: [bool; 2],
     /// Whether they are of a query and a key, else of v.
     is_qk: bool,
     /// The first one's place in the query, or among the rows of v of the pass.
@@ -32,14 +32,14 @@ const PAIRS: u32 = 64;
 impl<G: Machine> Block<'_, G> {
     /// Pairs of channels of a pass: so many times 32 of q and k, and of q, k and v together.
     #[inline(always)]
-    fn pairs<H: Held>(&self, pass: &Pass) -> (u32, u32) {
+    pub(super) fn pairs<H: Held>(&self, pass: &Pass) -> (u32, u32) {
         let of_qk = if pass.with_qk { H::PADDED / 32 } else { 0 };
         (of_qk, of_qk + pass.rows.div_ceil(PAIRS))
     }
 
     /// The lane's pair of channels number `n`.
     #[inline(always)]
-    fn pair<H: Held>(&self, read: &Read, pass: &Pass, n: u32, of_qk: u32) -> Pair {
+    pub(super) fn pair<H: Held>(&self, read: &Read, pass: &Pass, n: u32, of_qk: u32) -> Pair {
         let Self { gpu, args, .. } = self;
         let Args { dk, dv, ref q, ref v, .. } = **args;
         let num_k_heads = args.num_k_heads.get();
@@ -56,7 +56,7 @@ impl<G: Machine> Block<'_, G> {
             apart = num_k_heads * dk;
         } else {
             i = (n - of_qk) * PAIRS + gpu.lane();
-            // A plain call's lanes all have two channels to read: see `Running::two`.
+            // A plain call's lanes all have two channels to read.
             let (a, b) =
                 if H::PLAIN { (i.min(pass.rows - 1), (i + 32).min(pass.rows - 1)) } else { (i, i + 32) };
             let feature = pass.first * dv + pass.start + a;
@@ -86,16 +86,13 @@ impl<G: Machine> Block<'_, G> {
     /// As [`super::run`].
     #[inline(always)]
     pub(super) unsafe fn inputs<H: Held>(&self, read: &Read, windows: &Windows, pass: &Pass) {
-        let Self { gpu, args, room, .. } = self;
+        let Self { gpu, args, .. } = self;
         let gpu = *gpu;
         let (warp, warps) = (gpu.thread() / 32, gpu.threads() / 32);
-        // Two v heads' gates are one warp's: the last warps have the fewest channels.
-        let mut gates = warps - 1 - warp;
-        let of_gates = pass.heads.div_ceil(2);
         let (of_qk, all) = self.pairs::<H>(pass);
         // SAFETY: the caller's promises; each place of shared memory is one thread's.
         unsafe {
-            let mut gate_bits = if gates < of_gates { self.gate_bits::<H>(pass, gates) } else { [0; 4] };
+            let gate_bits = self.first_gates::<H>(pass);
             // Where there are more warps than pairs, several share a pair: each has every so manieth token.
             let (mut n, mut first, mut apart, mut step) = (warp, 0, 1, warps);
             if all < warps {
@@ -114,8 +111,8 @@ impl<G: Machine> Block<'_, G> {
             }
             while n < all {
                 let pair = self.pair::<H>(read, pass, n, of_qk);
-                let is_read = pair.there.map(|there| there && H::WIDE || H::PLAIN);
-                let taps = Taps::of(gpu, H::PLAIN, args, &pair.channels, is_read);
+                let is_read = pair.there.map(|there| there && H::WIDE);
+                let taps = Taps::of(gpu, args, &pair.channels, is_read);
                 let mut t = first;
                 while t < args.tokens {
                     self.convolve::<H>(&pair, &taps, windows, n, t);
@@ -123,26 +120,43 @@ impl<G: Machine> Block<'_, G> {
                 }
                 n += step;
             }
-            while gates < of_gates {
+            self.all_gates::<H>(read, pass, gate_bits);
+        }
+    }
+
+    /// Two v heads' gates are one warp's: the last warps have the fewest channels.
+    #[inline(always)]
+    pub(super) fn gates_of_warp(&self) -> u32 {
+        (self.gpu.threads() - 1 - self.gpu.thread()) / 32
+    }
+
+    /// What the warp's first gates are made of.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn first_gates<H: Held>(&self, pass: &Pass) -> [u32; 4] {
+        let gates = self.gates_of_warp();
+        // SAFETY: the caller's promise.
+        if gates < pass.heads.div_ceil(2) { unsafe { self.gate_bits::<H>(pass, gates) } } else { [0; 4] }
+    }
+
+    /// The warp's gates, of which the first ones' bits are there.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn all_gates<H: Held>(&self, read: &Read, pass: &Pass, first: [u32; 4]) {
+        let (mut gates, mut gate_bits) = (self.gates_of_warp(), first);
+        let of_gates = pass.heads.div_ceil(2);
+        while gates < of_gates {
+            // SAFETY: the caller's promise.
+            unsafe {
                 self.put_gates::<H>(read, pass, gates, gate_bits);
-                gates += warps;
+                gates += self.gpu.threads() / 32;
                 if gates < of_gates {
                     gate_bits = self.gate_bits::<H>(pass, gates);
                 }
-            }
-            if H::PLAIN && self.keeps_later() && gpu.thread() == 0 {
-                let words = [windows.last as u32, (windows.last >> 32) as u32, 0, 0];
-                gpu.store_shared16(room.last, Bytes16(words));
-            }
-            // Zeros behind the sums of squares.
-            let mut i = gpu.thread();
-            while i < args.tokens * args.pass_heads {
-                let mut piece = args.dv.div_ceil(H::PIECE);
-                while piece * 4 < room.head_sums {
-                    gpu.store_shared4(room.sums + i * room.head_sums + piece * 4, 0);
-                    piece += 1;
-                }
-                i += gpu.threads();
             }
         }
     }
@@ -153,19 +167,16 @@ impl<G: Machine> Block<'_, G> {
     /// As [`super::run`].
     #[inline(always)]
     unsafe fn convolve<H: Held>(&self, pair: &Pair, taps: &Taps, windows: &Windows, n: u32, t: u32) {
-        let Self { gpu, args, room, .. } = self;
+        let Self { gpu, args, .. } = self;
         let gpu = *gpu;
-        let Pair { channels, there, is_qk, i } = *pair;
+        let Pair { channels, there, is_qk, .. } = *pair;
         // Of q and k the cluster's first block keeps the windows.
-        let each = if H::PLAIN || is_qk && self.rank > 0 { 0 } else { windows.each };
-        let keeps = H::WIDE && t + 1 == args.tokens && windows.last != 0 && !self.rolls::<H>();
-        let later = self.window::<H>(pair);
+        let each = if is_qk && self.rank > 0 { 0 } else { windows.each };
         // SAFETY: the caller's promises; each place of shared memory is one thread's.
         unsafe {
             let mut two = [Convolved::default(); 2];
             if H::WIDE {
-                let is_read = there.map(|there| there || H::PLAIN);
-                two = Convolved::two(gpu, H::PLAIN, args, (&channels, taps), is_read, t);
+                two = Convolved::two(gpu, args, (&channels, taps), there, t);
             }
             let mut m = 0;
             while m < 2 {
@@ -175,18 +186,31 @@ impl<G: Machine> Block<'_, G> {
                 if there[m] && each != 0 {
                     let at = each + far(H::WIDE, u64::from(t), args.conv_kept.to.strides[1]);
                     if H::WIDE {
-                        channels[m].put_window(gpu, H::PLAIN, args, at, two[m].window());
+                        channels[m].put_window(gpu, false, args, at, two[m].window());
                     } else {
                         channels[m].put_inputs(gpu, args, at, t + 1);
                     }
                 }
                 m += 1;
             }
-            let c = if H::PLAIN {
-                two.map(|one| one.result)
-            } else {
-                [0, 1].map(|m| if there[m] { two[m].result } else { 0.0 })
-            };
+            let c = [0, 1].map(|m| if there[m] { two[m].result } else { 0.0 });
+            self.put_channels::<H>(pair, n, t, c);
+            if H::WIDE && t + 1 == args.tokens && !self.rolls::<H>() {
+                self.put_last::<H>(pair, windows, two.map(|one| one.window()));
+            }
+        }
+    }
+
+    /// What a pair's convolution came to at a token.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn put_channels<H: Held>(&self, pair: &Pair, n: u32, t: u32, c: [f32; 2]) {
+        let Self { gpu, room, .. } = self;
+        let Pair { there, is_qk, i, .. } = *pair;
+        // SAFETY: the caller's promises; each place of shared memory is one thread's.
+        unsafe {
             if is_qk {
                 self.put_query_and_key::<H>(i, t, c);
                 let sums = [c[0] * c[0], c[1] * c[1], c[0] * c[1]].map(|x| gpu.sum::<32>(x));
@@ -205,28 +229,45 @@ impl<G: Machine> Block<'_, G> {
                     gpu.store_shared4(at + 128, c[1].to_bits());
                 }
             }
-            let mut m = 0;
-            while m < 2 {
-                let window = two[m].window();
-                if there[m] && keeps && self.keeps_later() {
+        }
+    }
+
+    /// A pair's windows after the last token, which do not roll: where they go, or where they wait.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn put_last<H: Held>(
+        &self,
+        pair: &Pair,
+        windows: &Windows,
+        values: [[f32; TAPS - 1]; 2],
+    ) {
+        let Self { gpu, args, room, .. } = self;
+        let later = self.window::<H>(pair);
+        let mut m = 0;
+        while m < 2 {
+            // SAFETY: the caller's promises; each place of shared memory is one thread's.
+            unsafe {
+                if pair.there[m] && self.keeps_later() {
                     let mut column = 0;
                     while column < TAPS as u32 - 1 {
                         let at = later[m] + column * room.column_bytes;
-                        gpu.store_shared4(at, window[column as usize].to_bits());
+                        gpu.store_shared4(at, values[m][column as usize].to_bits());
                         column += 1;
                     }
-                } else if there[m] && keeps {
-                    channels[m].put_window(gpu, H::PLAIN, args, windows.last, window);
+                } else if pair.there[m] && windows.last != 0 {
+                    pair.channels[m].put_window(*gpu, H::PLAIN, args, windows.last, values[m]);
                 }
-                m += 1;
             }
+            m += 1;
         }
     }
 
     /// Whether windows wait in shared memory: others may still read them where they are, and in a cluster
     /// what is stored would be waited for.
     #[inline(always)]
-    fn keeps_later(&self) -> bool {
+    pub(super) fn keeps_later(&self) -> bool {
         self.blocks > 1 || self.args.tokens > 1
     }
 
@@ -267,6 +308,10 @@ impl<G: Machine> Block<'_, G> {
     pub(super) unsafe fn keep_windows<H: Held>(&self, pass: &Pass) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
+        if self.blocks > 1 {
+            // All blocks of the cluster have read their windows.
+            gpu.cluster_wait();
+        }
         let rolls = !H::WIDE || self.rolls::<H>();
         if args.conv_kept.kind == args::NOTHING || !rolls && !self.keeps_later() {
             return;
@@ -280,9 +325,9 @@ impl<G: Machine> Block<'_, G> {
                 windows = Windows { last: u64::from(low) | u64::from(high) << 32, each: 0 };
             } else {
                 // What was read for this at first was not kept: it is seldom needed.
-                let Some(again) = Read::of(gpu, H::PLAIN, args, self.sequence) else { return };
+                let Some(again) = Read::of(gpu, args, self.sequence) else { return };
                 read = again;
-                windows = Windows::of(gpu, H::PLAIN, args, &read, self.sequence);
+                windows = Windows::of(gpu, args, &read, self.sequence);
             }
             let (of_qk, all) = self.pairs::<H>(pass);
             let mut n = gpu.thread() / 32;
@@ -319,27 +364,44 @@ impl<G: Machine> Block<'_, G> {
         (head, t, head < pass.heads && t < self.args.tokens)
     }
 
+    /// Where that is what decay and beta of two v heads are made of, and whether it is there.
+    #[inline(always)]
+    pub(super) fn gates_at<H: Held>(&self, pass: &Pass, n: u32) -> ([u64; 4], bool) {
+        let args = self.args;
+        let (head, t, there) = self.head_and_token(pass, n);
+        let v_head = self.head * args.ratio + pass.first + head;
+        let gate = |field: &Field| self.feature(H::WIDE, field, pass.first + head, t);
+        let of_head = |vector: &Vector| vector.address + far(H::WIDE, u64::from(v_head), vector.stride);
+        ([gate(&args.a), gate(&args.b), of_head(&args.A_log), of_head(&args.dt_bias)], there)
+    }
+
+    /// Reads it.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn read_gates(&self, at: [u64; 4], there: bool) -> [u32; 4] {
+        let Self { gpu, args, .. } = self;
+        let dtypes = [args.a.dtype, args.b.dtype, args.A_log.dtype, args.dt_bias.dtype];
+        let mut bits = [0; 4];
+        let mut i = 0;
+        while there && i < 4 {
+            // SAFETY: the caller's promise.
+            bits[i] = unsafe { self::bits(*gpu, dtypes[i], at[i]) };
+            i += 1;
+        }
+        bits
+    }
+
     /// What decay and beta of two v heads are made of.
     ///
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
     unsafe fn gate_bits<H: Held>(&self, pass: &Pass, n: u32) -> [u32; 4] {
-        let Self { gpu, args, .. } = self;
-        let (head, t, there) = self.head_and_token(pass, n);
-        if !there {
-            return [0; 4];
-        }
-        let v_head = self.head * args.ratio + pass.first + head;
-        // SAFETY: the caller's promises.
-        unsafe {
-            let gate =
-                |field: &Field| bits(*gpu, field.dtype, self.feature(H::WIDE, field, pass.first + head, t));
-            let of_head = |vector: &Vector| {
-                bits(*gpu, vector.dtype, vector.address + far(H::WIDE, u64::from(v_head), vector.stride))
-            };
-            [gate(&args.a), gate(&args.b), of_head(&args.A_log), of_head(&args.dt_bias)]
-        }
+        let (at, there) = self.gates_at::<H>(pass, n);
+        // SAFETY: the caller's promise.
+        unsafe { self.read_gates(at, there) }
     }
 
     /// Decay and beta of two v heads, and where their states go, into shared memory.

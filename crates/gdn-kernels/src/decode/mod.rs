@@ -13,8 +13,7 @@
 //! does them all, each channel's window is read by one thread and written by that same thread: there is
 //! nobody to race with. Where a cluster does, its blocks all read the window, and the first one writes it
 //! once the cluster's barrier says that all have read. Blocks of other clusters have no channel in common
-//! with it. The same barrier hands round the sums of squares of rows. It waits for what a block stored before
-//! it came there, so states and windows are stored behind it.
+//! with it. Sums of squares of rows go round as messages, for which nobody waits but who needs them.
 //!
 //! **Bits.** Sums over DK are those of the lanes of a row, sums over DV those of pieces, then over pieces,
 //! each in an order that depends on nothing but the kernel. So the bits of a result do not depend on the size
@@ -29,6 +28,7 @@ mod conv;
 pub mod element;
 mod inputs;
 mod norm;
+mod plain;
 mod rows;
 mod slots;
 
@@ -39,11 +39,13 @@ use self::{
     args::{Args, Field, GROUPS, Room},
     conv::Windows,
     element::{far, shared, size, store},
+    norm::RowFactors,
+    plain::{Aim, Asked},
     rows::{Held, Place, Token},
     slots::Read,
 };
 use crate::{
-    gpu::{Bytes16, Warp},
+    gpu::{Bytes16, EMPTY, Warp},
     split::Divisor,
 };
 
@@ -98,32 +100,53 @@ struct Unit {
 #[inline(always)]
 pub unsafe fn run<H: Held>(gpu: &impl rows::Machine, args: &Args) {
     gpu.let_next_start();
+    // What needs no memory is worked out while the kernel before this one may still be at work.
     let [number, ..] = gpu.block();
     let block = Block::new::<H>(gpu, args, number, [args.cluster, args.num_k_heads]);
-    gpu.wait_for_previous();
+    let mut pass = block.first_pass();
     // SAFETY: the caller's promises.
     unsafe {
+        block.empty_sums::<H>();
+        if block.blocks > 1 {
+            // Behind the wait for this the others' sums are empty, and they have begun.
+            gpu.cluster_arrive();
+        }
+        let mut rows = block.aim::<H>(&pass);
+        let aim = if H::PLAIN { block.aim_inputs::<H>(&pass) } else { Aim::default() };
+        if H::PLAIN && block.blocks > 1 {
+            // Where blocks are few each one's chain of waits is what a call takes.
+            block.bring_near(&rows, &pass, &aim);
+        }
+        gpu.wait_for_previous();
+        let (read, asked);
+        if H::PLAIN {
+            let index = Read::ask(gpu, args, block.sequence);
+            asked = block.ask::<H>(&pass, &aim);
+            read = Read::by(args, index);
+        } else {
+            asked = Asked::default();
+            read = Read::of(gpu, args, block.sequence);
+        }
         // All blocks of a cluster find the same.
-        let Some(read) = Read::of(gpu, H::PLAIN, args, block.sequence) else {
-            let mut next = Some(block.first_pass());
+        let Some(read) = read else {
+            if block.blocks > 1 {
+                gpu.cluster_wait();
+            }
+            let mut next = Some(pass);
             while let Some(pass) = next {
                 block.clear::<H>(&pass);
                 next = block.pass_behind(&pass);
             }
             return;
         };
-        if block.blocks > 1 {
-            // By the time that another block's shared memory is written, that block has begun.
-            gpu.cluster_arrive_relaxed();
-        }
-        let mut pass = block.first_pass();
-        block.compute::<H>(&read, &pass);
+        block.compute::<H>(&read, &pass, &mut rows, (&aim, &asked));
         // The wide kernels are for heads that are computed all at once.
         while let (false, Some(next)) = (H::WIDE, block.pass_behind(&pass)) {
             pass = next;
             // What the next heads write in shared memory has been read.
             gpu.barrier();
-            block.compute::<H>(&read, &pass);
+            let mut rows = block.aim::<H>(&pass);
+            block.compute::<H>(&read, &pass, &mut rows, (&aim, &asked));
         }
     }
 }
@@ -210,40 +233,77 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         Unit { head, start: pass.start + before, len, row: head * rows + before }
     }
 
+    /// The warp's rows of a pass, where they are in a slot.
+    #[inline(always)]
+    fn aim<H: Held>(&self, pass: &Pass) -> H {
+        let Self { gpu, args, room, .. } = self;
+        let unit = self.unit(pass, H::PIECE);
+        let head = self.head * args.ratio + pass.first + unit.head;
+        let landing = room.landing + gpu.thread() / 32 * H::LANDING;
+        H::aim(*gpu, args, &Place { head, start: unit.start, len: unit.len, landing })
+    }
+
+    /// The sums of squares, before any is there: those that others send are empty, those behind the last
+    /// piece are zeros.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    unsafe fn empty_sums<H: Held>(&self) {
+        let Self { gpu, args, room, .. } = self;
+        let pieces = args.dv.div_ceil(H::PIECE);
+        let first = if args.head_blocks.get() > 1 { 0 } else { pieces };
+        let mut i = gpu.thread();
+        while i < args.tokens * args.pass_heads {
+            let mut piece = first;
+            while piece * 4 < room.head_sums {
+                let at = room.sums + i * room.head_sums + piece * 4;
+                // SAFETY: the caller's promise; each is one thread's.
+                unsafe { gpu.store_shared4(at, if piece < pieces { EMPTY } else { 0 }) }
+                piece += 1;
+            }
+            i += gpu.threads();
+        }
+    }
+
     /// A pass, from states to outputs.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn compute<H: Held>(&self, read: &Read, pass: &Pass) {
+    unsafe fn compute<H: Held>(&self, read: &Read, pass: &Pass, rows: &mut H, (aim, asked): (&Aim, &Asked)) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
-        let warp = gpu.thread() / 32;
+        let (warp, warps) = (gpu.thread() / 32, gpu.threads() / 32);
         let unit = self.unit(pass, H::PIECE);
         // SAFETY: the caller's promises. Shared memory is written before a barrier and read behind it.
         unsafe {
             // Everything that is read from far away is sent for before any of it is used.
-            let mut rows = H::begin(
-                gpu,
-                args,
-                &Place {
-                    state: args.state.address + far(H::WIDE, read.recurrent as u64, args.state.strides[0]),
-                    head: self.head * args.ratio + pass.first + unit.head,
-                    start: unit.start,
-                    len: unit.len,
-                    landing: room.landing + warp * H::LANDING,
-                },
-            );
-            let windows = Windows::of(gpu, H::PLAIN, args, read, self.sequence);
-            let row = self.row_bits::<H>(pass);
-            self.inputs::<H>(read, &windows, pass);
+            let state = args.state.address + far(H::WIDE, read.recurrent as u64, args.state.strides[0]);
+            rows.begin(gpu, args, state);
+            let row;
+            if H::PLAIN {
+                self.plain_inputs::<H>(read, pass, aim, asked);
+                row = asked.row.packed();
+            } else {
+                let windows = Windows::of(gpu, args, read, self.sequence);
+                row = self.row_bits::<H>(pass);
+                self.inputs::<H>(read, &windows, pass);
+            }
             gpu.barrier();
             if self.blocks > 1 {
                 gpu.cluster_wait();
+                // The block has read all its windows. One warp says so for all, the first without rows if there
+                // is one: it waits a while for that.
+                if warp == (args.head_warps.get() * pass.heads).min(warps - 1) {
+                    gpu.cluster_arrive();
+                } else {
+                    gpu.cluster_arrive_relaxed();
+                }
             }
-
             let (scales, q_k) = self.lengths::<H>();
             let pieces = unit.len.div_ceil(H::PIECE);
+            let mut last = 0;
             let mut step = 0;
             while step < pieces {
                 rows.take(gpu, args, step);
@@ -270,32 +330,33 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                     let at = room.sums + t * room.sums_bytes + unit.head * room.head_sums + piece * 4;
                     self.put_squares(at, squares);
                     let is_last = t + 1 == args.tokens;
+                    let to = u64::from(low) | u64::from(high) << 32;
+                    // In a cluster nobody waits for the last piece's way to memory.
                     if self.blocks > 1 && is_last && step + 1 == pieces {
-                        gpu.cluster_arrive();
+                        last = to;
+                    } else {
+                        rows.keep(gpu, args, step, to, !is_last);
                     }
-                    rows.keep(gpu, args, step, u64::from(low) | u64::from(high) << 32, !is_last);
                     next = t + 1;
                 }
                 step += 1;
             }
-            if self.blocks > 1 {
-                if pieces == 0 {
-                    gpu.cluster_arrive();
-                }
-                gpu.cluster_wait();
-            } else {
-                gpu.barrier();
+            let factors = if pieces == 0 { self.row_factors::<H>(row) } else { RowFactors::default() };
+            gpu.barrier();
+            if self.blocks > 1 && pieces > 0 {
+                rows.keep(gpu, args, pieces - 1, last, false);
             }
+            let factors = if pieces == 0 { factors } else { self.row_factors::<H>(row) };
             if H::PLAIN {
                 // Made again rather than held in registers.
                 let by =
                     [args.cluster, args.num_k_heads].map(|by| by.unforeseen(|shift| gpu.unforeseen(shift)));
                 let block = Block::new::<H>(gpu, args, gpu.block_anew(), by);
                 let pass = block.first_pass();
-                block.norm::<H>(&pass, row);
+                block.norm::<H>(&pass, factors);
                 block.keep_windows::<H>(&pass);
             } else {
-                self.norm::<H>(pass, row);
+                self.norm::<H>(pass, factors);
                 self.keep_windows::<H>(pass);
             }
         }
@@ -309,15 +370,18 @@ impl<'a, G: rows::Machine> Block<'a, G> {
     unsafe fn put_squares(&self, at: u32, squares: f32) {
         let Self { gpu, args, .. } = self;
         let (lane, blocks) = (gpu.lane(), args.head_blocks.get());
-        // SAFETY: the caller's promise; all blocks of the cluster have begun, and end behind its barrier.
+        // Of what is not a number it does not matter which.
+        let bits = if squares.to_bits() == EMPTY { f32::NAN.to_bits() } else { squares.to_bits() };
+        // SAFETY: the caller's promise; all blocks of the cluster have begun, and end when they have received
+        // what is sent to them.
         unsafe {
             if blocks == 1 {
                 if lane == 0 {
-                    gpu.store_shared4(at, squares.to_bits());
+                    gpu.store_shared4(at, bits);
                 }
             } else if lane < blocks {
                 let (share, _) = args.head_blocks.divide(self.rank);
-                gpu.store_cluster4(at, share * blocks + lane, squares.to_bits());
+                gpu.send4(at, share * blocks + lane, bits);
             }
         }
     }

@@ -21,8 +21,6 @@ impl<G: Hopper + Warp + AsyncCopy> Machine for G {}
 /// Some rows of a v head, which a warp computes piece by piece.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
-    /// The slot that they are read from.
-    pub state: u64,
     /// The v head, and the first row.
     pub head: u32,
     /// See `head`.
@@ -83,11 +81,17 @@ pub trait Held: Sized {
     /// Whether this is a [`PLAIN`] one.
     const PLAIN: bool = Self::KIND == PLAIN;
 
-    /// Begins to read the first pieces.
+    /// Works out where the rows are in a slot. Nothing is touched.
+    fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
+
+    /// Asks that the first pieces, of the slot at `state`, come near.
+    fn bring_near(&self, gpu: &impl Machine, state: u64);
+
+    /// Begins to read the first pieces, of the slot at `state`.
     ///
     /// # Safety
     /// The rows are there, and the shared memory is the warp's alone.
-    unsafe fn begin(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
+    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64);
 
     /// Piece `step`, into registers. Pieces are taken in order.
     ///
@@ -130,7 +134,8 @@ fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
 pub struct Rows<E, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
 {
     len: u32,
-    /// The lane's first row of the first piece, at its first column, and bytes to the next row and column.
+    /// The lane's first row of the first piece, at its first column (within the slot, until that is known),
+    /// and bytes to the next row and column.
     from: u64,
     of_row: u64,
     of_column: u64,
@@ -240,7 +245,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     const KIND: u32 = KIND;
 
     #[inline(always)]
-    unsafe fn begin(gpu: &impl Machine, args: &Args, place: &Place) -> Self {
+    fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self {
         let (row, column) = (place.start + gpu.lane() / LANES, gpu.lane() % LANES * V as u32);
         let [_, of_head, of_row, of_column] = args.state.strides;
         let [.., to_head, to_row, to_column] = args.kept.to.strides;
@@ -249,23 +254,45 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                 + far(Self::WIDE, u64::from(row), of_row)
                 + far(Self::WIDE, u64::from(column), of_column)
         };
-        let rows = Self {
+        Self {
             len: place.len,
-            from: place.state + at([of_head, of_row, of_column]),
+            from: at([of_head, of_row, of_column]),
             of_row,
             of_column,
             to: at([to_head, to_row, to_column]),
             landing: place.landing + gpu.lane() * 16,
             s: [[[0.0; V]; CHUNKS]; ROWS],
             element: PhantomData,
-        };
+        }
+    }
+
+    #[inline(always)]
+    fn bring_near(&self, gpu: &impl Machine, state: u64) {
+        let mut step = 0;
+        while step < STAGES && step * Self::PIECE < self.len {
+            let mut n = 0;
+            while n < ROWS {
+                let from = state + self.from + far(Self::WIDE, Self::distance(step, n), self.of_row);
+                let mut c = 0;
+                while c < CHUNKS {
+                    gpu.bring_near(from + u64::from(c as u32 * LANES * 16));
+                    c += 1;
+                }
+                n += 1;
+            }
+            step += 1;
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64) {
+        self.from += state;
         let mut step = 0;
         while Self::WIDE && step < STAGES {
             // SAFETY: the caller's promise.
-            unsafe { rows.send_for(gpu, args, step) }
+            unsafe { self.send_for(gpu, args, step) }
             step += 1;
         }
-        rows
     }
 
     #[inline(always)]

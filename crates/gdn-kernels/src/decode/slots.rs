@@ -61,26 +61,58 @@ fn slot(args: &Args, indices: &Indices, index: i64, slots: i64) -> i64 {
 }
 
 impl Read {
+    /// Asks for the index of a sequence of a plain call.
+    ///
+    /// # Safety
+    /// The indices of the arguments are there.
+    #[inline(always)]
+    pub(super) unsafe fn ask(gpu: &impl Gpu, args: &Args, sequence: u32) -> i64 {
+        // SAFETY: the caller's promise.
+        unsafe { index(gpu, true, &args.state_indices, sequence, 0) }
+    }
+
+    /// The same while the kernel before may still write it: for a hint.
+    ///
+    /// # Safety
+    /// As [`Read::ask`].
+    #[inline(always)]
+    pub(super) unsafe fn peek(gpu: &impl Gpu, args: &Args, sequence: u32) -> i64 {
+        let indices = &args.state_indices;
+        if indices.address == 0 {
+            return i64::from(sequence);
+        }
+        // SAFETY: the caller's promise.
+        i64::from(unsafe { gpu.peek4(indices.address + far(true, u64::from(sequence), indices.row)) } as i32)
+    }
+
+    /// [`Read::of`] for a plain call, by what was asked for.
+    #[inline(always)]
+    pub(super) fn by(args: &Args, first: i64) -> Option<Self> {
+        let indices = &args.state_indices;
+        let [conv, recurrent] = [args.conv_slots, args.slots].map(|slots| slot(args, indices, first, slots));
+        if conv < 0 || recurrent < 0 { None } else { Some(Self { conv, recurrent, accepted: 0 }) }
+    }
+
     /// `None` for a sequence that is skipped: padding, a slot that is not there, a number of accepted tokens
     /// that cannot be. All threads of a cluster find the same.
     ///
     /// # Safety
     /// The indices of the arguments are there.
     #[inline(always)]
-    pub(super) unsafe fn of(gpu: &impl Gpu, is_plain: bool, args: &Args, sequence: u32) -> Option<Self> {
+    pub(super) unsafe fn of(gpu: &impl Gpu, args: &Args, sequence: u32) -> Option<Self> {
         let indices = &args.state_indices;
         // SAFETY: the caller's promise; a column that is not there belongs to a number that cannot be.
         unsafe {
-            let first = index(gpu, is_plain, indices, sequence, 0);
+            let first = index(gpu, false, indices, sequence, 0);
             let (mut accepted, mut of_state) = (0, first);
-            if !is_plain && args.num_accepted_tokens.address != 0 {
+            if args.num_accepted_tokens.address != 0 {
                 let number = load(gpu, &args.num_accepted_tokens, sequence, 0);
                 if number < 1 || number > i64::from(args.most_accepted) {
                     return None;
                 }
                 accepted = number as u32;
                 if args.index_columns > 1 {
-                    of_state = index(gpu, is_plain, indices, sequence, accepted - 1);
+                    of_state = index(gpu, false, indices, sequence, accepted - 1);
                 }
             }
             let conv = slot(args, indices, first, args.conv_slots);

@@ -93,4 +93,22 @@ pub trait Hopper: Gpu {
     /// `rank` is one of the cluster's, and as for [`Gpu::store_shared4`] there, where the barrier is the
     /// cluster's.
     unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32);
+
+    /// Sends 4 bytes to the shared memory of block `rank` of the cluster, for [`Hopper::receive16`] there. Of
+    /// what this thread wrote before nothing is passed on. [`EMPTY`] cannot be sent.
+    ///
+    /// # Safety
+    /// `rank` is one of the cluster's. The word was made [`EMPTY`] by that block, with the cluster's barrier
+    /// in between, and this is the only one that is sent there. The block does not end before it has received
+    /// it.
+    unsafe fn send4(&self, at: u32, rank: u32, value: u32);
+    /// Waits until none of the 4 words at `at` is [`EMPTY`]. What they are.
+    ///
+    /// # Safety
+    /// `at` is a multiple of 16 within shared memory. The words were written by this thread or before a
+    /// barrier that both passed, or are sent.
+    unsafe fn receive16(&self, at: u32) -> super::Bytes16;
 }
+
+/// A word that was not sent yet.
+pub const EMPTY: u32 = u32::MAX;

@@ -23,7 +23,7 @@ mod warp;
 mod wgmma;
 
 pub use async_copy::AsyncCopy;
-pub use hopper::Hopper;
+pub use hopper::{EMPTY, Hopper};
 pub use tensor_core::{Bf16, F16, Float16, TensorCore};
 pub use warp::Warp;
 pub use wgmma::{Accumulators, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, Wgmma};
@@ -70,6 +70,16 @@ pub trait Gpu {
     /// The same number, of which the compiler does not know that it is: what is computed from it is not
     /// computed ahead of time, where it would take up registers.
     fn unforeseen(&self, number: u64) -> u64;
+
+    /// Asks that the global memory at `address` be brought into the second-level cache. Nothing is read:
+    /// there need not be anything.
+    fn bring_near(&self, address: u64);
+    /// Reads 4 bytes that somebody else may be writing, the kernel before this one: nobody knows what, and no
+    /// cache keeps it.
+    ///
+    /// # Safety
+    /// `address` is a multiple of 4, and so many bytes from it are readable.
+    unsafe fn peek4(&self, address: u64) -> u32;
 
     /// Reads 16 bytes of global memory in one access.
     ///

@@ -252,7 +252,7 @@ pub fn cases() -> Vec<Case> {
         );
     }
     for (clusters, blocks, threads) in [(3, 1, 32), (5, 2, 64), (2, 4, 128), (1, 8, 32)] {
-        let launch = Launch::new([clusters * blocks, 1, 1], threads).shared(8 * threads).cluster(blocks);
+        let launch = Launch::new([clusters * blocks, 1, 1], threads).shared(12 * threads).cluster(blocks);
         let all = clusters * blocks * threads;
         add(
             "gdn_probe_cluster",

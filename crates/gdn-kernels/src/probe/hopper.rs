@@ -1,7 +1,7 @@
 //! mbarriers, bulk copies there and back, and clusters.
 
 use super::Args;
-use crate::gpu::Hopper;
+use crate::gpu::{Bytes16, EMPTY, Hopper};
 
 /// Where the buffers of [`bulk`] begin, behind its mbarriers.
 const BUFFERS: u32 = 128;
@@ -74,14 +74,14 @@ pub unsafe fn bulk(gpu: &impl Hopper, args: &Args) {
 }
 
 /// Words that [`cluster`] writes for each thread.
-pub const WORDS: u32 = 4;
+pub const WORDS: u32 = 5;
 
-/// Blocks of a cluster read one another's shared memory, and write to it: one word each way and a piece of 16
-/// bytes.
+/// Blocks of a cluster read one another's shared memory, write to it, and send messages: one word each way and
+/// a piece of 16 bytes.
 ///
 /// # Safety
 /// Clusters of blocks along x, blocks of a multiple of 4 threads. A word a thread is readable at `args.from`,
-/// [`WORDS`] a thread writable at `args.to`; there are 8 bytes of shared memory a thread.
+/// [`WORDS`] a thread writable at `args.to`; there are 12 bytes of shared memory a thread.
 #[inline(always)]
 pub unsafe fn cluster(gpu: &impl Hopper, args: &Args) {
     let [block, ..] = gpu.block();
@@ -94,13 +94,17 @@ pub unsafe fn cluster(gpu: &impl Hopper, args: &Args) {
     unsafe {
         let value = gpu.load4(args.from + 4 * i);
         gpu.store_shared4(thread * 4, value);
+        gpu.store_shared4((2 * threads + thread) * 4, EMPTY);
         gpu.cluster_barrier();
+        gpu.send4((2 * threads + thread) * 4, next, value & 0xffff | rank << 16);
+        let Bytes16(sent) = gpu.receive16((2 * threads + thread / 4 * 4) * 4);
         let theirs = gpu.load_cluster4(thread * 4, next);
         let [a, b, c, d] = gpu.load_cluster16(thread / 4 * 16, next).0;
         gpu.store_cluster4((threads + thread) * 4, next, value.rotate_left(rank));
         gpu.cluster_barrier();
         let got = gpu.load_shared4((threads + thread) * 4);
-        let words = [theirs, a.wrapping_add(b) ^ c.wrapping_add(d), got, rank << 16 | blocks];
+        let sent = sent.into_iter().fold(0u32, |all, word| all.rotate_left(7) ^ word);
+        let words = [theirs, a.wrapping_add(b) ^ c.wrapping_add(d), got, rank << 16 | blocks, sent];
         for (k, word) in (0..).zip(words) {
             gpu.store4(args.to + (u64::from(WORDS) * i + k) * 4, word);
         }

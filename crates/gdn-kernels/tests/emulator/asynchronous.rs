@@ -4,7 +4,7 @@ use std::panic::catch_unwind;
 
 use gdn_kernels::{
     emulator::{Launch, Memory, Thread, run},
-    gpu::{Accumulators, AsyncCopy, Bf16, Bytes16, Gpu, Hopper, K_MAJOR, Operand, Warp, Wgmma},
+    gpu::{Accumulators, AsyncCopy, Bf16, Bytes16, EMPTY, Gpu, Hopper, K_MAJOR, Operand, Warp, Wgmma},
 };
 
 use crate::{found, right, sentence};
@@ -282,6 +282,65 @@ fn misused_clusters_are_found() {
             if gpu.cluster_rank() == 0 {
                 gpu.store4(at, 1);
             }
+        }],
+    );
+    found(
+        launch,
+        &[
+            // Nobody says that there is room, or not before it is sent.
+            ("where no message", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, 1);
+                gpu.cluster_barrier();
+                gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, 1);
+                let _ = gpu.receive16(gpu.thread() / 4 * 16);
+            }),
+            ("with no barrier between|where no message", |_, gpu| unsafe {
+                gpu.cluster_barrier();
+                gpu.store_shared4(gpu.thread() * 4, EMPTY);
+                gpu.barrier();
+                gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, 1);
+                let _ = gpu.receive16(gpu.thread() / 4 * 16);
+            }),
+            // A second one there.
+            ("with no barrier between|where no message", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, EMPTY);
+                gpu.cluster_barrier();
+                gpu.send4(0, gpu.cluster_rank() ^ 1, 1);
+                gpu.cluster_barrier();
+            }),
+            ("waits for what is sent", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, EMPTY);
+                gpu.cluster_barrier();
+                if gpu.thread() > 0 {
+                    gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, 1);
+                }
+                let _ = gpu.receive16(gpu.thread() / 4 * 16);
+            }),
+            ("sends what stands for nothing", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, EMPTY);
+                gpu.cluster_barrier();
+                gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, EMPTY);
+            }),
+            // A message says nothing of what was written before it.
+            ("with no barrier between", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, EMPTY);
+                gpu.cluster_barrier();
+                gpu.store_cluster4(128 + gpu.thread() * 4, gpu.cluster_rank() ^ 1, 2);
+                gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, 1);
+                let _ = gpu.receive16(gpu.thread() / 4 * 16);
+                let _ = gpu.load_shared4(128 + gpu.thread() * 4);
+                gpu.cluster_barrier();
+            }),
+        ],
+    );
+    right(
+        launch,
+        &[|_, gpu| unsafe {
+            gpu.store_shared4(gpu.thread() * 4, EMPTY);
+            gpu.cluster_barrier();
+            gpu.send4(gpu.thread() * 4, gpu.cluster_rank() ^ 1, gpu.thread());
+            let Bytes16(words) = gpu.receive16(gpu.thread() / 4 * 16);
+            assert_eq!(words[gpu.thread() as usize % 4], gpu.thread());
         }],
     );
     let uneven = catch_unwind(|| run(&Memory::new(), Launch::new([3, 1, 1], 32).cluster(2), |_| {}));

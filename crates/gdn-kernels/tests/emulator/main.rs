@@ -94,6 +94,12 @@ fn wrong_accesses_are_found() {
             gpu.store4(at, 1);
             gpu.store2(at + 2, 1);
         }),
+        ("another value", |m, gpu| unsafe {
+            let at = m.agreed(8, Place::dense(8));
+            gpu.store4(at, 0x0101_0101);
+            gpu.store2(at + 2, 0x0101);
+            gpu.store2(at + 2, 0x0102);
+        }),
         ("8 bytes into a buffer of 8 bytes", |m, gpu| {
             let _ = unsafe { gpu.load1(m.input(&[0; 8], Place::dense(8)) + 8) };
         }),

@@ -67,12 +67,7 @@ impl Gpu {
     /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooManySequences`],
     /// [`CudaError::Driver`].
     pub fn plan_decode(&self, call: &Decode<DeviceAddress, DeviceAddress>) -> Result<DecodePlan, CudaError> {
-        let plan = Plan::new(call)?;
-        let job = Job::new(&plan, Profile::of(self))?;
-        if job.is_some() && self.check_pointers {
-            let _current = Current::new(self.context())?;
-            named(&plan, |argument, address, _| self.owns(argument, address))?;
-        }
+        let job = Job::checked(self, &Plan::new(call)?, Profile::of(self))?;
         Ok(DecodePlan { job, function: OnceLock::new() })
     }
 
@@ -132,13 +127,9 @@ pub(crate) unsafe fn run(
     profile: Profile,
     stream: CUstream,
 ) -> Result<(), CudaError> {
-    let Some(job) = Job::new(plan, profile)? else { return Ok(()) };
-    if gpu.check_pointers {
-        let _current = Current::new(gpu.context())?;
-        named(plan, |argument, address, _| gpu.owns(argument, address))?;
-    }
+    let job = Job::checked(gpu, plan, profile)?;
     // SAFETY: the caller's promise.
-    unsafe { job.launch(gpu, &OnceLock::new(), stream) }
+    job.map_or(Ok(()), |job| unsafe { job.launch(gpu, &OnceLock::new(), stream) })
 }
 
 /// Memory of a slice that a call reads, ordered after what was done to it on other streams; what comes later
@@ -496,6 +487,16 @@ fn kept<const D: usize, const E: usize>(
 }
 
 impl Job {
+    /// [`Job::new`], for tensors that lie in the memory of this device, where that is to be seen to.
+    fn checked(gpu: &Gpu, plan: &Plan<DeviceAddress>, profile: Profile) -> Result<Option<Self>, CudaError> {
+        let job = Self::new(plan, profile)?;
+        if job.is_some() && gpu.check_pointers {
+            let _current = Current::new(gpu.context())?;
+            named(plan, |argument, address, _| gpu.owns(argument, address))?;
+        }
+        Ok(job)
+    }
+
     /// # Safety
     /// That of [`Gpu::decode_raw`], for the tensors of the plan that this was made of, for such a GPU, whose
     /// kernel `function` is if it is known.

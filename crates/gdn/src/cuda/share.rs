@@ -234,9 +234,17 @@ impl Share {
             return None;
         }
         let head_warps = block_rows.div_ceil(choice.piece_rows).div_ceil(steps);
-        // Those of a small block have channels besides, at every token: as many warps as are at hand at once.
-        let of_channels = (choice.columns / 32 + (block_heads * block_rows).div_ceil(64)) * tokens;
-        let warps = (block_heads * head_warps).max(if cluster > 1 { of_channels.min(8) } else { 1 });
+        // Those of a small block have channels besides (in plain calls a warp does all tokens of its own): as
+        // many warps as are at hand at once, and one for the gates and the norm.
+        let pairs = choice.columns / 32 + (block_heads * block_rows).div_ceil(64);
+        let most_warps = match choice.kind {
+            NARROW => 8,
+            kind => decode_warps(profile.target, kind == PLAIN, choice.columns),
+        };
+        let sharing = if choice.kind == PLAIN { 1 } else { tokens };
+        let of_channels = (pairs * sharing).min(8).min(most_warps - 1);
+        let of_rows = block_heads * head_warps;
+        let warps = if cluster > 1 { of_rows.max(of_channels) + 1 } else { of_rows };
         let room = Room::new(RoomFor {
             tokens,
             padded: choice.columns,
@@ -248,10 +256,6 @@ impl Share {
             landing: choice.landing,
             blocks: cluster,
         });
-        let most_warps = match choice.kind {
-            NARROW => 8,
-            kind => decode_warps(profile.target, kind == PLAIN, choice.columns),
-        };
         let pass_heads = block_heads;
         let share = Self {
             cluster,

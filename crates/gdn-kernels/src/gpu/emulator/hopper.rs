@@ -7,7 +7,7 @@ use super::{
     schedule::{Flight, Wait},
     sixteen,
 };
-use crate::gpu::{Bytes16, Hopper};
+use crate::gpu::{Bytes16, EMPTY, Hopper};
 
 struct Store {
     to: u64,
@@ -182,5 +182,23 @@ impl Hopper for Thread<'_> {
 
     unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32) {
         self.store_shared(self.of_cluster(rank), at, value.to_ne_bytes());
+    }
+
+    unsafe fn send4(&self, at: u32, rank: u32, value: u32) {
+        assert!(value != EMPTY, "{} sends what stands for nothing", self.name());
+        let mut shared = self.cluster.blocks[self.of_cluster(rank)].shared.borrow_mut();
+        if let Err(why) = shared.send(&self.cluster.clocks.borrow(), self.id, at, value) {
+            self.wrong_shared(Act::Store, 4, at, &why)
+        }
+    }
+
+    unsafe fn receive16(&self, at: u32) -> Bytes16 {
+        self.wait(Wait::Words { at });
+        let mut value = [0; 16];
+        let mut shared = self.cluster.blocks[self.block].shared.borrow_mut();
+        if let Err(why) = shared.load(&self.cluster.clocks.borrow(), self.id, at, &mut value) {
+            self.wrong_shared(Act::Load, 16, at, &why)
+        }
+        sixteen(value)
     }
 }

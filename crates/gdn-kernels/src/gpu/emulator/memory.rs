@@ -40,6 +40,8 @@ const NOW: u8 = 2;
 enum Kind {
     Input,
     Output,
+    /// Written, a byte more than once if it is the same each time.
+    Agreed,
     /// Read and written; `once` says that a byte is stored once a launch.
     State {
         once: bool,
@@ -181,6 +183,12 @@ impl Memory {
         self.add(vec![POISON; bytes], place, Kind::State { once: false, readable: false, touched })
     }
 
+    /// A buffer that kernels write, where several threads may write one byte if they write the same there. Its
+    /// address.
+    pub fn agreed(&self, bytes: usize, place: Place) -> u64 {
+        self.add(vec![POISON; bytes], place, Kind::Agreed)
+    }
+
     fn untouched(bytes: usize) -> Vec<Touched> {
         vec![Touched { writer: NOBODY, reader: NOBODY, by: Touches::NONE }; bytes.div_ceil(2)]
     }
@@ -266,7 +274,7 @@ impl Memory {
             match buffer.kind {
                 Kind::Input | Kind::State { readable: true, .. } => {}
                 _ if stored.contains(&NEVER) => return Err(String::from("of bytes that nobody has written")),
-                Kind::Output if stored.contains(&NOW) => {
+                Kind::Output | Kind::Agreed if stored.contains(&NOW) => {
                     return Err(String::from("of an output of this launch, which is only written"));
                 }
                 _ => {}
@@ -287,6 +295,12 @@ impl Memory {
                 Kind::Input => return Err(String::from("into an input")),
                 Kind::Output if again => return Err(String::from("of a byte that was stored already")),
                 _ => {}
+            }
+            if matches!(buffer.kind, Kind::Agreed) {
+                let mut bytes = range.clone().zip(value);
+                if bytes.any(|(i, byte)| buffer.stored[i] == NOW && buffer.bytes[i] != *byte) {
+                    return Err(String::from("of another value than was stored already"));
+                }
             }
             buffer.touch(start, value.len(), true, who, first)?;
             if again && matches!(buffer.kind, Kind::State { once: true, .. }) {

@@ -257,6 +257,12 @@ impl Gpu for Thread<'_> {
         block
     }
 
+    fn bring_near(&self, _address: u64) {}
+
+    unsafe fn peek4(&self, address: u64) -> u32 {
+        u32::from_ne_bytes(self.load(address))
+    }
+
     fn unforeseen(&self, number: u64) -> u64 {
         number
     }

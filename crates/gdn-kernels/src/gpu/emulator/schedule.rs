@@ -30,6 +30,8 @@ pub(super) enum Wait {
     Collective(Call),
     /// A phase of an mbarrier of its own block.
     Mbarrier { at: u32, parity: u32 },
+    /// Four words of shared memory of its own block that are sent.
+    Words { at: u32 },
 }
 
 /// What a thread brings to a collective: registers on its stack, which stay where they are until all have
@@ -333,6 +335,7 @@ impl Turns<'_> {
             self.collectives();
             self.barriers();
             self.mbarriers();
+            self.words();
             if self.ready.is_empty() {
                 if self.waits.iter().all(Option::is_none) {
                     let left = self.cluster.flights.borrow();
@@ -465,6 +468,19 @@ impl Turns<'_> {
         }
     }
 
+    /// Lets those go on that have all they wait for.
+    fn words(&mut self) {
+        for thread in 0..self.waits.len() {
+            let Some(Wait::Words { at }) = self.waits[thread] else { continue };
+            let shared = self.cluster.blocks[thread / self.cluster.threads()].shared.borrow();
+            let are_there = shared.are_there(at);
+            drop(shared);
+            if are_there {
+                self.go_on([thread]);
+            }
+        }
+    }
+
     /// Nobody can go on.
     fn in_vain(&self) -> ! {
         let mut lines = Vec::new();
@@ -478,6 +494,7 @@ impl Turns<'_> {
                 Some(Wait::Mbarrier { at, parity }) => {
                     format!("waits for parity {parity} of the mbarrier at {at}")
                 }
+                Some(Wait::Words { at }) => format!("waits for what is sent to {at} of shared memory"),
             };
             if what != last {
                 lines.push(format!("from {} on: {what}", self.cluster.name(thread)));

@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, format, string::String, vec, vec::Vec};
 
 use super::order::{Clocks, Known, Touches};
+use crate::gpu::EMPTY;
 
 /// Two bytes of it.
 #[derive(Clone)]
@@ -134,6 +135,25 @@ impl Shared {
         self.touch(clocks, thread, at, value.len(), Act::Store)?;
         self.bytes[at as usize..][..value.len()].copy_from_slice(value);
         Ok(())
+    }
+
+    /// A thread of the cluster sends a word, once, to where its block made room for it. Whoever reads it may,
+    /// but knows of nothing else by that.
+    pub(super) fn send(&mut self, clocks: &Clocks, thread: usize, at: u32, value: u32) -> Result<(), String> {
+        let is_empty = self.bytes.get(at as usize..at as usize + 4) == Some(&EMPTY.to_ne_bytes());
+        self.touch(clocks, thread, at, 4, Act::Store)?;
+        if !is_empty {
+            return Err(String::from("where no message is waited for"));
+        }
+        self.bytes[at as usize..][..4].copy_from_slice(&value.to_ne_bytes());
+        self.halves(at, 4, 4)?.iter_mut().for_each(|half| half.by.forget_write());
+        Ok(())
+    }
+
+    /// Whether none of four words is empty. What is wrong with them the load behind finds.
+    pub(super) fn are_there(&self, at: u32) -> bool {
+        let words = self.bytes.get(at as usize..at as usize + 16).unwrap_or_default();
+        words.chunks_exact(4).all(|word| word != EMPTY.to_ne_bytes())
     }
 
     /// A copy sets out for these bytes.

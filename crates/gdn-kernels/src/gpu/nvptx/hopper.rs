@@ -239,4 +239,53 @@ impl<S: Shared> Hopper for Nvptx<S> {
                 in(reg32) self.of_cluster(at, rank), in(reg32) value, options(nostack));
         }
     }
+
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    unsafe fn send4(&self, at: u32, _rank: u32, value: u32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_shared4(at, value) }
+    }
+
+    #[cfg(sm_90)]
+    #[inline(always)]
+    unsafe fn send4(&self, at: u32, rank: u32, value: u32) {
+        // SAFETY: as above.
+        unsafe {
+            asm!("st.relaxed.cluster.shared::cluster.u32 [{}], {};",
+                in(reg32) self.of_cluster(at, rank), in(reg32) value, options(nostack));
+        }
+    }
+
+    #[cfg(not(sm_90))]
+    #[inline(always)]
+    unsafe fn receive16(&self, at: u32) -> Bytes16 {
+        // SAFETY: the caller's promise; each block is a cluster of its own, and a barrier lies between.
+        unsafe { self.load_shared16(at) }
+    }
+
+    // A label within braces is the braces' own.
+    #[allow(named_asm_labels)]
+    #[cfg(sm_90)]
+    #[inline(always)]
+    unsafe fn receive16(&self, at: u32) -> Bytes16 {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .pred empty;",
+                "again:",
+                "ld.volatile.shared.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+                "setp.eq.u32 empty, {0}, -1;",
+                "setp.eq.or.u32 empty, {1}, -1, empty;",
+                "setp.eq.or.u32 empty, {2}, -1, empty;",
+                "setp.eq.or.u32 empty, {3}, -1, empty;",
+                // A brace at the beginning of a line would end the kernel for who takes the text apart.
+                "@empty bra again; }}",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.shared(at),
+                options(nostack));
+        }
+        Bytes16([a, b, c, d])
+    }
 }

@@ -176,6 +176,22 @@ impl<S: Shared> Gpu for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn bring_near(&self, address: u64) {
+        // SAFETY: a hint, which no address makes wrong.
+        unsafe { asm!("prefetch.global.L2 [{}];", in(reg64) address, options(nostack)) }
+    }
+
+    #[inline(always)]
+    unsafe fn peek4(&self, address: u64) -> u32 {
+        let value: u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("ld.relaxed.gpu.global.u32 {}, [{}];", out(reg32) value, in(reg64) address, options(nostack));
+        }
+        value
+    }
+
+    #[inline(always)]
     unsafe fn load16(&self, address: u64) -> Bytes16 {
         let (a, b, c, d): (u32, u32, u32, u32);
         // SAFETY: the caller's promise.

@@ -24,7 +24,7 @@ pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 
 /// With so many blocks a cluster and pieces a warp, as far as there are; v heads all at once or one after the
 /// other.
-fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
+pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
     Profile {
         multiprocessors: 132,
         most_cluster: 8,
@@ -158,16 +158,16 @@ pub(super) fn any_layer(count: u64, run: &mut Run<'_>) {
 
 /// A call with states that are kept in some way, and what it leaves.
 #[derive(Clone)]
-struct Kept {
-    batch: Batch,
+pub(super) struct Kept {
+    pub(super) batch: Batch,
     states: Memory<5>,
-    windows: Memory<4>,
+    pub(super) windows: Memory<4>,
 }
 
 const TOKENS: usize = 3;
 
 impl Kept {
-    fn new(state_order: [usize; 2], state_dtype: Dtype, more_columns: usize) -> Self {
+    pub(super) fn new(state_order: [usize; 2], state_dtype: Dtype, more_columns: usize) -> Self {
         let form = Form { state_order, state_dtype, more_columns, ..Form::default() };
         let mut batch = Batch::new(&Options::new([2, 4, 24, 40]), form, &[TOKENS; 2]);
         let [_, hv, dv, dk] = batch.recurrent.sizes;
@@ -186,7 +186,7 @@ impl Kept {
     }
 
     /// The `way`th way to keep states.
-    fn run(&mut self, way: usize, run: impl FnOnce(&mut Call<'_, '_>)) {
+    pub(super) fn run(&mut self, way: usize, run: impl FnOnce(&mut Call<'_, '_>)) {
         let table = [3i64, 5, 1, 6, 2, 8];
         let (one, accepted) = ([7i64, -1], [2i64, 3]);
         let to = Numbers::new(&one, IndexType::I32);
@@ -290,6 +290,63 @@ pub(super) fn tokens_at_once(run: &mut Run<'_>) {
             all.decode_by(|call| run(call, profile(1, 8, false)));
             assert_eq!(all.out.all(), outputs, "{form:?}");
             assert!(all.conv.all() == one.conv.all() && all.recurrent.all() == one.recurrent.all());
+        }
+    }
+}
+
+/// So many sequences at once: each is held to the CPU, and some to the bits of a call with them alone.
+pub(super) fn many_sequences(count: usize, run: &mut Run<'_>) {
+    let bf16 = Dtype::BF16;
+    let plain = Options { dtype: bf16, weight_dtype: bf16, ..Options::new([1, 8, 64, 8]) };
+    let of_plain = Form { conv_dtype: bf16, state_dtype: bf16, out_dtype: bf16, ..Form::default() };
+    for (options, form) in [(Options::new([2, 2, 8, 8]), Form::default()), (plain, of_plain)] {
+        // Of many a layer's inputs are a few tokens' again and again.
+        let mut before = Batch::repeated(&options, form, &vec![1; count], 50);
+        // Sequences of the large layer share their states, which they leave as they are.
+        let keeps = form.state_dtype == Dtype::F32;
+        if !keeps {
+            let few = Batch::new(&options, form, &[1; 5]);
+            (before.conv, before.recurrent) = (few.conv, few.recurrent);
+            before.slots = (0..count).map(|r| (r % 7) as i64).collect();
+        }
+        before.slots[count / 2] = -1;
+        let decode = |batch: &mut Batch, run: &mut dyn FnMut(&mut Call<'_, '_>)| {
+            batch.decode_by(|call| {
+                if !keeps {
+                    (call.conv_state.keep, call.recurrent_state.keep) = (Keep::Nothing, Keep::Nothing);
+                }
+                run(call);
+            });
+        };
+        let (mut cpu, mut got) = (before.clone(), before.clone());
+        decode(&mut cpu, &mut |call| crate::cpu::decode(call, &Cpu::new()).unwrap());
+        decode(&mut got, &mut |call| {
+            run(call, Profile { cluster: None, steps: None, ..profile(1, 1, false) })
+        });
+        for r in 0..count {
+            let (got, cpu) = (got.out_of(r..r + 1), cpu.out_of(r..r + 1));
+            let error = relative(&got, &cpu);
+            let most = if keeps { 2e-5 } else { 1e-2 };
+            assert!(error <= most, "sequence {r} of {count} is off the CPU's by {error:.2e}");
+        }
+        if keeps {
+            for (name, got, cpu) in [
+                ("conv_state", got.conv.all(), cpu.conv.all()),
+                ("recurrent_state", got.recurrent.all(), cpu.recurrent.all()),
+            ] {
+                let error = relative(&got, &cpu);
+                assert!(error <= 2e-6, "{name} of {count} sequences is off the CPU's by {error:.2e}");
+            }
+        }
+        // The inputs of sequence r are those of r % 50, and where states are shared, so are those of r + 350.
+        for r in [0, 1, count - 1] {
+            let mut one = Batch::repeated(&options, form, &vec![1; r % 50 + 1], 50);
+            one.conv.clone_from(&before.conv);
+            one.recurrent.clone_from(&before.recurrent);
+            one.slots = vec![-1; r % 50 + 1];
+            one.slots[r % 50] = before.slots[r];
+            decode(&mut one, &mut |call| run(call, profile(2, 1, false)));
+            assert_eq!(got.out_of(r..r + 1), one.out_of(r % 50..r % 50 + 1), "sequence {r} of {count}");
         }
     }
 }

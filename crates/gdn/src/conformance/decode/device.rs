@@ -132,6 +132,13 @@ fn contracts_on_the_gpu() {
     cases::slots_that_are_not_there(&mut |call, profile| both(call, profile, &gpu));
 }
 
+/// More than a grid's second and third dims have room for.
+#[test]
+fn many_sequences_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    cases::many_sequences(70_001, &mut |call, profile| launch(call, profile, &gpu));
+}
+
 /// For tools that look at every access: the device alone.
 #[test]
 fn contracts_on_the_gpu_alone() {

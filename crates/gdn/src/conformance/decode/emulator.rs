@@ -9,6 +9,8 @@ use super::{Access, Call, cases, extents, moved};
 use crate::{
     cuda::{decode::Job, share::Profile},
     decode::Plan,
+    dtype::Dtype,
+    state::Kept,
     view::DeviceAddress,
 };
 
@@ -33,8 +35,18 @@ fn kernel(job: &Job, gpu: &Thread<'_>) {
 
 /// Runs a call on the emulator. The kernel that it took.
 pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Option<&'static str> {
+    emulate_in(&Memory::new(), call, profile, 0, |_| {})
+}
+
+/// The same in memory that may have more in it, with another plan, and blocks in another order.
+fn emulate_in(
+    memory: &Memory,
+    call: &mut Call<'_, '_>,
+    profile: Profile,
+    seed: u64,
+    change: impl FnOnce(&mut Plan<DeviceAddress>),
+) -> Option<&'static str> {
     let plan = Plan::new(call).unwrap();
-    let memory = Memory::new();
     let placed: Vec<_> = extents(&plan)
         .into_iter()
         .map(|extent| {
@@ -53,12 +65,14 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Option<&'sta
         let found = placed.iter().find(|(extent, _)| extent.at == at);
         DeviceAddress(found.expect("a tensor of the plan").1)
     };
-    let job = Job::new(&moved(&plan, address), profile).unwrap()?;
+    let mut plan = moved(&plan, address);
+    change(&mut plan);
+    let job = Job::new(&plan, profile).unwrap()?;
     let launch = emulator::Launch::new([job.blocks, 1, 1], job.threads)
         .shared(job.shared)
         .cluster(job.cluster)
-        .seed(u64::from(job.blocks) * 31 + u64::from(job.cluster));
-    emulator::run_in_step(&memory, launch, |gpu| kernel(&job, gpu));
+        .seed(seed + u64::from(job.blocks) * 31 + u64::from(job.cluster));
+    emulator::run_in_step(memory, launch, |gpu| kernel(&job, gpu));
     for (extent, address) in placed.iter().filter(|(extent, _)| extent.access != Access::Reads) {
         let (bytes, stored) = memory.read(*address);
         for (i, (byte, stored)) in bytes.iter().zip(stored).enumerate() {
@@ -104,4 +118,47 @@ fn slots_that_are_not_there_on_the_emulator() {
     cases::slots_that_are_not_there(&mut |call, profile| {
         emulate(call, profile);
     });
+}
+
+#[test]
+fn many_sequences_on_the_emulator() {
+    cases::many_sequences(101, &mut |call, profile| {
+        emulate(call, profile);
+    });
+}
+
+/// Windows after each token share memory in SGLang's pool: one of T + W - 2 inputs a sequence. Several
+/// threads write one place, and the same there.
+#[test]
+fn windows_that_share_memory_on_the_emulator() {
+    for (cluster, steps, seed) in [(1, 8, 1), (1, 1, 2), (2, 1, 3), (4, 1, 4)] {
+        let profile = cases::profile(cluster, steps, false);
+        let before = cases::Kept::new([2, 3], Dtype::F32, 0);
+        let mut apart = before.clone();
+        apart.run(5, |call| {
+            emulate(call, profile);
+        });
+        let mut together = before.clone();
+        let [rows, tokens, channels, columns] = before.windows.sizes;
+        let inputs = tokens + columns - 1;
+        let (memory, bytes) = (Memory::new(), rows * channels * inputs * 2);
+        let pool = memory.agreed(bytes, Place::dense(bytes));
+        together.run(5, |call| {
+            emulate_in(&memory, call, profile, seed, |plan| {
+                let Kept::EachIn(windows, _) = &mut plan.conv.kept else { panic!("windows of each token") };
+                windows.at = DeviceAddress(pool);
+                windows.strides = [channels * inputs, 1, inputs, 1];
+            });
+        });
+        let (bytes, stored) = memory.read(pool);
+        let bits = |i: usize| u16::from_ne_bytes([bytes[2 * i], bytes[2 * i + 1]]);
+        for [row, t, channel, column] in apart.windows.places() {
+            let i = (row * channels + channel) * inputs + t + column;
+            // There are two sequences, and a row of the pool that is nobody's.
+            assert_eq!(stored[2 * i], u8::from(row < 2));
+            let got = f32::from_bits(u32::from(bits(i)) << 16);
+            assert!(row == 2 || f64::from(got) == apart.windows.get([row, t, channel, column]));
+        }
+        assert!(together.batch.out.bytes == apart.batch.out.bytes, "{cluster} blocks");
+    }
 }
