@@ -114,8 +114,8 @@ impl<G: Machine> Block<'_, G> {
         };
         let (mut row, mut t) = behind(self.first_row(), 0);
         let mut factors = first;
-        // SAFETY: the caller's promise.
         if t > 0 && t < args.tokens {
+            // SAFETY: the caller's promise.
             let bits = unsafe { self.read_row::<H>(self.row_at::<H>(pass, row, t)) };
             factors = self.row_factors::<H>(if H::PLAIN { bits.packed() } else { bits });
         }

@@ -68,7 +68,7 @@ type Access = fn(&Memory, &Thread<'_>);
 
 #[test]
 fn wrong_accesses_are_found() {
-    let kernels: [(&str, Access); 9] = [
+    let kernels: [(&str, Access); 10] = [
         ("outside every row", |m, gpu| {
             let gaps = Place { misalignment: 0, row_bytes: 4, row_stride: 8 };
             let _ = unsafe { gpu.load4(m.input(&[0; 8], gaps) + 4) };
