@@ -62,8 +62,10 @@ pub(super) struct States<'a> {
     lens: Lens,
     /// Those of the R * DV rows of the value heads' states that are computed.
     rows: Range<usize>,
+    /// Whether the states are zeros still, with which nothing need be multiplied.
+    are_zeros: bool,
     /// `[R][panels][DK][panel]`: S^T.
-    pub(super) states: &'a mut [f32],
+    states: &'a mut [f32],
     /// `[DK][CHUNK]`
     k_transposed: &'a mut [f32],
     /// `[CHUNK][CHUNK]` each: `K K^T` and `Q K^T`.
@@ -97,12 +99,14 @@ static LANES: [f32; CHUNK] = {
 };
 
 impl<'a> States<'a> {
+    /// States whose elements are left over from earlier calls.
     pub(super) fn new(lens: Lens, rows: Range<usize>, memory: &mut Pieces<'a>) -> Self {
         let square = CHUNK * CHUNK;
         let x = CHUNK * lens.panel;
         Self {
             lens,
             rows,
+            are_zeros: false,
             states: memory.take(lens.ratio * lens.state()),
             k_transposed: memory.take(padded(lens.dk) * CHUNK),
             kk: memory.take(square),
@@ -116,6 +120,12 @@ impl<'a> States<'a> {
             x: memory.take(x),
             u: memory.take(x),
         }
+    }
+
+    /// Makes the states zeros.
+    pub(super) fn clear(&mut self) {
+        self.states.fill(0.0);
+        self.are_zeros = true;
     }
 
     /// The panels of value head r that are computed.
@@ -136,6 +146,7 @@ impl<'a> States<'a> {
         first: usize,
     ) {
         let Lens { dk, dv, panels, panel, ratio } = self.lens;
+        self.are_zeros &= !READ;
         let steps = [step(state, 2), step(state, 3)];
         for r in 0..ratio {
             let memory = at(state, [slot, first + r, 0, 0]);
@@ -205,6 +216,7 @@ impl<'a> States<'a> {
                 }
             }
         }
+        self.are_zeros = false;
     }
 
     /// What the gates of one head make of `K K^T` and `Q K^T`. Gives `e^G` of the whole chunk.
@@ -290,7 +302,14 @@ impl<'a> States<'a> {
             let zero = L::zero();
             for first in (0..CHUNK).step_by(M) {
                 let mut tile = [[zero; N]; M];
-                multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                if self.are_zeros {
+                    // NaN for a key that is no number: its square is none either.
+                    for (m, registers) in tile.iter_mut().enumerate() {
+                        *registers = [zero.splat(0.0 * self.kk[(first + m) * (CHUNK + 1)]); N];
+                    }
+                } else {
+                    multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                }
                 for (m, registers) in tile.into_iter().enumerate() {
                     let t = first + m;
                     let (scale, beta) =
@@ -304,11 +323,13 @@ impl<'a> States<'a> {
             }
             for first in (0..CHUNK).step_by(M) {
                 let mut tile = [[zero; N]; M];
-                multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
-                for (m, registers) in tile.iter_mut().enumerate() {
-                    let scale = zero.splat(self.from_start[first + m]);
-                    for register in registers {
-                        *register = scale.times(*register);
+                if !self.are_zeros {
+                    multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                    for (m, registers) in tile.iter_mut().enumerate() {
+                        let scale = zero.splat(self.from_start[first + m]);
+                        for register in registers {
+                            *register = scale.times(*register);
+                        }
                     }
                 }
                 let a = self.p_inverse.as_ptr().add(first * CHUNK);

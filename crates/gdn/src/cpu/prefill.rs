@@ -180,12 +180,12 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
         group.read_window::<L>(window.map(|conv| (&conv.state, slot, conv.state.sizes[2] - before)));
         match plan.recurrent.as_ref().filter(|_| is_initial) {
             Some(recurrent) => states.exchange::<L, true>(&recurrent.state, slot, head * ratio),
-            None => states.states.fill(0.0),
+            None => states.clear(),
         }
         let mut row = start;
         while row < end {
             let n = CHUNK.min(end - row);
-            let next = group.upcoming(row + n..(row + n + CHUNK).min(end));
+            let next = group.upcoming(row..row + n, row + n < end);
             group.take_inputs::<L>(row, n);
             match part {
                 Step::All => {

@@ -274,12 +274,6 @@ impl Register for F32x8 {
     }
 
     #[inline(always)]
-    fn prefetch_for_later(src: *const u8) {
-        // SAFETY: as above.
-        unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(src.cast()) }
-    }
-
-    #[inline(always)]
     fn sum(self) -> f32 {
         // SAFETY: a value of the type shows that the machine has the instructions.
         unsafe { sum(self.0) }

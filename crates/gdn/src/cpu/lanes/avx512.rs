@@ -282,12 +282,6 @@ impl Register for F32x16 {
     }
 
     #[inline(always)]
-    fn prefetch_for_later(src: *const u8) {
-        // SAFETY: as above.
-        unsafe { x86::_mm_prefetch::<{ x86::_MM_HINT_T1 }>(src.cast()) }
-    }
-
-    #[inline(always)]
     fn sum(self) -> f32 {
         // SAFETY: a value of the type shows that the machine has the instructions.
         unsafe { super::avx2::sum(halves(self)) }

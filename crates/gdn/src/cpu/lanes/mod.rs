@@ -86,12 +86,6 @@ pub(super) trait Register: Lanes {
         let _ = src;
     }
 
-    /// As [`prefetch`](Self::prefetch), no nearer than the second-level cache, for what is needed later.
-    #[inline(always)]
-    fn prefetch_for_later(src: *const u8) {
-        let _ = src;
-    }
-
     /// The sum of the lanes, halves first: lane i and lane i + LEN/2, and so on.
     fn sum(self) -> f32;
 

@@ -17,7 +17,7 @@ use crate::{
 /// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has
 /// none left for what it reads now.
 pub(in crate::cpu) struct Upcoming {
-    stretches: [Stretch; 4],
+    stretches: [Stretch; 5],
     num_rows: usize,
     /// The line that comes next.
     row: usize,
@@ -39,7 +39,7 @@ impl Upcoming {
         self.num_rows * self.stretches.iter().map(|stretch| stretch.bytes.div_ceil(LINE)).sum::<usize>()
     }
 
-    /// Has so many of them brought into the second-level cache.
+    /// Has so many of them brought near.
     #[inline(always)]
     pub(in crate::cpu) fn bring<L: Register>(&mut self, lines: usize) {
         for _ in 0..lines {
@@ -47,7 +47,9 @@ impl Upcoming {
                 return;
             }
             let stretch = self.stretches[self.stretch];
-            L::prefetch_for_later(stretch.at.wrapping_add(self.row * stretch.step + self.offset));
+            if self.offset < stretch.bytes {
+                L::prefetch(stretch.at.wrapping_add(self.row * stretch.step + self.offset));
+            }
             self.offset += LINE;
             if self.offset >= stretch.bytes {
                 self.offset = 0;
@@ -84,17 +86,27 @@ impl Group<'_> {
         lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
     }
 
-    /// What is read of rows of the projections.
-    pub(in crate::cpu) fn upcoming(&self, rows: Range<usize>) -> Upcoming {
-        let stretch = |field: &Field<*mut u8>, len: usize| Stretch {
-            at: features(field, self.head, rows.start),
+    /// What some rows end with, their z and their `out`; and the inputs of as many rows after them, where there
+    /// are such.
+    pub(in crate::cpu) fn upcoming(&self, rows: Range<usize>, has_next: bool) -> Upcoming {
+        let stretch = |field: &Field<*mut u8>, row: usize, len: usize| Stretch {
+            at: features(field, self.head, row),
             bytes: len * field.dtype.size(),
             step: field.row_stride,
         };
-        let [q, k, v] = &self.parts;
-        let stretches = [(&q.field, q.len), (&k.field, k.len), (&v.field, v.len), (&self.tokens.z, v.len)];
+        let [q, k, v] = self
+            .parts
+            .each_ref()
+            .map(|part| stretch(&part.field, rows.end, if has_next { part.len } else { 0 }));
+        let (out, heads) = (&self.tokens.out, self.tokens.layer.heads());
+        let head = heads.head_v_dim() * out.kind.size();
+        let written = Stretch {
+            at: at(out, [rows.start, self.head * heads.ratio(), 0]),
+            bytes: if step(out, 1) == head { heads.ratio() * head } else { head },
+            step: step(out, 0),
+        };
         Upcoming {
-            stretches: stretches.map(|(field, len)| stretch(field, len)),
+            stretches: [stretch(&self.tokens.z, rows.start, self.parts[2].len), written, q, k, v],
             num_rows: rows.len(),
             row: 0,
             stretch: 0,
