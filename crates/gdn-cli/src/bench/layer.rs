@@ -2,8 +2,8 @@
 
 use anyhow::{Context, bail};
 use gdn::{
-    ArgumentError, Cpu, Dtype, Layer, MAX_TOKENS, Tensor,
-    cpu::{Stores, copy_bytes, multiply_add},
+    ArgumentError, CHUNK, Cpu, Dtype, Layer, MAX_TOKENS, Tensor,
+    cpu::{Stores, copy_bytes, multiply_add, silu},
 };
 use serde_json::json;
 
@@ -53,7 +53,8 @@ medians over rounds in which the op and what it is measured against take turns.
 FLOPs: 6 * DK * DV for each token and value head, what every form of the delta rule takes at least (S k, \
 the correction of S, S q); all else counts as time lost. `peak` is the time that so many FLOPs take where \
 this machine, with the same instructions and as many threads, does fused multiply-adds in registers and \
-nothing else. The share is the peak's time over the op's.
+nothing else. The share is the peak's time over the op's. `floor` is what all multiply-adds of chunks of 16 \
+tokens, those of the convolution and `silu` of all features would take at the speed that each has alone.
 
 On a GPU the op is measured as decode is: beside a copy that reads and writes as many bytes as the op does \
 outside of its own scratch memory. Calls are replayed as a CUDA graph.")]
@@ -138,6 +139,8 @@ struct Record {
     seconds: f64,
     /// What the same work takes where there is nothing else.
     least_seconds: f64,
+    /// What all of the op's arithmetic takes at its best, where that was measured.
+    floor_seconds: Option<f64>,
 }
 
 impl Record {
@@ -152,6 +155,7 @@ fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Res
     let cpu = args.cpu.cpu(usize::MAX)?;
     let backend = Backend::new(args.device, cpu)?;
     let least = Least::of(op, args.device);
+    let is_beside_peak = least == Least::Peak;
     let unit = backend.unit();
     let title = format!("{}, {}, {}, {unit}", op.name(), layer.heads(), layer.layout.packing);
     if !args.measuring.json {
@@ -160,7 +164,7 @@ fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Res
             Least::Peak => ["FLOPs", "peak", "GFLOP/s"],
         };
         print(&format!(
-            "{title}\n{:>6} {:>7} {:>5} {:>5} {:>12} {:>7} {:>12} {:>12} {:>12} {speed:>8} {:>7}\n",
+            "{title}\n{:>6} {:>7} {:>5} {:>5} {:>12} {:>7} {:>12} {:>12} {:>12} {speed:>8} {:>7}",
             "batch",
             "tokens",
             "dtype",
@@ -172,6 +176,10 @@ fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Res
             "tokens/s",
             "share",
         ))?;
+        if is_beside_peak {
+            print(&format!("{:>12}", "floor"))?;
+        }
+        print("\n")?;
     }
     let mut records: Vec<Record> = Vec::new();
     for &dtype in &args.dtype {
@@ -203,9 +211,11 @@ fn line(record: &Record) -> String {
         work,
         seconds,
         least_seconds,
+        floor_seconds,
     } = record;
+    let floor = floor_seconds.map_or(String::new(), |seconds| format!("{:>12}", time(seconds)));
     format!(
-        "{batch:>6} {tokens:>7} {dtype:>5} {state_dtype:>5} {work:>12} {threads:>7} {:>12} {:>12} {:>12.0} {:>8.1} {:>7.3}\n",
+        "{batch:>6} {tokens:>7} {dtype:>5} {state_dtype:>5} {work:>12} {threads:>7} {:>12} {:>12} {:>12.0} {:>8.1} {:>7.3}{floor}\n",
         time(*seconds),
         time(*least_seconds),
         (batch * tokens) as f64 / seconds,
@@ -216,7 +226,7 @@ fn line(record: &Record) -> String {
 
 /// A line of JSON.
 fn object(record: &Record, (least, device, unit): (Least, Device, &str)) -> String {
-    let Record { case, threads, work, seconds, least_seconds } = record;
+    let Record { case, threads, work, seconds, least_seconds, floor_seconds } = record;
     let Case { op, layer, batch, tokens, dtype, state_dtype } = case;
     let heads = layer.heads();
     let mut object = json!({
@@ -233,6 +243,9 @@ fn object(record: &Record, (least, device, unit): (Least, Device, &str)) -> Stri
     object[work_key] = json!(*work as u64);
     object[least] = json!(least_seconds);
     object[share] = json!(record.share());
+    if let Some(floor_seconds) = floor_seconds {
+        object["floor_seconds"] = json!(floor_seconds);
+    }
     format!("{object}\n")
 }
 
@@ -483,7 +496,14 @@ fn measure_on(
     let [seconds, least_seconds] =
         medians(seconds, |contender, repeats| bench.replay(contender == 1, repeats))?
             .map(|seconds| seconds / bench.calls() as f64);
-    Ok(Record { case: source.case, threads: 0, work: moved as f64, seconds, least_seconds })
+    Ok(Record {
+        case: source.case,
+        threads: 0,
+        work: moved as f64,
+        seconds,
+        least_seconds,
+        floor_seconds: None,
+    })
 }
 
 /// Beside a copy of the same bytes.
@@ -510,7 +530,23 @@ fn measure_bytes(
         anyhow::Ok(())
     })?;
     let least_seconds = plain.min(streaming);
-    Ok(Record { case: source.case, threads, work: moved as f64, seconds, least_seconds })
+    Ok(Record { case: source.case, threads, work: moved as f64, seconds, least_seconds, floor_seconds: None })
+}
+
+/// Multiply-adds of a prefill in chunks, at least, and numbers that it takes `silu` of. Beside the delta
+/// rule's own: `K K^T` and `Q K^T` for each key head, their triangles times two rows of each state, and the
+/// convolution.
+fn arithmetic(case: &Case, inputs: &Inputs<'_>) -> [usize; 2] {
+    let Case { layer, batch, tokens, .. } = *case;
+    let (heads, channels) = (layer.heads(), layer.conv_channels());
+    // Two triangles of a square of CHUNK, one of them with its diagonal, are the square itself.
+    let keys = heads.num_k_heads() * CHUNK * heads.head_k_dim();
+    let values = heads.num_v_heads() * CHUNK * heads.head_v_dim();
+    let rows = batch * tokens;
+    [
+        rows * (inputs.multiply_adds() + keys + values + channels * layer.conv_width),
+        rows * (channels + heads.z_features()),
+    ]
 }
 
 /// Beside bare multiply-adds.
@@ -526,16 +562,25 @@ fn measure_flops(
     let multiply_adds = batch * tokens * source.inputs()?.multiply_adds();
     let threads = cpu.chosen_threads(multiply_adds / 3);
     let (backend, peak) = (Backend::Cpu(*cpu), cpu.threads(threads));
-    let mut done = 1;
-    let [seconds, peak_seconds] = medians(seconds, |contender, repeats| {
+    let (mut done, mut activated) = (1, 1);
+    let [seconds, peak_seconds, silu_seconds] = medians(seconds, |contender, repeats| {
         match contender {
             0 => (0..repeats).try_for_each(|_| source.run(written, &backend))?,
-            _ => (0..repeats).for_each(|_| done = multiply_add(&peak)),
+            1 => (0..repeats).for_each(|_| done = multiply_add(&peak)),
+            _ => (0..repeats).for_each(|_| activated = silu(&peak)),
         }
         anyhow::Ok(())
     })?;
-    let least_seconds = peak_seconds * multiply_adds as f64 / done as f64;
-    Ok(Record { case: source.case, threads, work: 2.0 * multiply_adds as f64, seconds, least_seconds })
+    let (each, each_silu) = (peak_seconds / done as f64, silu_seconds / activated as f64);
+    let [all, silus] = arithmetic(&source.case, &source.inputs()?);
+    Ok(Record {
+        case: source.case,
+        threads,
+        work: 2.0 * multiply_adds as f64,
+        seconds,
+        least_seconds: each * multiply_adds as f64,
+        floor_seconds: Some(each * all as f64 + each_silu * silus as f64),
+    })
 }
 
 #[cfg(test)]

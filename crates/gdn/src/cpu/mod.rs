@@ -24,7 +24,7 @@ use self::copy::{Copier, LINE};
 pub use cache::{Cache, caches, last_level_bytes};
 pub use decode::decode;
 pub use isa::{Isa, IsaError};
-pub use peak::multiply_add;
+pub use peak::{multiply_add, silu};
 pub use prefill::prefill;
 pub use split::{merge, merge_fresh, split, split_fresh};
 pub use threads::Executor;
