@@ -124,7 +124,7 @@ def take_turns(subjects: dict, rotations: int) -> dict[str, list[float]]:
 
 
 class CopyOfStates:
-    """The same bytes read and written, by PyTorch's copy: what decode cannot be much faster than."""
+    """The same bytes read and written, by PyTorch's copy, which goes to two places in memory."""
 
     def __init__(self, inputs: Inputs, rotations: int) -> None:
         self.sets = [
@@ -134,6 +134,16 @@ class CopyOfStates:
 
     def run(self, i: int) -> None:
         self.sets[i][1].copy_(self.sets[i][0])
+
+
+class PassOverStates:
+    """Every number of the states read, multiplied once and written back in place, by PyTorch: what decode cannot be faster than."""
+
+    def __init__(self, inputs: Inputs, rotations: int) -> None:
+        self.sets = [inputs.recurrent_state.clone() for _ in range(rotations)]
+
+    def run(self, i: int) -> None:
+        self.sets[i].mul_(-1.0)
 
 
 def measure(op: str, size: int, dtype: torch.dtype, names: list[str], allocator: str) -> list[dict]:
@@ -157,6 +167,7 @@ def measure(op: str, size: int, dtype: torch.dtype, names: list[str], allocator:
         errors[name] = check(name, subjects[name], inputs, truth)
     if op == "decode":
         subjects["copy of the recurrent states"] = CopyOfStates(inputs, rotations)
+        subjects["pass over the recurrent states"] = PassOverStates(inputs, rotations)
     rows = []
     for name, seconds in take_turns(subjects, rotations).items():
         median = statistics.median(seconds)
