@@ -5,8 +5,7 @@ use pyo3::prelude::*;
 use super::{
     Libtorch, OFFSETS,
     abi::{Failed, Opaque, ask},
-    cpp::{Versions, Wrap},
-    made_in_inference_mode,
+    cpp::Wrap,
 };
 use crate::tensor::{Device, Tensor, no_memory, too_many_dims, value_error};
 
@@ -93,19 +92,5 @@ impl Handle<'_> {
             }
             Ok(number)
         }
-    }
-}
-
-impl Versions {
-    pub(super) fn advance(&self, handle: &Handle<'_>, name: &str) -> PyResult<()> {
-        // SAFETY: a tensor that lives, and that has a version.
-        unsafe {
-            if !(self.is_inference)(handle.0) {
-                (self.bump)(handle.0);
-            } else if !(self.is_inference_mode)() {
-                return Err(made_in_inference_mode(name));
-            }
-        }
-        Ok(())
     }
 }
