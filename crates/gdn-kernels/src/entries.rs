@@ -103,6 +103,10 @@ kernels! { "prefill":
     gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, _>;
     gdn_prefill_scan_128(PrefillArgs) = prefill::scan::run::<16, _>;
     gdn_prefill_norm(PrefillArgs) = prefill::norm::run;
+    gdn_prefill_transition_64(PrefillArgs) = prefill::transition::run::<8, _>;
+    gdn_prefill_transition_96(PrefillArgs) = prefill::transition::run::<12, _>;
+    gdn_prefill_transition_128(PrefillArgs) = prefill::transition::run::<16, _>;
+    gdn_prefill_combine(PrefillArgs) = prefill::combine::run;
 }
 
 // On compute capability 9.0 four warps of the scan multiply together.

@@ -15,6 +15,17 @@ pub const THREADS: u32 = 256;
 pub const PREPARE_THREADS: u32 = 192;
 /// Threads of a block of the scan whose warps multiply in groups.
 pub const GROUP_THREADS: u32 = 384;
+/// Threads of a block of the transitions of segments.
+pub const TRANSITION_THREADS: u32 = 256;
+/// Threads of a block that goes from segment to segment, the most columns of S it takes, its rows of S, and its
+/// bytes of shared memory.
+pub const COMBINE_THREADS: u32 = 512;
+/// See [`COMBINE_THREADS`].
+pub const COMBINE_COLUMNS: u32 = 128;
+/// See [`COMBINE_THREADS`].
+pub const COMBINE_ROWS: u32 = 8;
+/// See [`COMBINE_THREADS`].
+pub const COMBINE_BYTES: u32 = COMBINE_THREADS * COMBINE_ROWS * 4;
 /// Threads of a block of the convolution.
 pub const CONVOLVE_THREADS: u32 = 64;
 /// v heads of which a block of the preparation inverts the matrices at a time.
@@ -90,6 +101,101 @@ impl Scratch {
     #[must_use]
     pub const fn next(self) -> Self {
         Self { carry: [self.carry[1], self.carry[0]], ..self }
+    }
+}
+
+/// How long sequences are cut into segments that go forward side by side, and where their states are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub struct Segments {
+    /// Whether blocks of the scan are for segments; otherwise for sequences, of which none is cut.
+    pub is_cut: u32,
+    /// Sequences of so many chunks and more are cut.
+    pub from: u32,
+    /// By the segments of a sequence, which are no shorter and no longer than the next two.
+    pub most: Divisor,
+    /// By the fewest chunks of a segment that others follow.
+    pub shortest: Divisor,
+    /// Its most chunks.
+    pub longest: u32,
+    /// Chunks that a block of the transitions has in shared memory, 2 or 3.
+    pub stages: u32,
+    /// By the blocks of the transitions for a segment and v head.
+    pub slices: Divisor,
+    /// By the blocks that go from segment to segment for a sequence and v head.
+    pub eighths: Divisor,
+    /// max(DV, DK)
+    pub rows_behind: u32,
+    /// For each segment that others follow, of a window: `[HV, DV, DK]`, f32: Z, then the state that the next
+    /// one begins with; `[HV, rows_behind, DK]`, f32: M, or of the first segment what the sequence begins
+    /// with.
+    pub places: u64,
+    /// Bytes of one.
+    pub place_bytes: u64,
+    /// The same of the segment that goes on from the window before, and of the one that goes on in the next.
+    pub open: [u64; 2],
+    /// `[HV, DV, DK]` each, f32: what these two began with.
+    pub starts: [u64; 2],
+    /// Bytes of all.
+    pub bytes: u64,
+}
+
+impl Segments {
+    /// No sequence is cut.
+    pub const NONE: Self = {
+        let Some(one) = Divisor::new(1) else { unreachable!() };
+        Self {
+            is_cut: 0,
+            from: u32::MAX,
+            most: one,
+            shortest: one,
+            longest: 1,
+            stages: 2,
+            slices: one,
+            eighths: one,
+            rows_behind: 0,
+            places: 0,
+            place_bytes: 0,
+            open: [0; 2],
+            starts: [0; 2],
+            bytes: 0,
+        }
+    };
+
+    /// With states from an address on, a multiple of 256, for windows of so many chunks; all above is there.
+    #[must_use]
+    pub const fn at(self, at: u64, chunks: u64, hv: u64, dk: u64, dv: u64) -> Self {
+        let behind = if dv > dk { dv } else { dk };
+        let (state, place_bytes) = (hv * dv * dk * 4, hv * (dv + behind) * dk * 4);
+        let open = at + self.places(chunks) * place_bytes;
+        let starts = open + 2 * place_bytes;
+        Self {
+            rows_behind: behind as u32,
+            places: at,
+            place_bytes,
+            open: [open, open + place_bytes],
+            starts: [starts, starts + state],
+            bytes: starts + 2 * state - at,
+            ..self
+        }
+    }
+
+    /// Segments that others follow, in a window of so many chunks: one that goes on from the window before,
+    /// and those that begin.
+    pub const fn places(&self, chunks: u64) -> u64 {
+        1 + chunks.div_ceil(self.shortest.get() as u64)
+    }
+
+    /// Sequences that are cut, at most, and the one that goes on from the window before.
+    pub const fn sequences(&self, chunks: u64) -> u64 {
+        2 + chunks.div_ceil(self.from as u64)
+    }
+
+    /// As the next window has it.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        let ([a, b], [c, d]) = (self.open, self.starts);
+        Self { open: [b, a], starts: [d, c], ..self }
     }
 }
 
@@ -209,6 +315,8 @@ pub struct Args {
     pub window_columns: u32,
     /// Tensors between the kernels.
     pub scratch: Scratch,
+    /// Long sequences.
+    pub segments: Segments,
 }
 
 impl Args {
@@ -345,6 +453,34 @@ impl ScanRoom {
             return stages + GroupRoom::new(dk, 0).bytes;
         }
         stages + slices * (SLICE / WARP_ROWS) * Self::handed(dk)
+    }
+}
+
+/// Where things of one chunk are in the shared memory of a block of the transitions, in bytes. Rows of Z come
+/// through here too.
+#[derive(Clone, Copy, Debug)]
+pub struct TransitionRoom {
+    /// `[CHUNK][DK, padded]`
+    pub k: u32,
+    /// `[CHUNK][CHUNK, padded]`
+    pub t: u32,
+    /// `[CHUNK][4]`, f32.
+    pub factors: u32,
+    /// `[slices][CHUNK][SLICE, padded]`
+    pub v: u32,
+    /// How many bytes all take.
+    pub bytes: u32,
+}
+
+impl TransitionRoom {
+    /// For keys of `dk` numbers.
+    #[inline(always)]
+    pub const fn new(dk: u32) -> Self {
+        let t = CHUNK * padded(dk);
+        let factors = t + CHUNK * padded(CHUNK);
+        let v = factors + CHUNK * 16;
+        let slices = TRANSITION_THREADS / 32 * WARP_ROWS / SLICE;
+        Self { k: 0, t, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
     }
 }
 

@@ -4,6 +4,7 @@
 //! chunk is whose the kernels read from `cu_seqlens`.
 
 pub mod args;
+pub mod combine;
 pub mod convolve;
 mod element;
 mod group;
@@ -12,6 +13,8 @@ mod outputs;
 pub mod prepare;
 mod rows;
 pub mod scan;
+mod segment;
 mod sequence;
 mod states;
 mod tiles;
+pub mod transition;

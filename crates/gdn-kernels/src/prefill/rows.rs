@@ -186,51 +186,102 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
         let Block { gpu, room, .. } = *self.block;
         let lift = self.lift;
         let down = up.map(|up| inverse(up) * inverse(lift));
-        let factors = base + room.factors + gpu.lane() % 4 * 32;
         // SAFETY: the caller's promise.
         unsafe {
-            let mut tile = 0;
-            while tile < 8 {
-                let mut c = 0;
-                while c < 2 {
-                    let [.., to_end] = factor(gpu, factors, tile, c);
-                    let to_end = to_end * lift;
-                    u[tile][c] *= to_end;
-                    u[tile][c + 2] *= to_end;
-                    c += 1;
-                }
-                tile += 1;
-            }
+            to_end(gpu, base + room.factors + gpu.lane() % 4 * 32, lift, &mut u);
             let left = lefts(gpu, &u);
             let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
-            let all = f32::from_bits(words[2]);
-            let row_bytes = padded(8 * TILES as u32);
-            // A right side whose rows lie along the sum.
-            let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
-            let at = base + room.k + (matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
-            let mut pair = 0;
-            while pair < TILES / 2 {
-                let mut sums = [[0.0; 4]; 2];
-                let mut k16 = 0;
-                while k16 < 4 {
-                    let at = at + k16 as u32 * 16 * row_bytes + pair as u32 * 32;
-                    let [b0, b1, b2, b3] = gpu.load_matrix4::<true>(at);
-                    sums[0] = gpu.mma::<F16>(left[k16], [b0, b1], sums[0]);
-                    sums[1] = gpu.mma::<F16>(left[k16], [b2, b3], sums[1]);
-                    k16 += 1;
-                }
-                let mut i = 0;
-                while i < 8 {
-                    let s = &mut self.s[2 * pair + i / 4][i % 4];
-                    *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
-                    i += 1;
-                }
-                pair += 1;
-                if pair == TILES / 4 {
-                    // Keeps the compiler from loading more ahead, for which there are no registers.
-                    gpu.sync_warp();
-                }
-            }
+            update(gpu, &left, base + room.k, f32::from_bits(words[2]), down, &mut self.s);
+        }
+    }
+}
+
+/// Adds the products of 16 columns of a left side with so many columns of 64 rows, padded, which begin at
+/// `at`.
+///
+/// # Safety
+/// They are in shared memory, for all to see.
+#[inline(always)]
+pub(super) unsafe fn from_left(
+    gpu: &impl TensorCore,
+    left: [u32; 4],
+    at: u32,
+    row_bytes: u32,
+    sums: &mut Tokens,
+) {
+    let at = at + right(gpu, row_bytes);
+    let mut pair = 0;
+    while pair < 4 {
+        // SAFETY: the caller's promise.
+        let [b0, b1, b2, b3] = unsafe { gpu.load_matrix4::<false>(at + pair as u32 * 16 * row_bytes) };
+        sums[2 * pair] = gpu.mma::<F16>(left, [b0, b1], sums[2 * pair]);
+        sums[2 * pair + 1] = gpu.mma::<F16>(left, [b2, b3], sums[2 * pair + 1]);
+        pair += 1;
+    }
+}
+
+/// What is left of U at the chunk's end, times `lift`; `factors` is where those of the first token begin for
+/// the lane.
+///
+/// # Safety
+/// As [`factor`].
+#[inline(always)]
+pub(super) unsafe fn to_end(gpu: &impl TensorCore, factors: u32, lift: f32, u: &mut Tokens) {
+    let mut tile = 0;
+    while tile < 8 {
+        let mut c = 0;
+        while c < 2 {
+            // SAFETY: the caller's promise.
+            let [.., to_end] = unsafe { factor(gpu, factors, tile, c) };
+            let to_end = to_end * lift;
+            u[tile][c] *= to_end;
+            u[tile][c + 2] *= to_end;
+            c += 1;
+        }
+        tile += 1;
+    }
+}
+
+/// Brings S to a chunk's end: `all` is what is left of it, `left` what is left of U, which `down` brings back,
+/// `k` where the keys are.
+///
+/// # Safety
+/// They are in shared memory, for all to see.
+#[inline(always)]
+pub(super) unsafe fn update<const TILES: usize>(
+    gpu: &impl TensorCore,
+    left: &[[u32; 4]; 4],
+    k: u32,
+    all: f32,
+    down: [f32; 2],
+    s: &mut [Tile; TILES],
+) {
+    let row_bytes = padded(8 * TILES as u32);
+    // A right side whose rows lie along the sum.
+    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
+    let at = k + (matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
+    let mut pair = 0;
+    while pair < TILES / 2 {
+        let mut sums = [[0.0; 4]; 2];
+        let mut k16 = 0;
+        while k16 < 4 {
+            let at = at + k16 as u32 * 16 * row_bytes + pair as u32 * 32;
+            // SAFETY: the caller's promise.
+            let [b0, b1, b2, b3] = unsafe { gpu.load_matrix4::<true>(at) };
+            sums[0] = gpu.mma::<F16>(left[k16], [b0, b1], sums[0]);
+            sums[1] = gpu.mma::<F16>(left[k16], [b2, b3], sums[1]);
+            k16 += 1;
+        }
+        let mut i = 0;
+        while i < 8 {
+            let s = &mut s[2 * pair + i / 4][i % 4];
+            *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
+            i += 1;
+        }
+        pair += 1;
+        if pair == TILES / 4 {
+            // Keeps the compiler from loading more ahead, for which there are no registers.
+            gpu.sync_warp();
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The third kernel: from chunk to chunk, a block for each sequence, v head and 32 or 64 rows of S.
+//! The third kernel: from chunk to chunk, a block for each sequence (or segment of one, `segment.rs`), v head
+//! and 32 or 64 rows of S.
 //!
 //! Some warps have S in their registers, in f32, and go from chunk to chunk; others make the outputs and copy
 //! what all need next. Rows need nothing of one another: everything is transposed, so that rows of S are rows
@@ -27,7 +28,7 @@ use super::{
     group::Group,
     outputs::Outputs,
     rows::Rows,
-    sequence::Sequence,
+    segment::Part,
 };
 use crate::gpu::{AsyncCopy, Gpu, Swizzle, TensorCore, Wgmma};
 
@@ -42,7 +43,7 @@ pub(super) struct Block<'a, const BY_GROUP: bool, G> {
     /// Its chunks of the window.
     pub(super) from: u32,
     pub(super) to: u32,
-    /// Whether the sequence ends in the window.
+    /// Whether the sequence ends with them.
     pub(super) ends: bool,
     /// The first of the threads that copy, which are the last of the block.
     pub(super) copiers: u32,
@@ -151,12 +152,14 @@ unsafe fn rows<const TILES: usize, G: TensorCore + AsyncCopy>(block: &Block<'_, 
     }
 }
 
-/// The number of the block's sequence.
+/// # Safety
+/// As [`run`].
 #[inline(always)]
-pub(super) fn number(gpu: &impl Gpu, args: &Args) -> u32 {
+unsafe fn part(gpu: &impl Gpu, args: &Args) -> Part {
     let (group, _) = args.slices.divide(gpu.block()[0]);
     let (number, _) = args.num_v_heads.divide(group);
-    number
+    // SAFETY: the caller's promise.
+    unsafe { Part::of_group(gpu, args, number) }
 }
 
 impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G> {
@@ -171,15 +174,22 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         let (_, head) = args.num_v_heads.divide(group);
         let room = ScanRoom::new(args.dk, rows / SLICE, BY_GROUP);
         // SAFETY: the caller's promise.
-        let sequence = unsafe { Sequence::new(gpu, args, number(gpu, args)) };
-        let last = sequence.first_chunk + sequence.chunks().max(1) - 1;
-        if sequence.slot < 0 || last < args.first_chunk || sequence.first_chunk >= args.end_chunk {
+        let part = unsafe { part(gpu, args) };
+        if !part.is_there {
             return None;
         }
-        let from = sequence.first_chunk.max(args.first_chunk);
-        let to = (sequence.first_chunk + sequence.chunks()).min(args.end_chunk);
-        let ends = last < args.end_chunk;
-        Some(Self { gpu, args, room, head, first: slice * rows, from, to, ends, copiers })
+        let ends = part.is_last && part.ends(args);
+        Some(Self { gpu, args, room, head, first: slice * rows, from: part.from, to: part.to, ends, copiers })
+    }
+
+    /// What the block goes through.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    pub(super) unsafe fn part(&self) -> Part {
+        // SAFETY: the caller's promise.
+        unsafe { part(self.gpu, self.args) }
     }
 
     /// What is left to do after the last chunk.
@@ -368,7 +378,7 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         let (_, slice) = args.slices.divide(gpu.block()[0]);
         let state = &args.conv_state;
         // SAFETY: as `run`.
-        let sequence = unsafe { Sequence::new(*gpu, args, number(*gpu, args)) };
+        let sequence = unsafe { self.part() }.sequence;
         if state.address == 0 || (sequence.len == 0 && sequence.is_initial) {
             return;
         }

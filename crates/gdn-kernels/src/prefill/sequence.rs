@@ -49,6 +49,16 @@ unsafe fn entry(gpu: &impl Gpu, args: &Args, i: u32) -> u64 {
     if entry < 0 { 0 } else { (entry as u64).min(args.num_tokens) }
 }
 
+/// The first chunk of sequence `number`.
+///
+/// # Safety
+/// There are so many, and the indices of the arguments are there.
+#[inline(always)]
+pub(super) unsafe fn first_chunk(gpu: &impl Gpu, args: &Args, number: u32) -> u32 {
+    // SAFETY: the caller's promise.
+    chunk_of(unsafe { entry(gpu, args, number) }, number)
+}
+
 #[inline(always)]
 fn chunk_of(entry: u64, number: u32) -> u32 {
     (entry / u64::from(CHUNK)) as u32 + number
@@ -91,23 +101,33 @@ impl Sequence {
     /// As [`Sequence::new`].
     #[inline(always)]
     pub(super) unsafe fn of_chunk(gpu: &impl Gpu, args: &Args, chunk: u32) -> Option<(Self, u64)> {
+        // SAFETY: the caller's promise.
+        let sequence = unsafe { Self::last_before(gpu, args, chunk) };
+        if chunk < sequence.first_chunk {
+            return None;
+        }
+        let before = u64::from(chunk - sequence.first_chunk) * u64::from(CHUNK);
+        if before < sequence.len { Some((sequence, before)) } else { None }
+    }
+
+    /// The last sequence that begins with a chunk or before it; the first one, where none does.
+    ///
+    /// # Safety
+    /// As [`Sequence::new`].
+    #[inline(always)]
+    pub(super) unsafe fn last_before(gpu: &impl Gpu, args: &Args, chunk: u32) -> Self {
         let (mut low, mut high) = (0, args.num_sequences);
         // SAFETY: the caller's promise.
         unsafe {
             while high - low > 1 {
                 let middle = low + (high - low) / 2;
-                if chunk_of(entry(gpu, args, middle), middle) <= chunk {
+                if first_chunk(gpu, args, middle) <= chunk {
                     low = middle;
                 } else {
                     high = middle;
                 }
             }
-            let sequence = Self::new(gpu, args, low);
-            if chunk < sequence.first_chunk {
-                return None;
-            }
-            let before = u64::from(chunk - sequence.first_chunk) * u64::from(CHUNK);
-            if before < sequence.len { Some((sequence, before)) } else { None }
+            Self::new(gpu, args, low)
         }
     }
 

@@ -1,9 +1,9 @@
 //! Where states lie in global memory, and how 16 rows of one get there and back.
 
 use super::{
-    args::{CHUNK, F32, Strided, WARP_ROWS, state_row},
+    args::{Args, CHUNK, F32, Strided, WARP_ROWS, state_row},
     element::{load4, size, store4},
-    scan::{Block, number},
+    scan::Block,
     sequence::Sequence,
     tiles::Tile,
 };
@@ -25,6 +25,21 @@ impl States {
         let [_, of_head, of_row, of_column] = states.strides;
         Self { at, strides: [of_head, of_row, of_column], dtype: states.dtype, wide: wide != 0 }
     }
+
+    /// Those of a sequence's slot.
+    #[inline(always)]
+    pub(super) fn kept(args: &Args, sequence: &Sequence) -> Self {
+        let state = &args.state;
+        let at = if state.address == 0 { 0 } else { state.address + sequence.slot as u64 * state.strides[0] };
+        Self::of(at, state, args.wide_state)
+    }
+
+    /// Those in scratch memory: f32, dense, a head so many rows.
+    #[inline(always)]
+    fn dense(args: &Args, at: u64, rows: u32) -> Self {
+        let row = u64::from(args.dk * 4);
+        Self { at, strides: [row * u64::from(rows), row, 4], dtype: F32, wide: true }
+    }
 }
 
 /// 16 rows of some columns of S.
@@ -38,21 +53,28 @@ pub(super) struct Place {
 }
 
 impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
-    /// The states that the block begins with: those of the window before, of the slot, or none.
+    /// The states that the block begins with: those of the window or of the segment before, of the slot, or
+    /// none.
     ///
     /// # Safety
     /// As [`run`](super::scan::run).
     #[inline(always)]
     pub(super) unsafe fn begin(&self) -> States {
-        let Self { gpu, args, .. } = *self;
+        let Self { args, .. } = *self;
         // SAFETY: the caller's promise.
-        let sequence = unsafe { Sequence::new(gpu, args, number(gpu, args)) };
-        if sequence.first_chunk < args.first_chunk {
-            self.carried(0)
-        } else if sequence.is_initial {
-            self.kept(&sequence)
-        } else {
+        let part = unsafe { self.part() };
+        if part.goes_on() {
+            States::dense(args, args.scratch.carry[0], args.dv)
+        } else if part.index > 0 {
+            States::dense(args, part.begins_with(args), args.dv)
+        } else if !part.sequence.is_initial {
             States { at: 0, strides: [0; 3], dtype: F32, wide: true }
+        } else if !part.is_last && part.ends(args) {
+            // The slot's may have been replaced by the last segment's.
+            let (rows, row) = (args.num_v_heads.get() * args.dv, u64::from(args.dk * 4));
+            States::dense(args, part.made(args) + u64::from(rows) * row, args.segments.rows_behind)
+        } else {
+            States::kept(args, &part.sequence)
         }
     }
 
@@ -68,14 +90,20 @@ impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
         // SAFETY: the caller's promise.
         unsafe {
             // Read again: there are no registers to have it at hand all the time.
-            let sequence = Sequence::new(gpu, args, number(gpu, args));
+            let part = self.part();
+            let sequence = part.sequence;
             let chunks = chunk - sequence.first_chunk;
             let tokens = u64::from(chunks) * u64::from(CHUNK);
             let mut way = if args.has_checkpoints != 0 { 0 } else { 1 };
             while way < 2 {
-                let mut states = if ends { self.kept(&sequence) } else { self.carried(1) };
-                // Without a token an initial state is what it was already.
-                if !is_last || (chunks == 0 && sequence.is_initial) {
+                let mut states = if ends {
+                    States::kept(args, &sequence)
+                } else {
+                    States::dense(args, args.scratch.carry[1], args.dv)
+                };
+                // Without a token an initial state is what it was already; what the next segment begins with
+                // is there.
+                if !is_last || (chunks == 0 && sequence.is_initial) || (!ends && part.to == part.end) {
                     states.at = 0;
                 }
                 if way == 0 {
@@ -93,22 +121,6 @@ impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
         }
     }
 
-    /// Those that are carried from the window before (0), or to the next (1).
-    #[inline(always)]
-    fn carried(&self, to: usize) -> States {
-        let row = u64::from(self.args.dk * 4);
-        let strides = [row * u64::from(self.args.dv), row, 4];
-        States { at: self.args.scratch.carry[to], strides, dtype: F32, wide: true }
-    }
-
-    /// Those of a sequence's slot.
-    #[inline(always)]
-    fn kept(&self, sequence: &Sequence) -> States {
-        let state = &self.args.state;
-        let at = if state.address == 0 { 0 } else { state.address + sequence.slot as u64 * state.strides[0] };
-        States::of(at, state, self.args.wide_state)
-    }
-
     /// Reads 16 rows of `8 * TILES` columns of S, or writes them.
     ///
     /// # Safety
@@ -120,65 +132,80 @@ impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
         place: Place,
         s: &mut [Tile],
     ) {
-        let Self { gpu, .. } = *self;
-        let lane = gpu.lane();
-        let row_bytes = state_row(8 * TILES as u32);
-        let own = place.room + lane / 4 * row_bytes + lane % 4 * 8;
         // SAFETY: the caller's promise.
-        unsafe {
-            if !READ {
-                each::<TILES>(|tile, r| {
-                    let at = own + r as u32 * 8 * row_bytes + tile as u32 * 32;
-                    let two = [0, 1].map(|c| u64::from(s[tile][2 * r + c].to_bits()));
-                    gpu.store_shared8(at, two[0] | two[1] << 32);
-                });
-                gpu.sync_warp();
-            }
-            let [of_head, of_row, of_column] = states.strides;
-            let element = u64::from(size(states.dtype));
-            let at = states.at
-                + u64::from(self.head) * of_head
-                + u64::from(place.row) * of_row
-                + u64::from(place.column) * of_column;
-            // Four columns of a row, or rows of a column, whichever are dense.
-            let columns = of_column == element;
-            let mut i = lane;
-            while i < WARP_ROWS * 2 * TILES as u32 {
-                let (row, column, shared_step, step) = if columns {
-                    (i / (2 * TILES as u32), i % (2 * TILES as u32) * 4, 4, of_column)
-                } else {
-                    (i % 4 * 4, i / 4, row_bytes, of_row)
-                };
-                let at = at + u64::from(row) * of_row + u64::from(column) * of_column;
-                let shared = place.room + row * row_bytes + column * 4;
-                if READ {
-                    let four = load4(gpu, states.dtype, at, step, states.wide);
-                    let mut n = 0;
-                    while n < 4 {
-                        gpu.store_shared4(shared + n as u32 * shared_step, four[n].to_bits());
-                        n += 1;
-                    }
-                } else {
-                    let mut four = [0.0; 4];
-                    let mut n = 0;
-                    while n < 4 {
-                        four[n] = f32::from_bits(gpu.load_shared4(shared + n as u32 * shared_step));
-                        n += 1;
-                    }
-                    store4(gpu, states.dtype, at, step, states.wide, four);
-                }
-                i += 32;
-                // Keeps the compiler from unrolling, for which there are no registers.
-                gpu.sync_warp();
-            }
+        unsafe { exchange::<READ, TILES>(self.gpu, self.head, states, place, s) }
+    }
+}
+
+/// Reads 16 rows of `8 * TILES` columns of a v head's S, or writes them.
+///
+/// # Safety
+/// The states are there, and the room is the warp's own; all lanes come together.
+#[inline(always)]
+pub(super) unsafe fn exchange<const READ: bool, const TILES: usize>(
+    gpu: &impl TensorCore,
+    head: u32,
+    states: &States,
+    place: Place,
+    s: &mut [Tile],
+) {
+    let lane = gpu.lane();
+    let row_bytes = state_row(8 * TILES as u32);
+    let own = place.room + lane / 4 * row_bytes + lane % 4 * 8;
+    // SAFETY: the caller's promise.
+    unsafe {
+        if !READ {
+            each::<TILES>(|tile, r| {
+                let at = own + r as u32 * 8 * row_bytes + tile as u32 * 32;
+                let two = [0, 1].map(|c| u64::from(s[tile][2 * r + c].to_bits()));
+                gpu.store_shared8(at, two[0] | two[1] << 32);
+            });
             gpu.sync_warp();
+        }
+        let [of_head, of_row, of_column] = states.strides;
+        let element = u64::from(size(states.dtype));
+        let at = states.at
+            + u64::from(head) * of_head
+            + u64::from(place.row) * of_row
+            + u64::from(place.column) * of_column;
+        // Four columns of a row, or rows of a column, whichever are dense.
+        let columns = of_column == element;
+        let mut i = lane;
+        while i < WARP_ROWS * 2 * TILES as u32 {
+            let (row, column, shared_step, step) = if columns {
+                (i / (2 * TILES as u32), i % (2 * TILES as u32) * 4, 4, of_column)
+            } else {
+                (i % 4 * 4, i / 4, row_bytes, of_row)
+            };
+            let at = at + u64::from(row) * of_row + u64::from(column) * of_column;
+            let shared = place.room + row * row_bytes + column * 4;
             if READ {
-                each::<TILES>(|tile, r| {
-                    let two = gpu.load_shared8(own + r as u32 * 8 * row_bytes + tile as u32 * 32);
-                    s[tile][2 * r] = f32::from_bits(two as u32);
-                    s[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
-                });
+                let four = load4(gpu, states.dtype, at, step, states.wide);
+                let mut n = 0;
+                while n < 4 {
+                    gpu.store_shared4(shared + n as u32 * shared_step, four[n].to_bits());
+                    n += 1;
+                }
+            } else {
+                let mut four = [0.0; 4];
+                let mut n = 0;
+                while n < 4 {
+                    four[n] = f32::from_bits(gpu.load_shared4(shared + n as u32 * shared_step));
+                    n += 1;
+                }
+                store4(gpu, states.dtype, at, step, states.wide, four);
             }
+            i += 32;
+            // Keeps the compiler from unrolling, for which there are no registers.
+            gpu.sync_warp();
+        }
+        gpu.sync_warp();
+        if READ {
+            each::<TILES>(|tile, r| {
+                let two = gpu.load_shared8(own + r as u32 * 8 * row_bytes + tile as u32 * 32);
+                s[tile][2 * r] = f32::from_bits(two as u32);
+                s[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
+            });
         }
     }
 }

@@ -51,6 +51,7 @@ mod host;
 mod launch;
 mod module;
 pub(crate) mod prefill;
+pub(crate) mod segments;
 pub(crate) mod share;
 mod side;
 pub(crate) mod split;

@@ -6,7 +6,7 @@ use gdn_kernels::{
     modules::Target,
     prefill::args::{
         Args, CHUNK, CONVOLVE_THREADS, GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom,
-        Scratch, Strided, TAPS, THREADS, norm_bytes,
+        Scratch, Segments, Strided, TAPS, THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -17,6 +17,7 @@ use super::{
     error::CudaError,
     launch::Launch,
     module::Current,
+    segments::{self, Cutting, Grid},
     side::Side,
 };
 use crate::{
@@ -26,7 +27,8 @@ use crate::{
     view::{DeviceAddress, Packed, Unpacked},
 };
 
-/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits.
+/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits, but with
+/// [`Gpu::segments`].
 pub const PREFILL_CHUNK: usize = CHUNK as usize;
 
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
@@ -69,9 +71,30 @@ pub fn prefill_supports(layer: &Layer) -> Result<(), ArgumentError> {
 /// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
 /// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
 pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
+    let bytes = [Cutting::Never, Cutting::ByHeads].map(|cutting| {
+        let (.., bytes) = memory(layer, 0, [num_tokens, num_sequences], None, cutting);
+        bytes
+    });
+    usize::try_from(bytes[0].max(bytes[1])).unwrap_or(usize::MAX)
+}
+
+/// The chunks of a window of a call with so many tokens and sequences, its scratch memory, and the bytes of all:
+/// behind what is between the kernels comes what segments of long sequences make.
+pub(crate) fn memory(
+    layer: &Layer,
+    at: u64,
+    [num_tokens, num_sequences]: [usize; 2],
+    window: Option<usize>,
+    cutting: Cutting,
+) -> (usize, [Scratch; 2], Segments, u64) {
     let chunks = chunks(num_tokens, num_sequences);
-    let (_, bytes) = slots(layer, 0, chunks, window(layer, chunks, num_sequences));
-    usize::try_from(bytes).unwrap_or(usize::MAX)
+    let segments = cutting.segments(layer, chunks);
+    let window = window.unwrap_or_else(|| self::window(layer, chunks, num_sequences, segments.as_ref()));
+    let (slots, bytes) = slots(layer, at, chunks, window);
+    let Some(segments) = segments else { return (window, slots, Segments::NONE, bytes) };
+    let behind = bytes.next_multiple_of(256);
+    let segments = segments::placed(segments, layer, at + behind, window);
+    (window, slots, segments, behind + segments.bytes)
 }
 
 /// Chunks that there are at most: each sequence begins one.
@@ -80,11 +103,17 @@ fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
 }
 
 /// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
-/// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and
-/// windows would only cut these in pieces.
-fn window(layer: &Layer, chunks: usize, num_sequences: usize) -> usize {
-    let of_one = usize::try_from(slot(layer, 0, 1).carry[0]).unwrap_or(usize::MAX).max(1);
-    let windows = if num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS { WINDOWS } else { 1 };
+/// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and so
+/// do segments of one; windows would only cut these in pieces.
+fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&Segments>) -> usize {
+    let mut of_one = slot(layer, 0, 1).carry[0];
+    if let Some(segments) = segments {
+        let placed = segments::placed(*segments, layer, 0, 1);
+        of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
+    }
+    let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
+    let is_split = num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS && segments.is_none();
+    let windows = if is_split { WINDOWS } else { 1 };
     let most =
         if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
     chunks.div_ceil(windows).min(most).max(1)
@@ -134,6 +163,7 @@ impl Gpu {
     /// an ill-conditioned one as much as a change of the inputs by 2^-11 makes), before they are rounded to
     /// the dtypes of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot
     /// and the neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
+    /// [`Gpu::segments`] trades the last of these for the time of a long sequence of few heads.
     ///
     /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.
     ///
@@ -322,6 +352,8 @@ pub(crate) struct Profile {
     /// Tests choose windows of few chunks, and the threads of a block of the scan.
     pub(crate) window: Option<usize>,
     pub(crate) threads: Option<u32>,
+    /// How long sequences are cut into segments.
+    pub(crate) cutting: Cutting,
 }
 
 impl Profile {
@@ -333,6 +365,7 @@ impl Profile {
             wgmma: Target::Sm90a.runs_on(info.compute_capability),
             window: None,
             threads: None,
+            cutting: if gpu.segments { Cutting::ByHeads } else { Cutting::Never },
         }
     }
 }
@@ -370,6 +403,8 @@ pub(crate) struct Job {
     args: Args,
     convolve: Step,
     prepare: Step,
+    /// What makes the states that segments begin with.
+    states: Option<[Step; 2]>,
     scan: Step,
     norm: Step,
 }
@@ -420,8 +455,8 @@ impl Job {
             .into());
         }
         let chunks = chunks(tokens.num_tokens, num_sequences);
-        let window = profile.window.unwrap_or_else(|| window(layer, chunks, num_sequences));
-        let (slots, bytes) = slots(layer, at.0, chunks, window);
+        let lens = [tokens.num_tokens, num_sequences];
+        let (window, slots, mut segments, bytes) = memory(layer, at.0, lens, profile.window, profile.cutting);
         if (scratch_bytes as u64) < bytes {
             return Err(ArgumentError::Length {
                 argument: "scratch",
@@ -457,12 +492,19 @@ impl Job {
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
         let threads = profile.threads.unwrap_or_else(|| {
             let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
-            if halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
+            if segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
         });
         let by_group = profile.wgmma && threads > 128 && has_64(true, 3);
         let threads = if by_group || has_64(false, 1) { threads } else { 128 };
         let slices = dv / (threads / 128 * SLICE);
-        let scan_blocks = count((hv * slices as usize).checked_mul(num_sequences)).ok_or_else(too_many)?;
+        // Where sequences are cut, so many more groups of blocks.
+        let more = if segments.is_cut == 0 { 0 } else { window.div_ceil(segments.shortest.get() as usize) };
+        let scan_blocks =
+            count((hv * slices as usize).checked_mul(num_sequences + more)).ok_or_else(too_many)?;
+        let grids = match segments.is_cut {
+            0 => None,
+            _ => Some(segments::grids(&mut segments, layer, window, profile.shared).ok_or_else(too_many)?),
+        };
         let (chunks, window) = (number(chunks)?, number(window)?);
         count((window as usize).checked_mul(2 * hk + hv)).ok_or_else(too_many)?;
         let fits = |stages: &u32| room(threads, by_group, *stages) <= profile.shared;
@@ -550,6 +592,7 @@ impl Job {
             checkpoint_slots: kept.map_or(0, |kept| kept.recurrent_states.sizes[0] as i64),
             window_columns: columns(windows.map(|windows| windows.sizes[2]))?,
             scratch: slots[0],
+            segments,
         };
         let by_16_bytes = wide
             && element == 2
@@ -591,7 +634,16 @@ impl Job {
             threads: THREADS,
             shared: norm_bytes(dv),
         };
-        for step in [convolve, prepare, scan, norm] {
+        let states = grids.map(|grids| {
+            grids.map(|Grid { kernel, blocks, threads, shared }| Step {
+                kernel,
+                args,
+                blocks,
+                threads,
+                shared,
+            })
+        });
+        for step in [convolve, prepare, scan, norm].into_iter().chain(states.into_iter().flatten()) {
             if step.shared > profile.shared {
                 let expected = format!(
                     "heads that take at most {} bytes of shared memory a block, these take {}",
@@ -601,7 +653,7 @@ impl Job {
                 return Err(ArgumentError::Value { argument: "layout", got, expected }.into());
             }
         }
-        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, scan, norm }))
+        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, states, scan, norm }))
     }
 
     /// The windows' launches, in an order in which each finds done what it needs. A window's norm comes
@@ -613,21 +665,34 @@ impl Job {
         (0..count).flat_map(move |w| {
             let before = w.checked_sub(1).map(norm_of);
             let last = (w + 1 == count).then(|| norm_of(w));
-            [Some((Stage::Convolve, w)), Some((Stage::Prepare, w)), Some((Stage::Scan(w), w)), before, last]
-                .into_iter()
-                .flatten()
-                .map(|(stage, w)| (stage, self.step(stage, w)))
+            let states = [Stage::States(0), Stage::States(1)].map(|stage| Some((stage, w)));
+            let [first, second] = if self.states.is_some() { states } else { [None; 2] };
+            [
+                Some((Stage::Convolve, w)),
+                Some((Stage::Prepare, w)),
+                first,
+                second,
+                Some((Stage::Scan(w), w)),
+                before,
+                last,
+            ]
+            .into_iter()
+            .flatten()
+            .map(|(stage, w)| (stage, self.step(stage, w)))
         })
     }
 
     fn step(&self, stage: Stage, w: u32) -> Step {
         let first_chunk = w * self.window;
         let end_chunk = first_chunk.saturating_add(self.window).min(self.chunks);
-        let args = Args { first_chunk, end_chunk, scratch: self.slots[w as usize % 2], ..self.args };
+        let segments = if w.is_multiple_of(2) { self.args.segments } else { self.args.segments.next() };
+        let args =
+            Args { first_chunk, end_chunk, scratch: self.slots[w as usize % 2], segments, ..self.args };
         let of_chunks = |step: Step| Step { args, blocks: step.blocks * (end_chunk - first_chunk), ..step };
         match stage {
             Stage::Convolve => of_chunks(self.convolve),
             Stage::Prepare => of_chunks(self.prepare),
+            Stage::States(i) => Step { args, ..self.states.map_or(self.scan, |steps| steps[i]) },
             Stage::Scan(_) => Step { args, ..self.scan },
             Stage::Norm(_) => of_chunks(self.norm),
         }
@@ -666,6 +731,8 @@ impl Job {
 pub(crate) enum Stage {
     Convolve,
     Prepare,
+    /// What segments begin with, in two launches.
+    States(usize),
     Scan(u32),
     Norm(u32),
 }
@@ -681,6 +748,11 @@ impl Stage {
         side: Option<&Side>,
     ) -> Result<(), CudaError> {
         match (self, side) {
+            (Self::States(_), Some(side)) => {
+                side.fork()?;
+                // SAFETY: the caller's promise.
+                unsafe { step.launch(gpu, side.stream()) }
+            }
             (Self::Scan(w), Some(side)) => {
                 side.fork()?;
                 // SAFETY: the caller's promise.

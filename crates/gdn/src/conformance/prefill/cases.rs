@@ -10,7 +10,8 @@ use crate::{
     argument::ArgumentError,
     cuda::{
         CudaError,
-        prefill::{Job, PREFILL_CHUNK, Profile, prefill_scratch_bytes, prefill_supports, slots},
+        prefill::{Job, Profile, memory, prefill_scratch_bytes, prefill_supports},
+        segments::Cutting,
     },
     dtype::Dtype,
     heads::Heads,
@@ -28,24 +29,34 @@ pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 pub(super) const PRECISION: Precision = Precision { error: 5e-4, change: 1.0 / 2048.0 };
 
 /// All of shared memory, `wgmma`, as if there were more sequences than multiprocessors.
-const WHOLE: Profile =
-    Profile { multiprocessors: 0, shared: 227 << 10, wgmma: true, window: None, threads: None };
+pub(super) const WHOLE: Profile = Profile {
+    multiprocessors: 0,
+    shared: 227 << 10,
+    wgmma: true,
+    window: None,
+    threads: None,
+    cutting: Cutting::ByHeads,
+};
 
 /// As little shared memory as any device has, windows of two chunks, blocks with twice the rows.
-const SMALL: Profile =
-    Profile { multiprocessors: 132, shared: 99 << 10, wgmma: false, window: Some(2), threads: Some(256) };
+pub(super) const SMALL: Profile = Profile {
+    multiprocessors: 132,
+    shared: 99 << 10,
+    wgmma: false,
+    window: Some(2),
+    threads: Some(256),
+    cutting: Cutting::ByHeads,
+};
 
 /// Bytes of scratch that a call takes.
 pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usize {
     let (layer, tokens, sequences) = (&plan.tokens.layer, plan.tokens.num_tokens, plan.slots.num_sequences);
-    profile.window.map_or_else(
-        || prefill_scratch_bytes(layer, tokens, sequences),
-        |window| slots(layer, 0, tokens / PREFILL_CHUNK + sequences, window).1 as usize,
-    )
+    let (.., bytes) = memory(layer, 0, [tokens, sequences], profile.window, profile.cutting);
+    bytes as usize
 }
 
 /// What a call leaves.
-fn results(batch: &Batch) -> [&[u8]; 3] {
+pub(super) fn results(batch: &Batch) -> [&[u8]; 3] {
     [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
 }
 
@@ -288,6 +299,17 @@ fn refusals() {
         );
     });
     // Scratch is bounded, whatever the tokens.
+    for tokens in [1000, 10_000, 100_000, 10_000_000] {
+        for heads in [[1, 1, 64, 64], [4, 8, 128, 128], [8, 16, 128, 128]] {
+            let layer = layer(heads);
+            let most = prefill_scratch_bytes(&layer, tokens, 2);
+            assert!(most < 264 << 20, "{most}");
+            for cutting in [Cutting::Never, Cutting::ByHeads] {
+                let (.., bytes) = memory(&layer, 0, [tokens, 2], None, cutting);
+                assert!(bytes as usize <= most, "{heads:?}, {tokens}, {cutting:?}: {bytes}, {most}");
+            }
+        }
+    }
     let most = prefill_scratch_bytes(&layer([16, 32, 128, 128]), 10_000_000, 1);
     assert!(most < 260 << 20, "{most}");
     assert_eq!(most, prefill_scratch_bytes(&layer([16, 32, 128, 128]), 20_000_000, 1000));

@@ -12,14 +12,15 @@ use super::{
     emulator::emulate,
     extents,
     memory::Random,
-    moved,
+    moved, segments,
     setup::Options,
 };
 use crate::{
     conformance::gpu,
     cuda::{
         Gpu,
-        prefill::{Job, PREFILL_CHUNK, Profile, run},
+        prefill::{Job, PREFILL_CHUNK, Profile, Stage, Step, run},
+        segments::{Cut, Cutting},
     },
     dtype::Dtype,
     prefill::Plan,
@@ -315,6 +316,77 @@ fn measure_prefill() {
                      steps {steps:.1?} of {}",
                     job.steps().count()
                 );
+            }
+        });
+    }
+}
+
+#[test]
+fn segments_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    segments::segments(&mut |call, profile| both(call, profile, &gpu));
+}
+
+/// For tools that look at every access: the device alone.
+#[test]
+fn segments_on_the_gpu_alone() {
+    let Some(gpu) = gpu() else { return };
+    segments::segments(&mut |call, profile| launch(call, profile, &gpu));
+}
+
+/// Microseconds of a call with segments and without, and of the launches of its first window.
+#[test]
+#[ignore = "a measurement"]
+fn measure_segments() {
+    let gpu = gpu().expect("a GPU").check_pointers(false);
+    gpu.warmup().unwrap();
+    let stream = gpu.stream();
+    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    let time = |work: &dyn Fn()| {
+        let mut times: Vec<f32> = (0..12)
+            .map(|_| {
+                let start = stream.record_event(flags).unwrap();
+                work();
+                let end = stream.record_event(flags).unwrap();
+                start.elapsed_ms(&end).unwrap() * 1000.0
+            })
+            .collect();
+        times.sort_by(f32::total_cmp);
+        times[5]
+    };
+    for (heads, lens) in [
+        ([4, 8, 128, 128], vec![1024]),
+        ([4, 8, 128, 128], vec![2048]),
+        ([4, 8, 128, 128], vec![4096]),
+        ([4, 8, 128, 128], vec![8192]),
+        ([4, 8, 128, 128], vec![32768]),
+        ([4, 8, 128, 128], vec![8192; 4]),
+        ([4, 8, 128, 128], vec![2048; 8]),
+        ([2, 4, 128, 128], vec![8192]),
+        ([8, 16, 128, 128], vec![2048]),
+        ([8, 16, 128, 128], vec![8192]),
+        ([8, 16, 128, 128], vec![32768]),
+        ([16, 32, 128, 128], vec![8192]),
+    ] {
+        let options = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new(heads) };
+        let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
+        let mut batch = Batch::repeated(&options, form, &lens, 64);
+        batch.prefill_by(None, |call| {
+            let cut = |from, most, shortest| Cutting::As(Cut { from, most, shortest, longest: 32 });
+            let more = [cut(16, 8, 4), cut(16, 8, 8), cut(16, 16, 4), cut(16, 5, 8), cut(16, 3, 8)];
+            for cutting in [Cutting::Never, Cutting::ByHeads].into_iter().chain(more) {
+                let profile = Profile { cutting, ..Profile::of(&gpu) };
+                let placed = Placed::new(call, profile, &gpu);
+                let graph = placed.capture(profile, &gpu, || ());
+                let all = time(&|| graph.launch().unwrap());
+                let job = Job::new(&placed.plan, placed.at, profile).unwrap().unwrap();
+                let count =
+                    if job.steps().any(|(stage, _)| matches!(stage, Stage::States(_))) { 6 } else { 4 };
+                let steps = job.steps().take(count);
+                // SAFETY: the tensors are there as long as `placed`.
+                let run = |step: Step| time(&|| unsafe { step.launch(&gpu, stream.cu_stream()) }.unwrap());
+                let steps: Vec<_> = steps.map(|(_, step)| run(step).round()).collect();
+                println!("{heads:?},{lens:?},{cutting:?}: {all:.0} {steps:?} of {}", job.steps().count());
             }
         });
     }

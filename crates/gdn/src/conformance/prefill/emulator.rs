@@ -5,7 +5,7 @@ use gdn_kernels::{
     entries,
 };
 
-use super::{Access, Call, cases, extents, moved};
+use super::{Access, Call, cases, extents, moved, segments};
 use crate::{
     cuda::prefill::{Job, Profile, Step},
     prefill::Plan,
@@ -26,6 +26,7 @@ fn kernel(step: &Step, gpu: &Thread<'_>) {
     kernels!(step, gpu:
         gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
         gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128
+        gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
         gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128);
 }
 
@@ -101,4 +102,11 @@ fn contracts_on_the_emulator() {
     cases::contracts(&mut |call, profile| {
         emulate(call, profile);
     });
+}
+
+#[test]
+fn segments_on_the_emulator() {
+    let mut seen = std::collections::BTreeSet::new();
+    segments::segments(&mut |call, profile| seen.extend(emulate(call, profile)));
+    assert_eq!(seen.len(), 14, "{seen:?}");
 }

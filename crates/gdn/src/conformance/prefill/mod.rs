@@ -5,6 +5,7 @@
 mod cases;
 mod device;
 mod emulator;
+mod segments;
 
 use super::decode::{Access, Extent, Extents, batch, memory, moved_operand, moved_tokens, setup, span};
 use crate::{

@@ -1,0 +1,285 @@
+//! What a segment makes of the state that it begins with, `S -> S M + Z`: a block for each segment that
+//! others follow, v head and 128 rows of Z or of M.
+//!
+//! The scan without outputs, a warp 16 rows: those of Z from zeros, those of M from the identity and without
+//! values. The first segment of a sequence begins with what the sequence begins with, so it has no M.
+
+use super::{
+    args::{Args, CHUNK, SLICE, TRANSITION_THREADS, TransitionRoom, WARP_ROWS, padded, state_row},
+    rows::{from_left, to_end, update},
+    segment::Part,
+    states::{Place, States, exchange},
+    tiles::{Tile, Tokens, Values, by_triangle, corrected, inverse, lefts, packed, scale, sums},
+};
+use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
+
+/// Rows of a block.
+const ROWS: u32 = TRANSITION_THREADS / 32 * WARP_ROWS;
+
+struct Block<'a, G> {
+    gpu: &'a G,
+    args: &'a Args,
+    room: TransitionRoom,
+    part: Part,
+    head: u32,
+    /// Whether the rows are of Z.
+    has_values: bool,
+    /// The first of the block's rows.
+    first: u32,
+}
+
+/// The kernel, for keys of `8 * TILES` numbers.
+///
+/// # Safety
+/// The arguments describe tensors that are there, and the grid and shared memory were made for them.
+#[inline(always)]
+pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
+    gpu.wait_for_previous();
+    let (rest, slice) = args.segments.slices.divide(gpu.block()[0]);
+    let (place, head) = args.num_v_heads.divide(rest);
+    let of_values = args.dv.div_ceil(ROWS);
+    let has_values = slice < of_values;
+    // SAFETY: the caller's promises.
+    unsafe {
+        let part = Part::of_place(gpu, args, place);
+        if !part.is_there || (part.index == 0 && !has_values) {
+            return;
+        }
+        let first = ROWS * if has_values { slice } else { slice - of_values };
+        let room = TransitionRoom::new(8 * TILES as u32);
+        Block { gpu, args, room, part, head, has_values, first }.run::<TILES>();
+    }
+}
+
+impl<G: TensorCore + AsyncCopy> Block<'_, G> {
+    #[inline(always)]
+    unsafe fn run<const TILES: usize>(&self) {
+        let Self { gpu, args, part, .. } = *self;
+        let (chunks, stages) = (part.to - part.from, args.segments.stages);
+        let mut s = [[0.0; 4]; TILES];
+        let is_there = self.row() < self.rows();
+        // SAFETY: as `run`.
+        unsafe {
+            if is_there {
+                self.begin::<TILES>(&mut s);
+            }
+            // The states came through where the chunks come.
+            gpu.barrier();
+            let mut i = 0;
+            while i + 1 < stages {
+                self.fetch::<TILES>(i);
+                i += 1;
+            }
+            let mut i = 0;
+            while i < chunks {
+                if stages > 2 {
+                    gpu.wait_copies::<1>();
+                } else {
+                    gpu.wait_copies::<0>();
+                }
+                // The chunk has landed, and nobody needs the one before.
+                gpu.barrier();
+                self.fetch::<TILES>(i + stages - 1);
+                if is_there {
+                    self.step::<TILES>(self.stage(i), &mut s);
+                }
+                i += 1;
+            }
+            gpu.wait_copies::<0>();
+            if is_there {
+                let to = if part.ends(args) { part.made(args) } else { args.segments.open[1] };
+                self.put::<TILES>(self.place(to, self.has_values), &s);
+            }
+        }
+    }
+
+    /// Rows of Z, or of M.
+    #[inline(always)]
+    fn rows(&self) -> u32 {
+        if self.has_values { self.args.dv } else { self.args.dk }
+    }
+
+    /// The warp's first.
+    #[inline(always)]
+    fn row(&self) -> u32 {
+        self.first + self.gpu.thread() / 32 * WARP_ROWS
+    }
+
+    /// Where in shared memory the chunk is that is `i` after the first.
+    #[inline(always)]
+    fn stage(&self, i: u32) -> u32 {
+        let stage = match self.args.segments.stages {
+            3 => i % 3,
+            _ => i % 2,
+        };
+        stage * self.room.bytes
+    }
+
+    /// Where the warp's rows are in what was made of a segment: those of Z, or those behind it.
+    #[inline(always)]
+    fn place(&self, at: u64, of_values: bool) -> u64 {
+        let Self { args, head, .. } = *self;
+        let row_bytes = u64::from(args.dk * 4);
+        let before = if of_values { 0 } else { args.num_v_heads.get() * args.dv };
+        let rows = before + head * if of_values { args.dv } else { args.segments.rows_behind } + self.row();
+        at + u64::from(rows) * row_bytes
+    }
+
+    /// What the rows begin with.
+    #[inline(always)]
+    unsafe fn begin<const TILES: usize>(&self, s: &mut [Tile; TILES]) {
+        let Self { gpu, args, part, head, .. } = *self;
+        let (row, lane) = (self.row(), gpu.lane());
+        // SAFETY: as `run`.
+        unsafe {
+            if part.goes_on() {
+                let at = lane_place(gpu, args, self.place(args.segments.open[0], self.has_values));
+                let mut tile = 0;
+                while tile < TILES {
+                    let mut r = 0;
+                    while r < 2 {
+                        let two = gpu.load8(at + u64::from(r as u32 * 8 * args.dk * 4 + tile as u32 * 32));
+                        s[tile][2 * r] = f32::from_bits(two as u32);
+                        s[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
+                        r += 1;
+                    }
+                    tile += 1;
+                }
+            } else if !self.has_values {
+                let mut tile = 0;
+                while tile < TILES {
+                    let mut i = 0;
+                    while i < 4 {
+                        let line = row + lane / 4 + i as u32 / 2 * 8;
+                        let column = tile as u32 * 8 + lane % 4 * 2 + i as u32 % 2;
+                        s[tile][i] = if line == column { 1.0 } else { 0.0 };
+                        i += 1;
+                    }
+                    tile += 1;
+                }
+            } else if part.index == 0 && part.sequence.is_initial {
+                let states = States::kept(args, &part.sequence);
+                if states.at != 0 {
+                    let room = (row - self.first) * state_row(8 * TILES as u32);
+                    exchange::<true, TILES>(gpu, head, &states, Place { row, column: 0, room }, s);
+                }
+                if part.ends(args) {
+                    // Another block of the scan puts the last states where these were read.
+                    self.put::<TILES>(self.place(part.made(args), false), s);
+                }
+            }
+        }
+    }
+
+    /// Puts the warp's rows, the first of which begins at `to`.
+    #[inline(always)]
+    unsafe fn put<const TILES: usize>(&self, to: u64, s: &[Tile; TILES]) {
+        let Self { gpu, args, .. } = *self;
+        let at = lane_place(gpu, args, to);
+        let mut tile = 0;
+        while tile < TILES {
+            let mut r = 0;
+            while r < 2 {
+                let two = [0, 1].map(|c| u64::from(s[tile][2 * r + c].to_bits()));
+                let at = at + u64::from(r as u32 * 8 * args.dk * 4 + tile as u32 * 32);
+                // SAFETY: as `run`.
+                unsafe { gpu.store8(at, two[0] | two[1] << 32) };
+                r += 1;
+            }
+            tile += 1;
+        }
+    }
+
+    /// Brings the warp's rows to the end of the chunk at `base`.
+    #[inline(always)]
+    unsafe fn step<const TILES: usize>(&self, base: u32, s: &mut [Tile; TILES]) {
+        let Self { gpu, room, .. } = *self;
+        let k_row = padded(8 * TILES as u32);
+        // SAFETY: as `run`; the chunk was copied, and a barrier is past.
+        unsafe {
+            let [mut value, lift] = Values::load_shared(gpu, base + room.factors).largest(gpu);
+            if !self.has_values {
+                value = 0.0;
+            }
+            let [[up_0, down_0], [up_1, down_1]] = sums(gpu, s).map(|sum| scale(sum, value));
+            let up = [up_0, up_1];
+            let mut x: Tokens = [[0.0; 4]; 8];
+            let mut k16 = 0;
+            while k16 < TILES / 2 {
+                let left = packed(gpu, &s[2 * k16], &s[2 * k16 + 1], up);
+                from_left(gpu, left, base + room.k + k16 as u32 * 32, k_row, &mut x);
+                k16 += 1;
+            }
+            let factors = base + room.factors + gpu.lane() % 4 * 32;
+            let row = self.row() - self.first;
+            let v = base + room.v + row / SLICE * CHUNK * padded(SLICE) + row % SLICE * 2;
+            let mut pair = 0;
+            while pair < 4 {
+                let mut words = [0; 4];
+                if self.has_values {
+                    let at = v + super::tiles::right(gpu, padded(SLICE)) + pair as u32 * 16 * padded(SLICE);
+                    words = gpu.load_matrix4::<true>(at);
+                }
+                corrected(gpu, words, factors + pair as u32 * 256, up, x.split_at_mut(2 * pair).1);
+                pair += 1;
+            }
+            let mut u: Tokens = [[0.0; 4]; 8];
+            by_triangle(gpu, &lefts(gpu, &x), base + room.t, &mut u);
+            to_end(gpu, factors, lift, &mut u);
+            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
+            let down = [down_0, down_1].map(|down| down * inverse(lift));
+            update(gpu, &lefts(gpu, &u), base + room.k, f32::from_bits(words[2]), down, s);
+        }
+    }
+
+    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage.
+    #[inline(always)]
+    unsafe fn fetch<const TILES: usize>(&self, i: u32) {
+        let Self { gpu, args, room, part, head, .. } = *self;
+        let (base, chunk) = (self.stage(i), part.from + i);
+        if chunk < part.to {
+            let window_chunk = u64::from(chunk - args.first_chunk);
+            let (key_head, _) = args.ratio.divide(head);
+            let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
+            let v_head = window_chunk * u64::from(args.num_v_heads.get()) + u64::from(head);
+            let keys = args.scratch.k + key * u64::from(CHUNK * 16 * TILES as u32);
+            let square = args.scratch.t + v_head * u64::from(CHUNK * CHUNK * 2);
+            let values = args.scratch.v + v_head * u64::from(CHUNK * args.dv * 2);
+            let thread = gpu.unforeseen(u64::from(gpu.thread())) as u32;
+            // SAFETY: as `run`.
+            unsafe {
+                self.copy(base + room.k, keys, TILES as u32, CHUNK);
+                self.copy(base + room.t, square, 8, CHUNK);
+                if self.has_values {
+                    let slices = (args.dv - self.first).min(ROWS) / SLICE;
+                    let from = values + u64::from(self.first * CHUNK * 2);
+                    self.copy(base + room.v, from, SLICE / 8, slices * CHUNK);
+                }
+                if thread < CHUNK {
+                    let from = args.scratch.factors + v_head * u64::from(CHUNK * 16) + u64::from(thread * 16);
+                    gpu.copy16(base + room.factors + thread * 16, from, true);
+                }
+            }
+        }
+        gpu.commit_copies();
+    }
+
+    /// Begins to copy rows of so many times 16 bytes.
+    #[inline(always)]
+    unsafe fn copy(&self, to: u32, from: u64, pieces: u32, rows: u32) {
+        let gpu = self.gpu;
+        let mut i = gpu.unforeseen(u64::from(gpu.thread())) as u32;
+        while i < rows * pieces {
+            let (row, piece) = (i / pieces, i % pieces);
+            // SAFETY: as `run`.
+            unsafe { gpu.copy16(to + row * padded(pieces * 8) + piece * 16, from + u64::from(i * 16), true) };
+            i += TRANSITION_THREADS;
+        }
+    }
+}
+
+/// Where the lane's first two numbers are of rows that begin at `at`, in f32 and dense.
+#[inline(always)]
+fn lane_place(gpu: &impl TensorCore, args: &Args, at: u64) -> u64 {
+    at + u64::from(gpu.lane() / 4 * args.dk * 4 + gpu.lane() % 4 * 8)
+}
