@@ -19,7 +19,7 @@ def svg(title: str, about: str, groups: Mapping[str, Mapping[str, float]]) -> st
             lines.append(f'<rect x="230" y="{y + 14 * i}" width="{width:.1f}" height="11" fill="{colour}"/>')
             lines.append(f'<text x="{236 + width:.1f}" y="{y + 10 + 14 * i}">{micros:.4g} us, {name}</text>')
         y += 10 + 14 * max(len(figures), 2)
-    size = f'width="940" height="{y + 8}"'
+    size = f'width="{max(940, 16 + 6 * len(about))}" height="{y + 8}"'
     head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     head.append('<rect width="100%" height="100%" fill="white"/>')
     head.append(f'<text x="8" y="22" font-size="15">{title}</text>')

@@ -14,7 +14,7 @@ from gdn.integrations.known import NOTHING_CHANGED
 
 VARIABLE = "GDN_OPS"
 OPS = ("split", "decode", "verify", "prefill")
-#: What is faster than the engines' own kernels on every GPU and shape that was measured (docs/integrations.md).
+#: What is faster than the engines' own kernels at most sizes that were measured, and slower by some percent at the others (docs/integrations.md).
 DEFAULT = ("split", "decode")
 
 SUPPORTED = {"decode": gdn.decode_supported, "verify": gdn.decode_supported, "prefill": gdn.prefill_supported}
