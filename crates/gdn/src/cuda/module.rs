@@ -281,6 +281,7 @@ mod tests {
             Err(error) => return eprintln!("skipped: {error}"),
         };
         let context = gpu.stream().context();
+        let _current = Current::new(context).unwrap();
         for family in families_for(MODULES, gpu.info().compute_capability) {
             let Handle(module) = family.compiled(context).unwrap();
             let functions = family.functions_of(module, context).unwrap();

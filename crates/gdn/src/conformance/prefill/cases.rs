@@ -10,7 +10,11 @@ use crate::{
     argument::ArgumentError,
     cuda::{
         CudaError,
-        prefill::{Job, Profile, memory, prefill_scratch_bytes, prefill_supports},
+        prefill::{
+            job::{Job, Profile},
+            prefill_scratch_bytes, prefill_supports,
+            scratch::memory,
+        },
         segments::Cutting,
     },
     dtype::Dtype,

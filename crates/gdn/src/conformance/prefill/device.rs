@@ -19,7 +19,11 @@ use crate::{
     conformance::gpu,
     cuda::{
         Gpu,
-        prefill::{Job, PREFILL_CHUNK, Profile, Stage, Step, run},
+        prefill::{
+            PREFILL_CHUNK,
+            job::{Job, Profile, Stage, Step},
+            run,
+        },
         segments::{Cut, Cutting},
     },
     dtype::Dtype,

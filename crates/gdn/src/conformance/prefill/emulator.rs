@@ -7,7 +7,7 @@ use gdn_kernels::{
 
 use super::{Access, Call, cases, extents, moved, segments};
 use crate::{
-    cuda::prefill::{Job, Profile, Step},
+    cuda::prefill::job::{Job, Profile, Step},
     prefill::Plan,
     view::DeviceAddress,
 };

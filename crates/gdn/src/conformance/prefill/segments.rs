@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     cuda::{
-        prefill::Profile,
+        prefill::job::Profile,
         segments::{Cut, Cutting},
     },
     dtype::Dtype,

@@ -1,42 +1,30 @@
-//! Prefill on a GPU: the functions to call, on addresses and on cudarc's slices, and the kernels' arguments
-//! and grids for a checked plan.
+//! A checked plan of prefill on a GPU as launches: the kernels' arguments, their grids and their order.
 
-use cudarc::driver::{DevicePtrMut, sys::CUstream};
+use cudarc::driver::sys::CUstream;
 use gdn_kernels::{
     modules::Target,
     prefill::args::{
-        Args, CHUNK, CONVOLVE_THREADS, GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom,
-        Scratch, Segments, Strided, TAPS, THREADS, norm_bytes,
+        Args, CONVOLVE_THREADS, GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom,
+        Scratch, Strided, TAPS, THREADS, norm_bytes,
     },
     split::Divisor,
 };
 
-use super::{
-    decode::{Read, Write, field, indices, strided, vector},
-    device::Gpu,
-    error::CudaError,
-    launch::Launch,
-    module::Current,
-    segments::{self, Cutting, Grid},
-    side::Side,
-};
+use super::scratch::{PREFILL_CHUNK, chunks, memory};
 use crate::{
     argument::{ArgumentError, Because},
-    layer::{Gate, Layer, Projections},
-    prefill::{Plan, Prefill},
-    view::{DeviceAddress, Packed, Unpacked},
+    cuda::{
+        decode::{field, indices, strided, vector},
+        device::Gpu,
+        error::CudaError,
+        launch::Launch,
+        segments::{self, Cutting, Grid},
+        side::Side,
+    },
+    layer::{Gate, Layer},
+    prefill::Plan,
+    view::DeviceAddress,
 };
-
-/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits, but with
-/// [`Gpu::segments`].
-pub const PREFILL_CHUNK: usize = CHUNK as usize;
-
-/// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
-const MOST_SCRATCH: usize = 256 << 20;
-
-/// One sequence alone goes in so many windows, if each has so many chunks at least.
-const WINDOWS: usize = 2;
-const FEWEST_CHUNKS: usize = 16;
 
 /// The lengths of keys, and of values, that the kernels are made for.
 const DIMS: [(&str, &[usize], &str); 2] = [
@@ -68,230 +56,8 @@ pub fn prefill_supports(layer: &Layer) -> Result<(), ArgumentError> {
     Ok(())
 }
 
-/// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
-/// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
-pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
-    let bytes = [Cutting::Never, Cutting::ByHeads].map(|cutting| {
-        let (.., bytes) = memory(layer, 0, [num_tokens, num_sequences], None, cutting);
-        bytes
-    });
-    usize::try_from(bytes[0].max(bytes[1])).unwrap_or(usize::MAX)
-}
-
-/// The chunks of a window of a call with so many tokens and sequences, its scratch memory, and the bytes of all:
-/// behind what is between the kernels comes what segments of long sequences make.
-pub(crate) fn memory(
-    layer: &Layer,
-    at: u64,
-    [num_tokens, num_sequences]: [usize; 2],
-    window: Option<usize>,
-    cutting: Cutting,
-) -> (usize, [Scratch; 2], Segments, u64) {
-    let chunks = chunks(num_tokens, num_sequences);
-    let segments = cutting.segments(layer, chunks);
-    let window = window.unwrap_or_else(|| self::window(layer, chunks, num_sequences, segments.as_ref()));
-    let (slots, bytes) = slots(layer, at, chunks, window);
-    let Some(segments) = segments else { return (window, slots, Segments::NONE, bytes) };
-    let behind = bytes.next_multiple_of(256);
-    let segments = segments::placed(segments, layer, at + behind, window);
-    (window, slots, segments, behind + segments.bytes)
-}
-
-/// Chunks that there are at most: each sequence begins one.
-fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
-    (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
-}
-
-/// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
-/// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and so
-/// do segments of one; windows would only cut these in pieces.
-fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&Segments>) -> usize {
-    let mut of_one = slot(layer, 0, 1).carry[0];
-    if let Some(segments) = segments {
-        let placed = segments::placed(*segments, layer, 0, 1);
-        of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
-    }
-    let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
-    let is_split = num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS && segments.is_none();
-    let windows = if is_split { WINDOWS } else { 1 };
-    let most =
-        if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
-    chunks.div_ceil(windows).min(most).max(1)
-}
-
-/// Scratch memory of a window.
-fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
-    let heads = layer.heads();
-    let [hk, hv, dk, dv] =
-        [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()].map(|n| n as u64);
-    Scratch::new(at, chunks as u64, hk, hv, dk, dv)
-}
-
-/// The scratch memory of windows that follow one another, and the bytes of all. Where there are several
-/// windows, the next one is made while one is scanned, so they take turns. The states that go on from one to
-/// the next come last.
-pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
-    let first = slot(layer, at, window);
-    let (bytes, state) = (first.carry[0] - at, first.carry[1] - first.carry[0]);
-    let count = if window < chunks { 2 } else { 1 };
-    let second = slot(layer, at + (count - 1) * bytes, window);
-    let carry = at + count * bytes;
-    let carry = [carry, carry + state];
-    (
-        [Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..second }],
-        count * bytes + 2 * state,
-    )
-}
-
-impl Gpu {
-    /// [`gdn::prefill`](crate::prefill()) by four kernel launches for each of some windows of chunks, and
-    /// nothing else: on `stream`, and where there are several windows, one of the four on a stream beside it,
-    /// which waits for all that `stream` had before and which `stream` waits for. The call returns before the
-    /// work is done. It allocates no memory of the device, waits for nothing and reads nothing of its memory,
-    /// so it can be captured in a CUDA graph once [`Gpu::warmup`] was called; `cu_seqlens`, indices and flags
-    /// may change between replays.
-    ///
-    /// Shapes, dtypes, strides and overlaps are checked as on the CPU; [`prefill_supports`] says which layers
-    /// are taken. `checkpoints.every` is a multiple of [`PREFILL_CHUNK`], and addresses are multiples of the
-    /// size of their elements. Indices are read by the kernels, which touch nothing outside the tensors
-    /// whatever these say: entries of `cu_seqlens` are brought to 0 to N, a sequence whose slot is not there
-    /// is skipped as if it were padding. Rows that belong to no sequence are not written; where two sequences
-    /// have one slot, what they leave there is not defined.
-    ///
-    /// Between the six steps numbers are f32 or, where matrices are multiplied, f16 that are scaled row by
-    /// row, so results may be some 5e-4 of their norm off the exact ones (6e-4 was the most seen of a v head;
-    /// an ill-conditioned one as much as a change of the inputs by 2^-11 makes), before they are rounded to
-    /// the dtypes of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot
-    /// and the neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
-    /// [`Gpu::segments`] trades the last of these for the time of a long sequence of few heads.
-    ///
-    /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.
-    ///
-    /// # Errors
-    /// [`CudaError::Argument`], [`CudaError::WrongDevice`], [`CudaError::TooManySequences`],
-    /// [`CudaError::Driver`].
-    ///
-    /// # Safety
-    /// `stream` is a stream of this GPU's context, or null for its default stream. From when the first kernel
-    /// starts until the last is done, all tensors and the scratch memory are in memory that the device can
-    /// reach, those that are read are not written, those that are written neither read nor written by
-    /// anything else, and these have no two elements in one place.
-    pub unsafe fn prefill_raw(
-        &self,
-        call: &Prefill<DeviceAddress, DeviceAddress>,
-        scratch: (DeviceAddress, usize),
-        stream: CUstream,
-    ) -> Result<(), CudaError> {
-        let plan = Plan::new(call)?;
-        // SAFETY: the caller's promise.
-        unsafe { run(self, &plan, scratch, Profile::of(self), stream) }
-    }
-
-    /// Whether [`Gpu::prefill_raw`] takes a call: all that is checked before a kernel is launched, but for
-    /// whose memory the addresses are and the scratch memory.
-    ///
-    /// # Errors
-    /// [`CudaError::Argument`], [`CudaError::TooManySequences`].
-    pub fn check_prefill(&self, call: &Prefill<DeviceAddress, DeviceAddress>) -> Result<(), CudaError> {
-        let scratch = (DeviceAddress(0), usize::MAX);
-        Job::new(&Plan::new(call)?, scratch, Profile::of(self)).map(|_| ())
-    }
-}
-
-/// # Safety
-/// That of [`Gpu::prefill_raw`], for the tensors of a plan.
-pub(crate) unsafe fn run(
-    gpu: &Gpu,
-    plan: &Plan<DeviceAddress>,
-    scratch: (DeviceAddress, usize),
-    profile: Profile,
-    stream: CUstream,
-) -> Result<(), CudaError> {
-    let Some(job) = Job::new(plan, scratch, profile)? else { return Ok(()) };
-    let _current = Current::new(gpu.context())?;
-    if gpu.check_pointers {
-        named(plan, |argument, address, _| gpu.owns(argument, address))?;
-        gpu.owns("scratch", scratch.0)?;
-    }
-    // The kernels are for compute capability 8.0 too, and wait for nothing by themselves.
-    let gpu = gpu.clone().programmatic(false);
-    // SAFETY: the arguments were made from a checked plan, and the grids for them. The caller answers for the
-    // memory and the stream.
-    unsafe { job.launch(&gpu, stream) }
-}
-
-/// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
-/// date, on the GPU's stream: the counterpart of [`gdn::prefill`](crate::prefill()), and what
-/// [`Gpu::prefill_raw`] says.
-///
-/// The tensors are views of slices, as for [`decode`](super::decode()).
-///
-/// # Errors
-/// Those of [`Gpu::prefill_raw`], and [`CudaError::WrongStream`] for views that were made for another stream
-/// than this GPU's.
-pub fn prefill(
-    call: &mut Prefill<Read<'_>, Write<'_>>,
-    scratch: &mut impl DevicePtrMut<u8>,
-    gpu: &Gpu,
-) -> Result<(), CudaError> {
-    let plan = Plan::new(call)?;
-    let stream = gpu.stream().cu_stream();
-    streams(call, stream)?;
-    let len = scratch.len();
-    let (address, _recorded) = scratch.device_ptr_mut(gpu.stream());
-    // SAFETY: the elements lie within slices that the views borrow, the written ones exclusively and with no
-    // two elements in one place; cudarc orders what comes before and after on this stream.
-    unsafe { run(gpu, &plan, (address.into(), len), Profile::of(gpu), stream) }
-}
-
-/// That all views of a call were made for a stream.
-fn streams(call: &Prefill<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), CudaError> {
-    let expect = |argument: &'static str, got: CUstream| {
-        if got == stream { Ok(()) } else { Err(CudaError::WrongStream { argument }) }
-    };
-    match &call.projections {
-        Projections::Packed(Packed { mixed_qkvz, mixed_ba }) => {
-            expect("mixed_qkvz", mixed_qkvz.space().stream())?;
-            expect("mixed_ba", mixed_ba.space().stream())?;
-        }
-        Projections::Unpacked(Unpacked { mixed_qkv, z, b, a }) => {
-            for (argument, rows) in [("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a)] {
-                expect(argument, rows.space().stream())?;
-            }
-        }
-    }
-    let weights = &call.weights;
-    expect("conv_weight", weights.conv_weight.space().stream())?;
-    for (argument, vector) in [
-        ("conv_bias", weights.conv_bias.as_ref()),
-        ("A_log", Some(&weights.A_log)),
-        ("dt_bias", Some(&weights.dt_bias)),
-        ("norm_weight", Some(&weights.norm_weight)),
-    ] {
-        vector.map_or(Ok(()), |vector| expect(argument, vector.space().stream()))?;
-    }
-    let checkpoints = call.checkpoints.as_ref();
-    for (argument, got) in [
-        ("cu_seqlens", Some(call.cu_seqlens.space().stream())),
-        ("conv_state", call.conv_state.as_ref().map(|state| state.space().stream())),
-        ("recurrent_state", call.recurrent_state.as_ref().map(|state| state.space().stream())),
-        ("state_indices", call.slots.state_indices.as_ref().map(|indices| indices.space().stream())),
-        ("has_initial_state", call.has_initial_state.as_ref().map(|flags| flags.space().stream())),
-        ("checkpoints.starts", checkpoints.map(|kept| kept.starts.space().stream())),
-        ("checkpoints.recurrent_states", checkpoints.map(|kept| kept.recurrent_states.space().stream())),
-        (
-            "checkpoints.conv_states",
-            checkpoints.and_then(|kept| Some(kept.conv_states.as_ref()?.space().stream())),
-        ),
-        ("out", Some(call.out.space().stream())),
-    ] {
-        got.map_or(Ok(()), |got| expect(argument, got))?;
-    }
-    Ok(())
-}
-
 /// The tensors of a plan that have elements: their names, addresses, and bytes of an element.
-fn named<E>(
+pub(super) fn named<E>(
     plan: &Plan<DeviceAddress>,
     mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -702,7 +468,7 @@ impl Job {
     ///
     /// # Safety
     /// That of [`Gpu::launch`], for the memory of the arguments.
-    unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
+    pub(super) unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
         let sides = &gpu.kernels.sides;
         let side =
             if self.window < self.chunks { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };

@@ -1,0 +1,94 @@
+//! The scratch memory of prefill on a GPU, and the windows of chunks that it is for.
+
+use gdn_kernels::prefill::args::{CHUNK, Scratch, Segments};
+
+use crate::{
+    cuda::segments::{self, Cutting},
+    layer::Layer,
+};
+
+/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits, but with
+/// [`Gpu::segments`](crate::cuda::Gpu::segments).
+pub const PREFILL_CHUNK: usize = CHUNK as usize;
+
+/// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
+const MOST_SCRATCH: usize = 256 << 20;
+
+/// One sequence alone goes in so many windows, if each has so many chunks at least.
+const WINDOWS: usize = 2;
+const FEWEST_CHUNKS: usize = 16;
+
+/// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
+/// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
+pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
+    let bytes = [Cutting::Never, Cutting::ByHeads].map(|cutting| {
+        let (.., bytes) = memory(layer, 0, [num_tokens, num_sequences], None, cutting);
+        bytes
+    });
+    usize::try_from(bytes[0].max(bytes[1])).unwrap_or(usize::MAX)
+}
+
+/// The chunks of a window of a call with so many tokens and sequences, its scratch memory, and the bytes of all:
+/// behind what is between the kernels comes what segments of long sequences make.
+pub(crate) fn memory(
+    layer: &Layer,
+    at: u64,
+    [num_tokens, num_sequences]: [usize; 2],
+    window: Option<usize>,
+    cutting: Cutting,
+) -> (usize, [Scratch; 2], Segments, u64) {
+    let chunks = chunks(num_tokens, num_sequences);
+    let segments = cutting.segments(layer, chunks);
+    let window = window.unwrap_or_else(|| self::window(layer, chunks, num_sequences, segments.as_ref()));
+    let (slots, bytes) = slots(layer, at, chunks, window);
+    let Some(segments) = segments else { return (window, slots, Segments::NONE, bytes) };
+    let behind = bytes.next_multiple_of(256);
+    let segments = segments::placed(segments, layer, at + behind, window);
+    (window, slots, segments, behind + segments.bytes)
+}
+
+/// Chunks that there are at most: each sequence begins one.
+pub(super) fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
+    (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
+}
+
+/// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
+/// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and so
+/// do segments of one; windows would only cut these in pieces.
+fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&Segments>) -> usize {
+    let mut of_one = slot(layer, 0, 1).carry[0];
+    if let Some(segments) = segments {
+        let placed = segments::placed(*segments, layer, 0, 1);
+        of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
+    }
+    let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
+    let is_split = num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS && segments.is_none();
+    let windows = if is_split { WINDOWS } else { 1 };
+    let most =
+        if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
+    chunks.div_ceil(windows).min(most).max(1)
+}
+
+/// Scratch memory of a window.
+fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
+    let heads = layer.heads();
+    let [hk, hv, dk, dv] =
+        [heads.num_k_heads(), heads.num_v_heads(), heads.head_k_dim(), heads.head_v_dim()].map(|n| n as u64);
+    Scratch::new(at, chunks as u64, hk, hv, dk, dv)
+}
+
+/// The scratch memory of windows that follow one another, and the bytes of all. Where there are several
+/// windows, the next one is made while one is scanned, so they take turns. The states that go on from one to
+/// the next come last.
+pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
+    let first = slot(layer, at, window);
+    let (bytes, state) = (first.carry[0] - at, first.carry[1] - first.carry[0]);
+    let count = if window < chunks { 2 } else { 1 };
+    let second = slot(layer, at + (count - 1) * bytes, window);
+    let carry = at + count * bytes;
+    let carry = [carry, carry + state];
+    (
+        [Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..second }],
+        count * bytes + 2 * state,
+    )
+}
