@@ -1,6 +1,6 @@
 //! Both ops against the oracle: shapes, dtypes, hostile inputs, every instruction set.
 
-use gdn::{Dtype, Gate, IndexType, Packing};
+use gdn::{Dtype, Gate, IndexType, Packing, reference::layer::State};
 use proptest::{prelude::*, test_runner::RngSeed};
 
 use crate::{
@@ -110,6 +110,46 @@ fn what_is_not_finite_stays_so_in_its_row_of_the_state() {
                         (1, 22) | (0, 41) => assert!(!got.is_finite(), "{what}"),
                         _ => assert_eq!(got, right, "{what}"),
                     }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_in_the_inputs_is_never_hidden() {
+    let heads = [1, 2, 64, 64];
+    let options = Options { packed: false, ..Options::new(heads) };
+    // A channel of q, of k and of v.
+    for channel in [3, 64 + 5, 128 + 70] {
+        for (has_initial_state, t) in [0, 1].into_iter().flat_map(|flag| [(flag, 2), (flag, 17)]) {
+            let mut before = Batch::new(&options, Form::default(), &[20]);
+            before.has_initial_state = Some(vec![has_initial_state]);
+            before.setup.mixed_qkv.set([t, channel], f64::NAN);
+            let slot = before.slots[0] as usize;
+            let state = if has_initial_state == 0 {
+                State::zeros(&before.setup.numbers())
+            } else {
+                before.state(slot)
+            };
+            let (out, states) = before.setup.exact(0..20, &state);
+            assert!(!out.iter().all(|x| !x.is_nan()));
+            for (isa, cpu) in every_isa() {
+                let mut after = before.clone();
+                after.prefill(&cpu);
+                let got = after.state(slot);
+                let last = states.last().unwrap();
+                for (name, got, exact) in [
+                    ("out", &after.out_of(0..20), &out),
+                    ("conv_state", &got.conv_state, &last.conv_state),
+                    ("recurrent_state", &got.recurrent_state, &last.recurrent_state),
+                ] {
+                    let hidden =
+                        got.iter().zip(exact).position(|(got, exact)| !got.is_nan() && exact.is_nan());
+                    assert_eq!(
+                        hidden, None,
+                        "{name}, NaN in channel {channel} of token {t}, state {has_initial_state}, {isa}"
+                    );
                 }
             }
         }
