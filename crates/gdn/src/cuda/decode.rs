@@ -23,7 +23,7 @@ use crate::{
     argument::ArgumentError,
     decode::{Decode, Plan},
     dtype::Dtype,
-    layer::{Field, Gate, Layer, Projections},
+    layer::{Field, Gate, Layer, Projections, Tokens},
     state::{Keep, Kept, SlotsOf},
     tensor::{Element, Index, IndexType, Indices, Operand, Space, Tensor, expect_apart, placed},
     view::{DeviceAddress, Packed, Unpacked},
@@ -294,30 +294,60 @@ fn streams(call: &Decode<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), C
     expect("out", call.out.space().stream)
 }
 
-/// The tensors of a plan that have elements: their names, addresses, and bytes of an element.
-fn named<E>(
-    plan: &Plan<DeviceAddress>,
+/// The projections of a call: their names, addresses, and bytes of an element.
+pub(super) fn projections<E>(
+    tokens: &Tokens<DeviceAddress>,
     mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
 ) -> Result<(), E> {
-    let tokens = &plan.tokens;
     let is_packed = tokens.q.at == tokens.z.at;
     let names = if is_packed {
         ["mixed_qkvz", "mixed_qkvz", "mixed_ba", "mixed_ba"]
     } else {
         ["mixed_qkv", "z", "b", "a"]
     };
-    for (name, field) in names.into_iter().zip([&tokens.q, &tokens.z, &tokens.b, &tokens.a]) {
-        see(name, field.at, field.dtype.size())?;
-    }
+    let fields = [&tokens.q, &tokens.z, &tokens.b, &tokens.a];
+    names.into_iter().zip(fields).try_for_each(|(name, field)| see(name, field.at, field.dtype.size()))
+}
+
+/// The same of its weights.
+pub(super) fn weights<E>(
+    tokens: &Tokens<DeviceAddress>,
+    mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
+) -> Result<(), E> {
     see("conv_weight", tokens.conv_weight.at, tokens.conv_weight.kind.size())?;
-    if let Some(bias) = &tokens.conv_bias {
-        see("conv_bias", bias.at, bias.kind.size())?;
+    let vectors = [
+        ("conv_bias", tokens.conv_bias.as_ref()),
+        ("A_log", Some(&tokens.A_log)),
+        ("dt_bias", Some(&tokens.dt_bias)),
+        ("norm_weight", Some(&tokens.norm_weight)),
+    ];
+    vectors
+        .into_iter()
+        .filter_map(|(name, vector)| Some((name, vector?)))
+        .try_for_each(|(name, vector)| see(name, vector.at, vector.kind.size()))
+}
+
+/// That a tensor begins at a multiple of the bytes of its elements.
+pub(super) fn aligned(
+    argument: &'static str,
+    DeviceAddress(address): DeviceAddress,
+    size: usize,
+) -> Result<(), ArgumentError> {
+    if address.is_multiple_of(size as u64) {
+        return Ok(());
     }
-    for (name, vector) in
-        [("A_log", &tokens.A_log), ("dt_bias", &tokens.dt_bias), ("norm_weight", &tokens.norm_weight)]
-    {
-        see(name, vector.at, vector.kind.size())?;
-    }
+    let (got, expected) = (format!("at address {address:#x}"), format!("at a multiple of {size}"));
+    Err(ArgumentError::Value { argument, got, expected })
+}
+
+/// The tensors of a plan that have elements: their names, addresses, and bytes of an element.
+fn named<E>(
+    plan: &Plan<DeviceAddress>,
+    mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
+) -> Result<(), E> {
+    let tokens = &plan.tokens;
+    projections(tokens, &mut see)?;
+    weights(tokens, &mut see)?;
     see("out", tokens.out.at, tokens.out.kind.size())?;
     if !plan.conv.state.sizes.contains(&0) {
         see("conv_state", plan.conv.state.at, plan.conv.state.kind.size())?;
@@ -358,6 +388,7 @@ fn named<E>(
 
 /// The most that DK and DV can be.
 const MOST_DIM: usize = 256;
+
 /// The kernel to launch, its arguments and its grid.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
@@ -531,13 +562,7 @@ impl Job {
         let heads = layer.heads();
         let (hk, ratio) = (heads.num_k_heads(), heads.ratio());
         decode_supports(layer)?;
-        named(plan, |argument, DeviceAddress(address), size| {
-            if address.is_multiple_of(size as u64) {
-                return Ok(());
-            }
-            let (got, expected) = (format!("at address {address:#x}"), format!("at a multiple of {size}"));
-            Err(ArgumentError::Value { argument, got, expected })
-        })?;
+        named(plan, aligned)?;
         if n == 0 {
             return Ok(None);
         }

@@ -3,7 +3,7 @@
 
 use std::sync::mpsc;
 
-use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, sys};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DevicePtr, sys};
 
 use super::{
     Access, Call,
@@ -265,6 +265,21 @@ fn a_capture_beside_another_thread_on_the_gpu() {
     });
 }
 
+/// The median of some work's microseconds on a stream.
+fn microseconds(stream: &CudaStream, work: &dyn Fn()) -> f32 {
+    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    let mut times: Vec<f32> = (0..12)
+        .map(|_| {
+            let start = stream.record_event(flags).unwrap();
+            work();
+            let end = stream.record_event(flags).unwrap();
+            start.elapsed_ms(&end).unwrap() * 1000.0
+        })
+        .collect();
+    times.sort_by(f32::total_cmp);
+    times[5]
+}
+
 /// Microseconds of a call and of each of its first four launches, by heads and lengths.
 #[test]
 #[ignore = "a measurement"]
@@ -272,7 +287,7 @@ fn measure_prefill() {
     let gpu = gpu().expect("a GPU").check_pointers(false);
     gpu.warmup().unwrap();
     let stream = gpu.stream();
-    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    let time = |work: &dyn Fn()| microseconds(stream, work);
     for (heads, lens) in [
         ([16, 32, 128, 128], vec![512]),
         ([16, 32, 128, 128], vec![2048]),
@@ -294,18 +309,6 @@ fn measure_prefill() {
                 let window = windows.map(|windows| chunks.div_ceil(windows));
                 let profile = Profile { threads, window, ..Profile::of(&gpu) };
                 let placed = Placed::new(call, profile, &gpu);
-                let time = |work: &dyn Fn()| {
-                    let mut times: Vec<f32> = (0..12)
-                        .map(|_| {
-                            let start = stream.record_event(flags).unwrap();
-                            work();
-                            let end = stream.record_event(flags).unwrap();
-                            start.elapsed_ms(&end).unwrap() * 1000.0
-                        })
-                        .collect();
-                    times.sort_by(f32::total_cmp);
-                    times[5]
-                };
                 let graph = placed.capture(profile, &gpu, || ());
                 let all = time(&|| graph.launch().unwrap());
                 let job = Job::new(&placed.plan, placed.at, profile).unwrap().unwrap();
@@ -345,19 +348,7 @@ fn measure_segments() {
     let gpu = gpu().expect("a GPU").check_pointers(false);
     gpu.warmup().unwrap();
     let stream = gpu.stream();
-    let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-    let time = |work: &dyn Fn()| {
-        let mut times: Vec<f32> = (0..12)
-            .map(|_| {
-                let start = stream.record_event(flags).unwrap();
-                work();
-                let end = stream.record_event(flags).unwrap();
-                start.elapsed_ms(&end).unwrap() * 1000.0
-            })
-            .collect();
-        times.sort_by(f32::total_cmp);
-        times[5]
-    };
+    let time = |work: &dyn Fn()| microseconds(stream, work);
     for (heads, lens) in [
         ([4, 8, 128, 128], vec![1024]),
         ([4, 8, 128, 128], vec![2048]),

@@ -14,7 +14,7 @@ use super::scratch::{PREFILL_CHUNK, chunks, memory};
 use crate::{
     argument::{ArgumentError, Because},
     cuda::{
-        decode::{field, indices, strided, vector},
+        decode::{aligned, field, indices, projections, strided, vector, weights},
         device::Gpu,
         error::CudaError,
         launch::Launch,
@@ -62,27 +62,11 @@ pub(super) fn named<E>(
     mut see: impl FnMut(&'static str, DeviceAddress, usize) -> Result<(), E>,
 ) -> Result<(), E> {
     let tokens = &plan.tokens;
-    let is_packed = tokens.q.at == tokens.z.at;
-    let names = if is_packed {
-        ["mixed_qkvz", "mixed_qkvz", "mixed_ba", "mixed_ba"]
-    } else {
-        ["mixed_qkv", "z", "b", "a"]
-    };
     if tokens.num_tokens > 0 {
-        for (name, field) in names.into_iter().zip([&tokens.q, &tokens.z, &tokens.b, &tokens.a]) {
-            see(name, field.at, field.dtype.size())?;
-        }
+        projections(tokens, &mut see)?;
         see("out", tokens.out.at, tokens.out.kind.size())?;
     }
-    see("conv_weight", tokens.conv_weight.at, tokens.conv_weight.kind.size())?;
-    for (name, vector) in [
-        ("conv_bias", tokens.conv_bias.as_ref()),
-        ("A_log", Some(&tokens.A_log)),
-        ("dt_bias", Some(&tokens.dt_bias)),
-        ("norm_weight", Some(&tokens.norm_weight)),
-    ] {
-        vector.map_or(Ok(()), |vector| see(name, vector.at, vector.kind.size()))?;
-    }
+    weights(tokens, &mut see)?;
     see("cu_seqlens", plan.cu_seqlens.at, plan.cu_seqlens.kind.size())?;
     if let Some(indices) = &plan.slots.state_indices {
         see("state_indices", indices.at, indices.kind.size())?;
@@ -204,13 +188,7 @@ impl Job {
         let (tokens, num_sequences) = (&plan.tokens, plan.slots.num_sequences);
         let layer = &tokens.layer;
         prefill_supports(layer)?;
-        named(plan, |argument, DeviceAddress(address), size| {
-            if address.is_multiple_of(size as u64) {
-                return Ok(());
-            }
-            let (got, expected) = (format!("at address {address:#x}"), format!("at a multiple of {size}"));
-            Err(ArgumentError::Value { argument, got, expected })
-        })?;
+        named(plan, aligned)?;
         if let Some(kept) = plan.checkpoints.filter(|kept| !kept.every.is_multiple_of(PREFILL_CHUNK)) {
             let expected = format!("a multiple of {PREFILL_CHUNK} on a GPU");
             return Err(ArgumentError::Value {
