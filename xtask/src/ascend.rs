@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context;
 
-use crate::shell::{apt_install, cargo, command, has, root, run as run_to_end, skip};
+use crate::shell::{apt_install, cargo, command, has, root, run as run_to_end, run_fetching, skip};
 
 /// triton-ascend, what it imports, and what the tests are written with, with the hashes of their files.
 const REQUIREMENTS: &str = "python/ascend/requirements.txt";
@@ -62,7 +62,7 @@ fn install(folder: &Path) -> anyhow::Result<PathBuf> {
     let mut pip = command(PYTHON, &["-m", "pip", "install", "--quiet", "--no-compile", "--target"]);
     pip.arg(&site).args(["--disable-pip-version-check", "--root-user-action=ignore"]);
     pip.args(["--require-hashes", "--no-deps", "--requirement", REQUIREMENTS]);
-    run_to_end(&mut pip)?;
+    run_fetching(&mut pip)?;
     fs::write(&list, wanted).with_context(|| list.display().to_string())?;
     Ok(site)
 }

@@ -26,7 +26,8 @@ pub(crate) struct Step {
 struct State {
     waiting: Vec<Step>,
     in_use: HashSet<&'static str>,
-    failed: Vec<&'static str>,
+    /// With what they said.
+    failed: Vec<(&'static str, String)>,
     skipped: Vec<String>,
 }
 
@@ -45,7 +46,8 @@ impl State {
 /// arguments that `arguments` has for a name. What they skipped.
 ///
 /// # Errors
-/// A step that failed: its output is shown, those that run come to their end, and no more are started.
+/// A step that failed: those that run come to their end, no more are started, and its output is shown last,
+/// where one looks first and what keeps only the end of a long output has it.
 pub(crate) fn run(
     steps: Vec<Step>,
     lanes: usize,
@@ -88,11 +90,13 @@ pub(crate) fn run(
             }
             let (passed, text) = ended.unwrap_or_else(|why| (false, format!("{why:#}\n")));
             let how = if passed { "passed" } else { "FAILED" };
-            print!("\n== {}\n{text}", step.name);
+            if passed {
+                print!("\n== {}\n{text}", step.name);
+            }
             println!("== {}: {how} in {:.0} s\n", step.name, began.elapsed().as_secs_f64());
             all.skipped.extend(text.lines().filter_map(|line| line.strip_prefix(SKIPPED)).map(str::to_owned));
             if !passed {
-                all.failed.push(step.name);
+                all.failed.push((step.name, text));
             }
             changed.notify_all();
         }
@@ -104,9 +108,13 @@ pub(crate) fn run(
     });
     let state = state.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !state.failed.is_empty() {
+        for (name, text) in &state.failed {
+            print!("\n== {name}\n{text}");
+        }
+        let names: Vec<_> = state.failed.iter().map(|(name, _)| *name).collect();
         let left: Vec<_> = state.waiting.iter().map(|step| step.name).collect();
         let left = if left.is_empty() { "none".to_owned() } else { left.join(", ") };
-        bail!("{} failed; not started: {left}", state.failed.join(" and "));
+        bail!("{} failed; not started: {left}", names.join(" and "));
     }
     Ok(state.skipped)
 }

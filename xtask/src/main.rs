@@ -16,6 +16,8 @@ mod record;
 mod shell;
 mod test;
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 /// The project's own chores
@@ -53,13 +55,22 @@ enum Task {
     },
 }
 
-fn main() -> anyhow::Result<()> {
-    match Args::parse().task {
+fn main() -> ExitCode {
+    let ended = match Args::parse().task {
         Task::Test(args) => test::run(&args),
         Task::Record(args) => record::run(&args),
         Task::Ptx { check } => ptx::run(check),
         Task::Examples => examples::run(),
         Task::Ascend { pytest } => ascend::run(&pytest),
         Task::Engines { pytest } => engines::run(&pytest),
+    };
+    // Without a backtrace, whatever the environment asks for: it is of this program, not of what failed, and
+    // would stand below what did.
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("Error: {why:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use crate::shell::{apt_install, command, has, root, run, skip};
+use crate::shell::{apt_install, command, has, root, run, run_fetching, skip};
 
 /// The Python of the tests: the engines' wheels, which the integrations are held to, are for this one.
 const PYTHON: &str = "3.11";
@@ -33,7 +33,7 @@ pub(crate) fn test() -> anyhow::Result<()> {
     let environment = installed()?;
     run(&mut environment.python(&["-m", "ruff", "check", "python"]))?;
     run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
-    run(&mut environment.python(&["python/tests/peers.py"]))?;
+    run_fetching(&mut environment.python(&["python/tests/peers.py"]))?;
     // From its own folder, so that `import gdn` finds what is installed and not the sources.
     let mut pytest = environment.program("pytest");
     pytest.args(["-q", "-rs", "--durations=5"]).current_dir(root().join("python"));
@@ -109,7 +109,12 @@ impl Environment {
                 ensure!(make()?.success(), "{python} makes no virtual environment");
             }
         }
-        run(&mut environment.pip(&["--require-hashes", "--no-deps", "--requirement", requirements]))?;
+        run_fetching(&mut environment.pip(&[
+            "--require-hashes",
+            "--no-deps",
+            "--requirement",
+            requirements,
+        ]))?;
         fs::write(&installed, wanted)?;
         Ok(environment)
     }

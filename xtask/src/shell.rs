@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Mutex,
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -45,6 +47,21 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
         bail!("{command:?} ended with {status}");
     }
     Ok(())
+}
+
+/// Runs what fetches from a network: where it fails it is run again, twice at most, since an index may be out
+/// of reach for a moment. The error is the last one's.
+pub(crate) fn run_fetching(command: &mut Command) -> anyhow::Result<()> {
+    run_again(command, Duration::from_secs(10))
+}
+
+fn run_again(command: &mut Command, pause: Duration) -> anyhow::Result<()> {
+    for left in [2, 1] {
+        let Err(why) = run(command) else { return Ok(()) };
+        println!("{why:#}; run again in {} s, {left} more at most", pause.as_secs());
+        thread::sleep(pause);
+    }
+    run(command)
 }
 
 /// Whether a program is there to be run.
@@ -102,8 +119,26 @@ pub(crate) fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
             false => command("sudo", &["-n", "apt-get"]),
         };
         command.args(args).env("DEBIAN_FRONTEND", "noninteractive");
-        run(&mut command)
+        run_fetching(&mut command)
     };
     apt(&["update", "-qq"])?;
     apt(&[&["install", "-y", "-qq", "--no-install-recommends"], packages].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fetches_is_run_three_times_at_most() {
+        let folder = tempfile::tempdir().unwrap();
+        let tries = |succeeds_at: usize| {
+            let count = folder.path().join(succeeds_at.to_string());
+            let script = format!("echo >> $0; test $(wc -l < $0) -ge {succeeds_at}");
+            let mut shell = command("sh", &["-c", &script, &count.display().to_string()]);
+            let ended = run_again(&mut shell, Duration::ZERO);
+            (ended.is_ok(), fs::read_to_string(count).unwrap().len())
+        };
+        assert_eq!([1, 3, 4].map(tries), [(true, 1), (true, 3), (false, 3)]);
+    }
 }
