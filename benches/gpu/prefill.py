@@ -9,7 +9,7 @@
 A chain is SGLang's convolution, vLLM's preparation (split, l2norm, gates), a scan and SGLang's norm; the scans are those that can be loaded of FLA 0.6, SGLang 0.5.23, vLLM 0.33,
 FlashQLA 0.1.3 (with the context parallelism that it chooses) and FlashInfer 0.7.2 (without its context parallelism, and with it). The engines' files are loaded from where they are, with
 stand-ins for the rest of the engines. Every subject is first held to float64. Each is captured in a CUDA graph; graphs are replayed in turns, and a figure is the median over the turns,
-in microseconds. `alone` are the scans on prepared q, k, v, g, beta.
+in microseconds. `alone` are the scans on prepared q, k, v, g, beta. `--segments` has `Layer.prefill(..., segments=True)` beside it, for heads and lengths where that does something.
 """
 
 import argparse
@@ -88,13 +88,13 @@ class Case:
 # ---- subjects
 
 
-def ours(case):
+def ours(case, segments=False):
     layer = gdn.Layer(case.heads, "contiguous", **vars(case.weights))
 
     def run():
         layer.prefill(
             (case.qkvz, case.ba), case.starts, case.conv, case.state,
-            state_indices=case.slots, has_initial_state=case.fresh, out=case.out)
+            state_indices=case.slots, has_initial_state=case.fresh, segments=segments, out=case.out)
         return case.out
 
     return run
@@ -208,9 +208,12 @@ def error(got, right):
 # ---- timing
 
 
-def measure(case, engines, turns):
+def measure(case, engines, turns, segments):
     right = case.exact()
-    subjects = {"gdn": ours(case)} | {f"chain, {name}": engines.chain(case, name) for name in engines.scans}
+    subjects = {"gdn": ours(case)}
+    if segments and case.heads[1] * case.heads[3] <= 1024 and max(case.lengths) >= 2048:
+        subjects["gdn, segments"] = ours(case, segments=True)
+    subjects |= {f"chain, {name}": engines.chain(case, name) for name in engines.scans}
     results, graphs = {}, {}
     for name, run in subjects.items():
         try:
@@ -367,6 +370,7 @@ def main():
     parser.add_argument("--heads", default=",".join(HEADS))
     parser.add_argument("--tokens", default="512,2048,8192,32768,ragged")
     parser.add_argument("--scans", default=SCANS, help="which, of those that can be loaded")
+    parser.add_argument("--segments", action="store_true", help="gdn with segments=True too")
     parser.add_argument("--no-errors", action="store_true", help="without hostile inputs")
     parser.add_argument("--first", type=int, default=3, help="processes for the time to the first result")
     parser.add_argument("--first-result", action="store_true", help=argparse.SUPPRESS)
@@ -388,7 +392,7 @@ def main():
             for shape in arguments.tokens.split(","):
                 for name, lengths in RAGGED.items() if shape == "ragged" else [(f"T = {shape}", [int(shape)])]:
                     case = Case(HEADS[heads], lengths)
-                    figures = measure(case, engines, arguments.turns)
+                    figures = measure(case, engines, arguments.turns, arguments.segments)
                     print(f"{heads} {name}: " + ", ".join(f"{one} {figure[0]:.1f}" for one, figure in figures.items()), flush=True)
                     rows += [[heads, name, one, f"{t:.2f}", out, state] for one, (t, out, state) in figures.items()]
                     write(arguments, rows, hostile_rows, ", ".join(about))

@@ -74,6 +74,7 @@ def prefill(
     checkpoint_starts: Any | None,
     state_checkpoints: Any | None,
     conv_checkpoints: Any | None,
+    segments: bool,
     out: Any | None,
     only_check: bool,
 ) -> Any | None: ...

@@ -185,6 +185,7 @@ class Call:
             self.options[name] = torch.tensor(entries, dtype=torch.int32)
         if self.op == "prefill":
             self.options["checkpoint_every_n_tokens"] = pick.choice([0, 16, 32, 24])
+            self.options["segments"] = pick.choice([False, True])
 
     def changed(self, one):
         pick = self.pick

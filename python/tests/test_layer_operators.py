@@ -40,7 +40,7 @@ def sample(op, overload="default", more=False):
         if more:
             options |= dict(state_indices=torch.tensor([2, 5]), has_initial_state=torch.tensor([True, False]))
             options |= dict(checkpoint_every_n_tokens=16, checkpoint_starts=torch.tensor([0, 1]))
-            options |= dict(state_checkpoints=torch.zeros(4, 4, 8, 16))
+            options |= dict(state_checkpoints=torch.zeros(4, 4, 8, 16), segments=True)
     elif more:
         states_of_each = torch.zeros(3, 1, 4, 16, 8).transpose(-1, -2)
         options |= dict(state_indices=torch.tensor([2, 5, -1]), intermediate_states=states_of_each)
@@ -86,7 +86,7 @@ def test_schemas():
     )
     more = dict(
         decode="Tensor(c!)? intermediate_states=None, Tensor(d!)? intermediate_conv_windows=None, ",
-        prefill="Tensor(c!)? state_checkpoints=None, Tensor(d!)? conv_checkpoints=None, ",
+        prefill="Tensor(c!)? state_checkpoints=None, Tensor(d!)? conv_checkpoints=None, bool segments=False, ",
     )
     for op, overload in OPERATORS:
         schema = str(getattr(getattr(torch.ops.gdn, op), overload)._schema)

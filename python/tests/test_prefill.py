@@ -12,6 +12,8 @@ import numpy as np
 import oracle_layer as ol
 from oracle import bits
 
+import gdn
+
 HEADS = [(2, 4, 16, 8), (1, 3, 8, 24), (2, 2, 32, 64)]
 LAYOUTS = ["dense", "channels last", "page", "wide"]
 LENGTHS = [17, 0, 1, 64, 15]
@@ -197,6 +199,27 @@ def test_cut_at_chunks_it_gives_the_same_bits(cut):
     )
     assert torch.equal(torch.cat([first, second]), out)
     assert torch.equal(parts[0], conv) and torch.equal(parts[1], state)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_segments_change_nothing_on_a_cpu(door):
+    """Heads and a length that a GPU would cut: a call that lets it is the same here, and can be checked beforehand."""
+    heads = (1, 1, 64, 64)
+    numbers, weights = ol.Numbers(heads), ol.weights(heads)
+    projections = ol.projections(2100, numbers, "packed")
+    results = []
+    for options in ({}, dict(segments=False), dict(segments=True)):
+        conv, state = ol.states(1, heads, "dense")
+        conv.zero_(), state.zero_()
+        out = call(door, numbers, weights, projections, [0, 2100], conv, state, **options)
+        results.append((out, conv, state))
+        given = projections, torch.tensor([0, 2100], dtype=torch.int32), conv, state
+        assert gdn.prefill_supported(ol.layer(numbers, weights), *given, **options) is None
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+    message = "segments" if door != "operator" else "segments|bool"
+    with pytest.raises((TypeError, RuntimeError), match=message):
+        call(door, numbers, weights, projections, [0, 2100], conv, state, segments="yes")
 
 
 def test_decode_goes_on_where_prefill_ends():

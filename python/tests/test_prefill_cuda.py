@@ -183,6 +183,56 @@ def test_cut_at_chunks_it_gives_the_same_bits(cut):
     assert torch.equal(sample.conv, kept[0]) and torch.equal(sample.state, kept[1])
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_segments(door):
+    """A long sequence of few heads is cut where that is allowed: other bits, as near to float64, the same alone and beside others.
+    Shorter ones, and the bits of whoever did not ask, are as they were."""
+    cu, slots = [0, 2200, 2300], [4, 2]
+    sample = Sample(cu=cu, slots=slots)
+    sample.initial = [True, True]
+    sample.indices.pop("has_initial_state")
+    options = dict(state_indices=sample.indices["state_indices"])
+    whole = sample.run(door)
+    kept = sample.state.clone()
+    sample.again()
+    cut = sample.run(door, segments=True)
+    sample.check(cut)
+    cut_state = sample.state.clone()
+    assert not torch.equal(cut_state[4], kept[4]), "nothing was cut"
+    assert torch.equal(cut[2200:], whole[2200:]) and torch.equal(cut_state[2], kept[2])
+    sample.again()
+    assert torch.equal(sample.run(door), whole) and torch.equal(sample.state, kept)
+    sample.again()
+    sample.projections = tuple(one[:2200] for one in sample.projections)
+    sample.cu_seqlens = sample.cu_seqlens[:2].clone()
+    sample.indices = {name: one[:1].clone() for name, one in options.items()}
+    assert torch.equal(sample.run(door, segments=True), cut[:2200])
+    assert torch.equal(sample.state[4], cut_state[4])
+    # In a graph.
+    sample.again()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sample.run(door, segments=True)
+    sample.again()
+    graph.replay()
+    assert torch.equal(out, cut[:2200]) and torch.equal(sample.state[4], cut_state[4])
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_segments_of_many_heads(door):
+    """Where the scan has blocks enough, nothing is cut."""
+    heads, rows = (4, 20, 64, 64), 2200
+    numbers, weights = ol.Numbers(heads), on_gpu(ol.weights(heads))
+    projections = on_gpu(ol.projections(rows, numbers, "packed"))
+    cu = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+    results = []
+    for segments in (False, True):
+        conv, state = (one.zero_() for one in on_gpu(ol.states(1, heads, "dense")))
+        out = test_prefill.call(door, numbers, weights, projections, cu, conv, state, segments=segments)
+        results.append((out, conv, state))
+    assert all(map(torch.equal, *results))
+
+
 def test_decode_goes_on_where_prefill_ends():
     sample = Sample(layout="wide", cu=[0, 100], slots=[0])
     layer, conv, state = sample.layer(), sample.conv[:1], sample.state[:1]

@@ -58,6 +58,17 @@ impl Backend {
         }
     }
 
+    /// Whether a GPU may bring segments of a prefill's sequence forward side by side. On a CPU nothing
+    /// changes.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there is no GPU"))]
+    pub(crate) fn segments(self, segments: bool) -> Self {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Self::Cuda(gpu.segments(segments)),
+            cpu @ Self::Cpu(_) => cpu,
+        }
+    }
+
     pub(crate) fn split(
         &self,
         layout: &Layout,

@@ -145,6 +145,16 @@ pub(crate) struct ThreadsArgs {
     isa: Option<Isa>,
 }
 
+/// How a GPU is to do a prefill.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct SegmentsArg {
+    /// Let prefill on a GPU bring segments of a sequence of 2048 tokens and more forward side by side, where
+    /// num_v_heads * head_v_dim is at most 1024: one is faster, a batch of them slower, and bits are no
+    /// longer those of a sequence that is done in parts. Changes nothing elsewhere
+    #[arg(long)]
+    pub(crate) segments: bool,
+}
+
 /// How the CPU is to move rows.
 #[derive(clap::Args)]
 pub(crate) struct CpuArgs {

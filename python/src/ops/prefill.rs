@@ -27,6 +27,8 @@ pub(crate) struct Call {
     pub(crate) pad_slot_id: i64,
     /// 0 where there are no checkpoints.
     pub(crate) checkpoint_every_n_tokens: usize,
+    /// [`cuda::Gpu::segments`]; on the CPU nothing changes.
+    pub(crate) segments: bool,
 }
 
 impl Call {
@@ -39,7 +41,7 @@ impl Call {
             Device::CUDA => {
                 let call = self.build::<OnDevice>(operands)?;
                 scratch_of(operands, place)?;
-                gpu(device.ordinal)?.check_prefill(&call).map_err(refused_by_gpu)
+                self.gpu(device)?.check_prefill(&call).map_err(refused_by_gpu)
             }
             _ => Err(no_device(operands, "prefill", "cpu or cuda")),
         }
@@ -54,7 +56,7 @@ impl Call {
         let device = operands.device();
         if device.kind == Device::CUDA && !device.is_cpu() {
             let call = self.build::<OnDevice>(operands)?;
-            let (gpu, stream) = (gpu(device.ordinal)?, (place.stream)(device)?);
+            let (gpu, stream) = (self.gpu(device)?, (place.stream)(device)?);
             let (num_tokens, entries) = (call.out.sizes()[0], call.cu_seqlens.sizes()[0]);
             let bytes = cuda::prefill_scratch_bytes(&call.layer, num_tokens, entries.saturating_sub(1));
             return scratch_of(operands, place)?(device, bytes, &mut |at| {
@@ -70,6 +72,11 @@ impl Call {
         // Arithmetic takes the time: a multiplication of the delta rule counts as a byte.
         let work = call.out.sizes().iter().fold(heads.head_k_dim(), |work, size| work.saturating_mul(*size));
         place.on_cpu(work, |cpu: &Cpu| gdn::prefill(&mut call, cpu).map_err(refused))
+    }
+
+    /// The device, and how it is to do this call.
+    fn gpu(&self, device: Device) -> PyResult<cuda::Gpu> {
+        Ok(gpu(device.ordinal)?.clone().segments(self.segments))
     }
 
     /// The library's call.
@@ -150,6 +157,7 @@ pub(crate) fn prefill<'py>(
     checkpoint_starts: Option<&Bound<'py, PyAny>>,
     state_checkpoints: Option<&Bound<'py, PyAny>>,
     conv_checkpoints: Option<&Bound<'py, PyAny>>,
+    segments: bool,
     out: Option<&Bound<'py, PyAny>>,
     only_check: bool,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -157,6 +165,7 @@ pub(crate) fn prefill<'py>(
         layer: settings.0,
         pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
         checkpoint_every_n_tokens: size(checkpoint_every_n_tokens, "checkpoint_every_n_tokens", 0)?,
+        segments,
     };
     let mut objects: Objects<'_, 'py> = [None; _];
     let projections = projections_of(projections)?;

@@ -15,7 +15,7 @@ use crate::{
     call::{Bytes, Call, Inputs, Op, Results},
     device::{Backend, Device},
     figures::{available_memory, medians, time},
-    layout::{LayoutArgs, ThreadsArgs},
+    layout::{LayoutArgs, SegmentsArg, ThreadsArgs},
     numbers,
     plot::{self, Series},
     terminal::print,
@@ -68,6 +68,8 @@ pub(crate) struct PrefillArgs {
           value_parser = clap::value_parser!(u32).range(1..))]
     tokens: Vec<u32>,
     #[command(flatten)]
+    segments: SegmentsArg,
+    #[command(flatten)]
     layer: LayerArgs,
 }
 
@@ -95,11 +97,11 @@ fn dtype(name: &str) -> Result<Dtype, String> {
 }
 
 pub(crate) fn decode(args: &DecodeArgs) -> anyhow::Result<()> {
-    run(Op::Decode, &args.batch, &args.tokens, &args.layer)
+    run(Op::Decode, &args.batch, &args.tokens, false, &args.layer)
 }
 
 pub(crate) fn prefill(args: &PrefillArgs) -> anyhow::Result<()> {
-    run(Op::Prefill, &args.batch, &args.tokens, &args.layer)
+    run(Op::Prefill, &args.batch, &args.tokens, args.segments.segments, &args.layer)
 }
 
 /// What is measured in one line.
@@ -110,6 +112,8 @@ struct Case {
     batch: usize,
     /// Of each sequence.
     tokens: usize,
+    /// Whether a GPU may cut sequences.
+    segments: bool,
     dtype: Dtype,
     state_dtype: Dtype,
 }
@@ -149,15 +153,17 @@ impl Record {
     }
 }
 
-fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Result<()> {
+fn run(op: Op, batches: &[u32], tokens: &[u32], segments: bool, args: &LayerArgs) -> anyhow::Result<()> {
     args.measuring.check()?;
     let layer = Layer::new(layout_of(&args.layout)?);
     let cpu = args.cpu.cpu(usize::MAX)?;
-    let backend = Backend::new(args.device, cpu)?;
+    let backend = Backend::new(args.device, cpu)?.segments(segments);
+    let segments = segments && args.device != Device::Cpu;
     let least = Least::of(op, args.device);
     let is_beside_peak = least == Least::Peak;
     let unit = backend.unit();
-    let title = format!("{}, {}, {}, {unit}", op.name(), layer.heads(), layer.layout.packing);
+    let cut = if segments { ", segments" } else { "" };
+    let title = format!("{}, {}, {}, {unit}{cut}", op.name(), layer.heads(), layer.layout.packing);
     if !args.measuring.json {
         let [work, least, speed] = match least {
             Least::Copy => ["bytes", "copy", "GB/s"],
@@ -187,7 +193,7 @@ fn run(op: Op, batches: &[u32], tokens: &[u32], args: &LayerArgs) -> anyhow::Res
             for &batch in batches {
                 for &tokens in tokens {
                     let (batch, tokens) = (batch as usize, tokens as usize);
-                    let case = Case { op, layer, batch, tokens, dtype, state_dtype };
+                    let case = Case { op, layer, batch, tokens, segments, dtype, state_dtype };
                     let record = measure(&case, args.measuring.seconds, &backend)
                         .with_context(|| format!("{} of {batch} times {tokens} tokens", op.name()))?;
                     let of = (least, args.device, unit);
@@ -227,7 +233,7 @@ fn line(record: &Record) -> String {
 /// A line of JSON.
 fn object(record: &Record, (least, device, unit): (Least, Device, &str)) -> String {
     let Record { case, threads, work, seconds, least_seconds, floor_seconds } = record;
-    let Case { op, layer, batch, tokens, dtype, state_dtype } = case;
+    let Case { op, layer, batch, tokens, segments, dtype, state_dtype } = case;
     let heads = layer.heads();
     let mut object = json!({
         "op": op.name(), "device": device.to_string(), "isa": unit, "threads": threads, "batch": batch, "tokens": tokens,
@@ -243,6 +249,9 @@ fn object(record: &Record, (least, device, unit): (Least, Device, &str)) -> Stri
     object[work_key] = json!(*work as u64);
     object[least] = json!(least_seconds);
     object[share] = json!(record.share());
+    if *op == Op::Prefill && device != Device::Cpu {
+        object["segments"] = json!(segments);
+    }
     if let Some(floor_seconds) = floor_seconds {
         object["floor_seconds"] = json!(floor_seconds);
     }
@@ -597,7 +606,7 @@ mod tests {
             {
                 for packing in Packing::ALL {
                     let layer = Layer::new(Layout::new(Heads::new(2, 6, 16, 24).unwrap(), packing));
-                    let case = Case { op, layer, batch: 3, tokens: 4, dtype, state_dtype };
+                    let case = Case { op, layer, batch: 3, tokens: 4, segments: false, dtype, state_dtype };
                     let source = Source::new(&case).unwrap();
                     let (before, mut after) = (source.results().unwrap(), source.results().unwrap());
                     source.run(&mut after, &Backend::Cpu(Cpu::new())).unwrap();

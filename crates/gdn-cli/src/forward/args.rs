@@ -7,7 +7,7 @@ use gdn::{Gate, Layer};
 use crate::{
     call::Op,
     device::Device,
-    layout::{LayoutArgs, ThreadsArgs, value_of},
+    layout::{LayoutArgs, SegmentsArg, ThreadsArgs, value_of},
 };
 
 #[derive(clap::Args)]
@@ -49,6 +49,8 @@ pub(crate) struct Args {
     /// Where to do it: cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(super) device: Device,
+    #[command(flatten)]
+    pub(super) segments: SegmentsArg,
     #[command(flatten)]
     pub(super) cpu: ThreadsArgs,
 }

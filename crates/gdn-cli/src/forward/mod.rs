@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     let multiply_adds = work.num_rows().saturating_mul(work.inputs.multiply_adds());
     let cpu = args.cpu.cpu(multiply_adds.max(usize::try_from(input.bytes()).unwrap_or(usize::MAX)))?;
-    let backend = Backend::new(args.device, cpu)?;
+    let backend = Backend::new(args.device, cpu)?.segments(args.segments.segments);
     let ignored = input.names_but(&work.used);
     if !ignored.is_empty() {
         note(&format!("not looked at: {}", ignored.join(", ")));

@@ -49,6 +49,28 @@ fn bench_gives_a_table_json_and_a_picture() {
     assert_eq!(output.status.code(), Some(2), "{output:?}");
 }
 
+/// On a GPU the record says whether sequences might be cut; elsewhere none is, and decode has no such choice.
+#[test]
+fn prefill_is_measured_with_segments() {
+    let heads = ["--num-k-heads", "1", "--num-v-heads", "2", "--head-k-dim", "64", "--head-v-dim", "64"];
+    let run =
+        |op, more: &[&str]| gdn(&[&["bench", op, "--seconds", "0.001", "--json"], &heads[..], more].concat());
+    let object = |more: &[&str]| -> serde_json::Value {
+        let done = run("prefill", more);
+        assert!(done.status.success(), "{done:?}");
+        serde_json::from_slice(&done.stdout).unwrap()
+    };
+    assert!(object(&["--tokens", "2", "--segments"]).get("segments").is_none());
+    let done = run("decode", &["--segments"]);
+    assert!(String::from_utf8_lossy(&done.stderr).contains("unexpected argument '--segments'"), "{done:?}");
+    #[cfg(feature = "cuda")]
+    if matches!(gdn::cuda::devices().as_deref(), Ok([_, ..])) {
+        let on = ["--tokens", "4096", "--device", "cuda"];
+        assert_eq!(object(&on)["segments"], false);
+        assert_eq!(object(&[&on[..], &["--segments"]].concat())["segments"], true);
+    }
+}
+
 #[test]
 fn decode_and_prefill_are_measured_over_batches_tokens_and_dtypes() {
     let directory = tempfile::tempdir().unwrap();

@@ -174,6 +174,18 @@ fn every_case_of_transformers_on_a_gpu() {
 }
 
 #[test]
+fn segments_change_nothing_on_a_cpu() {
+    let directory = tempfile::tempdir().unwrap();
+    let [without, with] = ["without", "with"].map(|name| directory.path().join(name));
+    let input = testdata("r1-f32-layer.safetensors");
+    for (output, flag) in [(&without, &[][..]), (&with, &["--segments"])] {
+        let done = gdn(&[&["forward", text(&input), "-o", text(output)], flag].concat());
+        assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+    }
+    assert_eq!(fs::read(without).unwrap(), fs::read(with).unwrap());
+}
+
+#[test]
 fn a_file_to_compare_with_needs_no_output_and_others_do() {
     let directory = tempfile::tempdir().unwrap();
     let (input, output) = (directory.path().join("in"), directory.path().join("out"));

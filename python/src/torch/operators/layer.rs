@@ -48,7 +48,7 @@ pub(super) fn operators() -> Vec<Operator> {
             "{projections}, {weights}, Tensor(a!)? conv_state, Tensor(b!)? recurrent_state, Tensor cu_seqlens, {HEADS}, *, \
              Tensor? state_indices=None, int pad_slot_id=-1, Tensor? has_initial_state=None, \
              int checkpoint_every_n_tokens=0, Tensor? checkpoint_starts=None, Tensor(c!)? state_checkpoints=None, \
-             Tensor(d!)? conv_checkpoints=None, {factors}"
+             Tensor(d!)? conv_checkpoints=None, bool segments=False, {factors}"
         )
     };
     let mut operators = Vec::with_capacity(8);
@@ -173,7 +173,7 @@ unsafe fn decode_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is_
 unsafe fn prefill_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is_out: bool) -> PyResult<()> {
     let mut arguments = Stack { next: stack, torch };
     // SAFETY: the schema's arguments in their order.
-    let (handles, numbers, every, pad_slot_id) = unsafe {
+    let (handles, numbers, every, pad_slot_id, segments) = unsafe {
         let mut handles = take_read(&mut arguments, given);
         handles[CONV_STATE] = arguments.maybe_tensor();
         handles[RECURRENT_STATE] = arguments.maybe_tensor();
@@ -186,14 +186,16 @@ unsafe fn prefill_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is
         handles[MORE_INDICES] = arguments.maybe_tensor();
         handles[MORE_STATES] = arguments.maybe_tensor();
         handles[MORE_WINDOWS] = arguments.maybe_tensor();
+        let segments = arguments.bool();
         let (factors, gate) = take_factors(&mut arguments);
         handles[OUT] = is_out.then(|| arguments.tensor());
-        (handles, Numbers { heads, packing, factors, gate }, every, pad_slot_id)
+        (handles, Numbers { heads, packing, factors, gate }, every, pad_slot_id, segments)
     };
     let call = prefill::Call {
         layer: numbers.layer()?,
         pad_slot_id,
         checkpoint_every_n_tokens: prefill::every(every)?,
+        segments,
     };
     let check = |operands: &Operands| call.check(operands, &PLACE);
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
