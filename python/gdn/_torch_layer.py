@@ -117,6 +117,18 @@ def _lazy(op: str, projections: Sequence[str], operator: Any) -> Callable[..., A
     return kernel
 
 
+def _batched(op: str) -> Callable[..., Any]:
+    """Its kernel for `vmap`: states of samples lie in slots, and one call has them all."""
+
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError(
+            f"gdn::{op} has no rule for vmap: a call takes a batch by itself, the rows of all samples one after the "
+            "other, and a slot of the states for each"
+        )
+
+    return kernel
+
+
 _library = torch.library.Library("gdn", "IMPL")
 
 
@@ -129,6 +141,7 @@ def _register() -> None:
                 name = op if kind == "default" else f"{op}.{kind}"
                 torch.library.register_fake(f"gdn::{name}", _fake(op, names, is_out))
                 _library.impl(name, _autograd(op, names, operator), "Autograd", with_keyset=True)
+                _library.impl(name, _batched(op), "FuncTorchBatched")
                 for key in ("Negative", "Conjugate"):
                     _library.impl(name, _lazy(op, names, operator), key)
 

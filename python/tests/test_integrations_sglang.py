@@ -301,6 +301,18 @@ def test_a_refusal_leaves_the_engine_as_it_is(loader, monkeypatch, caplog):
     assert not integration.is_installed() and not load(REGISTRY).HookRegistry._hooks
 
 
+def test_the_plugin_warns_of_nothing_and_install_of_what_it_does_not_reach(loader, caplog, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, gdn")
+    loader.load_plugins()
+    integration.install()
+    assert not [r for r in caplog.records if "SGLANG_PLUGINS=gdn" in r.getMessage()]
+    integration.uninstall()
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    integration.install()
+    (line,) = [r.getMessage() for r in caplog.records if "SGLANG_PLUGINS=gdn" in r.getMessage()]
+    assert "spawns" in line
+
+
 def test_gdn_declares_the_entry_point():
     found = [one.load() for one in entry_points(group=PLUGINS) if one.name == integration.PLUGIN]
     assert found == [integration.plugin]

@@ -157,6 +157,37 @@ def test_calls_leak_nothing(how, op):
     assert len(gc.get_objects()) < objects + 100
 
 
+@pytest.mark.parametrize("how", ["function", "operator"])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_no_tensor_is_copied(is_given, how):
+    """Strides that another would copy: nothing is allocated but the output, and nothing where it is given; nothing waits for the GPU."""
+    numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "page")
+    projections = tuple(torch.cat([one, one], 1)[:, : one.shape[1]] for one in projections)
+    layer = ol.layer(numbers, weights)
+    out = torch.zeros(4, 128, 4, device="cuda").transpose(1, 2) if is_given else None
+    given = (*projections, *vars(weights).values(), conv, state, *numbers.heads, numbers.packing)
+
+    def call():
+        if how == "function":
+            return layer.decode(projections, conv, state, state_indices=indices, out=out)
+        if out is None:
+            return torch.ops.gdn.decode(*given, state_indices=indices)
+        return torch.ops.gdn.decode.out(*given, state_indices=indices, out=out)
+
+    call()
+    torch.cuda.synchronize()
+    counted = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]
+    # A kernel of milliseconds is before it: a call that waited would take as long.
+    done = torch.cuda.Event()
+    torch.cuda._sleep(400_000_000)
+    done.record()
+    before = counted()
+    for _ in range(3):
+        call()
+    assert not done.query(), "a call waited for the GPU"
+    assert counted() - before == (0 if is_given else 3)
+
+
 def test_what_is_supported():
     numbers, weights, projections, conv, state, indices, _, _ = sample(HEADS[0], "dense")
     layer = ol.layer(numbers, weights)

@@ -58,6 +58,19 @@ def layer_call(op):
     return layer, arguments
 
 
+def through(door, op, layer, projections, *others, out=None):
+    """A call of the layer's method, or of the operator beneath it."""
+    if door == "function":
+        return getattr(layer, op)(projections, *others, out=out)
+    *cu, conv, state = others
+    weights = (layer.conv_weight, layer.conv_bias, layer.A_log, layer.dt_bias, layer.norm_weight)
+    given, operator = (*projections, *weights, conv, state, *cu, *HEADS), getattr(torch.ops.gdn, op)
+    if out is None:
+        return operator.default(*given)
+    operator.out(*given, out=out)
+    return out
+
+
 def written(overload, arguments, options):
     start = 9 if overload.startswith("unpacked") else 7
     names = ("out", "intermediate_states", "state_checkpoints")
@@ -201,13 +214,60 @@ def test_tangents_are_refused(op):
         torch.func.grad(lambda one: getattr(layer, op)((one, ba), *rest).sum())(qkvz)
 
 
+TRANSFORMS = {
+    "requires_grad": lambda call, one: call(one.requires_grad_()),
+    "func.grad": lambda call, one: torch.func.grad(lambda x: call(x).sum())(one),
+    "func.vjp": lambda call, one: torch.func.vjp(call, one),
+    "func.jvp": lambda call, one: torch.func.jvp(call, (one,), (torch.ones_like(one),)),
+    "func.jacfwd": lambda call, one: torch.func.jacfwd(call)(one),
+    "vmap of grad": lambda call, one: torch.vmap(torch.func.grad(lambda x: call(x).sum()))(one[None]),
+}
+#: Every tensor that a call reads or writes.
+ALL = ["mixed_qkvz", "mixed_ba", "conv_weight", "conv_bias", "A_log", "dt_bias", "norm_weight"]
+ALL += ["conv_state", "recurrent_state", "out"]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("door", ["function", "operator"])
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_derivatives_of_every_argument_are_refused(op, door, transform):
+    """Whatever asks for one, and of whatever tensor; nothing is written, and the sentence says what to take instead."""
+    for name in ALL:
+        layer, ((qkvz, ba), *others) = layer_call(op)
+        given = dict(mixed_qkvz=qkvz, mixed_ba=ba, conv_state=others[-2], recurrent_state=others[-1])
+        given |= dict(out=torch.zeros(B, 4, 8))
+        weights = vars(ol.weights(HEADS))
+        before = {one: tensor.clone() for one, tensor in given.items()}
+
+        def call(one, name=name, given=given, weights=weights, others=others):
+            some, of_layer = dict(given), dict(weights)
+            (of_layer if name in of_layer else some)[name] = one
+            projections, states = (
+                (some["mixed_qkvz"], some["mixed_ba"]),
+                (some["conv_state"], some["recurrent_state"]),
+            )
+            out = some["out"] if name == "out" else None
+            layer = ol.layer(NUMBERS, ol.Weights(**of_layer))
+            return through(door, op, layer, projections, *others[:-2], *states, out=out)
+
+        one = (given | weights)[name].clone()
+        with pytest.raises(RuntimeError, match=f"gdn::{op} has no derivative.*To train, take gdn.split"):
+            TRANSFORMS[transform](call, one)
+        assert all(torch.equal(given[one], before[one]) for one in given), name
+
+
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 def test_samples_are_refused(op):
     layer, arguments = layer_call(op)
     before = [one.clone() for one in arguments[-2:]]
     stacked = torch.stack([arguments[0][0]] * 2)
-    with pytest.raises(RuntimeError, match=f"Batching rule not implemented for gdn::{op}"):
-        torch.vmap(lambda one: getattr(layer, op)((one, arguments[0][1]), *arguments[1:]))(stacked)
+    for door in ("function", "operator"):
+        with pytest.raises(
+            RuntimeError, match=f"gdn::{op} has no rule for vmap: a call takes a batch by itself"
+        ):
+            torch.vmap(
+                lambda one, door=door: through(door, op, layer, (one, arguments[0][1]), *arguments[1:])
+            )(stacked)
     assert all(torch.equal(*pair) for pair in zip(before, arguments[-2:], strict=True))
 
 

@@ -8,8 +8,8 @@ As a plugin, in every process of the engine, by SGLang's own choice of plugins:
     SGLANG_PLUGINS=gdn sglang serve --model-path Qwen/Qwen3-Next-80B-A3B-Instruct
 
 The name has to be there: where SGLANG_PLUGINS is not set SGLang loads every plugin, and this one stays off.
-Other plugins that are to be loaded have to be named as well. In one process, before the engine starts,
-`install()` does the same.
+Other plugins that are to be loaded have to be named as well. In one process `install()` does the same. It
+does not reach the schedulers that SGLang spawns, as it warns.
 """
 
 from __future__ import annotations
@@ -205,7 +205,20 @@ def _told() -> str:
     return "; ".join(told) or "nothing, since GDN_OPS is empty"
 
 
-_switch = Switch(_logger, _told, _apply)
+def _caution() -> str | None:
+    if _is_named():
+        return None
+    return (
+        "gdn.integrations.sglang.install() reaches this process alone, not the schedulers that SGLang spawns, which run "
+        "the model. SGLANG_PLUGINS=gdn reaches all of them"
+    )
+
+
+def _is_named() -> bool:
+    return PLUGIN in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]
+
+
+_switch = Switch(_logger, _told, _apply, _caution)
 install, uninstall = _switch.install, _switch.uninstall
 is_installed, installed = _switch.is_installed, _switch.installed
 
@@ -215,5 +228,5 @@ def plugin() -> None:
 
     An SGLang that is not known is told so in its log and left as it is.
     """
-    if PLUGIN in [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")]:
+    if _is_named():
         _switch.install_if_known(now=False)
