@@ -3,11 +3,12 @@
 use super::{
     Call,
     batch::{Batch, Form, Precision},
-    memory::{Memory, Numbers, Random},
+    memory::{Memory, Numbers, Random, relative},
     setup::{Inputs, Options},
 };
 use crate::{
     argument::ArgumentError,
+    cpu::Cpu,
     cuda::{
         CudaError,
         prefill::{
@@ -77,6 +78,43 @@ fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
     let mut other = before.clone();
     other.prefill_by(None, |call| run(call, SMALL));
     assert!(results(&first) == results(&other), "{what}: other windows give other bits");
+}
+
+/// Holds prefill of more tokens or sequences than the oracle has time for to that on a CPU, which is held to the
+/// oracle by itself: all rows together, each of some, and the states of each sequence.
+pub(super) fn beside_the_cpu(options: &Options, lens: &[usize], rows: usize, run: &mut Run<'_>) {
+    let before = Batch::repeated(options, Form::default(), lens, rows);
+    let what = format!("prefill of {} tokens of {} sequences", before.setup.num_tokens, lens.len());
+    let (mut got, mut right) = (before.clone(), before);
+    got.prefill_by(None, |call| run(call, WHOLE));
+    right.prefill(&Cpu::new());
+    let total = right.setup.num_tokens;
+    // A row in 61, which are never those of one place in a chunk, and the last ones.
+    let some = (0..total).filter(|row| row % 61 == 0 || row + 200 > total);
+    let [mut ours, mut theirs] = [Vec::new(), Vec::new()];
+    for row in some {
+        let [a, b] = [&got, &right].map(|batch| batch.out_of(row..row + 1));
+        let error = relative(&a, &b);
+        assert!(error < 20.0 * PRECISION.error, "{what}: row {row} of out is off by {error:.2e}");
+        ours.extend(a);
+        theirs.extend(b);
+    }
+    let error = relative(&ours, &theirs);
+    assert!(error < PRECISION.error, "{what}: out is off by {error:.2e}");
+    for (number, slot) in right.slots.iter().enumerate() {
+        let [a, b] = [&got, &right].map(|batch| batch.state(*slot as usize));
+        assert!(a.conv_state == b.conv_state, "{what}: conv_state of sequence {number} is another");
+        let error = relative(&a.recurrent_state, &b.recurrent_state);
+        assert!(
+            error < 2.0 * PRECISION.error,
+            "{what}: recurrent_state of sequence {number} is off by {error:.2e}"
+        );
+    }
+}
+
+/// So many sequences of a few tokens each, one of them a chunk and more.
+pub(super) fn tiny(sequences: usize) -> Vec<usize> {
+    (0..sequences).map(|r| [1, 0, 3, 2, 64, 1, 65, 5][r % 8]).collect()
 }
 
 /// Shapes, dtypes and orders.

@@ -196,6 +196,23 @@ fn ragged_batches_on_the_gpu() {
     }
 }
 
+/// One sequence, whose projections take more bytes than 31 bits count.
+#[test]
+fn a_million_tokens_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let options = Options { dtype: Dtype::BF16, ..Options::new([2, 2, 128, 128]) };
+    cases::beside_the_cpu(&options, &[1_100_003], 4093, &mut |call, _| launch(call, Profile::of(&gpu), &gpu));
+}
+
+/// More blocks than 16 bits count, most with little to do.
+#[test]
+fn thousands_of_tiny_sequences_on_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let options = Options { dtype: Dtype::BF16, ..Options::new([1, 8, 64, 64]) };
+    let lens = cases::tiny(9001);
+    cases::beside_the_cpu(&options, &lens, 4093, &mut |call, _| launch(call, Profile::of(&gpu), &gpu));
+}
+
 /// A graph is replayed with other lengths and slots, inputs and states than it was captured with.
 #[test]
 fn replays_with_other_lengths_on_the_gpu() {

@@ -5,9 +5,10 @@ use gdn_kernels::{
     entries,
 };
 
-use super::{Access, Call, cases, extents, moved, segments};
+use super::{Access, Call, cases, extents, moved, segments, setup::Options};
 use crate::{
     cuda::prefill::job::{Job, Profile, Step},
+    dtype::Dtype,
     prefill::Plan,
     view::DeviceAddress,
 };
@@ -102,6 +103,17 @@ fn contracts_on_the_emulator() {
     cases::contracts(&mut |call, profile| {
         emulate(call, profile);
     });
+}
+
+/// What a device is held to with a million tokens and thousands of sequences, with fewer.
+#[test]
+fn beside_the_cpu_on_the_emulator() {
+    let options = Options { dtype: Dtype::BF16, ..Options::new([1, 1, 64, 64]) };
+    for lens in [vec![1003], cases::tiny(21)] {
+        cases::beside_the_cpu(&options, &lens, 93, &mut |call, profile| {
+            emulate(call, profile);
+        });
+    }
 }
 
 #[test]
