@@ -86,9 +86,8 @@ def test_what_a_producer_cannot_be(op):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_jax(name):
+def test_jax(name, jax):
     """Arrays that nobody may write to: prefill without states reads them, and its output is one; states are NumPy's."""
-    jax = pytest.importorskip("jax")
     jnp = jax.numpy
     weights, projections, states = arrays("prefill")
     given = ol.Weights(*wrapped(jnp.asarray, vars(weights).values()))
