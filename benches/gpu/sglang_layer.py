@@ -7,7 +7,7 @@
 The layers are SGLang's own, with their backends and kernels (python/tests/sglang_rig.py says what is stood in for), decoding, verifying drafts, and taking prompts in
 (`extend`). `core` is all between the GEMMs, `layer` has them too, for a hidden size of 2048. Graphs of calls of the first two, each on slots of its own, together larger
 than the second-level cache, are replayed in turns; a figure is the median over the turns, in microseconds a call. Prompts go in without a graph, as in SGLang: there a
-figure is from the call of `forward` until the GPU is through.
+figure is from the call of `forward` until the GPU is through, or of the GPU alone, for a host that is ahead.
 """
 
 import argparse
@@ -99,8 +99,33 @@ def measure(rig, batch_size, tokens, calls, turns):
     return {key: statistics.median(one) for key, one in times.items()}
 
 
+def until_through(run):
+    """Microseconds from a call until the GPU is through."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6
+
+
+def on_the_gpu(run):
+    """Microseconds that the GPU is at a call which has been launched: it has something else to do until then. `None` where the call waits for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(12_000_000)  # cycles, some 7 ms
+    start.record()
+    run()
+    is_launched = not start.query()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 if is_launched else None
+
+
+#: How prompts are timed.
+CLOCKS = {"extend": until_through, "extend on the GPU": on_the_gpu}
+
+
 def measure_extend(rig, lengths, turns):
-    """Microseconds from a call until the GPU is through, for prompts of so many tokens, each the first of its slot."""
+    """By each clock the microseconds of a call for prompts of so many tokens, each the first of its slot."""
     starts = torch.tensor([0, *lengths]).cumsum(0)
     prefixes = torch.zeros(len(lengths), dtype=torch.int32, device="cuda")
     batch = rig.step("EXTEND", torch.arange(len(lengths)), starts, extend_prefix_lens=prefixes)
@@ -111,14 +136,14 @@ def measure_extend(rig, lengths, turns):
                 for who in ("SGLang", "gdn"):
                     with integration.installed() if who == "gdn" else contextlib.nullcontext():
                         run(batch)  # what a first call does, and what switching does
-                        torch.cuda.synchronize()
-                        start = time.perf_counter()
-                        run(batch)
-                        torch.cuda.synchronize()
-                        took = (time.perf_counter() - start) * 1e6
-                    if turn:
-                        times.setdefault((part, who), []).append(took)
-    return {key: statistics.median(one) for key, one in times.items()}
+                        for name, clock in CLOCKS.items():
+                            took = clock(lambda run=run: run(batch))
+                            if turn:
+                                times.setdefault((name, part, who), []).append(took)
+    medians = {name: {} for name in CLOCKS}
+    for (name, *key), one in times.items():
+        medians[name][tuple(key)] = statistics.median(one) if None not in one else float("nan")
+    return medians
 
 
 def main():
@@ -158,7 +183,8 @@ def main():
                 *often, length = map(int, prompts.split("x"))
                 lengths = (often[0] if often else 1) * [length]
                 rig = rigs.Rig(packing, HEADS, slots=len(lengths), rows=len(lengths) + 1)
-                keep(packing, torch.float32, "extend", length, len(lengths), measure_extend(rig, lengths, arguments.turns))
+                for step, figures in measure_extend(rig, lengths, arguments.turns).items():
+                    keep(packing, torch.float32, step, length, len(lengths), figures)
                 del rig
                 torch.cuda.empty_cache()
     if arguments.csv:

@@ -20,12 +20,13 @@ use crate::{
     tensor::value_error,
 };
 
-/// Registers the operators of `torch.ops.gdn` with PyTorch, and learns to read its tensors.
-/// Functions of C++ in `without` are taken as missing.
+/// Registers the operators of `torch.ops.gdn` with PyTorch, and learns to read its tensors. Functions of C++ in
+/// `without` are taken as missing. What of PyTorch's is read in place.
 #[pyfunction]
 #[pyo3(signature = (torch, without = Vec::new()))]
-fn register(torch: &Bound<'_, PyModule>, without: Vec<String>) -> PyResult<()> {
-    torch::register(torch, &without)
+fn register(torch: &Bound<'_, PyModule>, without: Vec<String>) -> PyResult<Vec<&'static str>> {
+    torch::register(torch, &without)?;
+    Ok(torch::get().map_or_else(Vec::new, torch::Libtorch::in_place))
 }
 
 /// Plans `rows` rows of `row_bytes` bytes each, inputs and outputs together: `(grid, rows_per_core,

@@ -11,6 +11,7 @@ MODES = "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv"
 BUMP = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 DELETE = "torch_delete_stable_ivalue"
 NEGATED = "_ZN2at6native6is_negERKNS_6TensorE"
+MEMBERS = "c10::TensorImpl"
 
 #: Registers as `import gdn` does, with names that are taken as missing. Then everything that has to do with them.
 TEXT = """
@@ -84,7 +85,19 @@ else:
 
 @pytest.mark.parametrize(
     "without",
-    [[], [C], [WRAP], [BUMP], [INFERENCE, C], [C, WRAP], [C, WRAP, BUMP], [DELETE], [MODES], [NEGATED]],
+    [
+        [],
+        [C],
+        [WRAP],
+        [BUMP],
+        [INFERENCE, C],
+        [C, WRAP],
+        [C, WRAP, BUMP],
+        [DELETE],
+        [MODES],
+        [NEGATED],
+        [MEMBERS],
+    ],
     ids=str,
 )
 def test_what_cpp_alone_has_may_be_missing(without, python):

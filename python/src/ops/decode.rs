@@ -11,7 +11,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Objects, Wish, object, on_objects, projections_of, take_projections, take_weights},
+    objects::{Wish, objects_of, on_objects, projections_of},
 };
 use crate::{
     ops::{Place, gpu, integer, seen, size},
@@ -187,19 +187,19 @@ pub(crate) fn decode<'py>(
         pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
         disable_state_update,
     };
-    let mut objects: Objects<'_, 'py> = [None; _];
     let projections = projections_of(projections)?;
-    take_projections(&projections, &mut objects)?;
-    take_weights(weights, &mut objects)?;
-    objects[CONV_STATE] = object(conv_state);
-    objects[RECURRENT_STATE] = object(recurrent_state);
-    objects[STATE_INDICES] = object(state_indices);
-    objects[SECOND_INDICES] = object(num_accepted_tokens);
-    objects[THIRD_INDICES] = object(output_state_indices);
-    objects[MORE_INDICES] = object(intermediate_state_indices);
-    objects[MORE_STATES] = object(intermediate_states);
-    objects[MORE_WINDOWS] = object(intermediate_conv_windows);
-    objects[OUT] = object(out);
+    let others = [
+        (CONV_STATE, conv_state),
+        (RECURRENT_STATE, recurrent_state),
+        (STATE_INDICES, state_indices),
+        (SECOND_INDICES, num_accepted_tokens),
+        (THIRD_INDICES, output_state_indices),
+        (MORE_INDICES, intermediate_state_indices),
+        (MORE_STATES, intermediate_states),
+        (MORE_WINDOWS, intermediate_conv_windows),
+        (OUT, out),
+    ];
+    let objects = objects_of(&projections, weights, others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
     let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on

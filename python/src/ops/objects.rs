@@ -20,11 +20,6 @@ use crate::{
 /// The objects that a call of Python's has, by position.
 pub(crate) type Objects<'a, 'py> = [Option<Borrowed<'a, 'py, PyAny>>; COUNT];
 
-/// An argument that may be none, as one of them.
-pub(crate) fn object<'a, 'py>(argument: Option<&'a Bound<'py, PyAny>>) -> Option<Borrowed<'a, 'py, PyAny>> {
-    argument.map(Bound::as_borrowed)
-}
-
 /// What is asked with a call's objects.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wish {
@@ -128,11 +123,14 @@ pub(crate) fn projections_of<'py>(projections: &Bound<'py, PyAny>) -> PyResult<B
 /// What they are.
 const PROJECTIONS: &str = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
 
-/// The projections, to their places among a call's objects.
-pub(crate) fn take_projections<'a, 'py>(
+/// A call's objects: the projections, the five weights, and others by position, which may be none.
+#[inline]
+pub(crate) fn objects_of<'a, 'py, const N: usize>(
     projections: &'a Bound<'py, PyTuple>,
-    objects: &mut Objects<'a, 'py>,
-) -> PyResult<()> {
+    weights: &'a Bound<'py, PyTuple>,
+    others: [(usize, Option<&'a Bound<'py, PyAny>>); N],
+) -> PyResult<Objects<'a, 'py>> {
+    let mut objects = [None; COUNT];
     let start = match projections.len() {
         2 => 0,
         4 => 2,
@@ -141,19 +139,14 @@ pub(crate) fn take_projections<'a, 'py>(
     for (object, given) in objects[start..].iter_mut().zip(projections.iter_borrowed()) {
         *object = Some(given);
     }
-    Ok(())
-}
-
-/// The five weights, to their places.
-pub(crate) fn take_weights<'a, 'py>(
-    weights: &'a Bound<'py, PyTuple>,
-    objects: &mut Objects<'a, 'py>,
-) -> PyResult<()> {
     if weights.len() != NORM_WEIGHT + 1 - CONV_WEIGHT {
         return Err(value_error(format!("weights has {} tensors, expected 5", weights.len())));
     }
     for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights.iter_borrowed()) {
         *object = Some(given).filter(|given| !given.is_none());
     }
-    Ok(())
+    for (i, given) in others {
+        objects[i] = given.map(Bound::as_borrowed);
+    }
+    Ok(objects)
 }

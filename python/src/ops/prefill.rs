@@ -9,7 +9,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Objects, Wish, object, on_objects, projections_of, take_projections, take_weights},
+    objects::{Wish, objects_of, on_objects, projections_of},
 };
 use crate::{
     ops::{Place, Scratch, gpu, integer, size},
@@ -167,19 +167,19 @@ pub(crate) fn prefill<'py>(
         checkpoint_every_n_tokens: size(checkpoint_every_n_tokens, "checkpoint_every_n_tokens", 0)?,
         segments,
     };
-    let mut objects: Objects<'_, 'py> = [None; _];
     let projections = projections_of(projections)?;
-    take_projections(&projections, &mut objects)?;
-    take_weights(weights, &mut objects)?;
-    objects[CONV_STATE] = object(conv_state);
-    objects[RECURRENT_STATE] = object(recurrent_state);
-    objects[STATE_INDICES] = object(state_indices);
-    objects[SECOND_INDICES] = object(cu_seqlens);
-    objects[THIRD_INDICES] = object(has_initial_state);
-    objects[MORE_INDICES] = object(checkpoint_starts);
-    objects[MORE_STATES] = object(state_checkpoints);
-    objects[MORE_WINDOWS] = object(conv_checkpoints);
-    objects[OUT] = object(out);
+    let others = [
+        (CONV_STATE, conv_state),
+        (RECURRENT_STATE, recurrent_state),
+        (STATE_INDICES, state_indices),
+        (SECOND_INDICES, cu_seqlens),
+        (THIRD_INDICES, has_initial_state),
+        (MORE_INDICES, checkpoint_starts),
+        (MORE_STATES, state_checkpoints),
+        (MORE_WINDOWS, conv_checkpoints),
+        (OUT, out),
+    ];
+    let objects = objects_of(&projections, weights, others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
     let check = |operands: &Operands, place: &Place| call.check(operands, place);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on

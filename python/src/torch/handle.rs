@@ -10,8 +10,8 @@ use super::{
 use crate::tensor::{Device, Tensor, no_memory, too_many_dims, value_error};
 
 /// `c10::DeviceType`, whose numbers are in files
-const CPU: i32 = 0;
-const META: i32 = 9;
+pub(super) const CPU: i32 = 0;
+pub(super) const META: i32 = 14;
 
 /// A tensor of libtorch's that is ours to delete.
 pub(super) struct Handle<'a>(pub(super) Opaque, pub(super) &'a Libtorch);
@@ -54,6 +54,9 @@ impl Handle<'_> {
     /// number.
     pub(super) fn read(&self, argument: &str, write: bool, tensor: &mut Tensor) -> PyResult<i32> {
         let torch = self.1;
+        if let Some(number) = torch.fields().and_then(|fields| fields.read(self, write, tensor)) {
+            return Ok(number);
+        }
         // SAFETY: a tensor that lives; sizes and strides are `dims` numbers, which it keeps.
         unsafe {
             let dims = usize::try_from(ask!(torch, aoti_torch_get_dim(self.0))?).unwrap_or(0);
@@ -89,6 +92,9 @@ impl Handle<'_> {
             }
             if !tensor.fill(address, dtype, device, false, sizes, Some(strides)) {
                 return Err(too_many_dims(argument, dims));
+            }
+            if let Some(inside) = &torch.inside {
+                inside.learn(self, number, tensor);
             }
             Ok(number)
         }

@@ -9,7 +9,7 @@ use std::{ffi::c_void, mem::ManuallyDrop, ops::Deref};
 
 use pyo3::{intern, prelude::*, types::PyType};
 
-use super::{Libtorch, abi::Opaque, handle::Handle};
+use super::{Libtorch, abi::Opaque, fields::Fields, handle::Handle};
 use crate::tensor::{DType, Device, Tensor};
 
 /// How tensors are found in objects, and what is to be known of them that libtorch has no C function for.
@@ -19,6 +19,8 @@ pub(super) struct Inside {
     functions: Functions,
     /// The number of a dispatch key, which is in a thread's set while a transform of `torch.func` is active.
     transformed: u16,
+    /// Where what is known of them is read without a call.
+    pub(super) fields: Option<Fields>,
 }
 
 /// C++.
@@ -45,11 +47,11 @@ impl<'a> Deref for Lent<'a> {
 
 impl Inside {
     /// Looks for the place. `None` where this PyTorch keeps tensors elsewhere, or lacks what is needed.
-    pub(super) fn find(torch: &Libtorch, types: [&Bound<'_, PyType>; 2]) -> Option<Self> {
+    pub(super) fn find(torch: &Libtorch, types: [&Bound<'_, PyType>; 2], with_fields: bool) -> Option<Self> {
         const WORD: usize = size_of::<usize>();
         let (functions, py) = (torch.cpp.inside?, types[0].py());
-        let key = py.import(intern!(py, "torch")).ok()?.getattr(intern!(py, "_C")).ok()?;
-        let key = key.getattr(intern!(py, "DispatchKey")).ok()?;
+        let c = py.import(intern!(py, "torch")).ok()?.getattr(intern!(py, "_C")).ok()?;
+        let key = c.getattr(intern!(py, "DispatchKey")).ok()?;
         let key = key.getattr(intern!(py, "FuncTorchDynamicLayerFrontMode")).ok()?;
         let transformed = key.call_method0(intern!(py, "__int__")).ok()?.extract().ok()?;
         let float = torch.number_of(DType { code: DType::FLOAT, bits: 32, lanes: 1 })?;
@@ -68,17 +70,26 @@ impl Inside {
                     && *object.as_ptr().byte_add(*offset).cast::<usize>() == *handle.0.cast::<usize>()
             })
         })?;
-        let inside = Self { offset, functions, transformed };
+        let mut inside = Self { offset, functions, transformed, fields: None };
         // What Python makes is no different.
-        types
-            .iter()
-            .all(|ty| {
-                let object = ty.call0();
-                object.is_ok_and(|object| {
-                    inside.lend(torch, &object).object(py).is_ok_and(|same| same.is(&object))
-                })
-            })
-            .then_some(inside)
+        let is_same = types.iter().all(|ty| {
+            let object = ty.call0();
+            object
+                .is_ok_and(|object| inside.lend(torch, &object).object(py).is_ok_and(|same| same.is(&object)))
+        });
+        inside.fields = inside.find_fields(torch, &c, float).filter(|_| with_fields && is_same);
+        is_same.then_some(inside)
+    }
+
+    fn find_fields(&self, torch: &Libtorch, c: &Bound<'_, PyAny>, float: i32) -> Option<Fields> {
+        let py = c.py();
+        let object = torch.empty(&[2, 3], float, Device::CPU).ok()?.object(py).ok()?;
+        let negated = py.import(intern!(py, "torch")).ok()?.call_method1(intern!(py, "_neg_view"), (object,));
+        let (negated, keys) = (negated.ok()?, c.getattr(intern!(py, "_dispatch_keys")).ok()?);
+        let keys_of = |object: &Bound<'_, PyAny>| {
+            keys.call1((object,)).ok()?.call_method0(intern!(py, "raw_repr")).ok()?.extract().ok()
+        };
+        Fields::find(torch, py, float, &self.lend(torch, &negated), keys_of)
     }
 
     /// The tensor of an object of one of the types that [`Inside::find`] was given.
@@ -102,9 +113,28 @@ impl Inside {
         unsafe { (self.functions.requires_grad)(*tensor.0.0.cast()) }
     }
 
+    /// Keeps what a tensor that was read tells of others of its kind.
+    #[cold]
+    pub(super) fn learn(&self, handle: &Handle<'_>, number: i32, tensor: &Tensor) {
+        // SAFETY: a tensor that lives.
+        let is_negated = || unsafe { (self.functions.is_neg)(handle.0) };
+        if let Some(fields) = &self.fields
+            && tensor.dtype.code != DType::COMPLEX
+            && !tensor.is_hollow()
+            && !is_negated()
+        {
+            fields.learn(handle, number, tensor);
+        }
+    }
+
     /// Reads an ordinary tensor. `false` where it is none, for others to find out what it is.
     #[inline]
     pub(super) fn read(&self, tensor: &Lent<'_>, argument: &str, write: bool, into: &mut Tensor) -> bool {
+        if let Some(fields) = &self.fields
+            && fields.read(tensor, write, into).is_some()
+        {
+            return into.dtype.code < DType::OPAQUE;
+        }
         // SAFETY: a tensor that lives.
         unsafe {
             tensor.read(argument, write, into).is_ok()
@@ -113,7 +143,7 @@ impl Inside {
                 && match into.dtype.code {
                     DType::COMPLEX => false,
                     // The imaginary part of a conjugate is lazily negated.
-                    DType::FLOAT => !(self.functions.is_neg)(tensor.0.0),
+                    DType::FLOAT | DType::BFLOAT => !(self.functions.is_neg)(tensor.0.0),
                     _ => true,
                 }
         }

@@ -4,6 +4,7 @@
 
 mod abi;
 mod cpp;
+mod fields;
 mod handle;
 mod inside;
 mod operators;
@@ -28,6 +29,7 @@ use gdn::{Block, DeviceAddress};
 use self::{
     abi::{Check, DTYPES, Failed, FromBlob, Functions, ask},
     cpp::Cpp,
+    fields::Fields,
     handle::Handle,
     inside::Inside,
 };
@@ -125,12 +127,16 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         version,
     };
     let types = [libtorch.tensor.bind(torch.py()), libtorch.parameter.bind(torch.py())];
-    libtorch.inside = Inside::find(&libtorch, types);
+    let with_fields = !without.iter().any(|name| name == FIELDS);
+    libtorch.inside = Inside::find(&libtorch, types, with_fields);
     let libtorch = LIBTORCH.get_or_init(|| libtorch);
     // SAFETY: schemas and kernels of these operators; the libraries' handles are for ever, as registrations
     // are.
     unsafe { operators::define(libtorch) }.map_err(PyErr::from)
 }
+
+/// What stands for the places of `c10::TensorImpl`'s members among the functions that may be missing.
+const FIELDS: &str = "c10::TensorImpl";
 
 /// The PyTorch that [`register`] found.
 pub(crate) fn get() -> Option<&'static Libtorch> {
@@ -152,6 +158,17 @@ const STEP: usize = 512;
 pub(crate) const MOST_TOGETHER: usize = 1 << 20;
 
 impl Libtorch {
+    #[inline]
+    fn fields(&self) -> Option<&Fields> {
+        self.inside.as_ref()?.fields.as_ref()
+    }
+
+    /// What of PyTorch's is read in place, without a call of its functions.
+    pub(crate) fn in_place(&self) -> Vec<&'static str> {
+        let all = [("objects", self.inside.is_some()), (FIELDS, self.fields().is_some())];
+        all.into_iter().filter_map(|(name, is_read)| is_read.then_some(name)).collect()
+    }
+
     /// Whether an object is a tensor that its memory is all of: no subclass, which may have a mind of its
     /// own.
     #[inline]
@@ -252,7 +269,9 @@ impl Libtorch {
         // The imaginary part of a conjugate is lazily negated.
         let is_lazy = match tensor.dtype.code {
             DType::COMPLEX => true,
-            DType::FLOAT => object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()?,
+            DType::FLOAT | DType::BFLOAT => {
+                object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()?
+            }
             _ => false,
         };
         if is_here && tensor.address < OFFSETS && is_freed(object, tensor)? {

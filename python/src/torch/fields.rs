@@ -1,0 +1,185 @@
+//! What a tensor is, read where PyTorch's inline functions read it: in the members of `c10::TensorImpl`,
+//! whose places every C++ extension has compiled in. By C functions it is six calls a tensor.
+//!
+//! The places are found and checked at import, against what C functions and Python say of tensors that are
+//! made for that. What a dtype, a device and a dispatch key set mean is not known here but learned: the first
+//! tensor with such a pair of words is read by the C functions, and others with the same pair are of the same
+//! kind. So a tensor that is not ordinary (a transform's wrapper, a lazy view, another layout) is none that
+//! is read here.
+
+use std::{array, sync::OnceLock};
+
+use pyo3::prelude::*;
+
+use super::{
+    Libtorch, OFFSETS,
+    abi::{Failed, ask},
+    handle::{CPU, Handle, META},
+};
+use crate::tensor::{DType, Device, MAX_DIMS, Tensor};
+
+/// Members of `c10::TensorImpl` that follow one another. Sizes and strides are here for so many dims.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Members {
+    dims: usize,
+    sizes: [i64; MAX_DIMS],
+    strides: [i64; MAX_DIMS],
+    storage_offset: i64,
+    numel: i64,
+    /// From the low bytes on: the dtype in two, the type of the device, its index, whether there is one, and
+    /// flags
+    about: u64,
+    /// The dispatch key set
+    keys: u64,
+}
+
+/// What two words mean.
+#[derive(Clone, Copy)]
+struct Kind {
+    about: u64,
+    keys: u64,
+    device: Device,
+    dtype: DType,
+    /// libtorch's number for the dtype
+    number: i32,
+}
+
+/// As many kinds as a process sees: dtypes, with and without inference mode, contiguous or not.
+const PLACES: usize = 64;
+
+pub(super) struct Fields {
+    /// Bytes from the start of a `c10::TensorImpl` to [`Members`].
+    offset: usize,
+    kinds: [OnceLock<Kind>; PLACES],
+}
+
+impl Fields {
+    /// Looks for the place. `None` where this PyTorch has other members. `keys_of` asks Python for an
+    /// object's dispatch keys; `negated` is a tensor `[2, 3]` of the dtype `float` that is lazily negated.
+    pub(super) fn find(
+        torch: &Libtorch,
+        py: Python<'_>,
+        float: i32,
+        negated: &Handle<'_>,
+        keys_of: impl Fn(&Bound<'_, PyAny>) -> Option<u64>,
+    ) -> Option<Self> {
+        const LENGTHS: [i64; 6] = [2, 3, 1, 5, 4, 2];
+        let mut place = None;
+        let mut check = |handle: &Handle<'_>, number: i32, kind: i32| {
+            // SAFETY: a tensor that lives.
+            let (dims, sizes, strides, start) = unsafe {
+                let sizes: *mut i64 = ask!(torch, aoti_torch_get_sizes(handle.0)).ok()?;
+                let strides: *mut i64 = ask!(torch, aoti_torch_get_strides(handle.0)).ok()?;
+                (ask!(torch, aoti_torch_get_dim(handle.0)).ok()?, sizes.addr(), strides.addr(), start(handle))
+            };
+            let dims = usize::try_from(dims).ok()?;
+            let is_inside = dims <= MAX_DIMS;
+            if is_inside {
+                let offset = sizes.checked_sub(start.addr())?.checked_sub(size_of::<usize>())?;
+                let is_same = *place.get_or_insert(offset) == offset && offset < 512;
+                if !is_same || strides != sizes + size_of::<[i64; MAX_DIMS]>() {
+                    return None;
+                }
+            }
+            let members = start.wrapping_byte_add(place?).cast::<Members>();
+            let numel: i64 = LENGTHS.get(..dims)?.iter().product();
+            let about = u64::from(number as u16) | u64::from(kind as u8) << 16 | 0xff << 24 | 1 << 32;
+            // SAFETY: members of a tensor that lives; each is looked at where those before it are what they
+            // should be.
+            unsafe {
+                ((&raw const (*members).dims).read() == dims
+                    && (&raw const (*members).storage_offset).read() == 0
+                    && (&raw const (*members).numel).read() == numel
+                    && (&raw const (*members).about).read() & 0xff_ffff_ffff == about
+                    && (&raw const (*members).keys).read() == keys_of(&handle.object(py).ok()?)?)
+                .then_some(())
+            }
+        };
+        let made = |dims: usize, number: i32, kind: i32| {
+            let lengths = &LENGTHS[..dims];
+            let strides: [i64; LENGTHS.len()] = array::from_fn(|dim| lengths.iter().skip(dim + 1).product());
+            // SAFETY: so many sizes and strides.
+            let handle = unsafe {
+                ask!(
+                    torch,
+                    aoti_torch_empty_strided(
+                        dims as i64,
+                        lengths.as_ptr(),
+                        strides.as_ptr(),
+                        number,
+                        kind,
+                        -1
+                    )
+                )
+            };
+            handle.ok().map(|handle| Handle(handle, torch))
+        };
+        for (i, number) in torch.dtypes.into_iter().enumerate() {
+            check(&made(i % (LENGTHS.len() + 1), number, CPU)?, number, CPU)?;
+        }
+        let [number, ..] = torch.dtypes;
+        check(&made(2, number, META)?, number, META)?;
+        check(negated, float, CPU)?;
+        Some(Self { offset: place?, kinds: [const { OnceLock::new() }; PLACES] })
+    }
+
+    #[inline]
+    fn members(&self, handle: &Handle<'_>) -> Members {
+        // SAFETY: members of a tensor that lives.
+        unsafe { start(handle).byte_add(self.offset).cast::<Members>().read() }
+    }
+
+    /// The places that a kind may be at.
+    #[inline]
+    fn places(&self, about: u64, keys: u64) -> impl Iterator<Item = &OnceLock<Kind>> {
+        let mixed = (about ^ keys.rotate_left(24)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        (0..4).map(move |step| &self.kinds[(mixed as usize + step) % PLACES])
+    }
+
+    /// Reads a tensor of a kind that is known: its dtype as libtorch's number. `None`, and nothing filled in,
+    /// where it has to be read otherwise.
+    #[inline]
+    pub(super) fn read(&self, handle: &Handle<'_>, write: bool, into: &mut Tensor) -> Option<i32> {
+        let Members { dims, sizes, strides, numel, about, keys, .. } = self.members(handle);
+        let kind = self
+            .places(about, keys)
+            .map_while(OnceLock::get)
+            .find(|kind| kind.about == about && kind.keys == keys)?;
+        // SAFETY: a tensor that lives.
+        let address = unsafe {
+            match write {
+                true => ask!(handle.1, aoti_torch_get_data_ptr(handle.0)).ok()?.addr(),
+                false => ask!(handle.1, torch_get_const_data_ptr(handle.0)).ok()?.addr(),
+            }
+        };
+        if dims > MAX_DIMS || (address < OFFSETS && numel != 0) {
+            return None;
+        }
+        let numbers = (&sizes[..dims], Some(&strides[..dims]));
+        into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1).then_some(kind.number)
+    }
+
+    /// Learns the kind of a tensor that was read otherwise, and is no lazy view.
+    #[cold]
+    pub(super) fn learn(&self, handle: &Handle<'_>, number: i32, tensor: &Tensor) {
+        let Members { dims, sizes, strides, about, keys, .. } = self.members(handle);
+        let is_same = dims == tensor.shape().len()
+            && dims <= MAX_DIMS
+            && sizes[..dims] == *tensor.shape()
+            && strides[..dims] == *tensor.strides();
+        if is_same {
+            let kind = Kind { about, keys, device: tensor.device, dtype: tensor.dtype, number };
+            let is_there = |known: &Kind| known.about == about && known.keys == keys;
+            let mut places = self.places(about, keys);
+            places.find(|place| is_there(place.get_or_init(|| kind)));
+        }
+    }
+}
+
+/// Where the rest of a tensor is.
+#[inline]
+fn start(handle: &Handle<'_>) -> *const u8 {
+    // SAFETY: an `at::Tensor` that lives, which begins with the address of its `c10::TensorImpl`.
+    unsafe { handle.0.cast::<*const u8>().read() }
+}
