@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import oracle
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,42 @@ def layer(numbers: Numbers, weights: Weights) -> Any:
         beta_scale=numbers.beta_scale,
         gate=numbers.gate,
     )
+
+
+def through(
+    door: str,
+    op: str,
+    numbers: Numbers,
+    weights: Weights,
+    projections: tuple[Any, ...],
+    states: tuple[Any, Any],
+    ends: tuple[Any, ...],
+    out: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Decode or prefill through one of the doors, all of which write in place: "function", "operator", or "numpy", the function on
+    NumPy's arrays of the same memory. ``ends`` is ``cu_seqlens`` alone, or nothing."""
+    if door == "function":
+        return getattr(layer(numbers, weights), op)(projections, *ends, *states, out=out, **options)
+    if door == "operator":
+        operator, is_packed = getattr(torch.ops.gdn, op), len(projections) == 2
+        names = ("l2norm_eps", "norm_eps", "scale", "beta_scale", "gate")
+        options = {name: getattr(numbers, name) for name in names} | options
+        arguments = (*projections, *vars(weights).values(), *states, *ends, *numbers.heads, numbers.packing)
+        if out is None:
+            return (operator.default if is_packed else operator.unpacked)(*arguments, **options)
+        (operator.out if is_packed else operator.unpacked_out)(*arguments, **options, out=out)
+        return out
+
+    def array(one: Any) -> Any:
+        return one.numpy() if isinstance(one, torch.Tensor) else one
+
+    weights = Weights(*map(array, vars(weights).values()))
+    options = {name: array(one) for name, one in options.items()}
+    given = [tuple(map(array, tensors)) for tensors in (projections, ends, states)]
+    made = getattr(layer(numbers, weights), op)(given[0], *given[1], *given[2], out=array(out), **options)
+    assert isinstance(made, np.ndarray)
+    return torch.from_numpy(made)
 
 
 def states(slots: int, heads: Heads, how: str, dtype: Any = torch.float32, width: int = 4) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import numpy as np
 import oracle_layer as ol
 from oracle import bits
 
@@ -48,30 +47,7 @@ def call(door, numbers, weights, projections, conv, state, out=None, **options):
         for one, moved in pairs:
             one.copy_(moved)
         return made.cpu() if out is None else out
-    if door == "function":
-        return ol.layer(numbers, weights).decode(projections, conv, state, out=out, **options)
-    if door == "operator":
-        op = torch.ops.gdn.decode
-        factors = {name: getattr(numbers, name) for name in ("l2norm_eps", "norm_eps", "scale", "beta_scale")}
-        factors |= dict(gate=numbers.gate)
-        packed = len(projections) == 2
-        arguments = (*projections, *vars(weights).values(), conv, state, *numbers.heads, numbers.packing)
-        if out is None:
-            return (op.default if packed else op.unpacked)(*arguments, **factors, **options)
-        (op.out if packed else op.unpacked_out)(*arguments, **factors, **options, out=out)
-        return out
-
-    def array(one):
-        return one.numpy() if isinstance(one, torch.Tensor) else one
-
-    weights = ol.Weights(*map(array, vars(weights).values()))
-    options = {name: array(one) for name, one in options.items()}
-    projections = tuple(map(array, projections))
-    made = ol.layer(numbers, weights).decode(
-        projections, array(conv), array(state), out=array(out), **options
-    )
-    assert isinstance(made, np.ndarray)
-    return torch.from_numpy(made)
+    return ol.through(door, "decode", numbers, weights, projections, (conv, state), (), out, options)
 
 
 def expected(numbers, weights, projections, conv, state, tokens=1, slots=None):

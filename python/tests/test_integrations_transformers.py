@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 if not transformers.__version__.startswith("5.23."):
     pytest.skip(f"transformers 5.23 is needed, here is {transformers.__version__}", allow_module_level=True)
 
+import test_integrations_transformers_core
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 import gdn.integrations.transformers as integration
@@ -20,15 +21,7 @@ Layer = modeling.Qwen3NextGatedDeltaNet
 HEADS = [(4, 8, 32, 32), (2, 6, 16, 24), (3, 12, 24, 8)]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 AS_BEFORE = [(2, 2, 16, 16), (1, 4, 16, 16)]  # on the CPU, see `rewrite.goes_to_gdn`
-
-
-@pytest.fixture(autouse=True)
-def off_again():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors, and a machine that may be busy
-    yield
-    torch.set_num_threads(threads)
-    integration.uninstall()
+off_again = test_integrations_transformers_core.off_again
 
 
 @pytest.fixture

@@ -101,6 +101,19 @@ def in_pieces(net, ids, ends):
     return torch.cat(out, 1)
 
 
+def forced(net, ids, mask, all_ids):
+    """Logits for given tokens behind a prompt, step by step."""
+    seen, steps, start = mask, [], ids.shape[1]
+    step = net(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    for t in range(start, all_ids.shape[1]):
+        steps.append(step.logits[:, -1])
+        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        step = net(
+            all_ids[:, t : t + 1], attention_mask=seen, past_key_values=step.past_key_values, use_cache=True
+        )
+    return torch.stack(steps)
+
+
 def both(run, calls):
     """What `run` returns without gdn and with it. gdn has to be used the second time, and only then."""
     before = run()
@@ -142,21 +155,10 @@ def test_two_hundred_greedy_tokens(kind, dtype, calls):
     if dtype == torch.float32:
         assert torch.equal(before, after)
 
-    def forced(net):
-        """Logits for those tokens, step by step."""
-        seen, steps = mask, []
-        step = net(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        for t in range(23, 223):
-            steps.append(step.logits[:, -1])
-            seen = torch.cat([seen, torch.ones(3, 1, dtype=torch.long)], 1)
-            cache = step.past_key_values
-            step = net(before[:, t : t + 1], attention_mask=seen, past_key_values=cache, use_cache=True)
-        return torch.stack(steps)
-
     with torch.no_grad():
-        without, exact = forced(net), forced(copy.deepcopy(net).float())
+        without, exact = (forced(one, ids, mask, before) for one in (net, copy.deepcopy(net).float()))
         with integration.installed():
-            ours = forced(net)
+            ours = forced(net, ids, mask, before)
     close(without, ours, exact)
     top, rounding = exact.topk(2, -1).values, (without - exact).square().mean().sqrt()
     # Six deviations of the difference of two logits.

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import oracle_layer as ol
 import test_integrations_transformers_core as whole
-from test_integrations_transformers_core import KINDS, both, in_pieces
+from test_integrations_transformers_core import KINDS, both, forced, in_pieces
 
 import gdn
 import gdn.integrations.transformers as integration
@@ -47,19 +47,6 @@ def near(before, after, exact):
     assert before.dtype == after.dtype and before.shape == after.shape
     rounding = torch.finfo(torch.bfloat16).eps / 2
     assert errors[1] <= (rounding if before.dtype == torch.float32 else 2 * errors[0]), errors
-
-
-def forced(net, ids, mask, all_ids):
-    """Logits for given tokens behind a prompt, step by step."""
-    seen, steps, start = mask, [], ids.shape[1]
-    step = net(ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-    for t in range(start, all_ids.shape[1]):
-        steps.append(step.logits[:, -1])
-        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-        step = net(
-            all_ids[:, t : t + 1], attention_mask=seen, past_key_values=step.past_key_values, use_cache=True
-        )
-    return torch.stack(steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,6 @@ torch = pytest.importorskip("torch")
 
 import itertools
 
-import numpy as np
 import oracle_layer as ol
 from oracle import bits
 
@@ -29,28 +28,7 @@ def seed():
 def call(door, numbers, weights, projections, cu, conv=None, state=None, out=None, **options):
     """Prefill through one of the doors, all of which write in place."""
     cu = cu if isinstance(cu, torch.Tensor) else torch.tensor(cu, dtype=torch.int32)
-    if door == "function":
-        return ol.layer(numbers, weights).prefill(projections, cu, conv, state, out=out, **options)
-    if door == "operator":
-        op = torch.ops.gdn.prefill
-        factors = {name: getattr(numbers, name) for name in ("l2norm_eps", "norm_eps", "scale", "beta_scale")}
-        factors |= dict(gate=numbers.gate)
-        packed = len(projections) == 2
-        arguments = (*projections, *vars(weights).values(), conv, state, cu, *numbers.heads, numbers.packing)
-        if out is None:
-            return (op.default if packed else op.unpacked)(*arguments, **factors, **options)
-        (op.out if packed else op.unpacked_out)(*arguments, **factors, **options, out=out)
-        return out
-
-    def array(one):
-        return one.numpy() if isinstance(one, torch.Tensor) else one
-
-    weights = ol.Weights(*map(array, vars(weights).values()))
-    options = {name: array(one) for name, one in options.items()}
-    projections, states = tuple(map(array, projections)), (array(conv), array(state))
-    made = ol.layer(numbers, weights).prefill(projections, array(cu), *states, out=array(out), **options)
-    assert isinstance(made, np.ndarray)
-    return torch.from_numpy(made)
+    return ol.through(door, "prefill", numbers, weights, projections, (conv, state), (cu,), out, options)
 
 
 def expected(numbers, weights, projections, cu, conv, state, slots=None, initial=None):
