@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +84,19 @@ def _refusal(op: str, tensors: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _is_wanted(arguments: Iterable[Any]) -> bool:
+    """Whether a derivative may be wanted of a call with these arguments."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
+
+
 def _autograd(op: str, projections: Sequence[str], operator: Any) -> Callable[..., Any]:
     """An operator's kernel for autograd: a refusal where somebody wants a derivative."""
 
     def kernel(keyset: Any, *arguments: Any, **options: Any) -> Any:
-        # Where nobody can want one, nothing needs a name.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        # Where nobody wants one, nothing needs a name.
+        if _is_wanted((*arguments, *options.values())):
             refused = _refusal(op, _named(op, projections, arguments, options))
             if refused is not None:
                 raise RuntimeError(refused)
