@@ -3,7 +3,7 @@
 // A build for the device is of one op.
 #[allow(unused_imports)]
 use crate::{
-    decode::{self, NARROW, PLAIN, Rows, WIDE, args::Args as DecodeArgs, element::F32},
+    decode::{self, NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
     prefill::{self, args::Args as PrefillArgs},
     probe, split,
@@ -90,6 +90,15 @@ kernels! { "decode":
     gdn_decode_bf16_96_plain(DecodeArgs) = decode::run::<Rows<Bf16, 4, 8, 3, 1, PLAIN>>;
     gdn_decode_bf16_128_plain(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>>;
     gdn_decode_bf16_256_plain(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, PLAIN>>;
+    gdn_decode_f32_64_tokens(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 2, 2, PLAIN_TOKENS>>;
+    gdn_decode_f32_96_tokens(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 3, 2, PLAIN_TOKENS>>;
+    gdn_decode_f32_128_tokens(DecodeArgs) = decode::run::<Rows<F32, 8, 4, 4, 2, PLAIN_TOKENS>>;
+    gdn_decode_f32_256_tokens(DecodeArgs) = decode::run::<Rows<F32, 16, 4, 4, 2, PLAIN_TOKENS>>;
+    gdn_decode_bf16_64_tokens(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 1, 2, PLAIN_TOKENS>>;
+    gdn_decode_bf16_96_tokens(DecodeArgs) = decode::run::<Rows<Bf16, 4, 8, 3, 1, PLAIN_TOKENS>>;
+    gdn_decode_bf16_128_tokens(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN_TOKENS>>;
+    gdn_decode_bf16_256_tokens(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, PLAIN_TOKENS>>;
+    gdn_decode_bf16_128_tokens_large(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 4, PLAIN_TOKENS>>;
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
 }
 

@@ -243,6 +243,14 @@ pub const fn decode_warps(target: Target, is_plain: bool, columns: u32) -> u32 {
     }
 }
 
+/// The same for the kernel that takes several tokens with larger pieces.
+pub const fn decode_large_warps(target: Target) -> u32 {
+    match target {
+        Target::Sm90 => 12,
+        _ => 8,
+    }
+}
+
 const fn decode(name: &'static str, warps: u32) -> Kernel {
     Kernel { threads: warps * 32, blocks: 1, shared: DECODE_SHARED, ..Kernel::new(name) }
 }
@@ -255,7 +263,10 @@ const fn decode_plain(target: Target, name: &'static str, columns: u32) -> Kerne
     decode(name, decode_warps(target, true, columns))
 }
 
-const fn decodes(target: Target) -> [[Kernel; 1]; 20] {
+/// Kernels of the decode.
+const DECODES: usize = 29;
+
+const fn decodes(target: Target) -> [[Kernel; 1]; DECODES] {
     [
         [decode_wide(target, "gdn_decode_f32_64", 64).wide(0, 4)],
         [decode_wide(target, "gdn_decode_f32_128", 128).wide(0, 8)],
@@ -277,17 +288,26 @@ const fn decodes(target: Target) -> [[Kernel; 1]; 20] {
         [decode_plain(target, "gdn_decode_bf16_96_plain", 96).wide(0, 3)],
         [decode_plain(target, "gdn_decode_bf16_128_plain", 128).wide(0, 4)],
         [decode_plain(target, "gdn_decode_bf16_256_plain", 256).wide(0, 4)],
+        [decode_plain(target, "gdn_decode_f32_64_tokens", 64).wide(0, 4)],
+        [decode_plain(target, "gdn_decode_f32_96_tokens", 96).wide(0, 6)],
+        [decode_plain(target, "gdn_decode_f32_128_tokens", 128).wide(0, 8)],
+        [decode_plain(target, "gdn_decode_f32_256_tokens", 256).wide(0, 8)],
+        [decode_plain(target, "gdn_decode_bf16_64_tokens", 64).wide(0, 2)],
+        [decode_plain(target, "gdn_decode_bf16_96_tokens", 96).wide(0, 3)],
+        [decode_plain(target, "gdn_decode_bf16_128_tokens", 128).wide(0, 4)],
+        [decode_plain(target, "gdn_decode_bf16_256_tokens", 256).wide(0, 4)],
+        [decode("gdn_decode_bf16_128_tokens_large", decode_large_warps(target)).wide(0, 8)],
     ]
 }
 
-const DECODES_90: [[Kernel; 1]; 20] = decodes(Target::Sm90);
-const DECODES_80: [[Kernel; 1]; 20] = decodes(Target::Sm80);
+const DECODES_90: [[Kernel; 1]; DECODES] = decodes(Target::Sm90);
+const DECODES_80: [[Kernel; 1]; DECODES] = decodes(Target::Sm80);
 
 /// A family each.
-const fn families(kernels: &'static [[Kernel; 1]; 20]) -> [&'static [Kernel]; 20] {
-    let mut families: [&'static [Kernel]; 20] = [&[]; 20];
+const fn families(kernels: &'static [[Kernel; 1]; DECODES]) -> [&'static [Kernel]; DECODES] {
+    let mut families: [&'static [Kernel]; DECODES] = [&[]; DECODES];
     let mut i = 0;
-    while i < 20 {
+    while i < DECODES {
         families[i] = &kernels[i];
         i += 1;
     }

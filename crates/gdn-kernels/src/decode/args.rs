@@ -224,8 +224,8 @@ pub struct RoomFor {
     pub tokens: u32,
     /// Numbers of a query or key, with the zeros behind it.
     pub padded: u32,
-    /// Rows of a piece.
-    pub piece_rows: u32,
+    /// Rows of which the outputs' squares are added up by themselves.
+    pub sum_rows: u32,
     /// DV.
     pub dv: u32,
     /// v heads at a time, and rows of each.
@@ -246,10 +246,10 @@ pub const GROUPS: u32 = 8;
 impl Room {
     /// Room for this.
     pub const fn new(of: RoomFor) -> Self {
-        let RoomFor { tokens, padded, piece_rows, dv, heads, block_rows, warps, landing, blocks } = of;
+        let RoomFor { tokens, padded, sum_rows, dv, heads, block_rows, warps, landing, blocks } = of;
         let k_bytes = padded * 4;
         let rows_bytes = (heads * block_rows * 4 + 15) & !15;
-        let head_sums = (dv.div_ceil(piece_rows) * 4 + 15) & !15;
+        let head_sums = (dv.div_ceil(sum_rows) * 4 + 15) & !15;
         let sums_bytes = heads * head_sums;
         let q = tokens * k_bytes;
         let v = q + tokens * k_bytes;

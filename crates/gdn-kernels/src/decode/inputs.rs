@@ -26,6 +26,13 @@ pub(super) struct Pair {
     i: u32,
 }
 
+impl Pair {
+    #[inline(always)]
+    pub(super) fn is_qk(&self) -> bool {
+        self.is_qk
+    }
+}
+
 /// Rows of v that a warp's lanes are at a time.
 const PAIRS: u32 = 64;
 
@@ -213,12 +220,18 @@ impl<G: Machine> Block<'_, G> {
         unsafe {
             if is_qk {
                 self.put_query_and_key::<H>(i, t, c);
-                let sums = [c[0] * c[0], c[1] * c[1], c[0] * c[1]].map(|x| gpu.sum::<32>(x));
+                // Of the squares of queries and keys each half of the warp adds up one.
+                let is_low = gpu.lane() < 16;
+                let squares = [c[0] * c[0], c[1] * c[1]];
+                let (mine, theirs) = if is_low { (squares[0], squares[1]) } else { (squares[1], squares[0]) };
+                let half = mine + f32::from_bits(gpu.shuffle_xor(theirs.to_bits(), 16));
+                let (sum, product) = (gpu.sum::<16>(half), gpu.sum::<32>(c[0] * c[1]));
                 let at = room.squares + (t * 3 * GROUPS + n) * 4;
+                if gpu.lane() % 16 == 0 {
+                    gpu.store_shared4(at + if is_low { 0 } else { GROUPS * 4 }, sum.to_bits());
+                }
                 if gpu.lane() == 0 {
-                    gpu.store_shared4(at, sums[0].to_bits());
-                    gpu.store_shared4(at + GROUPS * 4, sums[1].to_bits());
-                    gpu.store_shared4(at + 2 * GROUPS * 4, sums[2].to_bits());
+                    gpu.store_shared4(at + 2 * GROUPS * 4, product.to_bits());
                 }
             } else {
                 let at = room.v + t * room.rows_bytes + i * 4;
@@ -249,7 +262,7 @@ impl<G: Machine> Block<'_, G> {
         while m < 2 {
             // SAFETY: the caller's promises; each place of shared memory is one thread's.
             unsafe {
-                if pair.there[m] && self.keeps_later() {
+                if pair.there[m] && self.keeps_later::<H>() {
                     let mut column = 0;
                     while column < TAPS as u32 - 1 {
                         let at = later[m] + column * room.column_bytes;
@@ -267,8 +280,8 @@ impl<G: Machine> Block<'_, G> {
     /// Whether windows wait in shared memory: others may still read them where they are, and in a cluster
     /// what is stored would be waited for.
     #[inline(always)]
-    pub(super) fn keeps_later(&self) -> bool {
-        self.blocks > 1 || self.args.tokens > 1
+    pub(super) fn keeps_later<H: Held>(&self) -> bool {
+        self.blocks > 1 || self.tokens::<H>() > 1
     }
 
     /// Number `i` of a token's query and key, as the convolution left them.
@@ -313,7 +326,7 @@ impl<G: Machine> Block<'_, G> {
             gpu.cluster_wait();
         }
         let rolls = !H::WIDE || self.rolls::<H>();
-        if args.conv_kept.kind == args::NOTHING || !rolls && !self.keeps_later() {
+        if args.conv_kept.kind == args::NOTHING || !rolls && !self.keeps_later::<H>() {
             return;
         }
         // SAFETY: the caller's promises.
@@ -332,10 +345,15 @@ impl<G: Machine> Block<'_, G> {
             let (of_qk, all) = self.pairs::<H>(pass);
             let mut n = gpu.thread() / 32;
             while windows.last != 0 && n < all {
+                // Of q and k the first block keeps them.
+                if self.rank > 0 && n < of_qk {
+                    n += gpu.threads() / 32;
+                    continue;
+                }
                 let pair = self.pair::<H>(&read, pass, n, of_qk);
                 let later = self.window::<H>(&pair);
                 let mut m = 0;
-                while m < 2 && (self.rank == 0 || !pair.is_qk) {
+                while m < 2 {
                     let channel = &pair.channels[m];
                     if pair.there[m] && rolls {
                         channel.keep_last(gpu, args, &read, &windows);
@@ -359,16 +377,16 @@ impl<G: Machine> Block<'_, G> {
     /// Of v heads `2 * n` and `2 * n + 1` of a pass, in the lane of a head and token: both, and whether they
     /// are there.
     #[inline(always)]
-    fn head_and_token(&self, pass: &Pass, n: u32) -> (u32, u32, bool) {
+    fn head_and_token<H: Held>(&self, pass: &Pass, n: u32) -> (u32, u32, bool) {
         let (head, t) = (2 * n + self.gpu.lane() / 16, self.gpu.lane() % 16);
-        (head, t, head < pass.heads && t < self.args.tokens)
+        (head, t, head < pass.heads && t < self.tokens::<H>())
     }
 
     /// Where that is what decay and beta of two v heads are made of, and whether it is there.
     #[inline(always)]
     pub(super) fn gates_at<H: Held>(&self, pass: &Pass, n: u32) -> ([u64; 4], bool) {
         let args = self.args;
-        let (head, t, there) = self.head_and_token(pass, n);
+        let (head, t, there) = self.head_and_token::<H>(pass, n);
         let v_head = self.head * args.ratio + pass.first + head;
         let gate = |field: &Field| self.feature(H::WIDE, field, pass.first + head, t);
         let of_head = |vector: &Vector| vector.address + far(H::WIDE, u64::from(v_head), vector.stride);
@@ -412,7 +430,7 @@ impl<G: Machine> Block<'_, G> {
     unsafe fn put_gates<H: Held>(&self, read: &Read, pass: &Pass, n: u32, [a, b, a_log, dt_bias]: [u32; 4]) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
-        let (head, t, there) = self.head_and_token(pass, n);
+        let (head, t, there) = self.head_and_token::<H>(pass, n);
         let (a, b) = (number(gpu, args.a.dtype, a), number(gpu, args.b.dtype, b));
         let (a_log, dt_bias) =
             (number(gpu, args.A_log.dtype, a_log), number(gpu, args.dt_bias.dtype, dt_bias));

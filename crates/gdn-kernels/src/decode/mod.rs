@@ -34,12 +34,12 @@ mod slots;
 
 use gdn_math::layer as math;
 
-pub use self::rows::{NARROW, PLAIN, Rows, WIDE};
+pub use self::rows::{NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE};
 use self::{
     args::{Args, Field, GROUPS, Room},
     conv::Windows,
     element::{far, shared, size, store},
-    norm::RowFactors,
+    norm::Ready,
     plain::{Aim, Asked},
     rows::{Held, Place, Token},
     slots::Read,
@@ -115,13 +115,13 @@ pub unsafe fn run<H: Held>(gpu: &impl rows::Machine, args: &Args) {
         let aim = if H::PLAIN { block.aim_inputs::<H>(&pass) } else { Aim::default() };
         if H::PLAIN && block.blocks > 1 {
             // Where blocks are few each one's chain of waits is what a call takes.
-            block.bring_near(&rows, &pass, &aim);
+            block.bring_near(&rows, &aim);
         }
         gpu.wait_for_previous();
         let (read, asked);
         if H::PLAIN {
             let index = Read::ask(gpu, args, block.sequence);
-            asked = block.ask::<H>(&pass, &aim);
+            asked = block.ask::<H>(&aim);
             read = Read::by(args, index);
         } else {
             asked = Asked::default();
@@ -157,9 +157,16 @@ impl<'a, G: rows::Machine> Block<'a, G> {
     fn new<H: Held>(gpu: &'a G, args: &'a Args, number: u32, [cluster, num_k_heads]: [Divisor; 2]) -> Self {
         let (group, rank) = cluster.divide(number);
         let (sequence, head) = num_k_heads.divide(group);
-        let row = u64::from(sequence) * u64::from(args.tokens);
+        let tokens = if H::ONE { 1 } else { args.tokens };
+        let row = u64::from(sequence) * u64::from(tokens);
         let blocks = if H::WIDE { args.cluster.get() } else { 1 };
         Block { gpu, args, room: &args.room, sequence, head, row, blocks, rank }
+    }
+
+    /// T.
+    #[inline(always)]
+    fn tokens<H: Held>(&self) -> u32 {
+        if H::ONE { 1 } else { self.args.tokens }
     }
 
     /// The first v heads that the block computes.
@@ -212,7 +219,7 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         while i < pass.rows {
             let (head, row) = self.args.block_rows.divide(i);
             let mut t = 0;
-            while t < self.args.tokens {
+            while t < self.tokens::<H>() {
                 let at = self.out(H::WIDE, pass.first + head, pass.start + row, t);
                 // SAFETY: the caller's promise; each element is one thread's.
                 unsafe { store(self.gpu, self.args.out.dtype, at, 0.0) }
@@ -222,11 +229,11 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         }
     }
 
-    /// What this warp does of a pass.
+    /// What a warp does of a pass.
     #[inline(always)]
-    fn unit(&self, pass: &Pass, piece_rows: u32) -> Unit {
-        let Self { gpu, args, .. } = self;
-        let (head, of_head) = args.head_warps.divide(gpu.thread() / 32);
+    fn unit(&self, pass: &Pass, piece_rows: u32, warp: u32) -> Unit {
+        let args = self.args;
+        let (head, of_head) = args.head_warps.divide(warp);
         let (before, rows) = (of_head * args.steps * piece_rows, args.block_rows.get());
         let len =
             if head < pass.heads { rows.saturating_sub(before).min(args.steps * piece_rows) } else { 0 };
@@ -237,7 +244,7 @@ impl<'a, G: rows::Machine> Block<'a, G> {
     #[inline(always)]
     fn aim<H: Held>(&self, pass: &Pass) -> H {
         let Self { gpu, args, room, .. } = self;
-        let unit = self.unit(pass, H::PIECE);
+        let unit = self.unit(pass, H::PIECE, gpu.thread() / 32);
         let head = self.head * args.ratio + pass.first + unit.head;
         let landing = room.landing + gpu.thread() / 32 * H::LANDING;
         H::aim(*gpu, args, &Place { head, start: unit.start, len: unit.len, landing })
@@ -251,10 +258,10 @@ impl<'a, G: rows::Machine> Block<'a, G> {
     #[inline(always)]
     unsafe fn empty_sums<H: Held>(&self) {
         let Self { gpu, args, room, .. } = self;
-        let pieces = args.dv.div_ceil(H::PIECE);
+        let pieces = args.dv.div_ceil(H::PIECE / H::PARTS);
         let first = if args.head_blocks.get() > 1 { 0 } else { pieces };
         let mut i = gpu.thread();
-        while i < args.tokens * args.pass_heads {
+        while i < self.tokens::<H>() * args.pass_heads {
             let mut piece = first;
             while piece * 4 < room.head_sums {
                 let at = room.sums + i * room.head_sums + piece * 4;
@@ -275,16 +282,22 @@ impl<'a, G: rows::Machine> Block<'a, G> {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
         let (warp, warps) = (gpu.thread() / 32, gpu.threads() / 32);
-        let unit = self.unit(pass, H::PIECE);
         // SAFETY: the caller's promises. Shared memory is written before a barrier and read behind it.
         unsafe {
             // Everything that is read from far away is sent for before any of it is used.
             let state = args.state.address + far(H::WIDE, read.recurrent as u64, args.state.strides[0]);
+            // What comes in order comes first that is needed first.
+            let inputs = if H::PLAIN { self.ask_first_windows(read, aim) } else { plain::Inputs::default() };
             rows.begin(gpu, args, state);
+            if pass.with_qk && self.blocks > 1 {
+                // The others' sums are empty, and they have begun.
+                gpu.cluster_wait();
+            }
             let row;
             if H::PLAIN {
-                self.plain_inputs::<H>(read, pass, aim, asked);
-                row = asked.row.packed();
+                // One word is held where two would be. They come before the windows do.
+                row = asked.row.packed().unforeseen(gpu);
+                self.plain_inputs::<H>(read, pass, (aim, asked), inputs);
             } else {
                 let windows = Windows::of(gpu, args, read, self.sequence);
                 row = self.row_bits::<H>(pass);
@@ -292,7 +305,6 @@ impl<'a, G: rows::Machine> Block<'a, G> {
             }
             gpu.barrier();
             if self.blocks > 1 {
-                gpu.cluster_wait();
                 // The block has read all its windows. One warp says so for all, the first without rows if there
                 // is one: it waits a while for that.
                 if warp == (args.head_warps.get() * pass.heads).min(warps - 1) {
@@ -301,17 +313,20 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                     gpu.cluster_arrive_relaxed();
                 }
             }
+            // Made again rather than held in registers.
+            let unit = self.unit(pass, H::PIECE, gpu.unforeseen(u64::from(warp)) as u32);
             let (scales, q_k) = self.lengths::<H>();
             let pieces = unit.len.div_ceil(H::PIECE);
+            let has_rows = self.first_row() < pass.rows * self.tokens::<H>();
             let mut last = 0;
             let mut step = 0;
             while step < pieces {
                 rows.take(gpu, args, step);
                 let mut next = 0;
-                while next < args.tokens {
+                while next < self.tokens::<H>() {
                     // The compiler would hold every address by itself in a register, and make a loop of its
                     // own for the last token.
-                    let t = gpu.unforeseen(u64::from(next)) as u32;
+                    let t = if H::ONE { 0 } else { gpu.unforeseen(u64::from(next)) as u32 };
                     let gates = room.gates + (t * args.pass_heads + unit.head) * 16;
                     let Bytes16([decay, beta, low, high]) = gpu.load_shared16(gates);
                     let token = Token {
@@ -326,10 +341,13 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                         o: room.o + t * room.rows_bytes + unit.row * 4,
                     };
                     let squares = rows.token(gpu, step, &token);
-                    let piece = unit.start / H::PIECE + step;
+                    let piece = (unit.start / H::PIECE + step) * H::PARTS;
                     let at = room.sums + t * room.sums_bytes + unit.head * room.head_sums + piece * 4;
-                    self.put_squares(at, squares);
-                    let is_last = t + 1 == args.tokens;
+                    self.put_squares(at, squares[0]);
+                    if H::PARTS > 1 {
+                        self.put_squares(at + 4, squares[1]);
+                    }
+                    let is_last = t + 1 == self.tokens::<H>();
                     let to = u64::from(low) | u64::from(high) << 32;
                     // In a cluster nobody waits for the last piece's way to memory.
                     if self.blocks > 1 && is_last && step + 1 == pieces {
@@ -341,22 +359,31 @@ impl<'a, G: rows::Machine> Block<'a, G> {
                 }
                 step += 1;
             }
-            let factors = if pieces == 0 { self.row_factors::<H>(row) } else { RowFactors::default() };
+            // Warps without rows have time for what the norm begins with, and the others no registers.
+            let mut ready = Ready::NONE;
+            if pieces == 0 && has_rows {
+                ready = self.ready::<H>(pass, row);
+            }
             gpu.barrier();
             if self.blocks > 1 && pieces > 0 {
                 rows.keep(gpu, args, pieces - 1, last, false);
             }
-            let factors = if pieces == 0 { factors } else { self.row_factors::<H>(row) };
             if H::PLAIN {
                 // Made again rather than held in registers.
                 let by =
                     [args.cluster, args.num_k_heads].map(|by| by.unforeseen(|shift| gpu.unforeseen(shift)));
                 let block = Block::new::<H>(gpu, args, gpu.block_anew(), by);
                 let pass = block.first_pass();
-                block.norm::<H>(&pass, factors);
+                if pieces > 0 && has_rows {
+                    ready = block.ready::<H>(&pass, row);
+                }
+                block.norm::<H>(&pass, ready);
                 block.keep_windows::<H>(&pass);
             } else {
-                self.norm::<H>(pass, factors);
+                if pieces > 0 && has_rows {
+                    ready = self.ready::<H>(pass, row);
+                }
+                self.norm::<H>(pass, ready);
                 self.keep_windows::<H>(pass);
             }
         }
@@ -394,7 +421,7 @@ impl<'a, G: rows::Machine> Block<'a, G> {
     #[inline(always)]
     unsafe fn lengths<H: Held>(&self) -> (f32, f32) {
         let Self { gpu, args, room, .. } = self;
-        let (t, side) = ((gpu.lane() / 2).min(args.tokens - 1), gpu.lane() % 2);
+        let (t, side) = ((gpu.lane() / 2).min(self.tokens::<H>() - 1), gpu.lane() % 2);
         let sum_of = |kind: u32| {
             let at = room.squares + (t * 3 + kind) * GROUPS * 4;
             let mut sum = 0.0;

@@ -8,7 +8,7 @@ use super::{
     element::{bits, far, number, shared, store, store_bf16},
     rows::{Held, Machine},
 };
-use crate::gpu::Bytes16;
+use crate::gpu::{Bytes16, Gpu};
 
 /// Bits of what a row is multiplied with, on their way: of the norm's weight, and of the gate's input. In
 /// plain calls they can share the first word.
@@ -23,6 +23,13 @@ impl RowBits {
         Self([weight << 16 | z, 0])
     }
 
+    /// Packed bits of which the compiler does not know what they were made of.
+    #[inline(always)]
+    pub(super) fn unforeseen(self, gpu: &impl Gpu) -> Self {
+        let Self([both, _]) = self;
+        Self([gpu.unforeseen(u64::from(both)) as u32, 0])
+    }
+
     #[inline(always)]
     fn unpacked(self) -> Self {
         let Self([both, _]) = self;
@@ -30,11 +37,23 @@ impl RowBits {
     }
 }
 
-/// The norm's weight for a row, and its gate.
-#[derive(Clone, Copy, Default)]
-pub(super) struct RowFactors {
+/// A row at a token, with all that does not depend on the outputs.
+#[derive(Clone, Copy)]
+pub(super) struct Ready {
+    row: u32,
+    t: u32,
+    /// Its head's sums of squares, and its output before the norm, in shared memory.
+    sums: u32,
+    o: u32,
+    out: u64,
+    /// The norm's weight, and the gate.
     weight: f32,
     gate: f32,
+}
+
+impl Ready {
+    /// None: after the last token.
+    pub(super) const NONE: Self = Self { row: 0, t: u32::MAX, sums: 0, o: 0, out: 0, weight: 0.0, gate: 0.0 };
 }
 
 /// The dtype that an argument has, which is known in plain calls.
@@ -72,29 +91,72 @@ impl<G: Machine> Block<'_, G> {
         unsafe { RowBits([bits(self.gpu, dtypes[0], weight), bits(self.gpu, dtypes[1], z)]) }
     }
 
+    /// Where the bits are of the thread's first row, at its token, and whether it is there.
+    #[inline(always)]
+    pub(super) fn first_row_at<H: Held>(&self, pass: &Pass) -> ([u64; 2], bool) {
+        let [row, t] = self.row_and_token::<H>(pass, self.first_row(), 0);
+        let there = t < self.tokens::<H>();
+        (self.row_at::<H>(pass, if there { row } else { 0 }, if there { t } else { 0 }), there)
+    }
+
     /// Reads what the thread's first row begins with.
     ///
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
     pub(super) unsafe fn row_bits<H: Held>(&self, pass: &Pass) -> RowBits {
-        let row = self.first_row();
-        if row < pass.rows {
-            // SAFETY: the caller's promise.
-            unsafe { self.read_row::<H>(self.row_at::<H>(pass, row, 0)) }
-        } else {
-            RowBits::default()
+        let (at, there) = self.first_row_at::<H>(pass);
+        // SAFETY: the caller's promise.
+        if there { unsafe { self.read_row::<H>(at) } } else { RowBits::default() }
+    }
+
+    /// The same row with what these bits stand for.
+    #[inline(always)]
+    fn with<H: Held>(&self, place: Ready, bits: RowBits) -> Ready {
+        let Self { gpu, args, .. } = self;
+        // One word is held where two would be.
+        let bits = if H::PLAIN { bits.packed().unpacked() } else { bits };
+        let RowBits([weight, z]) = bits;
+        let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
+        let weight = number(*gpu, dtype::<H>(args.norm_weight.dtype), weight);
+        let gate = math::gate_factor(number(*gpu, dtype::<H>(args.z.dtype), z), gate);
+        Ready { weight, gate, ..place }
+    }
+
+    /// A row at a token, or at later ones, where it lies past the last row of this one.
+    #[inline(always)]
+    fn row_and_token<H: Held>(&self, pass: &Pass, mut row: u32, mut t: u32) -> [u32; 2] {
+        if H::ONE {
+            return [row, u32::from(row >= pass.rows)];
+        }
+        while row >= pass.rows {
+            row -= pass.rows;
+            t += 1;
+        }
+        [row, t]
+    }
+
+    /// All that does not depend on bits of that row.
+    #[inline(always)]
+    fn place<H: Held>(&self, pass: &Pass, row: u32, t: u32) -> Ready {
+        let Self { args, room, .. } = self;
+        let [row, t] = self.row_and_token::<H>(pass, row, t);
+        let (head, of_head) = args.block_rows.divide(row);
+        Ready {
+            row,
+            t,
+            sums: room.sums + t * room.sums_bytes + head * room.head_sums,
+            o: room.o + t * room.rows_bytes + row * 4,
+            out: self.out(H::WIDE, pass.first + head, pass.start + of_head, t),
+            ..Ready::NONE
         }
     }
 
-    /// What these bits stand for.
+    /// What the thread begins with, where these are the bits of its first row.
     #[inline(always)]
-    pub(super) fn row_factors<H: Held>(&self, row: RowBits) -> RowFactors {
-        let Self { gpu, args, .. } = self;
-        let RowBits([weight, z]) = if H::PLAIN { row.unpacked() } else { row };
-        let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
-        let weight = number(*gpu, dtype::<H>(args.norm_weight.dtype), weight);
-        RowFactors { weight, gate: math::gate_factor(number(*gpu, dtype::<H>(args.z.dtype), z), gate) }
+    pub(super) fn ready<H: Held>(&self, pass: &Pass, first: RowBits) -> Ready {
+        let first = if H::PLAIN { first.unpacked() } else { first };
+        self.with::<H>(self.place::<H>(pass, self.first_row(), 0), first)
     }
 
     /// The outputs, a row and token a thread.
@@ -102,37 +164,22 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`]; outputs are in shared memory, for all to see, and sums of squares are or come.
     #[inline(always)]
-    pub(super) unsafe fn norm<H: Held>(&self, pass: &Pass, first: RowFactors) {
+    pub(super) unsafe fn norm<H: Held>(&self, pass: &Pass, first: Ready) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
-        let behind = |mut row: u32, mut t: u32| {
-            while row >= pass.rows {
-                row -= pass.rows;
-                t += 1;
-            }
-            (row, t)
-        };
-        let (mut row, mut t) = behind(self.first_row(), 0);
-        let mut factors = first;
-        if t > 0 && t < args.tokens {
-            // SAFETY: the caller's promise.
-            let bits = unsafe { self.read_row::<H>(self.row_at::<H>(pass, row, t)) };
-            factors = self.row_factors::<H>(if H::PLAIN { bits.packed() } else { bits });
-        }
-        while t < args.tokens {
-            let (next_row, next_t) = behind(row + gpu.threads(), t);
+        let mut now = first;
+        while now.t < self.tokens::<H>() {
+            let mut next = self.place::<H>(pass, now.row + gpu.threads(), now.t);
             // SAFETY: the caller's promises.
             unsafe {
                 let mut bits = RowBits::default();
-                if next_t < args.tokens {
-                    bits = self.read_row::<H>(self.row_at::<H>(pass, next_row, next_t));
+                if next.t < self.tokens::<H>() {
+                    bits = self.read_row::<H>(self.row_at::<H>(pass, next.row, next.t));
                 }
-                let (head, of_head) = args.block_rows.divide(row);
                 let mut sums = [0.0; 4];
-                let at = room.sums + t * room.sums_bytes + head * room.head_sums;
                 let mut piece = 0;
                 while piece < room.head_sums {
-                    let Bytes16(four) = gpu.receive16(at + piece);
+                    let Bytes16(four) = gpu.receive16(now.sums + piece);
                     let mut i = 0;
                     while i < 4 {
                         sums[i] += f32::from_bits(four[i]);
@@ -142,17 +189,17 @@ impl<G: Machine> Block<'_, G> {
                 }
                 let sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
                 let scale = math::rms_scale(sum, args.dv as f32, args.norm_eps);
-                let o = shared(gpu, room.o + t * room.rows_bytes + row * 4);
-                let y = math::gated_by(o, scale, factors.weight, factors.gate);
-                let at = self.out(H::WIDE, pass.first + head, pass.start + of_head, t);
+                let y = math::gated_by(shared(gpu, now.o), scale, now.weight, now.gate);
                 if H::PLAIN {
-                    store_bf16(gpu, at, y);
+                    store_bf16(gpu, now.out, y);
                 } else {
-                    store(gpu, args.out.dtype, at, y);
+                    store(gpu, args.out.dtype, now.out, y);
                 }
-                factors = self.row_factors::<H>(if H::PLAIN { bits.packed() } else { bits });
+                if next.t < self.tokens::<H>() {
+                    next = self.with::<H>(next, bits);
+                }
             }
-            (row, t) = (next_row, next_t);
+            now = next;
         }
     }
 }

@@ -5,7 +5,7 @@ use gdn_math::{Lanes, element::f32_of_bf16, layer as math};
 
 use super::{
     Block, Pass,
-    args::Args,
+    args::{self, Args},
     conv::{Channel, TAPS, Windows},
     element::far,
     inputs::Pair,
@@ -22,7 +22,7 @@ pub(super) struct Aim {
     pair: Pair,
     has_pair: bool,
     gates: ([u64; 4], bool),
-    row: [u64; 2],
+    row: ([u64; 2], bool),
 }
 
 /// Bits of it, on their way.
@@ -33,15 +33,24 @@ pub(super) struct Asked {
     pub(super) row: RowBits,
 }
 
-/// Bits of two channels: the taps, and the input at the first token.
+/// Tokens whose inputs are asked for at once.
+const AHEAD: usize = 4;
+
+/// The inputs of two channels at so many tokens.
+type Ahead = [[u32; AHEAD]; 2];
+
+/// Bits of two channels: the taps, and the inputs at the first tokens.
 #[derive(Clone, Copy, Default)]
 struct Bits {
     taps: [u64; 2],
-    x: [u32; 2],
+    x: Ahead,
 }
 
+/// No slot: those that are there have numbers of 31 bits.
+const NO_SLOT: u32 = u32::MAX;
+
 /// The last inputs before a token.
-type Inputs = [[u32; TAPS - 1]; 2];
+pub(super) type Inputs = [[u32; TAPS - 1]; 2];
 
 impl Channel {
     #[inline(always)]
@@ -60,15 +69,14 @@ impl<G: Machine> Block<'_, G> {
     #[inline(always)]
     pub(super) fn aim_inputs<H: Held>(&self, pass: &Pass) -> Aim {
         let (of_qk, all) = self.pairs::<H>(pass);
-        let warp = self.gpu.thread() / 32;
+        let n = self.gpu.thread() / 32;
         let gates = self.gates_of_warp();
         let (at, there) = self.gates_at::<H>(pass, gates);
-        let row = self.row_at::<H>(pass, self.first_row().min(pass.rows - 1), 0);
         Aim {
-            pair: self.pair::<H>(&Read::default(), pass, warp, of_qk),
-            has_pair: warp < all,
+            pair: self.pair::<H>(&Read::default(), pass, n, of_qk),
+            has_pair: n < all,
             gates: (at, there && gates < pass.heads.div_ceil(2)),
-            row,
+            row: self.first_row_at::<H>(pass),
         }
     }
 
@@ -78,14 +86,14 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    pub(super) unsafe fn bring_near<H: Held>(&self, rows: &H, pass: &Pass, aim: &Aim) {
+    pub(super) unsafe fn bring_near<H: Held>(&self, rows: &H, aim: &Aim) {
         let Self { gpu, args, .. } = self;
         let gpu = *gpu;
         // SAFETY: the caller's promises. Which slot it will be the kernel before may still change.
         let slot = Read::by(args, unsafe { Read::peek(gpu, args, self.sequence) });
         if aim.has_pair {
             for channel in aim.pair.channels {
-                gpu.bring_near(channel.x);
+                gpu.bring_near(channel.x_at(0));
                 gpu.bring_near(channel.taps_at(args));
             }
         }
@@ -93,8 +101,9 @@ impl<G: Machine> Block<'_, G> {
         if there {
             at.into_iter().for_each(|at| gpu.bring_near(at));
         }
-        if self.first_row() < pass.rows {
-            aim.row.into_iter().for_each(|at| gpu.bring_near(at));
+        let (at, there) = aim.row;
+        if there {
+            at.into_iter().for_each(|at| gpu.bring_near(at));
         }
         if let Some(read) = slot {
             rows.bring_near(
@@ -115,17 +124,18 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    pub(super) unsafe fn ask<H: Held>(&self, pass: &Pass, aim: &Aim) -> Asked {
+    pub(super) unsafe fn ask<H: Held>(&self, aim: &Aim) -> Asked {
         let mut asked = Asked::default();
         // SAFETY: the caller's promises.
         unsafe {
             if aim.has_pair {
-                asked.channels = self.ask_channels(&aim.pair);
+                asked.channels = self.ask_channels::<H>(&aim.pair);
             }
             let (at, there) = aim.gates;
             asked.gates = self.read_gates(at, there);
-            if self.first_row() < pass.rows {
-                asked.row = self.read_row::<H>(aim.row);
+            let (at, there) = aim.row;
+            if there {
+                asked.row = self.read_row::<H>(at);
             }
         }
         asked
@@ -134,13 +144,33 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    unsafe fn ask_channels(&self, pair: &Pair) -> Bits {
+    unsafe fn ask_channels<H: Held>(&self, pair: &Pair) -> Bits {
         let Self { gpu, args, .. } = self;
         // SAFETY: the caller's promises: a lane without channels of its own reads another one's.
         unsafe {
             let taps = pair.channels.map(|channel| gpu.load8(channel.taps_at(args)));
-            Bits { taps, x: pair.channels.map(|channel| u32::from(gpu.load2(channel.x))) }
+            let mut x = Ahead::default();
+            let mut t = 0;
+            while t < if H::ONE { 1 } else { AHEAD } {
+                let [a, b] = self.ask_token::<H>(pair, t as u32);
+                (x[0][t], x[1][t]) = (a, b);
+                t += 1;
+            }
+            Bits { taps, x }
         }
+    }
+
+    /// The inputs at a token, if it is there.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    unsafe fn ask_token<H: Held>(&self, pair: &Pair, t: u32) -> [u32; 2] {
+        if t >= self.tokens::<H>() {
+            return [0; 2];
+        }
+        // SAFETY: the caller's promises, and as above.
+        pair.channels.map(|channel| u32::from(unsafe { self.gpu.load2(channel.x_at(t)) }))
     }
 
     /// The windows in the slot.
@@ -163,12 +193,29 @@ impl<G: Machine> Block<'_, G> {
         })
     }
 
+    /// Asks for the windows of the lane's first pair, now that the slot is known.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    pub(super) unsafe fn ask_first_windows(&self, read: &Read, aim: &Aim) -> Inputs {
+        let slot = far(true, read.conv as u64, self.args.conv_state.strides[0]);
+        // SAFETY: the caller's promise.
+        if aim.has_pair { unsafe { self.ask_windows(&aim.pair, slot) } } else { Inputs::default() }
+    }
+
     /// q, k, v and gates, into shared memory, and the windows that nobody else reads.
     ///
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    pub(super) unsafe fn plain_inputs<H: Held>(&self, read: &Read, pass: &Pass, aim: &Aim, asked: &Asked) {
+    pub(super) unsafe fn plain_inputs<H: Held>(
+        &self,
+        read: &Read,
+        pass: &Pass,
+        (aim, asked): (&Aim, &Asked),
+        mut inputs: Inputs,
+    ) {
         let Self { gpu, args, room, .. } = self;
         let gpu = *gpu;
         let warps = gpu.threads() / 32;
@@ -177,30 +224,39 @@ impl<G: Machine> Block<'_, G> {
         // SAFETY: the caller's promises; each place of shared memory is one thread's.
         unsafe {
             let (mut n, mut pair, mut bits) = (gpu.thread() / 32, aim.pair, asked.channels);
-            let mut inputs = Inputs::default();
-            if aim.has_pair {
-                inputs = self.ask_windows(&pair, slot);
-            }
             let mut windows = Windows { last: 0, each: 0 };
-            if !self.keeps_later() {
+            // The slot for the windows after each token: one word of its number is held.
+            let mut each = NO_SLOT;
+            if !self.keeps_later::<H>() {
                 windows = Windows::plain(gpu, args, read, self.sequence);
-            } else if self.gates_of_warp() == 0 {
-                let Windows { last, .. } = Windows::plain(gpu, args, read, self.sequence);
-                if gpu.lane() == 0 {
-                    gpu.store_shared16(room.last, Bytes16([last as u32, (last >> 32) as u32, 0, 0]));
+            } else {
+                if self.gates_of_warp() == 0 {
+                    let Windows { last, .. } = Windows::plain(gpu, args, read, self.sequence);
+                    if gpu.lane() == 0 {
+                        gpu.store_shared16(room.last, Bytes16([last as u32, (last >> 32) as u32, 0, 0]));
+                    }
+                }
+                if !H::ONE && args.conv_kept.kind == args::EACH_IN {
+                    each = args.conv_kept.slot(gpu, true, args, self.sequence, read.conv, 0) as u32;
                 }
             }
+            let begun = |n| {
+                let pair = self.pair::<H>(&Read::default(), pass, n, of_qk);
+                (pair, self.ask_channels::<H>(&pair), self.ask_windows(&pair, slot))
+            };
             while n < all {
-                // What the next pair begins with is on its way meanwhile.
                 let next = n + warps;
-                let (mut next_pair, mut next_bits, mut next_inputs) = (pair, bits, inputs);
-                if next < all {
-                    next_pair = self.pair::<H>(&Read::default(), pass, next, of_qk);
-                    next_bits = self.ask_channels(&next_pair);
-                    next_inputs = self.ask_windows(&next_pair, slot);
+                let mut rest = (pair, bits, inputs);
+                // It is on its way meanwhile, where there are registers for it.
+                if H::ONE && next < all {
+                    rest = begun(next);
                 }
-                self.convolve_plain::<H>(&pair, (bits, inputs), &windows, n);
-                (n, pair, bits, inputs) = (next, next_pair, next_bits, next_inputs);
+                self.convolve_plain::<H>(&pair, (bits, inputs), (&windows, each), n);
+                if !H::ONE && next < all {
+                    rest = begun(next);
+                }
+                n = next;
+                (pair, bits, inputs) = rest;
             }
             self.all_gates::<H>(read, pass, asked.gates);
         }
@@ -215,21 +271,24 @@ impl<G: Machine> Block<'_, G> {
         &self,
         pair: &Pair,
         (bits, inputs): (Bits, Inputs),
-        windows: &Windows,
+        (windows, each): (&Windows, u32),
         n: u32,
     ) {
         let Self { gpu, args, .. } = self;
         let gpu = *gpu;
         let taps = bits.taps.map(|taps| [0, 16, 32, 48].map(|place| f32_of_bf16((taps >> place) as u16)));
         let mut inputs = inputs.map(|inputs| inputs.map(|bits| f32_of_bf16(bits as u16)));
+        // Of q and k the cluster's first block keeps the windows.
+        let is_kept = each != NO_SLOT && !(pair.is_qk() && self.rank > 0);
         let mut x = bits.x;
         let mut t = 0;
-        while t < args.tokens {
-            let now = x.map(|bits| f32_of_bf16(bits as u16));
+        while t < self.tokens::<H>() {
+            let now = x.map(|x| f32_of_bf16(x[0] as u16));
             // SAFETY: the caller's promises.
             unsafe {
-                if t + 1 < args.tokens {
-                    x = pair.channels.map(|channel| u32::from(gpu.load2(channel.x_at(t + 1))));
+                if !H::ONE {
+                    let later = self.ask_token::<H>(pair, t + AHEAD as u32);
+                    x = [0, 1].map(|m| [x[m][1], x[m][2], x[m][3], later[m]]);
                 }
                 let mut c = [0.0; 2];
                 let mut m = 0;
@@ -244,10 +303,30 @@ impl<G: Machine> Block<'_, G> {
                     m += 1;
                 }
                 self.put_channels::<H>(pair, n, t, c);
+                if is_kept && t + 1 < self.tokens::<H>() {
+                    let slot = gpu.unforeseen(u64::from(each));
+                    self.put_each(pair, args.conv_kept.at(true, slot, t), inputs);
+                }
             }
             t += 1;
         }
         // SAFETY: the caller's promises.
         unsafe { self.put_last::<H>(pair, windows, inputs) }
+    }
+
+    /// A pair's windows after a token that others follow.
+    ///
+    /// # Safety
+    /// As [`super::run`].
+    #[inline(always)]
+    unsafe fn put_each(&self, pair: &Pair, to: u64, values: [[f32; TAPS - 1]; 2]) {
+        let mut m = 0;
+        while m < 2 {
+            if pair.there[m] {
+                // SAFETY: the caller's promise.
+                unsafe { pair.channels[m].put_window(self.gpu, true, self.args, to, values[m]) }
+            }
+            m += 1;
+        }
     }
 }

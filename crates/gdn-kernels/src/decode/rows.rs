@@ -61,25 +61,31 @@ pub const NARROW: u32 = 0;
 pub const WIDE: u32 = 1;
 /// Besides, q, k, v, z, the convolution's weight and states, the norm's weight and `out` are bf16, indices
 /// have 4 bytes, taps lie side by side at a multiple of 8 bytes, there is no bias, the window has 3 columns,
-/// of which one after the last token is kept, no number of accepted tokens is given, rows have as many
-/// columns as the kernel, and v heads are whole pieces. What else a call may be costs instructions even where
-/// it is not.
+/// no number of accepted tokens is given, rows have as many columns as the kernel, and v heads are whole
+/// pieces, and there is one token. What else a call may be costs instructions even where it is not.
 pub const PLAIN: u32 = 2;
+/// The same but for several tokens.
+pub const PLAIN_TOKENS: u32 = 3;
 
 /// How a warp holds rows. All lanes come to each of these functions together.
 pub trait Held: Sized {
     /// Rows of a piece, which is held in registers.
     const PIECE: u32;
+    /// Parts of a piece, of each of which the outputs' squares are added up by themselves: so many as make kernels with
+    /// larger pieces give the bits of those with smaller ones.
+    const PARTS: u32;
     /// Numbers of a query or key, with the zeros behind it.
     const PADDED: u32;
     /// Bytes of shared memory in which a warp's pieces land.
     const LANDING: u32;
-    /// [`NARROW`], [`WIDE`] or [`PLAIN`].
+    /// [`NARROW`], [`WIDE`], [`PLAIN`] or [`PLAIN_TOKENS`].
     const KIND: u32;
-    /// Whether this is a [`WIDE`] or [`PLAIN`] one.
+    /// Whether this is any but a [`NARROW`] one.
     const WIDE: bool = Self::KIND != NARROW;
-    /// Whether this is a [`PLAIN`] one.
-    const PLAIN: bool = Self::KIND == PLAIN;
+    /// Whether this is a [`PLAIN`] or [`PLAIN_TOKENS`] one.
+    const PLAIN: bool = Self::KIND >= PLAIN;
+    /// Whether there is one token.
+    const ONE: bool = Self::KIND == PLAIN;
 
     /// Works out where the rows are in a slot. Nothing is touched.
     fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
@@ -99,13 +105,13 @@ pub trait Held: Sized {
     /// As [`Held::begin`].
     unsafe fn take(&mut self, gpu: &impl Machine, args: &Args, step: u32);
 
-    /// The next token on the piece: outputs to shared memory, the state in registers. The sum of its outputs'
-    /// squares, in all lanes.
+    /// The next token on the piece: outputs to shared memory, the state in registers. The sums of its outputs'
+    /// squares, part by part, in all lanes.
     ///
     /// # Safety
     /// As [`Held::begin`]; what `token` names is in shared memory for all to see, and outputs are nobody
     /// else's.
-    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> f32;
+    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> [f32; 2];
 
     /// Writes the piece to the slot at `to`, if that is not 0. Where tokens follow (`more`), what is left of
     /// it in the state's dtype is what they find.
@@ -240,6 +246,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     Held for Rows<E, LANES, V, CHUNKS, ROWS, KIND>
 {
     const PIECE: u32 = Self::GROUPS * ROWS as u32;
+    const PARTS: u32 = if ROWS > 2 { 2 } else { 1 };
     const PADDED: u32 = LANES * (V * CHUNKS) as u32;
     const LANDING: u32 = if Self::WIDE { STAGES * Self::STAGE } else { 0 };
     const KIND: u32 = KIND;
@@ -339,7 +346,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     }
 
     #[inline(always)]
-    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> f32 {
+    unsafe fn token(&mut self, gpu: &impl Machine, step: u32, token: &Token) -> [f32; 2] {
         // SAFETY: the caller's promise.
         let (k, q) = unsafe { (Self::line(gpu, token.k), Self::line(gpu, token.q)) };
         // A row's products with the key and the query.
@@ -359,7 +366,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             }
             mask /= 2;
         }
-        let mut squares = 0.0;
+        let mut squares = [0.0; 2];
         let mut n = 0;
         while n < ROWS {
             let row = step * Self::PIECE + n as u32 * Self::GROUPS + gpu.lane() / LANES;
@@ -376,12 +383,16 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                 // SAFETY: the caller's promise.
                 unsafe { gpu.store_shared4(token.o + at, o.to_bits()) }
             }
-            squares += if self.has(gpu, step, n) { o * o } else { 0.0 };
+            squares[n * Self::PARTS as usize / ROWS] += if self.has(gpu, step, n) { o * o } else { 0.0 };
             n += 1;
         }
         let mut mask = LANES;
         while mask < 32 {
-            squares += f32::from_bits(gpu.shuffle_xor(squares.to_bits(), mask));
+            let mut part = 0;
+            while part < Self::PARTS as usize {
+                squares[part] += f32::from_bits(gpu.shuffle_xor(squares[part].to_bits(), mask));
+                part += 1;
+            }
             mask *= 2;
         }
         squares

@@ -88,9 +88,12 @@ impl Read {
     /// [`Read::of`] for a plain call, by what was asked for.
     #[inline(always)]
     pub(super) fn by(args: &Args, first: i64) -> Option<Self> {
-        let indices = &args.state_indices;
-        let [conv, recurrent] = [args.conv_slots, args.slots].map(|slots| slot(args, indices, first, slots));
-        if conv < 0 || recurrent < 0 { None } else { Some(Self { conv, recurrent, accepted: 0 }) }
+        // All numbers have 31 bits, and what is negative is padding.
+        let index = first as u32;
+        let least = (args.conv_slots as u32).min(args.slots as u32);
+        let is_there = index < least && index != args.pad_slot_id as u32;
+        let read = Self { conv: i64::from(index), recurrent: i64::from(index), accepted: 0 };
+        (is_there || args.state_indices.address == 0).then_some(read)
     }
 
     /// `None` for a sequence that is skipped: padding, a slot that is not there, a number of accepted tokens
@@ -154,16 +157,37 @@ impl<const D: usize> Kept<D> {
         if !is_kept {
             return 0;
         }
-        let mut slot = read;
-        if self.kind != args::LAST {
-            // SAFETY: the caller's promise.
-            let index = unsafe { index(gpu, is_plain, &self.indices, sequence, token) };
-            slot = self::slot(args, &self.indices, index, self.slots);
-        }
-        if slot < 0 {
-            return 0;
-        }
+        // SAFETY: the caller's promise.
+        let slot = unsafe { self.slot(gpu, is_plain, args, sequence, read, token) };
+        if slot < 0 { 0 } else { self.at(is_plain, slot as u64, token) }
+    }
+
+    /// Where the state after token `token` is in a slot.
+    #[inline(always)]
+    pub(super) fn at(&self, is_plain: bool, slot: u64, token: u32) -> u64 {
         let (of_slot, of_token) = (self.to.strides[0], self.to.strides[1]);
-        self.to.address + far(is_plain, slot as u64, of_slot) + far(is_plain, u64::from(token), of_token)
+        self.to.address + far(is_plain, slot, of_slot) + far(is_plain, u64::from(token), of_token)
+    }
+
+    /// The slot of a state that is kept, -1 for none.
+    ///
+    /// # Safety
+    /// As [`Kept::address`].
+    #[inline(always)]
+    pub(super) unsafe fn slot(
+        &self,
+        gpu: &impl Gpu,
+        is_plain: bool,
+        args: &Args,
+        sequence: u32,
+        read: i64,
+        token: u32,
+    ) -> i64 {
+        if self.kind == args::LAST {
+            return read;
+        }
+        // SAFETY: the caller's promise.
+        let index = unsafe { index(gpu, is_plain, &self.indices, sequence, token) };
+        self::slot(args, &self.indices, index, self.slots)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
 use gdn_kernels::{
     decode::{
-        NARROW, PLAIN, WIDE,
+        NARROW, PLAIN, PLAIN_TOKENS, WIDE,
         args::{self, Args, Strided, Vector},
     },
     split::Divisor,
@@ -426,7 +426,7 @@ fn is_near(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::K
     all < 1 << 31
 }
 
-/// Whether a wide call is a plain one: see [`PLAIN`].
+/// Whether a wide call is a plain one, but for its tokens: see [`PLAIN`].
 fn is_plain(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::Kept<5>) -> bool {
     let Plan { tokens, conv, slots, .. } = plan;
     let dtypes = [tokens.q.dtype, tokens.v.dtype, tokens.z.dtype, tokens.conv_weight.kind, conv.state.kind];
@@ -441,8 +441,6 @@ fn is_plain(plan: &Plan<DeviceAddress>, windows: &args::Kept<4>, states: &args::
         && tokens.conv_weight.is_dense(1)
         && tokens.conv_bias.is_none()
         && conv.state.sizes[2] == 3
-        && windows.kind != args::EACH
-        && windows.kind != args::EACH_IN
         && plan.num_accepted_tokens.is_none()
         && [own, windows.indices, states.indices].iter().all(has_4_bytes)
 }
@@ -595,12 +593,13 @@ impl Job {
         let kind = if !is_wide {
             NARROW
         } else if is_plain(plan, &kept_windows, &kept_state) {
-            PLAIN
+            if t > 1 { PLAIN_TOKENS } else { PLAIN }
         } else {
             WIDE
         };
-        let work = Work { groups, ratio, dv, tokens: t };
-        let (choice, share) = Choice::all(number(state.kind), kind, [ratio, dk, dv])
+        let keeps_each = matches!(kept_state.kind, args::EACH | args::EACH_IN);
+        let work = Work { groups, ratio, dv, tokens: t, keeps_each };
+        let (choice, share) = Choice::all(number(state.kind), kind, dk, &work, &profile)
             .find_map(|choice| Share::new(choice, &work, &profile).map(|share| (choice, share)))
             .ok_or_else(too_many)?;
         let blocks =
@@ -630,7 +629,12 @@ impl Job {
             index_columns: if index_columns > 1 { 2 } else { 1 },
             most_accepted,
             conv_columns: u32::try_from(plan.conv.state.sizes[2]).map_err(|_| too_many())?,
-            pad_slot_id: plan.slots.pad_slot_id,
+            // Plain kernels look at 32 bits; what does not fit there is no index of theirs.
+            pad_slot_id: if kind >= PLAIN {
+                i32::try_from(plan.slots.pad_slot_id).map_or(-1, i64::from)
+            } else {
+                plan.slots.pad_slot_id
+            },
             q: field(&tokens.q),
             k_behind_q: field(&tokens.k).address.wrapping_sub(field(&tokens.q).address),
             v: field(&tokens.v),

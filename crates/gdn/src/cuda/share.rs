@@ -2,10 +2,10 @@
 
 use gdn_kernels::{
     decode::{
-        NARROW, PLAIN, WARP_ROWS, WIDE,
-        args::{Room, RoomFor},
+        NARROW, PLAIN, PLAIN_TOKENS, WARP_ROWS, WIDE,
+        args::{BF16, Room, RoomFor},
     },
-    modules::{DECODE_SHARED, Target, decode_warps},
+    modules::{DECODE_SHARED, Target, decode_large_warps, decode_warps},
 };
 
 use super::device::Gpu;
@@ -24,8 +24,11 @@ pub(crate) struct Profile {
     pub(crate) cluster: Option<u32>,
     /// the pieces of a warp,
     pub(crate) steps: Option<u32>,
-    /// and whether v heads are computed one after the other.
+    /// whether v heads are computed one after the other,
     pub(crate) one_by_one: bool,
+    /// and whether pieces are larger where there are several tokens, which is else so where there is enough to do for
+    /// all.
+    pub(crate) large_pieces: Option<bool>,
 }
 
 impl Profile {
@@ -38,6 +41,7 @@ impl Profile {
         cluster: None,
         steps: None,
         one_by_one: false,
+        large_pieces: None,
     };
 
     pub(crate) fn of(gpu: &Gpu) -> Self {
@@ -51,6 +55,7 @@ impl Profile {
             cluster: None,
             steps: None,
             one_by_one: false,
+            large_pieces: None,
         }
     }
 }
@@ -66,6 +71,9 @@ const FULL_ROWS: u32 = 32;
 /// Blocks that are many, for each multiprocessor.
 const MANY_BLOCKS: u32 = 6;
 
+/// Those that are so many that it hardly matters how the last of them fill the device.
+const VERY_MANY_BLOCKS: u32 = 24;
+
 /// Warps of a block, at most, of which a multiprocessor has two.
 const HALF_WARPS: u32 = 8;
 
@@ -78,6 +86,8 @@ pub(super) struct Choice {
     pub(super) columns: u32,
     /// Rows of a piece.
     piece_rows: u32,
+    /// Rows of which squares are added up by themselves.
+    sum_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
 }
@@ -86,12 +96,18 @@ pub(super) struct Choice {
 const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
     let piece_rows = if columns > 128 { 4 } else { 8 };
     let landing = 2 * piece_rows * columns * bytes;
-    Choice { name, kind, columns, piece_rows, landing }
+    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing }
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, landing: 0 }
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, sum_rows: 2, landing: 0 }
 }
+
+/// Of several tokens with rows of bf16, and the same with larger pieces: fewer instructions a row, and fewer warps.
+/// They have the same bits.
+const SMALL: Choice = wide(PLAIN_TOKENS, "gdn_decode_bf16_128_tokens", 128, 2);
+const LARGE: Choice =
+    Choice { name: "gdn_decode_bf16_128_tokens_large", piece_rows: 16, landing: 2 * SMALL.landing, ..SMALL };
 
 /// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for
 /// rows of any strides.
@@ -101,6 +117,10 @@ const PLAINS: [&[Choice]; 3] = [
         wide(PLAIN, "gdn_decode_f32_96_plain", 96, 4),
         wide(PLAIN, "gdn_decode_f32_128_plain", 128, 4),
         wide(PLAIN, "gdn_decode_f32_256_plain", 256, 4),
+        wide(PLAIN_TOKENS, "gdn_decode_f32_64_tokens", 64, 4),
+        wide(PLAIN_TOKENS, "gdn_decode_f32_96_tokens", 96, 4),
+        wide(PLAIN_TOKENS, "gdn_decode_f32_128_tokens", 128, 4),
+        wide(PLAIN_TOKENS, "gdn_decode_f32_256_tokens", 256, 4),
     ],
     &[],
     &[
@@ -108,6 +128,11 @@ const PLAINS: [&[Choice]; 3] = [
         wide(PLAIN, "gdn_decode_bf16_96_plain", 96, 2),
         wide(PLAIN, "gdn_decode_bf16_128_plain", 128, 2),
         wide(PLAIN, "gdn_decode_bf16_256_plain", 256, 2),
+        wide(PLAIN_TOKENS, "gdn_decode_bf16_64_tokens", 64, 2),
+        wide(PLAIN_TOKENS, "gdn_decode_bf16_96_tokens", 96, 2),
+        LARGE,
+        SMALL,
+        wide(PLAIN_TOKENS, "gdn_decode_bf16_256_tokens", 256, 2),
     ],
 ];
 const WIDES: [[Choice; 3]; 3] = [
@@ -136,19 +161,49 @@ impl Choice {
     pub(super) fn all(
         dtype: u32,
         kind: u32,
-        [ratio, dk, dv]: [u32; 3],
+        dk: u32,
+        work: &Work,
+        profile: &Profile,
     ) -> impl Iterator<Item = &'static Self> {
+        let &Work { ratio, dv, .. } = work;
+        let can_be_large = kind == PLAIN_TOKENS && dtype == BF16 && dk == LARGE.columns;
+        let large = can_be_large && profile.large_pieces.unwrap_or_else(|| Self::large(work, profile));
         let is_for = move |choice: &&Self| match choice.kind {
             // Where a block has a key head to itself, each lane has two channels of v, or none.
-            PLAIN => {
+            PLAIN | PLAIN_TOKENS => {
                 let is_even = dv.is_multiple_of(choice.piece_rows) && (ratio * dv).is_multiple_of(64);
-                kind == PLAIN && choice.columns == dk && is_even
+                kind == choice.kind && choice.columns == dk && is_even && (large || choice.name != LARGE.name)
             }
             WIDE => kind != NARROW && choice.columns >= dk,
             _ => true,
         };
         let dtype = dtype as usize;
         PLAINS[dtype].iter().chain(&WIDES[dtype]).chain(&NARROWS[dtype..=dtype]).filter(is_for)
+    }
+
+    /// Whether larger pieces are worth their registers: where they leave as many warps on a multiprocessor, where
+    /// there is so much to do that a fourth less does not matter, and where each multiprocessor has a block or two.
+    fn large(work: &Work, profile: &Profile) -> bool {
+        let resident = |choice: &Self| {
+            let share = Share::new(choice, work, profile);
+            share.map_or(0, |share| choice.most_warps(profile) / share.warps * share.warps)
+        };
+        let Work { groups, keeps_each, .. } = *work;
+        let multiprocessors = profile.multiprocessors;
+        if groups <= multiprocessors / 2 {
+            return groups > multiprocessors / 8;
+        }
+        let (small, large) = (resident(&SMALL), resident(&LARGE));
+        large >= small || !keeps_each && work.are(VERY_MANY_BLOCKS, profile) && large * 4 >= small * 3
+    }
+
+    /// Warps of a block, at most: so many as registers suffice for.
+    fn most_warps(&self, profile: &Profile) -> u32 {
+        match self.kind {
+            NARROW => 8,
+            _ if self.name == LARGE.name => decode_large_warps(profile.target),
+            kind => decode_warps(profile.target, kind >= PLAIN, self.columns),
+        }
     }
 }
 
@@ -181,6 +236,15 @@ pub(super) struct Work {
     pub(super) ratio: u32,
     pub(super) dv: u32,
     pub(super) tokens: u32,
+    /// Whether the states after all tokens are kept.
+    pub(super) keeps_each: bool,
+}
+
+impl Work {
+    /// Whether there are so many key heads for each multiprocessor.
+    fn are(&self, many: u32, profile: &Profile) -> bool {
+        self.groups >= many * profile.multiprocessors
+    }
 }
 
 impl Share {
@@ -190,40 +254,64 @@ impl Share {
         if choice.kind == NARROW {
             return Self::in_passes(choice, work, profile);
         }
-        // In as few warps as can be.
-        let mut most_steps = FULL_ROWS / choice.piece_rows;
-        // Two stages of two bytes.
-        let is_small = choice.landing == 4 * choice.piece_rows * choice.columns || work.tokens > 1;
-        let are_many = work.groups >= MANY_BLOCKS * profile.multiprocessors;
-        let is_large = Self::of(choice, work, profile, 1, most_steps).is_none_or(|s| s.warps > HALF_WARPS);
-        if is_small && are_many || is_large {
-            most_steps *= 2;
-        }
-        let last = Self::of(choice, work, profile, 1, most_steps)
-            .or_else(|| (2..=work.ratio).find_map(|cluster| Self::of(choice, work, profile, cluster, 1)))?;
+        let last = Self::full(choice, work, profile)?;
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
-            return Self::of(choice, work, profile, cluster, steps).or(Some(last));
+            return Self::of(choice, work, profile, [cluster, steps], true).or(Some(last));
         }
         // As many blocks, and then as few pieces a warp, as leave the device not too much to do at a time.
+        let multiprocessors = u64::from(profile.multiprocessors);
+        let blocks = |cluster: u32| u64::from(work.groups) * u64::from(cluster);
         let mut best = last;
         let mut most = (0, 0);
-        for cluster in 1..=work.ratio.max(profile.most_cluster) {
-            for steps in (0..=most_steps.ilog2()).map(|log| 1 << log) {
-                let Some(share) = Self::of(choice, work, profile, cluster, steps) else { continue };
-                let blocks = u64::from(work.groups) * u64::from(cluster);
-                let warps = blocks * u64::from(share.warps);
-                let fits = blocks <= u64::from(profile.multiprocessors)
-                    && warps <= u64::from(profile.multiprocessors * RESIDENT_WARPS);
-                if fits && (blocks, warps) > most {
-                    (best, most) = (share, (blocks, warps));
+        let clusters = 1..=work.ratio.max(profile.most_cluster);
+        for cluster in clusters.take_while(|cluster| blocks(*cluster) <= multiprocessors) {
+            for steps in (0..=(WARP_ROWS / choice.piece_rows).ilog2()).map(|log| 1 << log) {
+                let Some(share) = Self::of(choice, work, profile, [cluster, steps], true) else { continue };
+                let warps = blocks(cluster) * u64::from(share.warps);
+                let fits = warps <= multiprocessors * u64::from(RESIDENT_WARPS);
+                if fits && (blocks(cluster), warps) > most {
+                    (best, most) = (share, (blocks(cluster), warps));
                 }
             }
         }
         Some(best)
     }
 
-    /// So many blocks a cluster, pieces a warp, and all v heads at once.
-    fn of(choice: &Choice, work: &Work, profile: &Profile, cluster: u32, steps: u32) -> Option<Self> {
+    /// Where there is enough to do for the whole device: in as few warps as can be.
+    fn full(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
+        let of = |cluster, steps| Self::of(choice, work, profile, [cluster, steps], false);
+        let steps = FULL_ROWS / choice.piece_rows;
+        let is_large = of(1, steps).is_none_or(|share| share.warps > HALF_WARPS);
+        // Two stages of two bytes.
+        let is_small = choice.landing == 4 * choice.piece_rows * choice.columns;
+        let are_many = work.are(MANY_BLOCKS, profile);
+        if choice.kind == PLAIN && is_large {
+            let halves = |cluster| of(cluster, steps).filter(|share| share.warps <= HALF_WARPS);
+            if let Some(share) = (2..=work.ratio).find_map(halves) {
+                let is_double =
+                    is_small && work.are(VERY_MANY_BLOCKS, profile) && share.warps * 2 <= HALF_WARPS;
+                return if is_double { of(share.cluster, 2 * steps) } else { Some(share) };
+            }
+        }
+        let is_double = match choice.kind {
+            PLAIN => is_large,
+            PLAIN_TOKENS => !work.keeps_each && (is_large || is_small && are_many),
+            _ => is_large || (is_small || work.tokens > 1) && are_many,
+        };
+        of(1, if is_double { 2 * steps } else { steps })
+            .or_else(|| of(1, 2 * steps))
+            .or_else(|| (2..=work.ratio).find_map(|cluster| of(cluster, 1)))
+    }
+
+    /// So many blocks a cluster, pieces a warp, and all v heads at once. With `idle` warps a cluster's blocks have some
+    /// that have no rows.
+    fn of(
+        choice: &Choice,
+        work: &Work,
+        profile: &Profile,
+        [cluster, steps]: [u32; 2],
+        idle: bool,
+    ) -> Option<Self> {
         let Work { ratio, dv, tokens, .. } = *work;
         let steps = steps.min(WARP_ROWS / choice.piece_rows);
         let head_blocks = (cluster / ratio).max(1);
@@ -237,18 +325,15 @@ impl Share {
         // Those of a small block have channels besides (in plain calls a warp does all tokens of its own): as
         // many warps as are at hand at once, and one for the gates and the norm.
         let pairs = choice.columns / 32 + (block_heads * block_rows).div_ceil(64);
-        let most_warps = match choice.kind {
-            NARROW => 8,
-            kind => decode_warps(profile.target, kind == PLAIN, choice.columns),
-        };
-        let sharing = if choice.kind == PLAIN { 1 } else { tokens };
+        let most_warps = choice.most_warps(profile);
+        let sharing = if choice.kind >= PLAIN { 1 } else { tokens };
         let of_channels = (pairs * sharing).min(8).min(most_warps - 1);
         let of_rows = block_heads * head_warps;
-        let warps = if cluster > 1 { of_rows.max(of_channels) + 1 } else { of_rows };
+        let warps = if cluster > 1 && idle { of_rows.max(of_channels) + 1 } else { of_rows };
         let room = Room::new(RoomFor {
             tokens,
             padded: choice.columns,
-            piece_rows: choice.piece_rows,
+            sum_rows: choice.sum_rows,
             dv,
             heads: block_heads,
             block_rows,
@@ -278,8 +363,8 @@ impl Share {
         let mut heads = if profile.one_by_one { 1 } else { work.ratio };
         loop {
             let work = Work { ratio: heads, ..*work };
-            let share = Self::of(choice, &work, profile, 1, steps)
-                .or_else(|| Self::of(choice, &work, profile, 1, most_steps));
+            let share = Self::of(choice, &work, profile, [1, steps], false)
+                .or_else(|| Self::of(choice, &work, profile, [1, most_steps], false));
             if share.is_some() || heads == 1 {
                 return share;
             }

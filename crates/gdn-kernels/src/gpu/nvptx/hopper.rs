@@ -235,7 +235,7 @@ impl<S: Shared> Hopper for Nvptx<S> {
     unsafe fn store_cluster4(&self, at: u32, rank: u32, value: u32) {
         // SAFETY: as above.
         unsafe {
-            asm!("st.shared::cluster.u32 [{}], {};",
+            asm!("st.relaxed.cluster.shared::cluster.u32 [{}], {};",
                 in(reg32) self.of_cluster(at, rank), in(reg32) value, options(nostack));
         }
     }

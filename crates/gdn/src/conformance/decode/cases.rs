@@ -22,6 +22,9 @@ use crate::{
 /// Runs a call as a device of this profile would.
 pub(super) type Run<'a> = dyn FnMut(&mut Call<'_, '_>, Profile) + 'a;
 
+/// Of a device that is full whatever there is to do.
+const FULL: Profile = Profile { multiprocessors: 0, most_cluster: 8, target: Target::Sm90, ..Profile::LEAST };
+
 /// With so many blocks a cluster and pieces a warp, as far as there are; v heads all at once or one after the
 /// other.
 pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
@@ -33,6 +36,7 @@ pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
         cluster: Some(cluster),
         steps: Some(steps),
         one_by_one,
+        large_pieces: None,
     }
 }
 
@@ -162,14 +166,29 @@ pub(super) struct Kept {
     pub(super) batch: Batch,
     states: Memory<5>,
     pub(super) windows: Memory<4>,
+    is_plain: bool,
+    tokens: usize,
 }
 
-const TOKENS: usize = 3;
+pub(super) const TOKENS: usize = 3;
 
 impl Kept {
     pub(super) fn new(state_order: [usize; 2], state_dtype: Dtype, more_columns: usize) -> Self {
         let form = Form { state_order, state_dtype, more_columns, ..Form::default() };
-        let mut batch = Batch::new(&Options::new([2, 4, 24, 40]), form, &[TOKENS; 2]);
+        Self::of(&Options::new([2, 4, 24, 40]), form, false, TOKENS)
+    }
+
+    /// Of a plain call, as long as no numbers of accepted tokens are given.
+    pub(super) fn plain(state_dtype: Dtype, tokens: usize) -> Self {
+        let bf16 = Dtype::BF16;
+        let form = Form { out_dtype: bf16, conv_dtype: bf16, state_dtype, ..Form::default() };
+        let options = Options { dtype: bf16, weight_dtype: bf16, ..Options::new([2, 4, 64, 32]) };
+        Self::of(&options, form, true, tokens)
+    }
+
+    fn of(options: &Options, form: Form, is_plain: bool, tokens: usize) -> Self {
+        let Form { state_order, state_dtype, conv_dtype, .. } = form;
+        let mut batch = Batch::new(options, form, &[tokens; 2]);
         let [_, hv, dv, dk] = batch.recurrent.sizes;
         let channels = batch.conv.sizes[1];
         // Slots for a table of one for each token.
@@ -178,11 +197,11 @@ impl Kept {
         batch.recurrent =
             Memory::poisoned(state_dtype, [9, hv, dv, dk], order, [0; 4], 0).fill(|_| random.normal() * 0.3);
         let columns = batch.conv.sizes[2];
-        batch.conv = Memory::dense(Dtype::F32, [9, channels, columns]).fill(|_| random.normal());
+        batch.conv = Memory::dense(conv_dtype, [9, channels, columns]).fill(|_| random.normal());
         let order = [0, 1, 2, state_order[0] + 1, state_order[1] + 1];
-        let states = Memory::poisoned(state_dtype, [3, TOKENS + 1, hv, dv, dk], order, [0, 0, 3, 0, 0], 0);
-        let windows = Memory::dense(Dtype::BF16, [3, TOKENS, channels, 3]);
-        Self { batch, states, windows }
+        let states = Memory::poisoned(state_dtype, [3, tokens + 1, hv, dv, dk], order, [0, 0, 3, 0, 0], 0);
+        let windows = Memory::dense(Dtype::BF16, [3, tokens, channels, 3]);
+        Self { batch, states, windows, is_plain, tokens }
     }
 
     /// The `way`th way to keep states.
@@ -190,8 +209,8 @@ impl Kept {
         let table = [3i64, 5, 1, 6, 2, 8];
         let (one, accepted) = ([7i64, -1], [2i64, 3]);
         let to = Numbers::new(&one, IndexType::I32);
-        let other = Numbers::new(&[2, 1], IndexType::I64);
-        let slots = Numbers::new(&table, IndexType::I32);
+        let other = Numbers::new(&[2, 1], if self.is_plain { IndexType::I32 } else { IndexType::I64 });
+        let slots = Numbers::new(&table[..2 * self.tokens], IndexType::I32);
         let accepted = Numbers::new(&accepted, IndexType::I32);
         let (mut conv_keep, mut keep, mut number) = (Keep::Last, Keep::Last, None);
         match way {
@@ -212,12 +231,12 @@ impl Kept {
         let batch = &mut self.batch;
         run(&mut Decode {
             layer: batch.setup.layer,
-            tokens_per_sequence: TOKENS,
+            tokens_per_sequence: self.tokens,
             projections: batch.setup.projections(),
             weights: batch.setup.weights(),
             conv_state: ConvState { state: batch.conv.view_mut(), keep: conv_keep },
             recurrent_state: RecurrentState { state: batch.recurrent.view_mut(), keep },
-            slots: Slots::of(slots.view([2, TOKENS])),
+            slots: Slots::of(slots.view([2, self.tokens])),
             num_accepted_tokens: number,
             out: batch.out.view_mut(),
         });
@@ -230,67 +249,107 @@ pub(super) fn contracts(run: &mut Run<'_>) {
     fn same<const D: usize>(what: &str, got: &Memory<D>, cpu: &Memory<D>, before: &Memory<D>) {
         let changed = |place: [usize; D]| cpu.get(place).to_bits() != before.get(place).to_bits();
         got.check_untouched(before, what, changed);
+        let dtype = got.dtype;
         let (got, cpu) = (got.all(), cpu.all());
         let error = relative(&got, &cpu);
-        assert!(error <= bound(&cpu, Dtype::F32), "{what} is off the CPU's by {error:.2e}");
+        assert!(error <= bound(&cpu, dtype), "{what} is off the CPU's by {error:.2e}");
     }
+    let mut check = |what: &str, before: Kept, way: usize| {
+        let (mut cpu, mut first) = (before.clone(), before.clone());
+        cpu.run(way, |call| decode(call, &Cpu::new().threads(1)).unwrap());
+        first.run(way, |call| run(call, profile(1, 8, false)));
+        let names = ["out", "conv_state", "recurrent_state", "states", "windows"];
+        let [out, conv, recurrent, states, windows] = names.map(|name| format!("{what}: {name}"));
+        same(&out, &first.batch.out, &cpu.batch.out, &before.batch.out);
+        same(&conv, &first.batch.conv, &cpu.batch.conv, &before.batch.conv);
+        same(&recurrent, &first.batch.recurrent, &cpu.batch.recurrent, &before.batch.recurrent);
+        same(&states, &first.states, &cpu.states, &before.states);
+        same(&windows, &first.windows, &cpu.windows, &before.windows);
+        for (cluster, steps) in [(4, 2), (8, 1), (2, 1)] {
+            let mut other = before.clone();
+            other.run(way, |call| run(call, profile(cluster, steps, true)));
+            assert!(
+                results(&first.batch) == results(&other.batch)
+                    && first.states.bytes == other.states.bytes
+                    && first.windows.bytes == other.windows.bytes,
+                "{what}: {cluster} blocks give other bits"
+            );
+        }
+    };
     for (state_order, state_dtype) in [([2, 3], Dtype::F32), ([3, 2], Dtype::F32)] {
         for way in 0..=6 {
             let more_columns = if way == 6 { [TOKENS - 1, TOKENS + 1] } else { [0, 2] };
             for more_columns in more_columns {
                 let before = Kept::new(state_order, state_dtype, more_columns);
-                let (mut cpu, mut first) = (before.clone(), before.clone());
-                cpu.run(way, |call| decode(call, &Cpu::new().threads(1)).unwrap());
-                first.run(way, |call| run(call, profile(1, 8, false)));
-                let what = format!("way {way}, {state_order:?}, {more_columns} more columns");
-                let names = ["out", "conv_state", "recurrent_state", "states", "windows"];
-                let [out, conv, recurrent, states, windows] = names.map(|name| format!("{what}: {name}"));
-                same(&out, &first.batch.out, &cpu.batch.out, &before.batch.out);
-                same(&conv, &first.batch.conv, &cpu.batch.conv, &before.batch.conv);
-                same(&recurrent, &first.batch.recurrent, &cpu.batch.recurrent, &before.batch.recurrent);
-                same(&states, &first.states, &cpu.states, &before.states);
-                same(&windows, &first.windows, &cpu.windows, &before.windows);
-                let mut other = before.clone();
-                other.run(way, |call| run(call, profile(4, 2, true)));
-                assert!(
-                    results(&first.batch) == results(&other.batch)
-                        && first.states.bytes == other.states.bytes
-                        && first.windows.bytes == other.windows.bytes,
-                    "{what}: other blocks give other bits"
-                );
+                check(&format!("way {way}, {state_order:?}, {more_columns} more columns"), before, way);
+            }
+        }
+    }
+    for state_dtype in [Dtype::F32, Dtype::BF16] {
+        for way in 0..=5 {
+            for tokens in [1, TOKENS] {
+                let what = format!("way {way}, plain, {state_dtype}, {tokens} tokens");
+                check(&what, Kept::plain(state_dtype, tokens), way);
             }
         }
     }
 }
 
-/// T tokens are T times one, whatever the dtype of the state.
+/// T tokens are T times one, whatever the dtype of the state, the blocks and the pieces.
 pub(super) fn tokens_at_once(run: &mut Run<'_>) {
     for state_dtype in Dtype::ALL {
         for state_order in [[2, 3], [3, 2]] {
             let form = Form { state_dtype, state_order, ..Form::default() };
-            let mut all = Batch::new(&Options::new([1, 2, 24, 16]), form, &[5]);
-            let mut one = Batch::new(&Options::new([1, 2, 24, 16]), form, &[1]);
-            let given = one.setup.clone();
-            one.setup = all.setup.clone();
-            (one.setup.mixed_qkvz, one.setup.mixed_ba) = (given.mixed_qkvz, given.mixed_ba);
-            one.setup.num_tokens = 1;
-            (one.conv, one.recurrent) = (all.conv.clone(), all.recurrent.clone());
-            one.slots = all.slots.clone();
-            let mut outputs = Vec::new();
-            for t in 0..5 {
-                for [_, f] in one.setup.mixed_qkvz.places() {
-                    one.setup.mixed_qkvz.set([0, f], all.setup.mixed_qkvz.get([t, f]));
-                }
-                for [_, f] in one.setup.mixed_ba.places() {
-                    one.setup.mixed_ba.set([0, f], all.setup.mixed_ba.get([t, f]));
-                }
-                one.decode_by(|call| run(call, profile(2, 1, false)));
-                outputs.extend(one.out.all());
-            }
-            all.decode_by(|call| run(call, profile(1, 8, false)));
-            assert_eq!(all.out.all(), outputs, "{form:?}");
-            assert!(all.conv.all() == one.conv.all() && all.recurrent.all() == one.recurrent.all());
+            at_once(&Options::new([1, 2, 24, 16]), form, run);
         }
+    }
+    let bf16 = Dtype::BF16;
+    let mut plain = |state_dtype, heads| {
+        let form = Form { out_dtype: bf16, conv_dtype: bf16, state_dtype, ..Form::default() };
+        at_once(&Options { dtype: bf16, weight_dtype: bf16, ..Options::new(heads) }, form, run);
+    };
+    for dk in [64, 96, 128, 256] {
+        plain(Dtype::F32, [1, 2, dk, 32]);
+        plain(bf16, [1, 2, dk, 32]);
+    }
+    // More warps than half a multiprocessor's.
+    plain(Dtype::F32, [1, 3, 128, 128]);
+    plain(bf16, [1, 3, 128, 128]);
+}
+
+fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
+    let all = Batch::new(options, form, &[5]);
+    let mut one = Batch::new(options, form, &[1]);
+    let given = one.setup.clone();
+    one.setup = all.setup.clone();
+    (one.setup.mixed_qkvz, one.setup.mixed_ba) = (given.mixed_qkvz, given.mixed_ba);
+    one.setup.num_tokens = 1;
+    (one.conv, one.recurrent) = (all.conv.clone(), all.recurrent.clone());
+    one.slots = all.slots.clone();
+    let mut outputs = Vec::new();
+    for t in 0..5 {
+        for [_, f] in one.setup.mixed_qkvz.places() {
+            one.setup.mixed_qkvz.set([0, f], all.setup.mixed_qkvz.get([t, f]));
+        }
+        for [_, f] in one.setup.mixed_ba.places() {
+            one.setup.mixed_ba.set([0, f], all.setup.mixed_ba.get([t, f]));
+        }
+        let mut again = one.clone();
+        one.decode_by(|call| run(call, profile(2, 1, false)));
+        again.decode_by(|call| run(call, FULL));
+        assert!(results(&again) == results(&one), "{options:?}, {form:?}, token {t}");
+        outputs.extend(one.out.all());
+    }
+    let chosen =
+        [(1, 8, false), (1, 2, true), (1, 16, true), (4, 1, false)].map(|(cluster, steps, large)| Profile {
+            large_pieces: Some(large),
+            ..profile(cluster, steps, false)
+        });
+    for profile in chosen.into_iter().chain([FULL]) {
+        let mut all = all.clone();
+        all.decode_by(|call| run(call, profile));
+        assert_eq!(all.out.all(), outputs, "{options:?}, {form:?}, {profile:?}");
+        assert!(all.conv.all() == one.conv.all() && all.recurrent.all() == one.recurrent.all());
     }
 }
 

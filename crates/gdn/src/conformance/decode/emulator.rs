@@ -29,6 +29,9 @@ fn kernel(job: &Job, gpu: &Thread<'_>) {
         gdn_decode_f32_64 gdn_decode_f32_128 gdn_decode_f32_256 gdn_decode_f32_narrow
         gdn_decode_f32_64_plain gdn_decode_f32_96_plain gdn_decode_f32_128_plain gdn_decode_f32_256_plain
         gdn_decode_bf16_64_plain gdn_decode_bf16_96_plain gdn_decode_bf16_128_plain gdn_decode_bf16_256_plain
+        gdn_decode_f32_64_tokens gdn_decode_f32_96_tokens gdn_decode_f32_128_tokens gdn_decode_f32_256_tokens
+        gdn_decode_bf16_64_tokens gdn_decode_bf16_96_tokens gdn_decode_bf16_128_tokens gdn_decode_bf16_256_tokens
+        gdn_decode_bf16_128_tokens_large
         gdn_decode_f16_64 gdn_decode_f16_128 gdn_decode_f16_256 gdn_decode_f16_narrow
         gdn_decode_bf16_64 gdn_decode_bf16_128 gdn_decode_bf16_256 gdn_decode_bf16_narrow);
 }
@@ -89,7 +92,7 @@ fn emulate_in(
 fn the_oracle_on_the_emulator() {
     let mut seen = std::collections::BTreeSet::new();
     cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
-    assert_eq!(seen.len(), 20, "{seen:?}");
+    assert_eq!(seen.len(), 21, "{seen:?}");
 }
 
 #[test]
@@ -101,16 +104,19 @@ fn any_layer_on_the_emulator() {
 
 #[test]
 fn contracts_on_the_emulator() {
-    cases::contracts(&mut |call, profile| {
-        emulate(call, profile);
-    });
+    let mut seen = std::collections::BTreeSet::new();
+    cases::contracts(&mut |call, profile| seen.extend(emulate(call, profile)));
+    for name in ["gdn_decode_f32_64", "gdn_decode_f32_64_tokens", "gdn_decode_bf16_64_tokens"] {
+        assert!(seen.contains(name), "{seen:?}");
+    }
 }
 
 #[test]
 fn tokens_at_once_or_one_by_one_on_the_emulator() {
-    cases::tokens_at_once(&mut |call, profile| {
-        emulate(call, profile);
-    });
+    let mut seen = std::collections::BTreeSet::new();
+    cases::tokens_at_once(&mut |call, profile| seen.extend(emulate(call, profile)));
+    let of_tokens = seen.iter().filter(|name| name.contains("tokens"));
+    assert_eq!(of_tokens.count(), 9, "{seen:?}");
 }
 
 #[test]
@@ -131,9 +137,10 @@ fn many_sequences_on_the_emulator() {
 /// threads write one place, and the same there.
 #[test]
 fn windows_that_share_memory_on_the_emulator() {
-    for (cluster, steps, seed) in [(1, 8, 1), (1, 1, 2), (2, 1, 3), (4, 1, 4)] {
+    let ways = [(1, 8, 1), (1, 1, 2), (2, 1, 3), (4, 1, 4)];
+    let kept = || [cases::Kept::new([2, 3], Dtype::F32, 0), cases::Kept::plain(Dtype::BF16, cases::TOKENS)];
+    for ((cluster, steps, seed), before) in ways.into_iter().flat_map(|way| kept().map(|kept| (way, kept))) {
         let profile = cases::profile(cluster, steps, false);
-        let before = cases::Kept::new([2, 3], Dtype::F32, 0);
         let mut apart = before.clone();
         apart.run(5, |call| {
             emulate(call, profile);
