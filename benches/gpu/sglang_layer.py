@@ -146,6 +146,11 @@ def measure_extend(rig, lengths, turns):
     return medians
 
 
+def numbers(text):
+    """Those of a text with commas between them; none of an empty one."""
+    return [int(one) for one in text.split(",") if one]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="where figures go")
@@ -154,7 +159,12 @@ def main():
     parser.add_argument("--tokens", default="1,4", help="1 for decoding, more for drafts")
     parser.add_argument("--prompts", default="512,2048,8192,4x2048", help="lengths of prompts that go in, alone or LENGTHS as often as said")
     arguments = parser.parse_args()
-    rows = []
+    about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "SGLang 0.5.23"]
+    # A figure is written when it is there: who ends the process has those before.
+    out = open(arguments.csv or os.devnull, "w", newline="", buffering=1)
+    rows = csv.writer(out)
+    rows.writerow(["# " + ", ".join(map(str, about))])
+    rows.writerow(["packing", "state", "step", "tokens", "batch", "part", "SGLang us", "with gdn us"])
 
     def keep(packing, state, step, tokens, batch_size, figures):
         name = str(state).removeprefix("torch.")
@@ -162,15 +172,15 @@ def main():
             theirs, ours = figures[part, "SGLang"], figures[part, "gdn"]
             what = f"{packing} {name} {step} T={tokens} B={batch_size} {part}"
             print(f"{what}: SGLang {theirs:.2f}, gdn {ours:.2f}, {theirs / ours:.2f} times", flush=True)
-            rows.append([packing, name, step, tokens, batch_size, part, f"{theirs:.3f}", f"{ours:.3f}"])
+            rows.writerow([packing, name, step, tokens, batch_size, part, f"{theirs:.3f}", f"{ours:.3f}"])
 
     import sglang_rig as rigs
 
     with stand_ins.engine(peers.folder("sglang"), "sglang", rigs.REAL, rigs.given()):
         for packing in rigs.MODELS:
             for state in (torch.float32, torch.bfloat16):
-                for tokens in map(int, arguments.tokens.split(",")):
-                    for batch_size in map(int, arguments.batch.split(",")):
+                for tokens in numbers(arguments.tokens):
+                    for batch_size in numbers(arguments.batch):
                         if tokens > 1 and batch_size > 64:
                             continue
                         calls = max(2, min(32, (256 << 20) // (batch_size * 32 * 128 * 128 * state.itemsize)))
@@ -187,13 +197,6 @@ def main():
                     keep(packing, torch.float32, step, length, len(lengths), figures)
                 del rig
                 torch.cuda.empty_cache()
-    if arguments.csv:
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "SGLang 0.5.23"]
-            writer.writerow(["# " + ", ".join(map(str, about))])
-            writer.writerow(["packing", "state", "step", "tokens", "batch", "part", "SGLang us", "with gdn us"])
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":
