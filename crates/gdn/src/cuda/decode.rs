@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 
-use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop, sys::CUstream};
+use cudarc::driver::sys::CUstream;
 use gdn_kernels::{
     decode::{
         NARROW, PLAIN, PLAIN_TOKENS, WIDE,
@@ -18,15 +18,16 @@ use super::{
     launch::Launch,
     module::{Current, Function},
     share::{Choice, Profile, Share, Work},
+    slices::{OnStream, Read, Write},
 };
 use crate::{
     argument::ArgumentError,
     decode::{Decode, Plan},
     dtype::Dtype,
-    layer::{Field, Gate, Layer, Projections, Tokens},
+    layer::{Field, Gate, Layer, Tokens},
     state::{Keep, Kept, SlotsOf},
-    tensor::{Element, Index, IndexType, Indices, Operand, Space, Tensor, expect_apart, placed},
-    view::{DeviceAddress, Packed, Unpacked},
+    tensor::{IndexType, Operand},
+    view::DeviceAddress,
 };
 
 impl Gpu {
@@ -132,99 +133,6 @@ pub(crate) unsafe fn run(
     job.map_or(Ok(()), |job| unsafe { job.launch(gpu, &OnceLock::new(), stream) })
 }
 
-/// Memory of a slice that a call reads, ordered after what was done to it on other streams; what comes later
-/// there is ordered after this view is dropped.
-pub struct Read<'a> {
-    address: DeviceAddress,
-    stream: CUstream,
-    _recorded: SyncOnDrop<'a>,
-}
-
-/// Memory of a slice that a call reads and writes, ordered like [`Read`].
-pub struct Write<'a> {
-    address: DeviceAddress,
-    stream: CUstream,
-    _recorded: SyncOnDrop<'a>,
-}
-
-impl Read<'_> {
-    pub(super) fn stream(&self) -> CUstream {
-        self.stream
-    }
-}
-
-impl Write<'_> {
-    pub(super) fn stream(&self) -> CUstream {
-        self.stream
-    }
-}
-
-impl Space for Read<'_> {
-    type Raw = DeviceAddress;
-
-    fn raw(&self) -> DeviceAddress {
-        self.address
-    }
-}
-
-impl Space for Write<'_> {
-    type Raw = DeviceAddress;
-
-    fn raw(&self) -> DeviceAddress {
-        self.address
-    }
-}
-
-macro_rules! of_slices {
-    ($view:ident, $bound:ident :: $constant:ident) => {
-        impl<'a, const D: usize> $view<Read<'a>, D> {
-            /// Elements of a slice of the GPU's, for calls on its stream. Strides are in elements; `None` for
-            /// no gaps, last dim dense.
-            ///
-            /// # Errors
-            /// [`ArgumentError::TooLarge`](crate::ArgumentError::TooLarge),
-            /// [`ArgumentError::Length`](crate::ArgumentError::Length) where the last element lies past the
-            /// end.
-            pub fn on<T: $bound>(
-                slice: &'a impl DevicePtr<T>,
-                sizes: [usize; D],
-                strides: Option<[usize; D]>,
-                gpu: &'a Gpu,
-            ) -> Result<Self, ArgumentError> {
-                let strides = placed(slice.len(), size_of::<T>(), sizes, strides)?;
-                let (address, recorded) = slice.device_ptr(gpu.stream());
-                let at =
-                    Read { address: address.into(), stream: gpu.stream().cu_stream(), _recorded: recorded };
-                Self::over(at, T::$constant, sizes, strides)
-            }
-        }
-    };
-}
-
-of_slices!(Tensor, Element::DTYPE);
-of_slices!(Indices, Index::INDEX_TYPE);
-
-impl<'a, const D: usize> Tensor<Write<'a>, D> {
-    /// Elements of a slice of the GPU's, to be read and written by calls on its stream. Strides are in
-    /// elements; `None` for no gaps, last dim dense.
-    ///
-    /// # Errors
-    /// Those of [`Tensor::on`](Tensor::<Read<'_>, D>::on), and
-    /// [`ArgumentError::Stride`] where two elements would share memory.
-    pub fn on_mut<T: Element>(
-        slice: &'a mut impl DevicePtrMut<T>,
-        sizes: [usize; D],
-        strides: Option<[usize; D]>,
-        gpu: &'a Gpu,
-    ) -> Result<Self, ArgumentError> {
-        let strides = placed(slice.len(), size_of::<T>(), sizes, strides)?;
-        expect_apart(sizes, strides)?;
-        let (address, recorded) = slice.device_ptr_mut(gpu.stream());
-        let at = Write { address: address.into(), stream: gpu.stream().cu_stream(), _recorded: recorded };
-        Self::over(at, T::DTYPE, sizes, strides)
-    }
-}
-
 /// Computes the layer between its two GEMMs for T tokens of each of B sequences, on the GPU's stream: the
 /// counterpart of [`gdn::decode`](crate::decode()), and what [`Gpu::decode_raw`] says.
 ///
@@ -236,62 +144,39 @@ impl<'a, const D: usize> Tensor<Write<'a>, D> {
 /// than this GPU's.
 pub fn decode(call: &mut Decode<Read<'_>, Write<'_>>, gpu: &Gpu) -> Result<(), CudaError> {
     let plan = Plan::new(call)?;
-    streams(call, gpu.stream().cu_stream())?;
+    streams(call, OnStream(gpu.stream().cu_stream()))?;
     // SAFETY: the elements lie within slices that the views borrow, the written ones exclusively and with no
     // two elements in one place; cudarc orders what comes before and after on this stream.
     unsafe { run(gpu, &plan, Profile::of(gpu), gpu.stream().cu_stream()) }
 }
 
 /// That all views of a call were made for a stream.
-fn streams(call: &Decode<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), CudaError> {
-    let expect = |argument: &'static str, got: CUstream| {
-        if got == stream { Ok(()) } else { Err(CudaError::WrongStream { argument }) }
-    };
-    match &call.projections {
-        Projections::Packed(Packed { mixed_qkvz, mixed_ba }) => {
-            expect("mixed_qkvz", mixed_qkvz.space().stream)?;
-            expect("mixed_ba", mixed_ba.space().stream)?;
-        }
-        Projections::Unpacked(Unpacked { mixed_qkv, z, b, a }) => {
-            for (argument, rows) in [("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a)] {
-                expect(argument, rows.space().stream)?;
-            }
-        }
-    }
-    let weights = &call.weights;
-    expect("conv_weight", weights.conv_weight.space().stream)?;
-    if let Some(bias) = &weights.conv_bias {
-        expect("conv_bias", bias.space().stream)?;
-    }
-    for (argument, vector) in
-        [("A_log", &weights.A_log), ("dt_bias", &weights.dt_bias), ("norm_weight", &weights.norm_weight)]
-    {
-        expect(argument, vector.space().stream)?;
-    }
+fn streams(call: &Decode<Read<'_>, Write<'_>>, stream: OnStream) -> Result<(), CudaError> {
     fn kept<const E: usize>(keep: &Keep<Read<'_>, Write<'_>, E>) -> [Option<CUstream>; 2] {
         match keep {
-            Keep::LastAt(indices) => [Some(indices.space().stream), None],
+            Keep::LastAt(indices) => [Some(indices.space().stream()), None],
             Keep::EachIn { states, indices } => {
-                [Some(states.space().stream), indices.as_ref().map(|indices| indices.space().stream)]
+                [Some(states.space().stream()), indices.as_ref().map(|indices| indices.space().stream())]
             }
             Keep::Last | Keep::Each | Keep::Nothing => [None; 2],
         }
     }
-    expect("conv_state", call.conv_state.state.space().stream)?;
-    expect("recurrent_state", call.recurrent_state.state.space().stream)?;
+    stream.expect_inputs(&call.projections, &call.weights)?;
+    stream.expect("conv_state", call.conv_state.state.space().stream())?;
+    stream.expect("recurrent_state", call.recurrent_state.state.space().stream())?;
     for (argument, keep) in [
         ("conv_state.keep", kept(&call.conv_state.keep)),
         ("recurrent_state.keep", kept(&call.recurrent_state.keep)),
     ] {
-        keep.into_iter().flatten().try_for_each(|got| expect(argument, got))?;
+        keep.into_iter().flatten().try_for_each(|got| stream.expect(argument, got))?;
     }
     if let Some(indices) = &call.slots.state_indices {
-        expect("state_indices", indices.space().stream)?;
+        stream.expect("state_indices", indices.space().stream())?;
     }
     if let Some(indices) = &call.num_accepted_tokens {
-        expect("num_accepted_tokens", indices.space().stream)?;
+        stream.expect("num_accepted_tokens", indices.space().stream())?;
     }
-    expect("out", call.out.space().stream)
+    stream.expect("out", call.out.space().stream())
 }
 
 /// The projections of a call: their names, addresses, and bytes of an element.

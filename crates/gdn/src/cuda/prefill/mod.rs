@@ -11,15 +11,14 @@ pub use self::{
     scratch::{PREFILL_CHUNK, prefill_scratch_bytes},
 };
 use super::{
-    decode::{Read, Write},
     device::Gpu,
     error::CudaError,
     module::Current,
+    slices::{OnStream, Read, Write},
 };
 use crate::{
-    layer::Projections,
     prefill::{Plan, Prefill},
-    view::{DeviceAddress, Packed, Unpacked},
+    view::DeviceAddress,
 };
 
 impl Gpu {
@@ -115,7 +114,7 @@ pub fn prefill(
 ) -> Result<(), CudaError> {
     let plan = Plan::new(call)?;
     let stream = gpu.stream().cu_stream();
-    streams(call, stream)?;
+    streams(call, OnStream(stream))?;
     let len = scratch.len();
     let (address, _recorded) = scratch.device_ptr_mut(gpu.stream());
     // SAFETY: the elements lie within slices that the views borrow, the written ones exclusively and with no
@@ -124,31 +123,8 @@ pub fn prefill(
 }
 
 /// That all views of a call were made for a stream.
-fn streams(call: &Prefill<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), CudaError> {
-    let expect = |argument: &'static str, got: CUstream| {
-        if got == stream { Ok(()) } else { Err(CudaError::WrongStream { argument }) }
-    };
-    match &call.projections {
-        Projections::Packed(Packed { mixed_qkvz, mixed_ba }) => {
-            expect("mixed_qkvz", mixed_qkvz.space().stream())?;
-            expect("mixed_ba", mixed_ba.space().stream())?;
-        }
-        Projections::Unpacked(Unpacked { mixed_qkv, z, b, a }) => {
-            for (argument, rows) in [("mixed_qkv", mixed_qkv), ("z", z), ("b", b), ("a", a)] {
-                expect(argument, rows.space().stream())?;
-            }
-        }
-    }
-    let weights = &call.weights;
-    expect("conv_weight", weights.conv_weight.space().stream())?;
-    for (argument, vector) in [
-        ("conv_bias", weights.conv_bias.as_ref()),
-        ("A_log", Some(&weights.A_log)),
-        ("dt_bias", Some(&weights.dt_bias)),
-        ("norm_weight", Some(&weights.norm_weight)),
-    ] {
-        vector.map_or(Ok(()), |vector| expect(argument, vector.space().stream()))?;
-    }
+fn streams(call: &Prefill<Read<'_>, Write<'_>>, stream: OnStream) -> Result<(), CudaError> {
+    stream.expect_inputs(&call.projections, &call.weights)?;
     let checkpoints = call.checkpoints.as_ref();
     for (argument, got) in [
         ("cu_seqlens", Some(call.cu_seqlens.space().stream())),
@@ -164,7 +140,7 @@ fn streams(call: &Prefill<Read<'_>, Write<'_>>, stream: CUstream) -> Result<(), 
         ),
         ("out", Some(call.out.space().stream())),
     ] {
-        got.map_or(Ok(()), |got| expect(argument, got))?;
+        got.map_or(Ok(()), |got| stream.expect(argument, got))?;
     }
     Ok(())
 }
