@@ -61,7 +61,7 @@ impl Profile {
 }
 
 /// Warps that a multiprocessor is given at a time, where each could have fewer rows.
-const RESIDENT_WARPS: u32 = 24;
+const RESIDENT_WARPS: u64 = 24;
 
 /// Rows of a warp where there is enough to do for all. With twice as many, fewer warps do what each does
 /// once: worth it where that is much beside the bytes, and blocks are many; and where the block is too large
@@ -197,6 +197,11 @@ impl Choice {
         large >= small || !keeps_each && work.are(VERY_MANY_BLOCKS, profile) && large * 4 >= small * 3
     }
 
+    /// Whether rows have two bytes a number: there are two stages.
+    fn is_small(&self) -> bool {
+        self.landing == 4 * self.piece_rows * self.columns
+    }
+
     /// Warps of a block, at most: so many as registers suffice for.
     fn most_warps(&self, profile: &Profile) -> u32 {
         match self.kind {
@@ -258,23 +263,59 @@ impl Share {
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
             return Self::of(choice, work, profile, [cluster, steps], true).or(Some(last));
         }
-        // As many blocks, and then as few pieces a warp, as leave the device not too much to do at a time.
-        let multiprocessors = u64::from(profile.multiprocessors);
-        let blocks = |cluster: u32| u64::from(work.groups) * u64::from(cluster);
+        if work.groups > profile.multiprocessors {
+            return Some(last);
+        }
         let mut best = last;
-        let mut most = (0, 0);
-        let clusters = 1..=work.ratio.max(profile.most_cluster);
-        for cluster in clusters.take_while(|cluster| blocks(*cluster) <= multiprocessors) {
+        let mut most = None;
+        for cluster in 1..=work.ratio.max(profile.most_cluster) {
             for steps in (0..=(WARP_ROWS / choice.piece_rows).ilog2()).map(|log| 1 << log) {
-                let Some(share) = Self::of(choice, work, profile, [cluster, steps], true) else { continue };
-                let warps = blocks(cluster) * u64::from(share.warps);
-                let fits = warps <= multiprocessors * u64::from(RESIDENT_WARPS);
-                if fits && (blocks(cluster), warps) > most {
-                    (best, most) = (share, (blocks(cluster), warps));
+                for idle in [false, true] {
+                    let share = Self::of(choice, work, profile, [cluster, steps], idle);
+                    let Some(share) = share.filter(|_| cluster > 1 || !idle) else { continue };
+                    let rank = share.rank(choice, work, profile, idle);
+                    if rank > most {
+                        (best, most) = (share, rank);
+                    }
                 }
             }
         }
         Some(best)
+    }
+
+    /// How good it is to do all at once in such shares; `None` where they would not fit.
+    fn rank(&self, choice: &Choice, work: &Work, profile: &Profile, idle: bool) -> Option<[u64; 3]> {
+        let &Self { cluster, head_blocks, block_heads, head_warps, steps, warps, .. } = self;
+        let [groups, cluster, warps, multiprocessors] =
+            [work.groups, cluster, warps, profile.multiprocessors].map(u64::from);
+        let blocks = groups * cluster;
+        if blocks * warps > multiprocessors * RESIDENT_WARPS {
+            return None;
+        }
+        let are_few = blocks <= multiprocessors;
+        if choice.kind < PLAIN {
+            return (are_few && (idle || cluster == 1)).then_some([blocks, warps, 0]);
+        }
+        // Blocks of the next call, or another one's of this, fit beside those of so many warps. Large clusters fit
+        // badly on a device whose parts are of unlike sizes, so they are not to have a multiprocessor each.
+        let half = u64::from(if choice.name == LARGE.name { HALF_WARPS * 3 / 4 } else { HALF_WARPS });
+        let alone = are_few && (cluster == 1 || idle && (cluster == 2 || blocks * 2 <= multiprocessors));
+        let of_rows = u64::from(block_heads * head_warps);
+        if choice.kind == PLAIN_TOKENS {
+            // Each block makes the queries and keys of all tokens: two with a piece a warp, rather than four.
+            let is_pair = cluster == 2 && steps == 1 && of_rows > half && groups * 5 > multiprocessors;
+            let rank = if is_pair { multiprocessors } else { blocks };
+            let fits = alone || are_few && (is_pair || warps <= half);
+            return fits.then_some([rank, warps, u64::from(idle)]);
+        }
+        let halves = warps <= half && blocks * 2 <= multiprocessors * if cluster > 2 { 3 } else { 4 };
+        let is_worth_it = !choice.is_small() && cluster <= 3 || blocks * 2 >= multiprocessors * 5;
+        let quarters = warps * 2 <= half
+            && cluster > 1
+            && head_blocks == 1
+            && blocks <= multiprocessors * 3
+            && is_worth_it;
+        (alone || halves || quarters).then_some([blocks * of_rows, blocks, u64::from(idle)])
     }
 
     /// Where there is enough to do for the whole device: in as few warps as can be.
@@ -282,8 +323,7 @@ impl Share {
         let of = |cluster, steps| Self::of(choice, work, profile, [cluster, steps], false);
         let steps = FULL_ROWS / choice.piece_rows;
         let is_large = of(1, steps).is_none_or(|share| share.warps > HALF_WARPS);
-        // Two stages of two bytes.
-        let is_small = choice.landing == 4 * choice.piece_rows * choice.columns;
+        let is_small = choice.is_small();
         let are_many = work.are(MANY_BLOCKS, profile);
         if choice.kind == PLAIN && is_large {
             let halves = |cluster| of(cluster, steps).filter(|share| share.warps <= HALF_WARPS);
@@ -291,6 +331,15 @@ impl Share {
                 let is_double =
                     is_small && work.are(VERY_MANY_BLOCKS, profile) && share.warps * 2 <= HALF_WARPS;
                 return if is_double { of(share.cluster, 2 * steps) } else { Some(share) };
+            }
+        }
+        // Two blocks of half as many warps fill the device more evenly, where it is filled but a few times.
+        let [groups, multiprocessors] = [work.groups, profile.multiprocessors].map(u64::from);
+        let are_some = groups <= 3 * multiprocessors && (!is_small || groups * 4 >= multiprocessors * 5);
+        if choice.kind == PLAIN && are_some {
+            let quarter = |share: &Self| share.block_heads * 2 == work.ratio && share.warps * 2 == HALF_WARPS;
+            if let Some(share) = of(2, steps).filter(quarter) {
+                return Some(share);
             }
         }
         let is_double = match choice.kind {
@@ -369,6 +418,74 @@ impl Share {
                 return share;
             }
             heads = heads.div_ceil(2);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gdn_kernels::decode::args::F32;
+
+    use super::*;
+
+    /// What was the best of what was measured on an H100, by key heads of all sequences: blocks of a cluster, pieces of a
+    /// warp, warps.
+    #[test]
+    fn an_h100_is_filled_as_was_measured() {
+        let h100 = Profile {
+            multiprocessors: 132,
+            most_cluster: 8,
+            target: Target::Sm90,
+            most_shared: DECODE_SHARED,
+            ..Profile::LEAST
+        };
+        let share = |[ratio, groups, tokens]: [u32; 3], dtype| {
+            let work = Work { groups, ratio, dv: 128, tokens, keeps_each: false };
+            let kind = if tokens > 1 { PLAIN_TOKENS } else { PLAIN };
+            let choice = Choice::all(dtype, kind, 128, &work, &h100).next().unwrap();
+            let Share { cluster, steps, warps, .. } = Share::new(choice, &work, &h100).unwrap();
+            (choice.piece_rows, [cluster, steps, warps])
+        };
+        let one = [
+            (2, 16, [8, 1, 6], [8, 1, 6]),
+            (2, 32, [4, 1, 8], [4, 1, 8]),
+            (2, 48, [4, 1, 8], [4, 1, 8]),
+            (2, 64, [2, 2, 9], [2, 2, 9]),
+            (2, 80, [2, 2, 8], [2, 2, 8]),
+            (2, 128, [2, 2, 8], [2, 2, 8]),
+            (2, 160, [2, 4, 4], [1, 4, 8]),
+            (2, 256, [2, 4, 4], [2, 4, 4]),
+            (2, 1024, [1, 4, 8], [1, 4, 8]),
+            (2, 8192, [1, 4, 8], [1, 4, 8]),
+            (3, 16, [6, 1, 8], [6, 1, 8]),
+            (3, 64, [3, 2, 8], [3, 2, 8]),
+            (3, 80, [3, 4, 4], [1, 4, 12]),
+            (3, 256, [3, 4, 4], [3, 4, 4]),
+            (3, 8192, [3, 4, 4], [3, 8, 2]),
+            (4, 16, [8, 1, 8], [8, 1, 8]),
+            (4, 32, [4, 2, 8], [4, 2, 8]),
+            (4, 64, [2, 4, 9], [2, 4, 9]),
+            (4, 128, [2, 4, 8], [2, 4, 8]),
+            (4, 256, [2, 4, 8], [2, 4, 8]),
+        ];
+        for (ratio, groups, f32, bf16) in one {
+            for (dtype, expected) in [(F32, f32), (BF16, bf16)] {
+                assert_eq!(share([ratio, groups, 1], dtype), (8, expected), "{ratio}, {groups}, {dtype}");
+            }
+        }
+        let four = [
+            (2, 16, [8, 1, 6], 8),
+            (2, 32, [2, 1, 16], 16),
+            (2, 64, [2, 1, 16], 16),
+            (2, 128, [1, 2, 16], 8),
+            (2, 256, [1, 4, 8], 8),
+            (2, 1024, [1, 4, 8], 8),
+            (2, 8192, [1, 4, 8], 16),
+            (3, 256, [1, 8, 6], 16),
+        ];
+        for (ratio, groups, f32, bf16_rows) in four {
+            assert_eq!(share([ratio, groups, 4], F32), (8, f32), "{ratio}, {groups}");
+            assert_eq!(share([ratio, groups, 4], BF16).0, bf16_rows, "{ratio}, {groups}");
         }
     }
 }

@@ -40,6 +40,11 @@ pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
     }
 }
 
+/// Of a device that has little to do, and chooses for itself.
+fn free() -> Profile {
+    Profile { cluster: None, steps: None, ..profile(1, 1, false) }
+}
+
 /// What a call leaves.
 fn results(batch: &Batch) -> [&[u8]; 3] {
     [&batch.out.bytes, &batch.conv.bytes, &batch.recurrent.bytes]
@@ -334,10 +339,13 @@ fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
         for [_, f] in one.setup.mixed_ba.places() {
             one.setup.mixed_ba.set([0, f], all.setup.mixed_ba.get([t, f]));
         }
-        let mut again = one.clone();
+        let before = one.clone();
         one.decode_by(|call| run(call, profile(2, 1, false)));
-        again.decode_by(|call| run(call, FULL));
-        assert!(results(&again) == results(&one), "{options:?}, {form:?}, token {t}");
+        for profile in [FULL, free()] {
+            let mut again = before.clone();
+            again.decode_by(|call| run(call, profile));
+            assert!(results(&again) == results(&one), "{options:?}, {form:?}, token {t}, {profile:?}");
+        }
         outputs.extend(one.out.all());
     }
     let chosen =
@@ -345,7 +353,7 @@ fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
             large_pieces: Some(large),
             ..profile(cluster, steps, false)
         });
-    for profile in chosen.into_iter().chain([FULL]) {
+    for profile in chosen.into_iter().chain([FULL, free()]) {
         let mut all = all.clone();
         all.decode_by(|call| run(call, profile));
         assert_eq!(all.out.all(), outputs, "{options:?}, {form:?}, {profile:?}");
