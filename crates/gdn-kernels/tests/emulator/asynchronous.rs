@@ -343,6 +343,16 @@ fn misused_clusters_are_found() {
             assert_eq!(words[gpu.thread() as usize % 4], gpu.thread());
         }],
     );
+    // Where there are no clusters, it is the block's barrier: half of a block waits there in vain.
+    found(
+        Launch::new([2, 1, 1], 64).shared(256),
+        &[("waits at barrier 0", |_, gpu| {
+            gpu.cluster_arrive();
+            if gpu.thread() < 32 {
+                gpu.cluster_wait();
+            }
+        })],
+    );
     let uneven = catch_unwind(|| run(&Memory::new(), Launch::new([3, 1, 1], 32).cluster(2), |_| {}));
     assert!(uneven.unwrap_err().downcast_ref::<String>().unwrap().contains("clusters of 2"));
 }

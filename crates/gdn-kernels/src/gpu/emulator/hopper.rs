@@ -170,6 +170,10 @@ impl Hopper for Thread<'_> {
     fn cluster_wait(&self) {
         self.cluster.expect_arrived(self.id);
         self.wait(Wait::Cluster);
+        // Where the launch names no clusters, the machine's code has the block's barrier in place of it.
+        if self.cluster_blocks() == 1 {
+            self.wait(Wait::Barrier { number: 0, threads: 0 });
+        }
     }
 
     unsafe fn load_cluster4(&self, at: u32, rank: u32) -> u32 {
