@@ -136,8 +136,8 @@ pub(crate) unsafe fn run(
 /// Computes the layer between its two GEMMs for T tokens of each of B sequences, on the GPU's stream: the
 /// counterpart of [`gdn::decode`](crate::decode()), and what [`Gpu::decode_raw`] says.
 ///
-/// The tensors are views of slices: [`Tensor::on`](Tensor::<Read<'_>, 1>::on), [`Tensor::on_mut`],
-/// [`Indices::on`](Indices::<Read<'_>, 1>::on).
+/// The tensors are views of slices: [`Tensor::on`](crate::Tensor::on),
+/// [`Tensor::on_mut`](crate::Tensor::on_mut), [`Indices::on`](crate::Indices::on).
 ///
 /// # Errors
 /// Those of [`Gpu::decode_raw`], and [`CudaError::WrongStream`] for views that were made for another stream

@@ -87,7 +87,7 @@ impl<'a, const D: usize> Tensor<Write<'a>, D> {
     /// elements; `None` for no gaps, last dim dense.
     ///
     /// # Errors
-    /// Those of [`Tensor::on`](Tensor::<Read<'_>, D>::on), and
+    /// Those of [`Tensor::on`], and
     /// [`ArgumentError::Stride`] where two elements would share memory.
     pub fn on_mut<T: Element>(
         slice: &'a mut impl DevicePtrMut<T>,
