@@ -5,7 +5,10 @@
 use crate::{
     decode::{self, NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
-    prefill::{self, args::Args as PrefillArgs},
+    prefill::{
+        self,
+        args::{Args as PrefillArgs, ScanRoom},
+    },
     probe, split,
 };
 
@@ -102,15 +105,18 @@ kernels! { "decode":
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
 }
 
-// The convolution by the numbers that a head has at most, the scan by those of a key.
+// The convolution by the numbers that a head has at most, the scan by those of a key, and by the tiles of S that are
+// in registers.
 kernels! { "prefill":
     gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<16, false, _>;
     gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<32, false, _>;
     gdn_prefill_convolve_any(PrefillArgs) = prefill::convolve::run::<32, true, _>;
     gdn_prefill_prepare(PrefillArgs) = prefill::prepare::run;
-    gdn_prefill_scan_64(PrefillArgs) = prefill::scan::run::<8, _>;
-    gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, _>;
-    gdn_prefill_scan_128(PrefillArgs) = prefill::scan::run::<16, _>;
+    gdn_prefill_scan_64(PrefillArgs) = prefill::scan::run::<8, 8, _>;
+    gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, 12, _>;
+    gdn_prefill_scan_128(PrefillArgs) = prefill::scan::run::<16, 16, _>;
+    gdn_prefill_scan_192(PrefillArgs) = prefill::scan::run::<24, { ScanRoom::own_tiles(192) as usize }, _>;
+    gdn_prefill_scan_256(PrefillArgs) = prefill::scan::run::<32, { ScanRoom::own_tiles(256) as usize }, _>;
     gdn_prefill_norm(PrefillArgs) = prefill::norm::run;
     gdn_prefill_transition_64(PrefillArgs) = prefill::transition::run::<8, _>;
     gdn_prefill_transition_96(PrefillArgs) = prefill::transition::run::<12, _>;

@@ -338,6 +338,8 @@ const PREFILL: &[&[Kernel]] = &[
     &[scan("gdn_prefill_scan_64").hmma(136)],
     &[scan("gdn_prefill_scan_96").hmma(184)],
     &[scan("gdn_prefill_scan_128").hmma(232)],
+    &[scan("gdn_prefill_scan_192").hmma(272)],
+    &[scan("gdn_prefill_scan_256").hmma(336)],
     &[scan("gdn_prefill_transition_64").hmma(84)],
     &[scan("gdn_prefill_transition_96").hmma(116)],
     &[scan("gdn_prefill_transition_128").hmma(148)],

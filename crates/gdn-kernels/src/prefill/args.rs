@@ -396,6 +396,8 @@ impl PrepareRoom {
     }
 }
 
+/// Bytes of 16 rows of 8 columns of S in f32.
+pub const TILE: u32 = WARP_ROWS * 8 * 4;
 /// Bytes of 64 rows of 128 bytes each, as `wgmma` takes a matrix.
 pub const ATOM: u32 = 64 * 128;
 
@@ -438,6 +440,19 @@ impl ScanRoom {
         Self { q: 0, k, t, p, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
     }
 
+    /// Of a warp's rows of S so many tiles of 8 columns are in registers. Those of longer rows, for which there
+    /// are none, are in shared memory.
+    #[inline(always)]
+    pub const fn own_tiles(dk: u32) -> u32 {
+        if dk <= 128 { dk / 8 } else { 8 }
+    }
+
+    /// Bytes of the others.
+    #[inline(always)]
+    pub const fn beyond(dk: u32) -> u32 {
+        (dk / 8 - Self::own_tiles(dk)) * TILE
+    }
+
     /// Bytes through which a warp with rows of S hands over to the one that makes its outputs: S, U, and what
     /// brings rows of them back.
     #[inline(always)]
@@ -452,7 +467,7 @@ impl ScanRoom {
         if by_group {
             return stages + GroupRoom::new(dk, 0).bytes;
         }
-        stages + slices * (SLICE / WARP_ROWS) * Self::handed(dk)
+        stages + slices * (SLICE / WARP_ROWS) * (Self::handed(dk) + Self::beyond(dk))
     }
 }
 

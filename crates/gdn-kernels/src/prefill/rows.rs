@@ -1,9 +1,10 @@
-//! Warps that have 16 rows of S each, multiply for themselves, and take them from chunk to chunk.
+//! Warps that have 16 rows of S each, multiply for themselves, and take them from chunk to chunk. Of rows that
+//! are longer than registers suffice for, the last columns are in shared memory.
 
 use gdn_math::Lanes;
 
 use super::{
-    args::{CHUNK, SLICE, ScanRoom, WARP_ROWS, padded, state_row},
+    args::{CHUNK, SLICE, ScanRoom, TILE, WARP_ROWS, padded, state_row},
     scan::Block,
     states::Place,
     tiles::{
@@ -13,10 +14,14 @@ use super::{
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
 
-/// A warp's rows of S.
-pub(super) struct Rows<'a, G, const TILES: usize> {
+/// Tiles of S that come out of shared memory, or go there, together.
+const FOUR: usize = 4;
+
+/// A warp's rows of S, of `TILES` tiles.
+pub(super) struct Rows<'a, G, const TILES: usize, const OWN: usize> {
     block: &'a Block<'a, false, G>,
-    s: [Tile; TILES],
+    /// The first of them. The others are in shared memory.
+    s: [Tile; OWN],
     /// Of the chunk that comes next.
     values: Values,
     /// What this chunk's U is multiplied with in addition, as far as it is left at the end.
@@ -50,10 +55,10 @@ pub(super) fn warp<G: TensorCore>(block: &Block<'_, false, G>) -> u32 {
     block.gpu.unforeseen(u64::from((if thread < half { thread } else { thread - half }) / 32)) as u32
 }
 
-impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
+impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'a, G, TILES, OWN> {
     #[inline(always)]
     pub(super) fn new(block: &'a Block<'a, false, G>) -> Self {
-        Self { block, s: [[0.0; 4]; TILES], values: Values::default(), lift: 1.0 }
+        Self { block, s: [[0.0; 4]; OWN], values: Values::default(), lift: 1.0 }
     }
 
     /// Reads the states that the block begins with, through the shared memory at `room`.
@@ -66,7 +71,20 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
         unsafe {
             let states = self.block.begin();
             if states.at != 0 {
-                self.block.exchange::<true, TILES>(&states, self.place(room), &mut self.s);
+                self.block.exchange::<true, OWN>(&states, self.place(room), &mut self.s);
+            }
+            let gpu = self.block.gpu;
+            let mut tile = self.first_beyond();
+            while tile < TILES {
+                let mut four = [[0.0; 4]; FOUR];
+                if states.at != 0 {
+                    // Others are through with the room.
+                    gpu.sync_warp();
+                    let place = Place { column: 8 * tile as u32, ..self.place(room) };
+                    self.block.exchange::<true, FOUR>(&states, place, &mut four);
+                }
+                self.put(tile, &four);
+                tile += FOUR;
             }
         }
     }
@@ -79,7 +97,65 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
     pub(super) unsafe fn keep(&mut self, chunk: u32, room: u32) {
         let (block, place) = (self.block, self.place(room));
         // SAFETY: the caller's promise.
-        unsafe { block.keep(chunk, |states| block.exchange::<false, TILES>(states, place, &mut self.s)) }
+        unsafe {
+            block.keep(chunk, |states| {
+                block.exchange::<false, OWN>(states, place, &mut self.s);
+                let mut tile = self.first_beyond();
+                while tile < TILES {
+                    let place = Place { column: 8 * tile as u32, ..place };
+                    block.exchange::<false, FOUR>(states, place, &mut self.get::<FOUR>(tile));
+                    tile += FOUR;
+                }
+            });
+        }
+    }
+
+    /// The first tile that is in shared memory, in a way that keeps loops over them from being unrolled.
+    #[inline(always)]
+    fn first_beyond(&self) -> usize {
+        if OWN < TILES { self.block.gpu.unforeseen(OWN as u64) as usize } else { TILES }
+    }
+
+    /// Where tile `tile`, one of those in shared memory, is for the lane.
+    #[inline(always)]
+    fn beyond(&self, tile: usize) -> u32 {
+        let Block { gpu, args, room, copiers, .. } = *self.block;
+        let dk = 8 * TILES as u32;
+        let own = warp(self.block) * ScanRoom::beyond(dk) + (tile - OWN) as u32 * TILE;
+        args.stages * room.bytes + copiers / 32 * ScanRoom::handed(dk) + own + gpu.lane() * 16
+    }
+
+    /// Some of those tiles, from `tile` on.
+    ///
+    /// # Safety
+    /// They were put there.
+    #[inline(always)]
+    unsafe fn get<const COUNT: usize>(&self, tile: usize) -> [Tile; COUNT] {
+        let (at, mut tiles) = (self.beyond(tile), [[0.0; 4]; COUNT]);
+        let mut i = 0;
+        while i < COUNT {
+            // SAFETY: the caller's promise; each lane reads its own.
+            let Bytes16(words) = unsafe { self.block.gpu.load_shared16(at + i as u32 * TILE) };
+            tiles[i] = words.map(f32::from_bits);
+            i += 1;
+        }
+        tiles
+    }
+
+    /// Puts some of them.
+    ///
+    /// # Safety
+    /// There are so many.
+    #[inline(always)]
+    unsafe fn put<const COUNT: usize>(&self, tile: usize, tiles: &[Tile; COUNT]) {
+        let at = self.beyond(tile);
+        let mut i = 0;
+        while i < COUNT {
+            let words = tiles[i].map(f32::to_bits);
+            // SAFETY: the caller's promise; each lane has its own place.
+            unsafe { self.block.gpu.store_shared16(at + i as u32 * TILE, Bytes16(words)) };
+            i += 1;
+        }
     }
 
     #[inline(always)]
@@ -114,21 +190,34 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
             [value, self.lift] = self.values.largest(gpu);
             let mut sum = [0.0; 2];
             let mut atom = 0;
-            while atom * 8 < TILES {
-                let tiles = if TILES - atom * 8 < 8 { TILES - atom * 8 } else { 8 };
+            while atom * 8 < OWN {
+                let tiles = if OWN - atom * 8 < 8 { OWN - atom * 8 } else { 8 };
                 let (_, from) = self.s.split_at(atom * 8);
                 let [a, b] = sums(gpu, from.split_at(tiles).0);
                 sum = [sum[0] + a, sum[1] + b];
                 atom += 1;
             }
+            let mut tile = self.first_beyond();
+            while tile < TILES {
+                let [a, b] = sums(gpu, &self.get::<FOUR>(tile));
+                sum = [sum[0] + a, sum[1] + b];
+                tile += FOUR;
+            }
             let [[up_0, down_0], [up_1, down_1]] = sum.map(|sum| scale(sum, value));
             let up = [up_0, up_1];
             let at = handed_state(self.block);
             let mut k16 = 0;
-            while k16 < TILES / 2 {
+            while k16 < OWN / 2 {
                 let left = packed(gpu, &self.s[2 * k16], &self.s[2 * k16 + 1], up);
                 gpu.store_shared16(at + k16 as u32 * 512, Bytes16(left));
                 k16 += 1;
+            }
+            let mut tile = self.first_beyond();
+            while tile < TILES {
+                let [low, high] = self.get(tile);
+                let left = packed(gpu, &low, &high, up);
+                gpu.store_shared16(at + tile as u32 / 2 * 512, Bytes16(left));
+                tile += 2;
             }
             if gpu.lane().is_multiple_of(4) {
                 let line = gpu.lane() / 4;
@@ -191,7 +280,16 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Rows<'a, G, TILES> {
             to_end(gpu, base + room.factors + gpu.lane() % 4 * 32, lift, &mut u);
             let left = lefts(gpu, &u);
             let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
-            update(gpu, &left, base + room.k, f32::from_bits(words[2]), down, &mut self.s);
+            let (k, all) = (base + room.k, f32::from_bits(words[2]));
+            update::<TILES, OWN>(gpu, &left, k, all, down, &mut self.s);
+            let mut tile = self.first_beyond();
+            while tile < TILES {
+                let mut two = self.get::<2>(tile);
+                let at = keys::<TILES>(gpu, k) + tile as u32 * 16;
+                update_two::<TILES, 2>(gpu, &left, at, all, down, &mut two, 0);
+                self.put(tile, &two);
+                tile += 2;
+            }
         }
     }
 }
@@ -242,46 +340,71 @@ pub(super) unsafe fn to_end(gpu: &impl TensorCore, factors: u32, lift: f32, u: &
     }
 }
 
-/// Brings S to a chunk's end: `all` is what is left of it, `left` what is left of U, which `down` brings back,
-/// `k` where the keys are.
+/// Brings the first tiles of S to a chunk's end: `all` is what is left of it, `left` what is left of U, which
+/// `down` brings back, `k` where the keys are, of `8 * TILES` numbers.
 ///
 /// # Safety
 /// They are in shared memory, for all to see.
 #[inline(always)]
-pub(super) unsafe fn update<const TILES: usize>(
+pub(super) unsafe fn update<const TILES: usize, const OWN: usize>(
     gpu: &impl TensorCore,
     left: &[[u32; 4]; 4],
     k: u32,
     all: f32,
     down: [f32; 2],
-    s: &mut [Tile; TILES],
+    s: &mut [Tile; OWN],
 ) {
-    let row_bytes = padded(8 * TILES as u32);
-    // A right side whose rows lie along the sum.
-    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
-    let at = k + (matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
+    let at = keys::<TILES>(gpu, k);
     let mut pair = 0;
-    while pair < TILES / 2 {
-        let mut sums = [[0.0; 4]; 2];
-        let mut k16 = 0;
-        while k16 < 4 {
-            let at = at + k16 as u32 * 16 * row_bytes + pair as u32 * 32;
-            // SAFETY: the caller's promise.
-            let [b0, b1, b2, b3] = unsafe { gpu.load_matrix4::<true>(at) };
-            sums[0] = gpu.mma::<F16>(left[k16], [b0, b1], sums[0]);
-            sums[1] = gpu.mma::<F16>(left[k16], [b2, b3], sums[1]);
-            k16 += 1;
-        }
-        let mut i = 0;
-        while i < 8 {
-            let s = &mut s[2 * pair + i / 4][i % 4];
-            *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
-            i += 1;
+    while pair < OWN / 2 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            update_two::<TILES, OWN>(gpu, left, at + pair as u32 * 32, all, down, s, pair);
         }
         pair += 1;
-        if pair == TILES / 4 {
+        if pair == OWN / 4 {
             // Keeps the compiler from loading more ahead, for which there are no registers.
             gpu.sync_warp();
         }
+    }
+}
+
+/// Where the lane's row begins of keys of `8 * TILES` numbers that are a right side whose rows lie along the sum.
+#[inline(always)]
+fn keys<const TILES: usize>(gpu: &impl TensorCore, k: u32) -> u32 {
+    let (matrix, line) = (gpu.lane() / 8, gpu.lane() % 8);
+    k + (matrix % 2 * 8 + line) * padded(8 * TILES as u32) + matrix / 2 * 16
+}
+
+/// Brings a pair of tiles of S to a chunk's end, as [`update`]; `at` is where the lane's row begins of their
+/// columns of keys.
+///
+/// # Safety
+/// As [`update`].
+#[inline(always)]
+unsafe fn update_two<const TILES: usize, const COUNT: usize>(
+    gpu: &impl TensorCore,
+    left: &[[u32; 4]; 4],
+    at: u32,
+    all: f32,
+    down: [f32; 2],
+    s: &mut [Tile; COUNT],
+    pair: usize,
+) {
+    let mut sums = [[0.0; 4]; 2];
+    let mut k16 = 0;
+    while k16 < 4 {
+        let at = at + k16 as u32 * 16 * padded(8 * TILES as u32);
+        // SAFETY: the caller's promise.
+        let [b0, b1, b2, b3] = unsafe { gpu.load_matrix4::<true>(at) };
+        sums[0] = gpu.mma::<F16>(left[k16], [b0, b1], sums[0]);
+        sums[1] = gpu.mma::<F16>(left[k16], [b2, b3], sums[1]);
+        k16 += 1;
+    }
+    let mut i = 0;
+    while i < 8 {
+        let s = &mut s[2 * pair + i / 4][i % 4];
+        *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
+        i += 1;
     }
 }

@@ -49,17 +49,18 @@ pub(super) struct Block<'a, const BY_GROUP: bool, G> {
     pub(super) copiers: u32,
 }
 
-/// The kernel, for keys of `8 * TILES` numbers, each warp multiplying for itself.
+/// The kernel, for keys of `8 * TILES` numbers, each warp multiplying for itself, which has `OWN` tiles of S in
+/// registers.
 ///
 /// # Safety
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
-pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
+pub unsafe fn run<const TILES: usize, const OWN: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     let threads = gpu.threads();
     // SAFETY: the caller's promises.
     unsafe {
         if let Some(block) = Block::<false, G>::new(gpu, args, [threads / 64 * WARP_ROWS, threads / 2]) {
-            rows::<TILES, G>(&block);
+            rows::<TILES, OWN, G>(&block);
             block.end();
         }
     }
@@ -87,10 +88,10 @@ pub unsafe fn run_by_group<const TILES: usize, const OWN: usize, G: Wgmma + Tens
 /// All chunks of a block whose warps multiply for themselves. All threads come to each barrier in the same
 /// place.
 #[inline(always)]
-unsafe fn rows<const TILES: usize, G: TensorCore + AsyncCopy>(block: &Block<'_, false, G>) {
+unsafe fn rows<const TILES: usize, const OWN: usize, G: TensorCore + AsyncCopy>(block: &Block<'_, false, G>) {
     let Block { gpu, args, from, to, .. } = *block;
     let has_rows = gpu.thread() < block.copiers;
-    let mut rows = Rows::<G, TILES>::new(block);
+    let mut rows = Rows::<G, TILES, OWN>::new(block);
     let outputs = Outputs::<G, TILES>::new(block);
     let stages = args.stages;
     // SAFETY: as `scan`.

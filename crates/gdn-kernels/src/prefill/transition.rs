@@ -228,7 +228,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             to_end(gpu, factors, lift, &mut u);
             let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
             let down = [down_0, down_1].map(|down| down * inverse(lift));
-            update(gpu, &lefts(gpu, &u), base + room.k, f32::from_bits(words[2]), down, s);
+            let all = f32::from_bits(words[2]);
+            update::<TILES, TILES>(gpu, &lefts(gpu, &u), base + room.k, all, down, s);
         }
     }
 
