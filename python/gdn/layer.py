@@ -223,8 +223,8 @@ class Layer:
 
         What :meth:`decode` says of indices, padding, results and errors holds here too.
 
-        On a GPU DK is 64, 96 or 128, DV 64, 96, 128, 192 or 256, and W at most 4; products of matrices are of float16, and results may be
-        5e-4 of their norm off. Memory for what is between the kernels is PyTorch's.
+        On a GPU DK and DV are 64, 96, 128, 192 or 256 (DK of 192 and 256 take more shared memory than compute capability 8.6, 8.9 and 12.0
+        have), and W is at most 4; products of matrices are of float16, and results may be 5e-4 of their norm off. Memory for what is between the kernels is PyTorch's.
 
         Args:
             projections: As for :meth:`decode`, N rows.
@@ -239,7 +239,7 @@ class Layer:
             state_checkpoints: ``[checkpoints, HV, DV, DK]`` with DK or DV dense.
             conv_checkpoints: ``[checkpoints, C, W - 1 or more]``: the last columns get the inputs of the convolution.
             segments: Lets a GPU bring segments of a sequence forward side by side: of 2048 tokens and more, where the layer has few
-                v heads (``HV * DV`` of at most 1024, as on a rank of tensor parallelism). One long sequence takes 0.4 to 0.85 of the time,
+                v heads (``HV * DV`` of at most 1024, DK of at most 128, as on a rank of tensor parallelism). One long sequence takes 0.4 to 0.85 of the time,
                 a batch of long ones up to 1.8 times as long. A sequence has the same bits whatever its batch, but not the same in one call
                 and in several for its parts; without, it has. Everywhere else, and on a CPU, it changes nothing.
             out: ``[N, HV, DV]``, any strides, to write to instead of a fresh tensor.

@@ -478,7 +478,7 @@ def test_dims_without_a_kernel():
     given = {
         name: one.cuda() if isinstance(one, torch.Tensor) else one for name, one in good("prefill").items()
     }
-    message = "head_k_dim is 8, it must be 64, 96 or 128 on a GPU"
+    message = "head_k_dim is 8, it must be 64, 96, 128, 192 or 256 on a GPU"
     assert message in reason_of("prefill", given)
     for door in ("function", "operator"):
         with pytest.raises((ValueError, RuntimeError), match=message):

@@ -13,7 +13,7 @@ import gdn
 
 pytestmark = pytest.mark.gpus(1)
 
-HEADS = [(2, 4, 128, 128), (1, 3, 64, 96), (2, 2, 96, 64)]
+HEADS = [(2, 4, 128, 128), (1, 3, 64, 96), (2, 2, 96, 64), (1, 2, 192, 64), (1, 1, 256, 128)]
 SMALL = (1, 2, 64, 64)
 DOORS = ["function", "operator"]
 LENGTHS = [17, 0, 1, 130, 64, 15]
@@ -402,7 +402,7 @@ def test_what_is_supported():
         == "checkpoint_every_n_tokens is 16, it must be a multiple of 64 on a GPU"
     )
     for heads, width, message in [
-        ((1, 2, 32, 64), 4, "head_k_dim is 32, it must be 64, 96 or 128 on a GPU"),
+        ((1, 2, 32, 64), 4, "head_k_dim is 32, it must be 64, 96, 128, 192 or 256 on a GPU"),
         ((1, 2, 64, 32), 4, "head_v_dim is 32, it must be 64, 96, 128, 192 or 256 on a GPU"),
         ((1, 2, 64, 64), 5, "conv_width is 5, it must be at most 4 on a GPU"),
     ]:

@@ -206,7 +206,7 @@ impl Gpu {
     }
 
     /// Whether prefill brings segments of a long sequence forward side by side, where a layer has few v heads
-    /// (`HV * DV` of at most 1024) and so few blocks: 1.2 to 2.4 times as
+    /// (`HV * DV` of at most 1024, DK of at most 128) and so few blocks: 1.2 to 2.4 times as
     /// fast for one of 2048 to 32768 tokens. Off by default.
     ///
     /// How a sequence is cut depends on its tokens (some 2000 at least) and the heads alone, so its bits do

@@ -43,7 +43,7 @@ pub(super) const WHOLE: Profile = Profile {
     cutting: Cutting::ByHeads,
 };
 
-/// As little shared memory as any device has, windows of two chunks, blocks with twice the rows.
+/// As little shared memory as any device has, windows of two chunks, blocks with twice the rows where these fit.
 pub(super) const SMALL: Profile = Profile {
     multiprocessors: 132,
     shared: 99 << 10,
@@ -52,6 +52,14 @@ pub(super) const SMALL: Profile = Profile {
     threads: Some(256),
     cutting: Cutting::ByHeads,
 };
+
+/// Keys that devices with little shared memory do not take.
+pub(super) const LONG: &[usize] = &[192, 256];
+
+/// As [`SMALL`], with as little shared memory as any device has that takes these keys.
+pub(super) fn small(layer: &Layer) -> Profile {
+    Profile { shared: if layer.heads().head_k_dim() > 128 { 163 << 10 } else { SMALL.shared }, ..SMALL }
+}
 
 /// Bytes of scratch that a call takes.
 pub(super) fn scratch_bytes<P: Address>(plan: &Plan<P>, profile: Profile) -> usize {
@@ -75,9 +83,17 @@ fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
     let mut first = before.clone();
     first.prefill_by(None, |call| run(call, WHOLE));
     first.check_to(PRECISION, before, what);
-    let mut other = before.clone();
-    other.prefill_by(None, |call| run(call, SMALL));
-    assert!(results(&first) == results(&other), "{what}: other windows give other bits");
+    let layer = &before.setup.layer;
+    let mut others = vec![small(layer)];
+    if layer.heads().head_k_dim() > 128 {
+        // There a block of half the rows has another number of chunks in shared memory.
+        others.push(Profile { threads: Some(128), ..WHOLE });
+    }
+    for profile in others {
+        let mut other = before.clone();
+        other.prefill_by(None, |call| run(call, profile));
+        assert!(results(&first) == results(&other), "{what}: other windows or blocks give other bits");
+    }
 }
 
 /// Holds prefill of more tokens or sequences than the oracle has time for to that on a CPU, which is held to the
@@ -141,6 +157,46 @@ pub(super) fn oracle(run: &mut Run<'_>) {
     check(&Options::new([1, 1, 64, 64]), Form::default(), &lens, run);
 }
 
+/// Keys of which registers do not hold all columns of the states' rows: every length of values, dtype and
+/// order.
+pub(super) fn long_keys(run: &mut Run<'_>) {
+    for (heads, dtype, state_dtype, state_order) in [
+        ([1, 2, 192, 64], Dtype::F32, Dtype::F32, [2, 3]),
+        ([1, 1, 192, 96], Dtype::F16, Dtype::F32, [3, 2]),
+        ([1, 1, 192, 256], Dtype::BF16, Dtype::BF16, [2, 3]),
+        ([2, 2, 256, 64], Dtype::F32, Dtype::F16, [3, 2]),
+        ([1, 1, 256, 128], Dtype::F16, Dtype::F32, [2, 3]),
+        ([1, 1, 256, 192], Dtype::BF16, Dtype::F32, [3, 2]),
+    ] {
+        let options = Options { dtype, ba_dtype: dtype, weight_dtype: dtype, ..Options::new(heads) };
+        let form = Form { out_dtype: dtype, state_dtype, state_order, ..Form::default() };
+        check(&options, form, &[67], run);
+    }
+    for heads in [[1, 1, 192, 192], [1, 1, 256, 256]] {
+        check(&Options::new(heads), Form::default(), &[0, 1, 130], run);
+    }
+}
+
+/// With such keys what breaks implementations.
+pub(super) fn hostile_long_keys(run: &mut Run<'_>) {
+    for dk in [192, 256] {
+        // Where no key changes a state, 70 tokens' decays may leave nothing of it that an f32 can be.
+        let leaves_numbers = |seed: &u64| {
+            let options = Options { inputs: Inputs::ZeroKeys, seed: *seed, ..Options::new([1, 2, dk, 64]) };
+            let batch = Batch::new(&options, Form::default(), &[70]);
+            let (_, states) = batch.setup.exact(0..70, &batch.state(batch.slots[0] as usize));
+            let last = &states[69].recurrent_state;
+            last.chunks(last.len() / 2).all(|head| head.iter().any(|x| x.abs() > 1e-30))
+        };
+        let seed = (1..50).find(leaves_numbers).unwrap();
+        for (i, inputs) in Inputs::ALL.into_iter().enumerate() {
+            let beta_scale = if (i + dk / 64).is_multiple_of(2) { 1.0 } else { 2.0 };
+            let options = Options { inputs, beta_scale, seed, ..Options::new([1, 2, dk, 64]) };
+            check(&options, Form::default(), &[70], run);
+        }
+    }
+}
+
 /// What breaks implementations.
 pub(super) fn hostile(run: &mut Run<'_>) {
     for inputs in Inputs::ALL {
@@ -151,15 +207,16 @@ pub(super) fn hostile(run: &mut Run<'_>) {
     }
 }
 
-/// Layers at random.
-pub(super) fn any_layer(count: u64, run: &mut Run<'_>) {
+/// Layers at random, with keys of these lengths too.
+pub(super) fn any_layer(count: u64, long: &[usize], run: &mut Run<'_>) {
     for seed in 0..count {
         let mut random = Random(seed * 7919 + 5);
         let mut below = |n: u64| (random.bits() % n) as usize;
         let (hk, ratio) = (below(2) + 1, below(3) + 1);
         let dims = [64, 64, 96, 128];
+        let dks = [&dims, long].concat();
         let options = Options {
-            heads: [hk, hk * ratio, dims[below(4)], dims[below(4)]],
+            heads: [hk, hk * ratio, dks[below(dks.len() as u64)], dims[below(4)]],
             packing: if below(2) == 0 { Packing::Interleaved } else { Packing::Contiguous },
             packed: below(2) == 0,
             dtype: Dtype::ALL[below(3)],
@@ -191,12 +248,17 @@ pub(super) fn any_layer(count: u64, run: &mut Run<'_>) {
     }
 }
 
-/// Padding, flags, neighbours, cuts, checkpoints, wrong indices, refusals.
-pub(super) fn contracts(run: &mut Run<'_>) {
+/// Padding, flags, neighbours, cuts, checkpoints, wrong indices, refusals; with keys of these lengths too.
+pub(super) fn contracts(long: &[usize], run: &mut Run<'_>) {
     padding(run);
-    initial_states(run);
-    alone_and_in_parts(run);
-    checkpoints(run);
+    initial_states([1, 2, 64, 64], run);
+    alone_and_in_parts([1, 2, 64, 64], run);
+    checkpoints([1, 2, 64, 96], run);
+    for dk in long {
+        initial_states([1, 1, *dk, 64], run);
+        alone_and_in_parts([1, 1, *dk, 64], run);
+        checkpoints([1, 1, *dk, 96], run);
+    }
     refusals();
 }
 
@@ -220,17 +282,18 @@ fn padding(run: &mut Run<'_>) {
 }
 
 /// Sequences that begin with zeros, whatever their slots hold.
-fn initial_states(run: &mut Run<'_>) {
-    let mut before = Batch::new(&Options::new([1, 2, 64, 64]), Form::default(), &[0, 67, 0, 2, 130]);
+fn initial_states(heads: [usize; 4], run: &mut Run<'_>) {
+    let mut before = Batch::new(&Options::new(heads), Form::default(), &[0, 67, 0, 2, 130]);
     before.has_initial_state = Some(vec![0, 0, 1, 0, 1]);
     check_batch(&before, "flags", run);
 }
 
 /// A sequence alone, in its batch, and cut at multiples of the chunk.
-fn alone_and_in_parts(run: &mut Run<'_>) {
+fn alone_and_in_parts(heads: [usize; 4], run: &mut Run<'_>) {
     let form = Form { more_columns: 1, ..Form::default() };
-    let options = Options { dtype: Dtype::BF16, ..Options::new([1, 2, 64, 64]) };
+    let options = Options { dtype: Dtype::BF16, ..Options::new(heads) };
     let before = Batch::new(&options, form, &[5, 200, 64]);
+    let small = small(&before.setup.layer);
     let mut whole = before.clone();
     whole.prefill_by(None, |call| run(call, WHOLE));
     let mut parts = before.clone();
@@ -241,8 +304,8 @@ fn alone_and_in_parts(run: &mut Run<'_>) {
         part.setup = before.setup.rows(start..start + len);
         (part.lens, part.slots) = (vec![len], vec![before.slots[1]]);
         (part.conv, part.recurrent) = (parts.conv.clone(), parts.recurrent.clone());
-        part.out = Memory::dense(Dtype::F32, [len, 2, 64]);
-        part.prefill_by(None, |call| run(call, SMALL));
+        part.out = Memory::dense(Dtype::F32, [len, heads[1], heads[3]]);
+        part.prefill_by(None, |call| run(call, small));
         (parts.conv, parts.recurrent) = (part.conv.clone(), part.recurrent.clone());
         outputs.extend(part.out.all());
         start += len;
@@ -257,12 +320,13 @@ fn alone_and_in_parts(run: &mut Run<'_>) {
 }
 
 /// States inside the sequences are those of sequences that end there.
-fn checkpoints(run: &mut Run<'_>) {
-    for (state_dtype, profile) in [(Dtype::F32, WHOLE), (Dtype::BF16, SMALL)] {
+fn checkpoints(heads: [usize; 4], run: &mut Run<'_>) {
+    for (state_dtype, is_small) in [(Dtype::F32, false), (Dtype::BF16, true)] {
         let form = Form { state_dtype, ..Form::default() };
-        let options = Options::new([1, 2, 64, 96]);
+        let options = Options::new(heads);
         let lens = [130, 64, 63, 256];
         let before = Batch::new(&options, form, &lens);
+        let profile = if is_small { small(&before.setup.layer) } else { WHOLE };
         let mut after = before.clone();
         let [_, hv, dv, dk] = before.recurrent.sizes;
         let channels = before.conv.sizes[1];
@@ -317,14 +381,19 @@ fn refusals() {
         other => panic!("{other:?}"),
     };
     assert_eq!(refused(&layer([1, 1, 80, 64])), ("head_k_dim", "80".to_owned()));
-    assert_eq!(refused(&layer([1, 1, 256, 64])), ("head_k_dim", "256".to_owned()));
+    assert_eq!(refused(&layer([1, 1, 320, 64])), ("head_k_dim", "320".to_owned()));
     assert_eq!(refused(&layer([1, 1, 64, 48])), ("head_v_dim", "48".to_owned()));
     assert_eq!(refused(&Layer { conv_width: 5, ..layer([1, 1, 64, 64]) }), ("conv_width", "5".to_owned()));
     assert_eq!(
         refused(&Layer { beta_scale: 2.5, ..layer([1, 1, 64, 64]) }),
         ("beta_scale", "2.5".to_owned())
     );
-    prefill_supports(&layer([16, 32, 128, 128])).unwrap();
+    for dk in [64, 96, 128, 192, 256] {
+        for dv in [64, 96, 128, 192, 256] {
+            prefill_supports(&layer([16, 32, dk, dv])).unwrap();
+        }
+    }
+    too_little_shared_memory();
     let mut batch = Batch::new(&Options::new([1, 1, 64, 64]), Form::default(), &[3]);
     batch.prefill_by(None, |call| {
         let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
@@ -355,4 +424,32 @@ fn refusals() {
     let most = prefill_scratch_bytes(&layer([16, 32, 128, 128]), 10_000_000, 1);
     assert!(most < 260 << 20, "{most}");
     assert_eq!(most, prefill_scratch_bytes(&layer([16, 32, 128, 128]), 20_000_000, 1000));
+}
+
+/// Keys whose chunks a device has no room for are refused by it, with both numbers, and others are not.
+fn too_little_shared_memory() {
+    for (dk, takes) in [(128, None), (192, Some(108_672)), (256, Some(137_344))] {
+        let mut batch = Batch::new(&Options::new([1, 1, dk, 64]), Form::default(), &[3]);
+        batch.prefill_by(None, |call| {
+            let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
+            let job = |profile| Job::new(&plan, (DeviceAddress(256), usize::MAX), profile);
+            job(small(&plan.tokens.layer)).unwrap();
+            match (job(SMALL), takes) {
+                (Ok(_), None) => (),
+                (Err(CudaError::Argument(error)), Some(takes)) => {
+                    let ArgumentError::Value { argument: "layout", expected, .. } = &error else {
+                        panic!("{error}")
+                    };
+                    for number in [SMALL.shared, takes] {
+                        assert!(expected.contains(&number.to_string()), "{error}");
+                    }
+                }
+                (got, _) => panic!("{got:?}"),
+            }
+        });
+    }
+    // Sequences with such keys are not cut into segments, whatever is asked for.
+    let layer = |dk| Layer::new(Layout::new(Heads::new(1, 1, dk, 64).unwrap(), Packing::Interleaved));
+    assert!(Cutting::ByHeads.segments(&layer(128), 1000).is_some());
+    assert!(Cutting::ByHeads.segments(&layer(192), 1000).is_none());
 }

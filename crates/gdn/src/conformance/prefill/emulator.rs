@@ -26,7 +26,7 @@ macro_rules! kernels {
 fn kernel(step: &Step, gpu: &Thread<'_>) {
     kernels!(step, gpu:
         gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
-        gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128
+        gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128 gdn_prefill_scan_192 gdn_prefill_scan_256
         gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
         gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128);
 }
@@ -85,6 +85,22 @@ fn the_oracle_on_the_emulator() {
 }
 
 #[test]
+fn long_keys_on_the_emulator() {
+    let mut seen = std::collections::BTreeSet::new();
+    cases::long_keys(&mut |call, profile| seen.extend(emulate(call, profile)));
+    for kernel in ["gdn_prefill_scan_192", "gdn_prefill_scan_256"] {
+        assert!(seen.contains(kernel), "{seen:?}");
+    }
+}
+
+#[test]
+fn hostile_long_keys_on_the_emulator() {
+    cases::hostile_long_keys(&mut |call, profile| {
+        emulate(call, profile);
+    });
+}
+
+#[test]
 fn hostile_inputs_on_the_emulator() {
     cases::hostile(&mut |call, profile| {
         emulate(call, profile);
@@ -93,14 +109,14 @@ fn hostile_inputs_on_the_emulator() {
 
 #[test]
 fn any_layer_on_the_emulator() {
-    cases::any_layer(8, &mut |call, profile| {
+    cases::any_layer(8, cases::LONG, &mut |call, profile| {
         emulate(call, profile);
     });
 }
 
 #[test]
 fn contracts_on_the_emulator() {
-    cases::contracts(&mut |call, profile| {
+    cases::contracts(cases::LONG, &mut |call, profile| {
         emulate(call, profile);
     });
 }

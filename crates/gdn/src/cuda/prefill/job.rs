@@ -26,14 +26,17 @@ use crate::{
     view::DeviceAddress,
 };
 
-/// The lengths of keys, and of values, that the kernels are made for.
-const DIMS: [(&str, &[usize], &str); 2] = [
-    ("head_k_dim", &[64, 96, 128], "64, 96 or 128"),
-    ("head_v_dim", &[64, 96, 128, 192, 256], "64, 96, 128, 192 or 256"),
-];
+/// The lengths of keys and of values that the kernels are made for.
+const DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
-/// Whether prefill on a GPU takes a layer: DK of 64, 96 or 128, DV of 64, 96, 128, 192 or 256, a `conv_width`
-/// of at most 4, a `beta_scale` from 0 to 2 (a larger one lets the delta rule grow without bound).
+/// The longest keys for which four warps multiply together: three chunks of longer ones have no room.
+const MOST_BY_GROUP: u32 = 128;
+
+/// Whether prefill on a GPU takes a layer: DK and DV of 64, 96, 128, 192 or 256, a `conv_width` of at most 4, a
+/// `beta_scale` from 0 to 2 (a larger one lets the delta rule grow without bound).
+///
+/// A DK of 192 or 256 takes 107 or 135 KiB of shared memory a block, which GPUs of compute capability 8.6, 8.9
+/// and 12.0 do not have; [`Gpu::check_prefill`] says that of the GPU at hand.
 ///
 /// # Errors
 /// [`ArgumentError::Value`], which says what is not taken.
@@ -42,9 +45,9 @@ pub fn prefill_supports(layer: &Layer) -> Result<(), ArgumentError> {
         Err(ArgumentError::Value { argument, got, expected: expected + " on a GPU" })
     };
     let heads = layer.heads();
-    for ((argument, taken, expected), got) in DIMS.into_iter().zip([heads.head_k_dim(), heads.head_v_dim()]) {
-        if !taken.contains(&got) {
-            return refuse(argument, got.to_string(), expected.to_owned());
+    for (argument, got) in [("head_k_dim", heads.head_k_dim()), ("head_v_dim", heads.head_v_dim())] {
+        if !DIMS.contains(&got) {
+            return refuse(argument, got.to_string(), "64, 96, 128, 192 or 256".to_owned());
         }
     }
     if layer.conv_width > TAPS as usize {
@@ -238,7 +241,7 @@ impl Job {
             let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
             if segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
         });
-        let by_group = profile.wgmma && threads > 128 && has_64(true, 3);
+        let by_group = profile.wgmma && threads > 128 && dk <= MOST_BY_GROUP && has_64(true, 3);
         let threads = if by_group || has_64(false, 1) { threads } else { 128 };
         let slices = dv / (threads / 128 * SLICE);
         // Where sequences are cut, so many more groups of blocks.
@@ -363,7 +366,9 @@ impl Job {
         let kernel = match (dk, by_group) {
             (64, false) => "gdn_prefill_scan_64",
             (96, false) => "gdn_prefill_scan_96",
-            (_, false) => "gdn_prefill_scan_128",
+            (128, false) => "gdn_prefill_scan_128",
+            (192, false) => "gdn_prefill_scan_192",
+            (_, false) => "gdn_prefill_scan_256",
             (64, true) => "gdn_prefill_scan_group_64",
             (96, true) => "gdn_prefill_scan_group_96",
             (_, true) => "gdn_prefill_scan_group_128",
