@@ -13,8 +13,13 @@ pub const SLICE: u32 = 32;
 pub const THREADS: u32 = 256;
 /// Threads of a block of the preparation.
 pub const PREPARE_THREADS: u32 = 192;
-/// Threads of a block of the scan whose warps multiply in groups.
+/// Threads of a block of the scan whose warps multiply in groups, its rows of S, and the chunks that it has in
+/// shared memory.
 pub const GROUP_THREADS: u32 = 384;
+/// See [`GROUP_THREADS`].
+pub const GROUP_ROWS: u32 = 64;
+/// See [`GROUP_THREADS`].
+pub const GROUP_STAGES: u32 = 3;
 /// Threads of a block of the transitions of segments.
 pub const TRANSITION_THREADS: u32 = 256;
 /// Threads of a block that goes from segment to segment, the most columns of S it takes, its rows of S, and its
@@ -37,19 +42,22 @@ pub const TAPS: u32 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct Scratch {
-    /// `[chunks, HK, CHUNK, DK]`, normed.
+    /// `[chunks, HK, DK in atoms]` of [`ATOM`] bytes, 64 tokens by 64 numbers each, normed; what is left of the
+    /// last atom is zeros. Piece `c` of 16 bytes of row `r` lies at `c ^ (r % 8)`.
     pub q: u64,
     /// As `q`.
     pub k: u64,
-    /// `[chunks, HV, DV / SLICE, CHUNK, SLICE]`: values; then `[chunks, HV, DV, CHUNK]`: outputs, in their
-    /// place; piece `c` of 16 bytes of row `r` of these lies at `c ^ (r % 8)`.
+    /// `[chunks, HV, DV / SLICE, CHUNK, SLICE]`: values; piece `c` of row `r` lies at `c ^ (r / 2 % 4)`. Then
+    /// `[chunks, HV, DV, CHUNK]`: outputs, in their place; piece `c` of row `r` of these lies at `c ^ (r % 8)`.
     pub v: u64,
-    /// `[chunks, HV, CHUNK, CHUNK]`: the inverse of I + strictLower(beta e^D K K^T).
+    /// `[chunks, HV]` atoms: the inverse of I + strictLower(beta e^D K K^T).
     pub t: u64,
-    /// `[chunks, HV, CHUNK, CHUNK]`: lower(e^D Q K^T).
+    /// `[chunks, HV]` atoms: lower(e^D Q K^T).
     pub p: u64,
-    /// `[chunks, HV, CHUNK, 4]`: for each token what its value is multiplied with, what is subtracted of what
-    /// the state has for its key, e^G, and e^(G_last - G).
+    /// `[chunks, HV, CHUNK + 1, 4]`: for each token what its value is multiplied with, what is subtracted of
+    /// what the state has for its key, e^G, and e^(G_last - G). The last row is for all tokens: what no value
+    /// times its beta is larger than, and a power of two that brings the largest of what is left at the
+    /// chunk's end of the tokens that change S close to 1.
     pub factors: u64,
     /// `[chunks, HK, CHUNK]`: the sums of keys' squares.
     pub k_squares: u64,
@@ -68,7 +76,7 @@ impl Scratch {
     /// From an address, a multiple of 256, for windows of so many chunks.
     pub const fn new(at: u64, chunks: u64, hk: u64, hv: u64, dk: u64, dv: u64) -> Self {
         const TOKENS: u64 = CHUNK as u64;
-        let keys = (chunks * hk * TOKENS * dk * 2).next_multiple_of(256);
+        let keys = chunks * hk * dk.div_ceil(TOKENS) * ATOM as u64;
         let values = (chunks * hv * TOKENS * dv * 2).next_multiple_of(256);
         let squares = chunks * hv * TOKENS * TOKENS * 2;
         let k = at + keys;
@@ -76,7 +84,7 @@ impl Scratch {
         let t = v + values;
         let p = t + squares;
         let factors = p + squares;
-        let k_squares = factors + chunks * hv * TOKENS * 16;
+        let k_squares = factors + chunks * hv * FACTORS as u64;
         let v_scales = k_squares + chunks * hk * TOKENS * 4;
         let out_scales = v_scales + chunks * hv * TOKENS * 4;
         let carry = out_scales + (chunks * hv * dv * 4).next_multiple_of(256);
@@ -400,9 +408,11 @@ impl PrepareRoom {
 pub const TILE: u32 = WARP_ROWS * 8 * 4;
 /// Bytes of 64 rows of 128 bytes each, as `wgmma` takes a matrix.
 pub const ATOM: u32 = 64 * 128;
+/// Bytes of the factors of a chunk.
+pub const FACTORS: u32 = (CHUNK + 1) * 16;
 
 /// Where things of one chunk are in the shared memory of a block of the scan, in bytes. Matrices of 64 rows
-/// are padded, or for products by four warps together atoms of 64 columns ([`ATOM`]), one after the other.
+/// are padded, or for products by four warps together as they are in scratch.
 ///
 /// The first three have as many bytes as all warps' rows of S in f32, which come through here.
 #[derive(Clone, Copy, Debug)]
@@ -415,7 +425,7 @@ pub struct ScanRoom {
     pub t: u32,
     /// As `t`.
     pub p: u32,
-    /// `[CHUNK][4]`, f32.
+    /// `[CHUNK][4]`, f32. For four warps together they are in [`GroupRoom`].
     pub factors: u32,
     /// `[slices][CHUNK][SLICE, padded]`
     pub v: u32,
@@ -436,6 +446,9 @@ impl ScanRoom {
         let t = 2 * k;
         let p = t + square;
         let factors = p + square;
+        if by_group {
+            return Self { q: 0, k, t, p, factors, v: factors, bytes: factors + slices * CHUNK * SLICE * 2 };
+        }
         let v = factors + CHUNK * 16;
         Self { q: 0, k, t, p, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
     }
@@ -479,7 +492,7 @@ pub struct TransitionRoom {
     pub k: u32,
     /// `[CHUNK][CHUNK, padded]`
     pub t: u32,
-    /// `[CHUNK][4]`, f32.
+    /// `[CHUNK + 1][4]`, f32.
     pub factors: u32,
     /// `[slices][CHUNK][SLICE, padded]`
     pub v: u32,
@@ -493,7 +506,7 @@ impl TransitionRoom {
     pub const fn new(dk: u32) -> Self {
         let t = CHUNK * padded(dk);
         let factors = t + CHUNK * padded(CHUNK);
-        let v = factors + CHUNK * 16;
+        let v = factors + FACTORS;
         let slices = TRANSITION_THREADS / 32 * WARP_ROWS / SLICE;
         Self { k: 0, t, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
     }
@@ -515,8 +528,10 @@ pub struct GroupRoom {
     pub o: u32,
     /// `[atoms]`, f32: S's absolute numbers, added up.
     pub sums: u32,
-    /// f32: what brings rows back to what they are.
-    pub downs: u32,
+    /// Of each stage the factors.
+    pub factors: u32,
+    /// Of each stage the mbarrier at which its copies arrive.
+    pub landed: u32,
     /// Where it ends.
     pub bytes: u32,
 }
@@ -529,8 +544,19 @@ impl GroupRoom {
         let x = at + atoms * ATOM;
         let o = x + 3 * ATOM;
         let sums = o + ATOM;
-        let downs = sums + atoms * 256;
-        Self { s: at, x, u: x + ATOM, u_end: x + 2 * ATOM, o, sums, downs, bytes: downs + 256 }
+        let factors = sums + atoms * 256;
+        let landed = factors + GROUP_STAGES * FACTORS;
+        Self {
+            s: at,
+            x,
+            u: x + ATOM,
+            u_end: x + 2 * ATOM,
+            o,
+            sums,
+            factors,
+            landed,
+            bytes: landed + GROUP_STAGES * 8,
+        }
     }
 }
 

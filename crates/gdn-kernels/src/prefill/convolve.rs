@@ -4,7 +4,7 @@
 use gdn_math::{Lanes, quick};
 
 use super::{
-    args::{Args, BF16, CHUNK, F32, SLICE, TAPS},
+    args::{ATOM, Args, BF16, CHUNK, F32, SLICE, TAPS},
     element::{load, load4, of_vector, power, size, store, widened},
     sequence::Sequence,
 };
@@ -117,10 +117,10 @@ impl<G: TensorCore> Block<'_, G> {
         // The run's length is not told to the compiler, which would unroll it.
         let run = CHUNK * LANES / gpu.threads().max(1);
         let first = gpu.thread() / LANES * run;
-        let (lane, column) = (gpu.lane() % LANES, gpu.lane() % LANES * WIDTH);
-        let has = column < dim;
+        let (lane, own) = (gpu.lane() % LANES, gpu.lane() % LANES * WIDTH);
+        let has = own < dim;
         // Lanes without features read what is there all the same.
-        let column = if has { column } else { 0 };
+        let column = if has { own } else { 0 };
         let element = u64::from(size(args.q.dtype));
         let x = self.x() + u64::from(column) * element + self.row(0) * args.q.row_stride;
         // SAFETY: as `run`.
@@ -138,18 +138,26 @@ impl<G: TensorCore> Block<'_, G> {
             let place = |heads: u32| {
                 (u64::from(self.chunk) * u64::from(heads) + u64::from(self.head)) * u64::from(CHUNK)
             };
-            // Where the first token's features go, bytes to the next token's, and where its number goes.
-            let (mut to, step, mut number);
+            // Where the tokens' rows begin and how long they are, where in them the features go: as which
+            // piece, and what bits of the token's number this is swizzled with. Where the first token's number
+            // goes. Of keys whole atoms are written.
+            let (to, row_bytes, piece, swizzle, mut number, is_put);
             if is_key {
-                let place = place(args.num_k_heads.get()) + u64::from(first);
+                let place = place(args.num_k_heads.get());
                 let scratch = if self.which == 0 { args.scratch.q } else { args.scratch.k };
-                (to, step) = (scratch + (place * u64::from(dim) + u64::from(column)) * 2, dim * 2);
-                number = args.scratch.k_squares + place * 4;
+                let whole = dim.next_multiple_of(CHUNK);
+                to = scratch + place * u64::from(whole * 2) + u64::from(own / CHUNK * ATOM);
+                (row_bytes, piece, swizzle) = (CHUNK * 2, own / WIDTH % 8, [0, 7]);
+                number = args.scratch.k_squares + (place + u64::from(first)) * 4;
+                is_put = own < whole;
             } else {
                 let place = place(args.num_v_heads.get());
-                let within = (column / SLICE * CHUNK + first) * SLICE + column % SLICE;
-                (to, step) = (args.scratch.v + place * u64::from(dim * 2) + u64::from(within * 2), SLICE * 2);
+                to = args.scratch.v
+                    + place * u64::from(dim * 2)
+                    + u64::from(own / SLICE * (CHUNK * SLICE * 2));
+                (row_bytes, piece, swizzle) = (SLICE * 2, own / WIDTH % 4, [1, 3]);
                 number = args.scratch.v_scales + (place + u64::from(first)) * 4;
+                is_put = has;
             }
             let mut token = first;
             while token < first + run {
@@ -196,13 +204,14 @@ impl<G: TensorCore> Block<'_, G> {
                 if lane == 0 && self.which > 0 {
                     gpu.store4(number, kept.to_bits());
                 }
-                if has {
+                if is_put {
                     let [a, b, c, d, e, f, g, h] = values.map(|value| value * factor);
                     let words =
                         [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
-                    gpu.store16(to, Bytes16(words));
+                    let piece = piece ^ (token >> swizzle[0] & swizzle[1]);
+                    gpu.store16(to + u64::from(token * row_bytes + piece * 16), Bytes16(words));
                 }
-                (to, number) = (to + u64::from(step), number + 4);
+                number += 4;
                 token += 1;
                 let [_, a, b, c] = window;
                 window = [a, b, c, c];

@@ -7,27 +7,29 @@
 use gdn_math::Lanes;
 
 use super::{
-    args::{ATOM, CHUNK, GroupRoom, SLICE, WARP_ROWS, padded, state_row},
+    args::{ATOM, CHUNK, FACTORS, GROUP_STAGES, GroupRoom, SLICE, ScanRoom, WARP_ROWS, state_row},
     scan::Block,
     states::{Place, States},
-    tiles::{Tile, Tokens, Values, corrected, factor, from_start, inverse, right, scale, sums},
+    tiles::{Tile, Tokens, corrected, factor, from_start, inverse, scale, sums},
 };
-use crate::gpu::{
-    Accumulators, AsyncCopy, Bytes16, F16, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, TensorCore, Wgmma,
-};
+use crate::gpu::{Accumulators, AsyncCopy, F16, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, TensorCore, Wgmma};
 
-/// Chunks in shared memory: one that is worked with, one that has landed, one on its way.
-const STAGES: u32 = 3;
 /// The barrier of the first two groups.
 const CHAIN: u32 = 1;
 const CHAIN_THREADS: u32 = 256;
 /// That of the third.
 const OUTPUTS: u32 = 2;
 
+/// Where a chunk is in shared memory.
+#[derive(Clone, Copy)]
+struct Stage {
+    base: u32,
+    factors: u32,
+}
+
 /// A warp of one of the first two groups, or of the third, in which there is no S.
 pub(super) struct Group<'a, G, const TILES: usize, const OWN: usize> {
     block: &'a Block<'a, true, G>,
-    room: GroupRoom,
     /// 0 to 2.
     group: u32,
     /// Of atoms `group`, `group + 2`: the warp's rows.
@@ -37,6 +39,8 @@ pub(super) struct Group<'a, G, const TILES: usize, const OWN: usize> {
 impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Group<'a, G, TILES, OWN> {
     /// Columns of S in atoms of 64.
     const ATOMS: u32 = (TILES as u32).div_ceil(8);
+    const CHUNK_ROOM: ScanRoom = ScanRoom::new(8 * TILES as u32, 64 / SLICE, true);
+    const ROOM: GroupRoom = GroupRoom::new(8 * TILES as u32, GROUP_STAGES * Self::CHUNK_ROOM.bytes);
 
     /// All chunks of the block. All threads that come to a barrier come to it in the same place.
     ///
@@ -44,55 +48,59 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
     /// As [`run`](super::scan::run).
     #[inline(always)]
     pub(super) unsafe fn run(block: &'a Block<'a, true, G>) {
-        let Block { gpu, args, from, to, .. } = *block;
-        let room = GroupRoom::new(args.dk, STAGES * block.room.bytes);
+        let Block { gpu, from, to, .. } = *block;
         let group = gpu.thread() / 128;
-        let mut own = Self { block, room, group, s: [[[0.0; 4]; 8]; OWN] };
-        let in_chain = group < 2;
+        let mut own = Self { block, group, s: [[[0.0; 4]; 8]; OWN] };
+        let (in_chain, is_one) = (group < 2, gpu.thread() == block.copiers);
         // SAFETY: the caller's promises.
         unsafe {
+            if is_one {
+                let mut stage = 0;
+                while stage < GROUP_STAGES {
+                    gpu.mbarrier_init(Self::ROOM.landed + stage * 8, 1);
+                    stage += 1;
+                }
+                gpu.mbarrier_fence();
+            }
+            gpu.barrier();
             // The states come through the last stage.
             if in_chain {
                 let states = block.begin();
                 if states.at != 0 {
-                    own.exchange::<true>(&states, block.stage(STAGES - 1));
+                    own.exchange::<true>(&states, own.stage(GROUP_STAGES - 1).base);
                 }
-            } else {
-                block.fetch_first::<TILES>();
-                gpu.wait_copies::<1>();
-                gpu.fence_async();
+            } else if is_one {
+                own.fetch(0);
+                own.fetch(1);
             }
-            // The first chunk has landed.
-            gpu.barrier();
             let mut i = 0;
             loop {
                 if from < to {
-                    let base = block.stage(i);
+                    let stage = own.stage(i);
+                    gpu.mbarrier_wait(own.landed(i), i / GROUP_STAGES % 2);
                     let (mut up, mut down, mut lift) = ([1.0; 2], [1.0; 2], 1.0);
                     if in_chain {
-                        (up, down, lift) = own.hand_over(base);
+                        (up, down, lift) = own.hand_over(stage);
                         gpu.fence_async();
                     }
-                    // S is handed over.
+                    // S is handed over, and nobody needs the chunk before any more.
                     gpu.barrier();
                     let mut o = Accumulators::<32>::zero();
                     if in_chain {
-                        own.correct(base, up, lift);
+                        own.correct(stage, up, lift);
                         gpu.fence_async();
                     } else {
-                        down = own.outputs_of_state(base, &mut o);
-                        // The next chunk has landed. A fence waits for all copies: those of the one behind
-                        // begin after it.
-                        gpu.wait_copies::<0>();
-                        gpu.fence_async();
-                        block.fetch::<TILES>(i + STAGES - 1);
+                        if is_one {
+                            own.fetch(i + GROUP_STAGES - 1);
+                        }
+                        own.outputs_of_state(stage, &mut o);
                     }
                     // U is handed over.
                     gpu.barrier();
                     if in_chain {
-                        own.update(base, down);
+                        own.update(from + i, stage, down, lift);
                     } else {
-                        own.put(from + i, base, &mut o, down);
+                        own.put(from + i, stage, &mut o);
                     }
                 }
                 i += 1;
@@ -101,7 +109,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                     // Nobody needs the chunk any more: the states go through its stage.
                     gpu.barrier();
                     if in_chain {
-                        let stage = block.stage(i - 1);
+                        let stage = own.stage(i - 1).base;
                         block.keep((from + i).min(to), |states| own.exchange::<false>(states, stage));
                     }
                     gpu.barrier();
@@ -110,9 +118,50 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                     break;
                 }
             }
-            if gpu.thread() == block.copiers {
+            if is_one {
                 gpu.bulk_stores_wait::<0>();
             }
+        }
+    }
+
+    /// Where the chunk is that is `i` after the first.
+    #[inline(always)]
+    fn stage(&self, i: u32) -> Stage {
+        let stage = i % GROUP_STAGES;
+        Stage { base: stage * Self::CHUNK_ROOM.bytes, factors: Self::ROOM.factors + stage * FACTORS }
+    }
+
+    /// The mbarrier at which its copies arrive.
+    #[inline(always)]
+    fn landed(&self, i: u32) -> u32 {
+        Self::ROOM.landed + i % GROUP_STAGES * 8
+    }
+
+    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage: one thread.
+    #[inline(always)]
+    unsafe fn fetch(&self, i: u32) {
+        let Block { gpu, args, .. } = *self.block;
+        let (stage, landed, chunk) = (self.stage(i), self.landed(i), self.block.from + i);
+        if chunk >= self.block.to {
+            return;
+        }
+        let (key_head, _) = args.ratio.divide(self.block.head);
+        let window_chunk = u64::from(chunk - args.first_chunk);
+        let keys = Self::ATOMS * ATOM;
+        let key = (window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head)) * u64::from(keys);
+        let head = self.block.v_head(chunk);
+        let square = head * u64::from(ATOM);
+        let value = head * u64::from(CHUNK * args.dv * 2) + u64::from(self.block.first * CHUNK * 2);
+        let (to, from) = (Self::CHUNK_ROOM, args.scratch);
+        // SAFETY: as `run`.
+        unsafe {
+            gpu.mbarrier_arrive_expect(landed, 2 * keys + 3 * ATOM + FACTORS);
+            gpu.bulk_copy(stage.factors, self.block.factors(chunk), FACTORS, landed);
+            gpu.bulk_copy(stage.base + to.k, from.k + key, keys, landed);
+            gpu.bulk_copy(stage.base + to.v, from.v + value, ATOM, landed);
+            gpu.bulk_copy(stage.base + to.t, from.t + square, ATOM, landed);
+            gpu.bulk_copy(stage.base + to.q, from.q + key, keys, landed);
+            gpu.bulk_copy(stage.base + to.p, from.p + square, ATOM, landed);
         }
     }
 
@@ -166,12 +215,12 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// Puts S where all multiply it, f16 that were brought into range for the chunk at `base`. What rows are
-    /// multiplied with for that; what U is multiplied with in addition, as far as it is left at the end, and
-    /// what brings that back.
+    /// Puts S where all multiply it, f16 that were brought into range for the chunk. What rows are
+    /// multiplied with for that, and what brings that back; what U is multiplied with in addition, as far as it
+    /// is left at the end.
     #[inline(always)]
-    unsafe fn hand_over(&self, base: u32) -> ([f32; 2], [f32; 2], f32) {
-        let (gpu, room) = (self.block.gpu, &self.room);
+    unsafe fn hand_over(&self, stage: Stage) -> ([f32; 2], [f32; 2], f32) {
+        let (gpu, room) = (self.block.gpu, Self::ROOM);
         let (row, lane) = (self.row() + gpu.lane() / 4, gpu.lane());
         // SAFETY: as `run`.
         unsafe {
@@ -186,7 +235,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 }
                 j += 1;
             }
-            let [value, lift] = Values::load_shared(gpu, base + self.block.room.factors).largest(gpu);
+            let two = gpu.load_shared8(stage.factors + CHUNK * 16);
+            let (value, lift) = (f32::from_bits(two as u32), f32::from_bits((two >> 32) as u32));
             gpu.barrier_of(CHAIN, CHAIN_THREADS);
             let mut sum = [0.0; 2];
             let mut atom = 0;
@@ -197,10 +247,6 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 atom += 1;
             }
             let [[up_0, down_0], [up_1, down_1]] = sum.map(|sum| scale(sum, value));
-            if lane.is_multiple_of(4) && self.group == 0 {
-                gpu.store_shared4(room.downs + row * 4, down_0.to_bits());
-                gpu.store_shared4(room.downs + row * 4 + 32, down_1.to_bits());
-            }
             let mut j = 0;
             while j < OWN {
                 let atom = 2 * j as u32 + self.group;
@@ -216,17 +262,16 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 }
                 j += 1;
             }
-            let low = inverse(lift);
-            ([up_0, up_1], [down_0 * low, down_1 * low], lift)
+            ([up_0, up_1], [down_0, down_1], lift)
         }
     }
 
-    /// U of the group's 32 tokens of the chunk at `base`, which is handed over, and what is left of it at the
+    /// U of the group's 32 tokens of the chunk, which is handed over, and what is left of it at the
     /// chunk's end, as many times themselves as `up` and `lift` say.
     #[inline(always)]
-    unsafe fn correct(&self, base: u32, up: [f32; 2], lift: f32) {
-        let Block { gpu, room, .. } = *self.block;
-        let handed = &self.room;
+    unsafe fn correct(&self, stage: Stage, up: [f32; 2], lift: f32) {
+        let gpu = self.block.gpu;
+        let (handed, room, base) = (Self::ROOM, Self::CHUNK_ROOM, stage.base);
         let (lane, first) = (gpu.lane(), self.group * 32);
         // The group's tokens are half of the columns.
         let places = [handed.x, handed.u, handed.u_end].map(|at| self.place(at) ^ (first * 2));
@@ -239,14 +284,14 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             gpu.wgmma_commit();
             // Of V^T four matrices of 8 tokens and 8 rows each, twice.
             let row = self.row();
+            let (matrix, line) = (lane / 8, lane % 8);
             let v = base
                 + room.v
-                + row / SLICE * CHUNK * padded(SLICE)
-                + row % SLICE * 2
-                + first * padded(SLICE)
-                + right(gpu, padded(SLICE));
-            let words = [gpu.load_matrix4::<true>(v), gpu.load_matrix4::<true>(v + 16 * padded(SLICE))];
-            let factors = base + room.factors + first * 16 + lane % 4 * 32;
+                + row / SLICE * (CHUNK * SLICE * 2)
+                + (first + matrix / 2 * 8 + line) * (SLICE * 2)
+                + ((row % SLICE / 8 + matrix % 2) ^ (line / 2)) * 16;
+            let words = [gpu.load_matrix4::<true>(v), gpu.load_matrix4::<true>(v + 16 * SLICE * 2)];
+            let factors = stage.factors + first * 16 + lane % 4 * 32;
             gpu.wgmma_wait::<0>();
             let mut x = four(gpu.sums(&mut found));
             corrected(gpu, words[0], factors, up, x.split_at_mut(0).1);
@@ -298,19 +343,25 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         while k16 < TILES as u32 / 2 {
             let of = |at: u32| Operand::k_major(at).further(k16 / 4 * ATOM + k16 % 4 * 32);
             // SAFETY: as `run`.
-            unsafe { gpu.wgmma::<F16, K_MAJOR, K_MAJOR, REGISTERS>(sums, of(self.room.s), of(at), k16 > 0) };
+            unsafe { gpu.wgmma::<F16, K_MAJOR, K_MAJOR, REGISTERS>(sums, of(Self::ROOM.s), of(at), k16 > 0) };
             k16 += 1;
         }
     }
 
-    /// Brings S to the end of the chunk at `base`; `down` brings U back.
+    /// Brings S to the end of the chunk; `down` brings rows back, and U when it is divided by `lift`.
     #[inline(always)]
-    unsafe fn update(&mut self, base: u32, down: [f32; 2]) {
-        let Block { gpu, room, .. } = *self.block;
+    unsafe fn update(&mut self, chunk: u32, stage: Stage, down: [f32; 2], lift: f32) {
+        let gpu = self.block.gpu;
         // SAFETY: as `run`; U was handed over, and a barrier is past.
         unsafe {
-            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
-            let all = f32::from_bits(words[2]);
+            let all = f32::from_bits(gpu.load_shared4(stage.factors + (CHUNK - 1) * 16 + 8));
+            if self.group == 0 && gpu.lane().is_multiple_of(4) {
+                let row = self.block.first + self.row() + gpu.lane() / 4;
+                self.block.put_scale(chunk, row, down[0]);
+                self.block.put_scale(chunk, row + 8, down[1]);
+            }
+            let down = down.map(|down| down * inverse(lift));
+            let keys = stage.base + Self::CHUNK_ROOM.k;
             let mut j = 0;
             while j < OWN {
                 let atom = 2 * j as u32 + self.group;
@@ -320,8 +371,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                     gpu.wgmma_begin();
                     let mut k16 = 0;
                     while k16 < 4 {
-                        let u = Operand::k_major(self.room.u_end).further(k16 * 32);
-                        let k = Operand { leading: ATOM, ..Operand::k_major(base + room.k + atom * ATOM) };
+                        let u = Operand::k_major(Self::ROOM.u_end).further(k16 * 32);
+                        let k = Operand { leading: ATOM, ..Operand::k_major(keys + atom * ATOM) };
                         let k = k.further(k16 * 16 * 128);
                         gpu.wgmma::<F16, K_MAJOR, OTHER_MAJOR, 32>(&mut sums, u, k, k16 > 0);
                         k16 += 1;
@@ -341,32 +392,28 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// What the queries of the chunk at `base` find in S, and what brings it back to what it is.
+    /// What the queries of the chunk find in S.
     #[inline(always)]
-    unsafe fn outputs_of_state(&self, base: u32, o: &mut Accumulators<32>) -> [f32; 2] {
-        let Block { gpu, room, .. } = *self.block;
-        // SAFETY: as `run`; the chunk was copied and S handed over, and a barrier is past.
+    unsafe fn outputs_of_state(&self, stage: Stage, o: &mut Accumulators<32>) {
+        let gpu = self.block.gpu;
+        // SAFETY: as `run`; the chunk has landed and S was handed over, and a barrier is past.
         unsafe {
             gpu.sums(o);
             gpu.wgmma_begin();
-            self.of_state(base + room.q, o);
+            self.of_state(stage.base + Self::CHUNK_ROOM.q, o);
             gpu.wgmma_commit();
             gpu.wgmma_wait::<0>();
-            [0, 8].map(|line| {
-                let at = self.room.downs + (self.row() + gpu.lane() / 4 + line) * 4;
-                f32::from_bits(gpu.load_shared4(at))
-            })
         }
     }
 
-    /// Adds what the corrections make, and puts the outputs, which `down` brings back.
+    /// Adds what the corrections make, and puts the outputs.
     #[inline(always)]
-    unsafe fn put(&self, chunk: u32, base: u32, o: &mut Accumulators<32>, down: [f32; 2]) {
-        let Block { gpu, room, .. } = *self.block;
+    unsafe fn put(&self, chunk: u32, stage: Stage, o: &mut Accumulators<32>) {
+        let gpu = self.block.gpu;
         // SAFETY: as `run`; U was handed over, and a barrier is past.
         unsafe {
             let mut tiles = eight(gpu.sums(o));
-            from_start(gpu, base + room.factors + gpu.lane() % 4 * 32, &mut tiles);
+            from_start(gpu, stage.factors + gpu.lane() % 4 * 32, &mut tiles);
             let mut i = 0;
             let sums = gpu.sums(o);
             while i < 32 {
@@ -377,8 +424,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             gpu.wgmma_begin();
             let mut k16 = 0;
             while k16 < 4 {
-                let u = Operand::k_major(self.room.u).further(k16 * 32);
-                let p = Operand::k_major(base + room.p).further(k16 * 32);
+                let u = Operand::k_major(Self::ROOM.u).further(k16 * 32);
+                let p = Operand::k_major(stage.base + Self::CHUNK_ROOM.p).further(k16 * 32);
                 gpu.wgmma::<F16, K_MAJOR, K_MAJOR, 32>(o, u, p, true);
                 k16 += 1;
             }
@@ -391,22 +438,17 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             gpu.barrier_of(OUTPUTS, 128);
             gpu.wgmma_wait::<0>();
             let sums = gpu.sums(o);
-            let place = self.place(self.room.o);
+            let place = self.place(Self::ROOM.o);
             let mut tile = 0;
             while tile < 8 {
                 let two = [0, 2].map(|r| gpu.pack_f16(sums[4 * tile + r], sums[4 * tile + r + 1]));
                 self.put_two(place ^ (tile as u32 * 16), two);
                 tile += 1;
             }
-            if gpu.lane().is_multiple_of(4) {
-                let row = self.block.first + self.row() + gpu.lane() / 4;
-                self.block.put_scale(chunk, row, down[0]);
-                self.block.put_scale(chunk, row + 8, down[1]);
-            }
             gpu.fence_async();
             gpu.barrier_of(OUTPUTS, 128);
             if is_one {
-                gpu.bulk_store(self.block.outputs(chunk, self.block.first), self.room.o, ATOM);
+                gpu.bulk_store(self.block.outputs(chunk, self.block.first), Self::ROOM.o, ATOM);
                 gpu.bulk_stores_commit();
             }
         }

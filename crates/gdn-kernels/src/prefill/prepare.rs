@@ -9,13 +9,14 @@ use gdn_math::{Lanes, layer as math, quick, special::exp};
 
 use super::{
     args::{
-        Args, CHUNK, DIAGONAL_ROW, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES, Vector, padded,
+        ATOM, Args, CHUNK, DIAGONAL_ROW, FACTORS, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES,
+        Vector, padded,
     },
     element::{Element, size},
     sequence::Sequence,
     tiles::Tile,
 };
-use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
+use crate::gpu::{AsyncCopy, Bytes16, F16, Swizzle, TensorCore};
 
 const WARPS: u32 = PREPARE_THREADS / 32;
 /// Logs below this are as good: their exponentials are 0.
@@ -109,21 +110,21 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     #[inline(always)]
     unsafe fn fetch(&self) {
         let Self { gpu, args, room, .. } = self;
-        let row_bytes = args.dk * 2;
-        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK * row_bytes);
+        let atoms = args.dk.div_ceil(CHUNK) * ATOM;
+        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(atoms);
         // A row's words go into the threads of a block without a rest.
         let (mut row, word) = args.key_words.divide(gpu.thread());
         let (rows, _) = args.key_words.divide(gpu.threads());
-        let mut from = head + u64::from(row * row_bytes + word * 16);
         let mut to = row * padded(args.dk) + word * 16;
         while row < CHUNK {
+            let at = Swizzle::Bytes128.place(word / 8 * ATOM + row * 128 + word % 8 * 16);
+            let from = head + u64::from(at);
             // SAFETY: as `run`.
             unsafe {
                 gpu.copy16(room.q + to, args.scratch.q + from, true);
                 gpu.copy16(room.k + to, args.scratch.k + from, true);
             }
             row += rows;
-            from += u64::from(rows * row_bytes);
             to += rows * padded(args.dk);
         }
         gpu.commit_copies();
@@ -208,7 +209,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 let at = (h * CHUNK + 2 * lane) * 4;
                 gpu.store_shared8(room.g + at, both(g));
                 gpu.store_shared8(room.beta + at, both(betas));
-                let mut n = 0;
+                let factors = args.scratch.factors + self.v_head(h) * u64::from(FACTORS);
+                let (mut largest, mut left, mut n) = (0.0f32, 0.0f32, 0);
                 while n < 2 {
                     let of_token = |two: u64| f32::from_bits((two >> (32 * n)) as u32);
                     // A key of zeros finds and changes nothing. Without its value no size is lost to it.
@@ -219,10 +221,25 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                         half * half
                     };
                     let (from_start, to_end) = (decay(g[n]), decay(last - g[n]));
-                    let four = [beta * of_token(inputs.v_scales), beta * from_start, from_start, to_end];
-                    let place = self.v_head(h) * u64::from(CHUNK) + u64::from(2 * lane + n as u32);
-                    gpu.store16(args.scratch.factors + place * 16, Bytes16(four.map(f32::to_bits)));
+                    let value = beta * of_token(inputs.v_scales);
+                    largest = largest.max(value.abs());
+                    left = left.max(if value == 0.0 { 0.0 } else { to_end });
+                    let four = [value, beta * from_start, from_start, to_end];
+                    let at = factors + u64::from((2 * lane + n as u32) * 16);
+                    gpu.store16(at, Bytes16(four.map(f32::to_bits)));
                     n += 1;
+                }
+                let mut mask = 16;
+                while mask > 0 {
+                    largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
+                    left = left.max(f32::from_bits(gpu.shuffle_xor(left.to_bits(), mask)));
+                    mask /= 2;
+                }
+                if lane == 0 {
+                    // Values were brought to less than 2^15. What is left is 0 to 1.
+                    let exponent = (left.to_bits() >> 23).clamp(127 - 60, 127);
+                    let four = [(largest * 32768.0).to_bits(), (254 - exponent) << 23, 0, 0];
+                    gpu.store16(factors + u64::from(CHUNK * 16), Bytes16(four));
                 }
                 h += WARPS;
             }
@@ -527,7 +544,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         let Self { gpu, room, .. } = self;
         let words = CHUNK / 8;
         let (mut row, word) = (thread / words, thread % words);
-        let mut to = to + u64::from(thread * 16);
+        // A multiple of 8 rows further on they are swizzled alike.
+        let mut to = to + u64::from(Swizzle::Bytes128.place(thread * 16));
         while row < heads * CHUNK {
             let mut eight = Bytes16([0; 4]);
             // SAFETY: as `run`; what is read was written before a barrier.

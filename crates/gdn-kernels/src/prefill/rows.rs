@@ -8,8 +8,7 @@ use super::{
     scan::Block,
     states::Place,
     tiles::{
-        Tile, Tokens, Values, by_triangle, corrected, factor, inverse, lefts, of_state, packed, right, scale,
-        sums,
+        Tile, Tokens, by_triangle, corrected, factor, inverse, lefts, of_state, packed, right, scale, sums,
     },
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
@@ -22,8 +21,8 @@ pub(super) struct Rows<'a, G, const TILES: usize, const OWN: usize> {
     block: &'a Block<'a, false, G>,
     /// The first of them. The others are in shared memory.
     s: [Tile; OWN],
-    /// Of the chunk that comes next.
-    values: Values,
+    /// Of the chunk that comes next: see `Scratch::factors`.
+    values: u64,
     /// What this chunk's U is multiplied with in addition, as far as it is left at the end.
     lift: f32,
 }
@@ -58,7 +57,7 @@ pub(super) fn warp<G: TensorCore>(block: &Block<'_, false, G>) -> u32 {
 impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'a, G, TILES, OWN> {
     #[inline(always)]
     pub(super) fn new(block: &'a Block<'a, false, G>) -> Self {
-        Self { block, s: [[0.0; 4]; OWN], values: Values::default(), lift: 1.0 }
+        Self { block, s: [[0.0; 4]; OWN], values: 0, lift: 1.0 }
     }
 
     /// Reads the states that the block begins with, through the shared memory at `room`.
@@ -172,7 +171,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'
     pub(super) unsafe fn ask(&mut self, chunk: u32) {
         if chunk < self.block.to {
             // SAFETY: the caller's promise.
-            self.values = unsafe { Values::load(self.block.gpu, self.block.factors(chunk)) };
+            self.values = unsafe { self.block.gpu.load8(self.block.factors(chunk) + u64::from(CHUNK * 16)) };
         }
     }
 
@@ -186,8 +185,8 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'
         let gpu = self.block.gpu;
         // SAFETY: the caller's promise.
         unsafe {
-            let value;
-            [value, self.lift] = self.values.largest(gpu);
+            let value = f32::from_bits(self.values as u32);
+            self.lift = f32::from_bits((self.values >> 32) as u32);
             let mut sum = [0.0; 2];
             let mut atom = 0;
             while atom * 8 < OWN {
@@ -362,10 +361,8 @@ pub(super) unsafe fn update<const TILES: usize, const OWN: usize>(
             update_two::<TILES, OWN>(gpu, left, at + pair as u32 * 32, all, down, s, pair);
         }
         pair += 1;
-        if pair == OWN / 4 {
-            // Keeps the compiler from loading more ahead, for which there are no registers.
-            gpu.sync_warp();
-        }
+        // Keeps the compiler from loading more ahead, for which there are no registers.
+        gpu.sync_warp();
     }
 }
 

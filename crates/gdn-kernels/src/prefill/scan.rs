@@ -13,8 +13,7 @@
 //! ```
 //!
 //! There are two ways, with the same bits: each warp has 16 whole rows and multiplies for itself (`rows.rs`,
-//! `outputs.rs`), or three groups of four warps multiply together and share the columns of 64 rows
-//! (`group.rs`).
+//! `outputs.rs`), or four warps multiply together, with 64 rows (`group.rs`).
 //!
 //! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which
 //! depends on the row of S and on the chunk's largest value (`tiles.rs`): 2^26 and more below what it is made
@@ -23,14 +22,14 @@
 //! history.
 
 use super::{
-    args::{ATOM, Args, CHUNK, GROUP_THREADS, SLICE, ScanRoom, WARP_ROWS, padded},
+    args::{ATOM, Args, CHUNK, FACTORS, GROUP_ROWS, GROUP_THREADS, SLICE, ScanRoom, WARP_ROWS, padded},
     element::{load, size, store},
     group::Group,
     outputs::Outputs,
     rows::Rows,
     segment::Part,
 };
-use crate::gpu::{AsyncCopy, Gpu, Swizzle, TensorCore, Wgmma};
+use crate::gpu::{AsyncCopy, Gpu, TensorCore, Wgmma};
 
 /// A block's part of the call; `BY_GROUP` says how its warps multiply.
 pub(super) struct Block<'a, const BY_GROUP: bool, G> {
@@ -66,8 +65,8 @@ pub unsafe fn run<const TILES: usize, const OWN: usize, G: TensorCore + AsyncCop
     }
 }
 
-/// The kernel for blocks of 64 rows and [`GROUP_THREADS`] threads, four warps multiplying together. Keys have
-/// `8 * TILES` numbers, each group has columns of `OWN` atoms of S.
+/// The kernel for blocks of [`GROUP_ROWS`] rows and [`GROUP_THREADS`] threads, four warps multiplying together.
+/// Keys have `8 * TILES` numbers, each group has columns of `OWN` atoms of S.
 ///
 /// # Safety
 /// As [`run`].
@@ -78,7 +77,7 @@ pub unsafe fn run_by_group<const TILES: usize, const OWN: usize, G: Wgmma + Tens
 ) {
     // SAFETY: the caller's promises.
     unsafe {
-        if let Some(block) = Block::<true, G>::new(gpu, args, [2 * SLICE, GROUP_THREADS - 128]) {
+        if let Some(block) = Block::<true, G>::new(gpu, args, [GROUP_ROWS, GROUP_THREADS - 128]) {
             Group::<G, TILES, OWN>::run(&block);
             block.end();
         }
@@ -231,7 +230,7 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
     /// Where a chunk's factors are in global memory.
     #[inline(always)]
     pub(super) fn factors(&self, chunk: u32) -> u64 {
-        self.args.scratch.factors + self.v_head(chunk) * u64::from(CHUNK * 16)
+        self.args.scratch.factors + self.v_head(chunk) * u64::from(FACTORS)
     }
 
     /// Where the outputs of row `row` of the v head begin: where the values were.
@@ -251,124 +250,6 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         let scale = down * self.args.scale;
         // SAFETY: the caller's promise.
         unsafe { self.gpu.store4(self.args.scratch.out_scales + place * 4, scale.to_bits()) };
-    }
-
-    /// Begins to copy what fits before the first chunk is looked at, but for the last stage: the copiers.
-    /// Keys have `8 * TILES` numbers.
-    #[inline(always)]
-    pub(super) unsafe fn fetch_first<const TILES: usize>(&self) {
-        let mut i = 0;
-        while i + 1 < self.args.stages {
-            // SAFETY: as `run`.
-            unsafe { self.fetch::<TILES>(i) };
-            i += 1;
-        }
-    }
-
-    /// Waits for the copies of the chunk that is `i` after the first, whose last group is `i + stages - 2`:
-    /// the copiers.
-    #[inline(always)]
-    unsafe fn wait<const TILES: usize>(&self, i: u32) {
-        if self.args.stages == 1 {
-            // SAFETY: as `run`.
-            unsafe { self.fetch::<TILES>(i) };
-        }
-        if self.args.stages > 2 {
-            self.gpu.wait_copies::<1>();
-        } else {
-            self.gpu.wait_copies::<0>();
-        }
-    }
-
-    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage, in a group
-    /// of copies: the copiers.
-    #[inline(always)]
-    pub(super) unsafe fn fetch<const TILES: usize>(&self, i: u32) {
-        let Self { gpu, args, room, .. } = *self;
-        let (base, chunk) = (self.stage(i), self.from + i);
-        if chunk >= self.to {
-            gpu.commit_copies();
-            return;
-        }
-        let (key_head, _) = args.ratio.divide(self.head);
-        let window_chunk = u64::from(chunk - args.first_chunk);
-        let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
-        let keys = key * u64::from(CHUNK * 16 * TILES as u32);
-        let head = self.v_head(chunk);
-        let square = head * u64::from(CHUNK * CHUNK * 2);
-        let values = head * u64::from(CHUNK * args.dv * 2) + u64::from(self.first * CHUNK * 2);
-        let (thread, copiers) = (self.copier(), self.all_copiers());
-        // SAFETY: as `run`.
-        unsafe {
-            self.copy::<TILES>(base + room.k, args.scratch.k + keys);
-            self.copy::<8>(base + room.t, args.scratch.t + square);
-            // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all
-            // its rows.
-            let slices = if BY_GROUP { 2 } else { (room.bytes - room.v) / (CHUNK * padded(SLICE)) };
-            let to = base + room.v + thread / 4 * padded(SLICE) + thread % 4 * 16;
-            let from = args.scratch.v + values + u64::from(thread * 16);
-            let mut n = 0;
-            while n * copiers < slices * CHUNK * 4 {
-                let i = self.anew(n);
-                gpu.copy16(to + i * (copiers / 4 * padded(SLICE)), from + u64::from(i * copiers * 16), true);
-                n += 1;
-            }
-            if thread < CHUNK {
-                let at = self.factors(chunk) + u64::from(thread * 16);
-                gpu.copy16(base + room.factors + thread * 16, at, true);
-            }
-            self.copy::<TILES>(base + room.q, args.scratch.q + keys);
-            self.copy::<8>(base + room.p, args.scratch.p + square);
-            gpu.commit_copies();
-        }
-    }
-
-    /// This thread among the copiers. Worked out anew for each chunk: there are no registers to keep places
-    /// in.
-    #[inline(always)]
-    fn copier(&self) -> u32 {
-        self.gpu.unforeseen(u64::from(self.gpu.thread() - self.copiers)) as u32
-    }
-
-    /// The same number, which a block whose copiers are not known beforehand multiplies anew each time.
-    #[inline(always)]
-    fn anew(&self, n: u32) -> u32 {
-        if BY_GROUP { n } else { self.gpu.unforeseen(u64::from(n)) as u32 }
-    }
-
-    /// How many copiers there are: 128 or 64.
-    #[inline(always)]
-    fn all_copiers(&self) -> u32 {
-        if BY_GROUP { 128 } else { self.gpu.threads() - self.copiers }
-    }
-
-    /// Begins to copy 64 rows of so many times 16 bytes. What is left of atoms becomes zeros.
-    #[inline(always)]
-    unsafe fn copy<const PIECES: usize>(&self, to: u32, from: u64) {
-        // A power of two of 16 bytes a row, so that a thread's are all in one column.
-        let (all, pieces) = (PIECES.next_power_of_two() as u32, PIECES as u32);
-        let (thread, copiers) = (self.copier(), self.all_copiers());
-        let (row, piece, step) = (thread / all, thread % all, copiers / all);
-        let is_there = piece < pieces;
-        if piece >= if BY_GROUP { pieces.next_multiple_of(8) } else { pieces } {
-            return;
-        }
-        // With 128 copiers a thread's rows are 8 apart or a multiple, and swizzled alike.
-        let first = if BY_GROUP {
-            Swizzle::Bytes128.place(piece / 8 * ATOM + row * 128 + piece % 8 * 16)
-        } else {
-            row * padded(pieces * 8) + piece * 16
-        };
-        let row_bytes = if BY_GROUP { 128 } else { padded(pieces * 8) };
-        let from = if is_there { from + u64::from((row * pieces + piece) * 16) } else { from };
-        let mut n = 0;
-        while n * step < CHUNK {
-            let i = self.anew(n);
-            let further = if is_there { u64::from(i * step * pieces * 16) } else { 0 };
-            // SAFETY: as `run`.
-            unsafe { self.gpu.copy16(to + first + i * step * row_bytes, from + further, is_there) };
-            n += 1;
-        }
     }
 
     /// Brings the window of the convolution up to date, the block some of the channels. One thread moves a
@@ -418,6 +299,121 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
                 column += 1;
             }
             channel += blocks * gpu.threads();
+        }
+    }
+}
+
+impl<G: TensorCore + AsyncCopy> Block<'_, false, G> {
+    /// Begins to copy what fits before the first chunk is looked at, but for the last stage: the copiers.
+    /// Keys have `8 * TILES` numbers.
+    #[inline(always)]
+    unsafe fn fetch_first<const TILES: usize>(&self) {
+        let mut i = 0;
+        while i + 1 < self.args.stages {
+            // SAFETY: as `run`.
+            unsafe { self.fetch::<TILES>(i) };
+            i += 1;
+        }
+    }
+
+    /// Waits for the copies of the chunk that is `i` after the first, whose last group is `i + stages - 2`:
+    /// the copiers.
+    #[inline(always)]
+    unsafe fn wait<const TILES: usize>(&self, i: u32) {
+        if self.args.stages == 1 {
+            // SAFETY: as `run`.
+            unsafe { self.fetch::<TILES>(i) };
+        }
+        if self.args.stages > 2 {
+            self.gpu.wait_copies::<1>();
+        } else {
+            self.gpu.wait_copies::<0>();
+        }
+    }
+
+    /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage, in a group
+    /// of copies: the copiers.
+    #[inline(always)]
+    unsafe fn fetch<const TILES: usize>(&self, i: u32) {
+        let Self { gpu, args, room, .. } = *self;
+        let (base, chunk) = (self.stage(i), self.from + i);
+        if chunk >= self.to {
+            gpu.commit_copies();
+            return;
+        }
+        let (key_head, _) = args.ratio.divide(self.head);
+        let window_chunk = u64::from(chunk - args.first_chunk);
+        let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
+        let keys = key * u64::from(TILES.div_ceil(8) as u32 * ATOM);
+        let head = self.v_head(chunk);
+        let square = head * u64::from(ATOM);
+        let values = head * u64::from(CHUNK * args.dv * 2) + u64::from(self.first * CHUNK * 2);
+        let (thread, copiers) = (self.copier(), self.all_copiers());
+        // SAFETY: as `run`.
+        unsafe {
+            self.copy::<TILES>(base + room.k, args.scratch.k + keys);
+            self.copy::<8>(base + room.t, args.scratch.t + square);
+            // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all
+            // its rows, which are a multiple of 16 apart and swizzled alike.
+            let slices = (room.bytes - room.v) / (CHUNK * padded(SLICE));
+            let to = base + room.v + thread / 4 * padded(SLICE) + (thread % 4 ^ (thread / 8 % 4)) * 16;
+            let from = args.scratch.v + values + u64::from(thread * 16);
+            let mut n = 0;
+            while n * copiers < slices * CHUNK * 4 {
+                let i = self.anew(n);
+                gpu.copy16(to + i * (copiers / 4 * padded(SLICE)), from + u64::from(i * copiers * 16), true);
+                n += 1;
+            }
+            if thread < CHUNK {
+                let at = self.factors(chunk) + u64::from(thread * 16);
+                gpu.copy16(base + room.factors + thread * 16, at, true);
+            }
+            self.copy::<TILES>(base + room.q, args.scratch.q + keys);
+            self.copy::<8>(base + room.p, args.scratch.p + square);
+            gpu.commit_copies();
+        }
+    }
+
+    /// This thread among the copiers. Worked out anew for each chunk: there are no registers to keep places
+    /// in.
+    #[inline(always)]
+    fn copier(&self) -> u32 {
+        self.gpu.unforeseen(u64::from(self.gpu.thread() - self.copiers)) as u32
+    }
+
+    /// The same number, which is multiplied anew each time.
+    #[inline(always)]
+    fn anew(&self, n: u32) -> u32 {
+        self.gpu.unforeseen(u64::from(n)) as u32
+    }
+
+    /// How many copiers there are: 128 or 64.
+    #[inline(always)]
+    fn all_copiers(&self) -> u32 {
+        self.gpu.threads() - self.copiers
+    }
+
+    /// Begins to copy 64 rows of so many times 16 bytes from atoms, and pads them.
+    #[inline(always)]
+    unsafe fn copy<const PIECES: usize>(&self, to: u32, from: u64) {
+        // A power of two of 16 bytes a row, so that a thread's are all in one column.
+        let (all, pieces) = (PIECES.next_power_of_two() as u32, PIECES as u32);
+        let (thread, copiers) = (self.copier(), self.all_copiers());
+        let (row, piece, step) = (thread / all, thread % all, copiers / all);
+        let from = from + u64::from(piece / 8 * ATOM + row * 128 + piece % 8 * 16);
+        // Where the first row's piece belongs. Rows that are 4 apart are swizzled differently, and no rows are
+        // less apart.
+        let place = piece ^ row % 8;
+        let mut n = 0;
+        while n * step < CHUNK {
+            let rows = self.anew(n) * step;
+            let place = place ^ rows % 8;
+            if PIECES.is_power_of_two() || place < pieces {
+                let to = to + (row + rows) * padded(pieces * 8) + place * 16;
+                // SAFETY: as `run`.
+                unsafe { self.gpu.copy16(to, from + u64::from(rows * 128), true) };
+            }
+            n += 1;
         }
     }
 }

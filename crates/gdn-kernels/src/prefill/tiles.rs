@@ -49,60 +49,6 @@ pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
     [gpu.sum::<4>(sums[0]), gpu.sum::<4>(sums[1])]
 }
 
-/// What of a chunk's tokens is asked for ahead of time: of two tokens a lane what values are multiplied with,
-/// and what is left of U at the chunk's end.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Values([[u32; 2]; 2]);
-
-impl Values {
-    /// Of the chunk whose factors are there in global memory.
-    ///
-    /// # Safety
-    /// They are there.
-    #[inline(always)]
-    pub(super) unsafe fn load(gpu: &impl TensorCore, factors: u64) -> Self {
-        let two = |token: u32| {
-            let at = factors + u64::from(token * 16);
-            // SAFETY: the caller's promise.
-            unsafe { [gpu.load4(at), gpu.load4(at + 12)] }
-        };
-        Self([two(gpu.lane()), two(gpu.lane() + CHUNK / 2)])
-    }
-
-    /// The same in shared memory.
-    ///
-    /// # Safety
-    /// They are there.
-    #[inline(always)]
-    pub(super) unsafe fn load_shared(gpu: &impl TensorCore, factors: u32) -> Self {
-        let two = |token: u32| {
-            let at = factors + token * 16;
-            // SAFETY: the caller's promise.
-            unsafe { [gpu.load_shared4(at), gpu.load_shared4(at + 12)] }
-        };
-        Self([two(gpu.lane()), two(gpu.lane() + CHUNK / 2)])
-    }
-
-    /// What no value of the chunk times its beta is larger than (values are brought to less than 2^15); and a
-    /// power of two that brings the largest of what is left at the chunk's end of the tokens that change S
-    /// close to 1.
-    #[inline(always)]
-    pub(super) fn largest(self, gpu: &impl TensorCore) -> [f32; 2] {
-        let [[a, of_a], [b, of_b]] = self.0.map(|two| two.map(|bits| f32::from_bits(bits).abs()));
-        let left = |value: f32, left: f32| if value == 0.0 { 0.0 } else { left };
-        let (mut largest, mut last) = (a.max(b), left(a, of_a).max(left(b, of_b)));
-        let mut mask = 16;
-        while mask > 0 {
-            largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
-            last = last.max(f32::from_bits(gpu.shuffle_xor(last.to_bits(), mask)));
-            mask /= 2;
-        }
-        // `last` is 0 to 1.
-        let exponent = (last.to_bits() >> 23).clamp(127 - 60, 127);
-        [largest * 32768.0, f32::from_bits((254 - exponent) << 23)]
-    }
-}
-
 /// Two tiles side by side as the left side of a product, each row times its factor.
 #[inline(always)]
 pub(super) fn packed(gpu: &impl TensorCore, low: &Tile, high: &Tile, factors: [f32; 2]) -> [u32; 4] {

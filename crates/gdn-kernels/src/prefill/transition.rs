@@ -5,13 +5,15 @@
 //! values. The first segment of a sequence begins with what the sequence begins with, so it has no M.
 
 use super::{
-    args::{Args, CHUNK, SLICE, TRANSITION_THREADS, TransitionRoom, WARP_ROWS, padded, state_row},
+    args::{
+        ATOM, Args, CHUNK, FACTORS, SLICE, TRANSITION_THREADS, TransitionRoom, WARP_ROWS, padded, state_row,
+    },
     rows::{from_left, to_end, update},
     segment::Part,
     states::{Place, States, exchange},
-    tiles::{Tile, Tokens, Values, by_triangle, corrected, inverse, lefts, packed, scale, sums},
+    tiles::{Tile, Tokens, by_triangle, corrected, inverse, lefts, packed, scale, sums},
 };
-use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
+use crate::gpu::{AsyncCopy, Bytes16, Swizzle, TensorCore};
 
 /// Rows of a block.
 const ROWS: u32 = TRANSITION_THREADS / 32 * WARP_ROWS;
@@ -197,7 +199,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         let k_row = padded(8 * TILES as u32);
         // SAFETY: as `run`; the chunk was copied, and a barrier is past.
         unsafe {
-            let [mut value, lift] = Values::load_shared(gpu, base + room.factors).largest(gpu);
+            let two = gpu.load_shared8(base + room.factors + CHUNK * 16);
+            let (mut value, lift) = (f32::from_bits(two as u32), f32::from_bits((two >> 32) as u32));
             if !self.has_values {
                 value = 0.0;
             }
@@ -243,21 +246,21 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             let (key_head, _) = args.ratio.divide(head);
             let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
             let v_head = window_chunk * u64::from(args.num_v_heads.get()) + u64::from(head);
-            let keys = args.scratch.k + key * u64::from(CHUNK * 16 * TILES as u32);
-            let square = args.scratch.t + v_head * u64::from(CHUNK * CHUNK * 2);
+            let keys = args.scratch.k + key * u64::from(TILES.div_ceil(8) as u32 * ATOM);
+            let square = args.scratch.t + v_head * u64::from(ATOM);
             let values = args.scratch.v + v_head * u64::from(CHUNK * args.dv * 2);
             let thread = gpu.unforeseen(u64::from(gpu.thread())) as u32;
             // SAFETY: as `run`.
             unsafe {
-                self.copy(base + room.k, keys, TILES as u32, CHUNK);
-                self.copy(base + room.t, square, 8, CHUNK);
+                self.copy_atoms(base + room.k, keys, TILES as u32);
+                self.copy_atoms(base + room.t, square, 8);
                 if self.has_values {
                     let slices = (args.dv - self.first).min(ROWS) / SLICE;
                     let from = values + u64::from(self.first * CHUNK * 2);
-                    self.copy(base + room.v, from, SLICE / 8, slices * CHUNK);
+                    self.copy_values(base + room.v, from, slices);
                 }
-                if thread < CHUNK {
-                    let from = args.scratch.factors + v_head * u64::from(CHUNK * 16) + u64::from(thread * 16);
+                if thread <= CHUNK {
+                    let from = args.scratch.factors + v_head * u64::from(FACTORS) + u64::from(thread * 16);
                     gpu.copy16(base + room.factors + thread * 16, from, true);
                 }
             }
@@ -265,15 +268,29 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         gpu.commit_copies();
     }
 
-    /// Begins to copy rows of so many times 16 bytes.
+    /// Begins to copy 64 rows of so many times 16 bytes from atoms, and pads them.
     #[inline(always)]
-    unsafe fn copy(&self, to: u32, from: u64, pieces: u32, rows: u32) {
+    unsafe fn copy_atoms(&self, to: u32, from: u64, pieces: u32) {
         let gpu = self.gpu;
         let mut i = gpu.unforeseen(u64::from(gpu.thread())) as u32;
-        while i < rows * pieces {
+        while i < CHUNK * pieces {
             let (row, piece) = (i / pieces, i % pieces);
+            let at = Swizzle::Bytes128.place(piece / 8 * ATOM + row * 128 + piece % 8 * 16);
             // SAFETY: as `run`.
-            unsafe { gpu.copy16(to + row * padded(pieces * 8) + piece * 16, from + u64::from(i * 16), true) };
+            unsafe { gpu.copy16(to + row * padded(pieces * 8) + piece * 16, from + u64::from(at), true) };
+            i += TRANSITION_THREADS;
+        }
+    }
+
+    /// Begins to copy the values of so many slices, and pads them.
+    #[inline(always)]
+    unsafe fn copy_values(&self, to: u32, from: u64, slices: u32) {
+        let gpu = self.gpu;
+        let mut i = gpu.unforeseen(u64::from(gpu.thread())) as u32;
+        while i < slices * CHUNK * 4 {
+            let (row, piece) = (i / 4, i % 4 ^ i / 8 % 4);
+            // SAFETY: as `run`.
+            unsafe { gpu.copy16(to + row * padded(SLICE) + piece * 16, from + u64::from(i * 16), true) };
             i += TRANSITION_THREADS;
         }
     }

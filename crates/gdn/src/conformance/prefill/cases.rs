@@ -135,9 +135,15 @@ pub(super) fn tiny(sequences: usize) -> Vec<usize> {
 
 /// Shapes, dtypes and orders.
 pub(super) fn oracle(run: &mut Run<'_>) {
-    for heads in
-        [[1, 2, 128, 128], [2, 2, 64, 64], [1, 3, 64, 96], [1, 1, 128, 96], [1, 1, 96, 192], [1, 1, 64, 256]]
-    {
+    for heads in [
+        [1, 2, 128, 128],
+        [2, 2, 64, 64],
+        [1, 3, 64, 96],
+        [1, 1, 128, 96],
+        [1, 1, 96, 192],
+        [1, 1, 96, 128],
+        [1, 1, 64, 256],
+    ] {
         check(&Options::new(heads), Form::default(), &[70], run);
     }
     for (dtype, state_dtype, state_order) in [

@@ -334,9 +334,14 @@ fn measure(gpu: &Gpu, heads: [usize; 4], lens: &[usize]) {
     let mut batch = Batch::repeated(&options, form, lens, 64);
     batch.prefill_by(None, |call| {
         let chunks = lens.iter().sum::<usize>() / PREFILL_CHUNK + lens.len();
-        for (threads, windows) in
-            [(None, None), (Some(128), Some(1)), (Some(256), Some(1)), (Some(256), Some(2))]
-        {
+        for (threads, windows) in [
+            (None, None),
+            (Some(128), Some(1)),
+            (Some(256), Some(1)),
+            (Some(256), Some(2)),
+            (Some(256), Some(3)),
+            (Some(256), Some(4)),
+        ] {
             let window = windows.map(|windows| chunks.div_ceil(windows));
             let profile = Profile { threads, window, ..Profile::of(gpu) };
             let placed = Placed::new(call, profile, gpu);

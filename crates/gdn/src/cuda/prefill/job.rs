@@ -4,8 +4,8 @@ use cudarc::driver::sys::CUstream;
 use gdn_kernels::{
     modules::Target,
     prefill::args::{
-        Args, CONVOLVE_THREADS, GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom,
-        Scratch, Strided, TAPS, THREADS, norm_bytes,
+        Args, CONVOLVE_THREADS, GROUP_ROWS, GROUP_STAGES, GROUP_THREADS, Indices, PREPARE_THREADS,
+        PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS, THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -232,18 +232,21 @@ impl Job {
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
         // As few blocks as multiprocessors have half the rows each, and twice as many run side by side; where
         // there are other kernels to run beside them, as few as a quarter. Where there are more, four warps
-        // multiply together, if the device can and there are 64 rows for them.
-        let room = |threads: u32, by_group, stages| ScanRoom::all(dk, threads / 128, by_group, stages);
-        let has_64 =
-            |by_group, stages| dv.is_multiple_of(2 * SLICE) && room(256, by_group, stages) <= profile.shared;
+        // multiply together, if the device can and there are rows for them.
+        let room = |rows: u32, by_group, stages| ScanRoom::all(dk, rows / SLICE, by_group, stages);
+        let has = |rows: u32, by_group, stages| {
+            dv.is_multiple_of(rows) && room(rows, by_group, stages) <= profile.shared
+        };
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
         let threads = profile.threads.unwrap_or_else(|| {
             let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
             if segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
         });
-        let by_group = profile.wgmma && threads > 128 && dk <= MOST_BY_GROUP && has_64(true, 3);
-        let threads = if by_group || has_64(false, 1) { threads } else { 128 };
-        let slices = dv / (threads / 128 * SLICE);
+        let by_group =
+            profile.wgmma && threads > 128 && dk <= MOST_BY_GROUP && has(GROUP_ROWS, true, GROUP_STAGES);
+        let threads = if by_group || has(2 * SLICE, false, 1) { threads } else { 128 };
+        let rows = if by_group { GROUP_ROWS } else { threads / 128 * SLICE };
+        let slices = dv / rows;
         // Where sequences are cut, so many more groups of blocks.
         let more = if segments.is_cut == 0 { 0 } else { window.div_ceil(segments.shortest.get() as usize) };
         let scan_blocks =
@@ -254,8 +257,8 @@ impl Job {
         };
         let (chunks, window) = (number(chunks)?, number(window)?);
         count((window as usize).checked_mul(2 * hk + hv)).ok_or_else(too_many)?;
-        let fits = |stages: &u32| room(threads, by_group, *stages) <= profile.shared;
-        let stages = [3, 2].into_iter().find(fits).unwrap_or(1);
+        let fits = |stages: &u32| room(rows, by_group, *stages) <= profile.shared;
+        let stages = if by_group { GROUP_STAGES } else { [3, 2].into_iter().find(fits).unwrap_or(1) };
         let divisor = |number: u32| Divisor::new(number).ok_or_else(too_many);
         let element = tokens.q.dtype.size() as u64;
         let fields = [&tokens.q, &tokens.k, &tokens.v, &tokens.z].map(field);
@@ -373,7 +376,7 @@ impl Job {
             (96, true) => "gdn_prefill_scan_group_96",
             (_, true) => "gdn_prefill_scan_group_128",
         };
-        let shared = room(threads, by_group, stages);
+        let shared = room(rows, by_group, stages);
         let threads = if by_group { GROUP_THREADS } else { threads };
         let scan = Step { kernel, args, blocks: scan_blocks, threads, shared };
         let norm = Step {
