@@ -52,6 +52,10 @@ pub trait Gpu {
     /// Waits at one of the barriers 1 to 15 until `threads` threads of the block are there, a multiple of 32;
     /// whole warps come. Different numbers of threads at one barrier, or warps that come twice, are mistakes.
     fn barrier_of(&self, number: u32, threads: u32);
+    /// Is one of the `threads` at a barrier 1 to 15, and goes on: those that wait there
+    /// ([`Gpu::barrier_of`], with the same number) see what this thread did before. A warp arrives again only
+    /// when the barrier has opened.
+    fn barrier_arrive(&self, number: u32, threads: u32);
 
     /// From here on the next kernel of the stream may start its blocks, if it was launched to do so; it sees
     /// what this one writes only after its own [`Gpu::wait_for_previous`].

@@ -7,7 +7,9 @@
 use gdn_math::Lanes;
 
 use super::{
-    args::{ATOM, CHUNK, FACTORS, GROUP_STAGES, GroupRoom, SLICE, ScanRoom, WARP_ROWS, state_row},
+    args::{
+        ATOM, CHUNK, FACTORS, GROUP_STAGES, GROUP_THREADS, GroupRoom, SLICE, ScanRoom, WARP_ROWS, state_row,
+    },
     scan::Block,
     states::{Place, States},
     tiles::{Tile, Tokens, corrected, factor, from_start, inverse, scale, sums},
@@ -19,6 +21,12 @@ const CHAIN: u32 = 1;
 const CHAIN_THREADS: u32 = 256;
 /// That of the third.
 const OUTPUTS: u32 = 2;
+/// Those at which the first two arrive when S and U are handed over, and the third waits.
+const S_IS_THERE: u32 = 3;
+const U_IS_THERE: u32 = 4;
+/// Those at which the third arrives when it needs them no more, and the first two wait, for each other too.
+const S_IS_FREE: u32 = 5;
+const U_IS_FREE: u32 = 6;
 
 /// Where a chunk is in shared memory.
 #[derive(Clone, Copy)]
@@ -63,6 +71,10 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 gpu.mbarrier_fence();
             }
             gpu.barrier();
+            if !in_chain && from < to {
+                gpu.barrier_arrive(S_IS_FREE, GROUP_THREADS);
+                gpu.barrier_arrive(U_IS_FREE, GROUP_THREADS);
+            }
             // The states come through the last stage.
             if in_chain {
                 let states = block.begin();
@@ -78,29 +90,18 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 if from < to {
                     let stage = own.stage(i);
                     gpu.mbarrier_wait(own.landed(i), i / GROUP_STAGES % 2);
-                    let (mut up, mut down, mut lift) = ([1.0; 2], [1.0; 2], 1.0);
                     if in_chain {
-                        (up, down, lift) = own.hand_over(stage);
+                        let (up, down, lift) = own.hand_over(stage);
                         gpu.fence_async();
-                    }
-                    // S is handed over, and nobody needs the chunk before any more.
-                    gpu.barrier();
-                    let mut o = Accumulators::<32>::zero();
-                    if in_chain {
+                        gpu.barrier_arrive(S_IS_THERE, GROUP_THREADS);
+                        gpu.barrier_of(CHAIN, CHAIN_THREADS);
                         own.correct(stage, up, lift);
                         gpu.fence_async();
-                    } else {
-                        if is_one {
-                            own.fetch(i + GROUP_STAGES - 1);
-                        }
-                        own.outputs_of_state(stage, &mut o);
-                    }
-                    // U is handed over.
-                    gpu.barrier();
-                    if in_chain {
+                        gpu.barrier_arrive(U_IS_THERE, GROUP_THREADS);
+                        gpu.barrier_of(CHAIN, CHAIN_THREADS);
                         own.update(from + i, stage, down, lift);
                     } else {
-                        own.put(from + i, stage, &mut o);
+                        own.outputs(i, stage);
                     }
                 }
                 i += 1;
@@ -237,7 +238,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             }
             let two = gpu.load_shared8(stage.factors + CHUNK * 16);
             let (value, lift) = (f32::from_bits(two as u32), f32::from_bits((two >> 32) as u32));
-            gpu.barrier_of(CHAIN, CHAIN_THREADS);
+            gpu.barrier_of(S_IS_FREE, GROUP_THREADS);
             let mut sum = [0.0; 2];
             let mut atom = 0;
             while atom < Self::ATOMS {
@@ -304,7 +305,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 tile += 1;
             }
             gpu.fence_async();
-            gpu.barrier_of(CHAIN, CHAIN_THREADS);
+            gpu.barrier_of(U_IS_FREE, GROUP_THREADS);
             let mut u = Accumulators::<16>::zero();
             gpu.sums(&mut u);
             gpu.wgmma_begin();
@@ -392,26 +393,29 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
         }
     }
 
-    /// What the queries of the chunk find in S.
+    /// The outputs of the chunk that is `ahead` after the first: what its queries find in S, and what the
+    /// corrections make. When S is there nobody needs the chunk before any more.
     #[inline(always)]
-    unsafe fn outputs_of_state(&self, stage: Stage, o: &mut Accumulators<32>) {
-        let gpu = self.block.gpu;
-        // SAFETY: as `run`; the chunk has landed and S was handed over, and a barrier is past.
+    unsafe fn outputs(&self, ahead: u32, stage: Stage) {
+        let Block { gpu, from, to, .. } = *self.block;
+        let is_one = gpu.thread() == self.block.copiers;
+        let is_last = from + ahead + 1 >= to;
+        let mut sums_of_o = Accumulators::<32>::zero();
+        let o = &mut sums_of_o;
+        // SAFETY: as `run`; the chunk has landed, S and U are handed over.
         unsafe {
+            gpu.barrier_of(S_IS_THERE, GROUP_THREADS);
+            if is_one {
+                self.fetch(ahead + GROUP_STAGES - 1);
+            }
             gpu.sums(o);
             gpu.wgmma_begin();
             self.of_state(stage.base + Self::CHUNK_ROOM.q, o);
             gpu.wgmma_commit();
             gpu.wgmma_wait::<0>();
-        }
-    }
-
-    /// Adds what the corrections make, and puts the outputs.
-    #[inline(always)]
-    unsafe fn put(&self, chunk: u32, stage: Stage, o: &mut Accumulators<32>) {
-        let gpu = self.block.gpu;
-        // SAFETY: as `run`; U was handed over, and a barrier is past.
-        unsafe {
+            if !is_last {
+                gpu.barrier_arrive(S_IS_FREE, GROUP_THREADS);
+            }
             let mut tiles = eight(gpu.sums(o));
             from_start(gpu, stage.factors + gpu.lane() % 4 * 32, &mut tiles);
             let mut i = 0;
@@ -420,6 +424,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 sums[i] = tiles[i / 4][i % 4];
                 i += 1;
             }
+            gpu.barrier_of(U_IS_THERE, GROUP_THREADS);
             gpu.sums(o);
             gpu.wgmma_begin();
             let mut k16 = 0;
@@ -430,13 +435,15 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 k16 += 1;
             }
             gpu.wgmma_commit();
-            let is_one = gpu.thread() == self.block.copiers;
             if is_one {
                 // The last chunk's outputs have left the room.
                 gpu.bulk_stores_wait::<0>();
             }
             gpu.barrier_of(OUTPUTS, 128);
             gpu.wgmma_wait::<0>();
+            if !is_last {
+                gpu.barrier_arrive(U_IS_FREE, GROUP_THREADS);
+            }
             let sums = gpu.sums(o);
             let place = self.place(Self::ROOM.o);
             let mut tile = 0;
@@ -448,7 +455,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             gpu.fence_async();
             gpu.barrier_of(OUTPUTS, 128);
             if is_one {
-                gpu.bulk_store(self.block.outputs(chunk, self.block.first), Self::ROOM.o, ATOM);
+                gpu.bulk_store(self.block.outputs(from + ahead, self.block.first), Self::ROOM.o, ATOM);
                 gpu.bulk_stores_commit();
             }
         }

@@ -229,6 +229,16 @@ fn races_within_a_block_are_found() {
                 gpu.barrier_of(1 + gpu.thread() / 32, 32);
                 gpu.load_shared4((gpu.thread() ^ 32) * 4);
             }),
+            // Who goes on at a barrier knows nothing of those that wait there.
+            ("with no barrier between|nobody has written", |_, gpu| unsafe {
+                gpu.store_shared4(gpu.thread() * 4, 1);
+                if gpu.thread() < 32 {
+                    gpu.barrier_arrive(1, 64);
+                    gpu.load_shared4((gpu.thread() ^ 32) * 4);
+                } else {
+                    gpu.barrier_of(1, 64);
+                }
+            }),
             ("stored already", |b, gpu| unsafe {
                 gpu.store4(b.state + u64::from(gpu.thread() * 4), 1);
                 gpu.barrier();
@@ -247,6 +257,25 @@ fn races_within_a_block_are_found() {
                 gpu.store_shared4((gpu.thread() ^ 32) * 4, 2);
                 gpu.barrier_of(3, 64);
                 gpu.load_shared4(gpu.thread() * 4);
+            },
+            // A warp hands over twice and goes on, the other one says when it has read.
+            |_, gpu| unsafe {
+                let place = gpu.lane() * 4;
+                for value in 0..2 {
+                    if gpu.thread() < 32 {
+                        if value > 0 {
+                            gpu.barrier_of(2, 64);
+                        }
+                        gpu.store_shared4(place, value);
+                        gpu.barrier_arrive(1, 64);
+                    } else {
+                        gpu.barrier_of(1, 64);
+                        assert_eq!(gpu.load_shared4(place), value);
+                        if value == 0 {
+                            gpu.barrier_arrive(2, 64);
+                        }
+                    }
+                }
             },
             |b, gpu| unsafe {
                 gpu.store4(b.scratch + u64::from(gpu.thread() * 4), 1);
@@ -322,6 +351,26 @@ fn waits_in_vain_are_found() {
             }),
             ("waits at barrier 2", |_, gpu| gpu.barrier_of(1 + gpu.thread() / 32, 64)),
             ("for 64 threads, and", |_, gpu| gpu.barrier_of(1, 64 - gpu.thread() / 32 * 32)),
+            ("at which nobody waits", |_, gpu| {
+                if gpu.thread() < 32 {
+                    gpu.barrier_arrive(1, 64);
+                }
+            }),
+            ("has arrived there before", |_, gpu| {
+                if gpu.thread() < 32 {
+                    gpu.barrier_arrive(1, 64);
+                    gpu.barrier_arrive(1, 64);
+                } else {
+                    gpu.barrier_of(1, 64);
+                }
+            }),
+            ("others arrived for 64|threads are at barrier", |_, gpu| {
+                if gpu.thread() < 32 {
+                    gpu.barrier_arrive(1, 64);
+                } else {
+                    gpu.barrier_of(1, 32);
+                }
+            }),
         ],
     );
     let half_a_warp = sentence(Launch::new([1; 3], 48), |_, gpu| {

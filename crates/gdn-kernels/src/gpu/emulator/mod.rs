@@ -236,6 +236,11 @@ impl Gpu for Thread<'_> {
         self.wait(Wait::Barrier { number, threads });
     }
 
+    fn barrier_arrive(&self, number: u32, threads: u32) {
+        assert!((1..16).contains(&number), "{} arrives at barrier {number}, there are 1 to 15", self.name());
+        self.cluster.arrive_at(self.id, number, threads);
+    }
+
     fn let_next_start(&self) {}
 
     fn wait_for_previous(&self) {}

@@ -19,6 +19,16 @@ use super::{
 
 const STACK_BYTES: usize = 256 << 10;
 
+/// Barriers of a block.
+const BARRIERS: usize = 16;
+
+/// Those that are at a barrier and went on, and how many threads it is for.
+#[derive(Default)]
+struct Ahead {
+    arrivals: Vec<Arrival>,
+    threads: u32,
+}
+
 /// What a thread waits for.
 #[derive(Clone, Copy)]
 pub(super) enum Wait {
@@ -142,6 +152,8 @@ pub(super) struct Cluster<'a> {
     /// Its number, of all that ever ran.
     pub(super) number: u32,
     pub(super) clocks: RefCell<Clocks>,
+    /// By blocks and barriers.
+    ahead: RefCell<Vec<Ahead>>,
     pub(super) flights: RefCell<Vec<Flight>>,
     gathering: RefCell<Gathering>,
     /// Threads that have not returned.
@@ -164,6 +176,7 @@ impl<'a> Cluster<'a> {
             blocks: (0..launch.cluster).map(block).collect(),
             number: 0,
             clocks: RefCell::new(Clocks::new(all)),
+            ahead: RefCell::new((0..launch.cluster as usize * BARRIERS).map(|_| Ahead::default()).collect()),
             flights: RefCell::default(),
             gathering: RefCell::new(Gathering::new(all)),
             running: RefCell::new(vec![true; all]),
@@ -175,6 +188,7 @@ impl<'a> Cluster<'a> {
     pub(super) fn restart(&mut self, [x, y, z]: [u32; 3]) {
         self.number = self.memory.next_cluster();
         self.clocks.get_mut().reset();
+        self.ahead.get_mut().iter_mut().for_each(|ahead| *ahead = Ahead::default());
         self.flights.get_mut().clear();
         *self.gathering.get_mut() = Gathering::new(self.running.get_mut().len());
         self.running.get_mut().fill(true);
@@ -224,6 +238,25 @@ impl<'a> Cluster<'a> {
         for coroutine in turns.coroutines {
             STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
         }
+    }
+
+    /// A thread arrives at a barrier of its block and goes on.
+    pub(super) fn arrive_at(&self, thread: usize, number: u32, threads: u32) {
+        let place = thread / self.threads() * BARRIERS + number as usize;
+        let ahead = &mut self.ahead.borrow_mut()[place];
+        assert!(
+            ahead.arrivals.iter().all(|arrival| arrival.thread() != thread),
+            "{} arrives at barrier {number} and has arrived there before, and it has not opened",
+            self.name(thread)
+        );
+        assert!(
+            ahead.arrivals.is_empty() || ahead.threads == threads,
+            "{} arrives at barrier {number} for {threads} threads, others for {}",
+            self.name(thread),
+            ahead.threads
+        );
+        ahead.threads = threads;
+        ahead.arrivals.push(self.clocks.borrow_mut().arrive(thread));
     }
 
     /// A thread arrives at the cluster's barrier.
@@ -344,6 +377,13 @@ impl Turns<'_> {
                         "{} has returned, and a bulk copy of it is in flight that nobody has waited for",
                         left.first().map_or(String::new(), |flight| self.cluster.name(flight.thread))
                     );
+                    let ahead = self.cluster.ahead.borrow();
+                    let alone = ahead.iter().position(|ahead| !ahead.arrivals.is_empty());
+                    assert!(
+                        alone.is_none(),
+                        "a block ends whose threads arrived at barrier {}, at which nobody waits",
+                        alone.unwrap_or(0) % BARRIERS
+                    );
                     return;
                 }
                 // Copies land as late as they can: when nobody can go on without.
@@ -413,11 +453,11 @@ impl Turns<'_> {
         let threads = self.cluster.threads();
         let all = self.waits.len();
         for start in (0..all).step_by(threads) {
-            let mut come = [const { Vec::new() }; 16];
+            let mut come = [const { Vec::new() }; BARRIERS];
             for thread in start..start + threads {
                 if let Some(Wait::Barrier { number, threads }) = self.waits[thread] {
                     assert!(
-                        number < 16,
+                        (number as usize) < BARRIERS,
                         "{} waits at barrier {number}, there are 16",
                         self.cluster.name(thread)
                     );
@@ -434,15 +474,29 @@ impl Turns<'_> {
                         self.cluster.name(*thread)
                     );
                 }
-                let expected = if number == 0 { threads } else { expected as usize };
+                let ahead = &mut self.cluster.ahead.borrow_mut()[start / threads * BARRIERS + number];
                 assert!(
-                    number == 0 || expected.is_multiple_of(WARP) && come.len() <= expected,
-                    "{} threads wait at barrier {number} for {expected}, a multiple of 32",
-                    come.len()
+                    ahead.arrivals.is_empty() || ahead.threads == expected,
+                    "{} waits at barrier {number} for {expected} threads, others arrived for {}",
+                    self.cluster.name(first),
+                    ahead.threads
                 );
-                if come.len() == expected {
+                let expected = if number == 0 { threads } else { expected as usize };
+                let all = come.len() + ahead.arrivals.len();
+                assert!(
+                    number == 0 || expected.is_multiple_of(WARP) && all <= expected,
+                    "{all} threads are at barrier {number} for {expected}, a multiple of 32",
+                );
+                if all == expected {
                     let members: Vec<usize> = come.into_iter().map(|(thread, _)| thread).collect();
-                    self.cluster.clocks.borrow_mut().meet(&members);
+                    let mut clocks = self.cluster.clocks.borrow_mut();
+                    if !ahead.arrivals.is_empty() {
+                        let known = clocks.gathered(&ahead.arrivals);
+                        clocks.learn(first, &known);
+                        ahead.arrivals.clear();
+                    }
+                    clocks.meet(&members);
+                    drop(clocks);
                     self.go_on(members);
                 }
             }

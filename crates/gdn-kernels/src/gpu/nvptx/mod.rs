@@ -64,6 +64,8 @@ unsafe extern "C" {
     fn barrier_all(number: i32);
     #[link_name = "llvm.nvvm.barrier.cta.sync.aligned.count"]
     fn barrier_count(number: i32, threads: i32);
+    #[link_name = "llvm.nvvm.barrier.cta.arrive.aligned.count"]
+    fn barrier_arrive_count(number: i32, threads: i32);
 }
 
 macro_rules! special {
@@ -116,6 +118,12 @@ impl<S: Shared> Gpu for Nvptx<S> {
     fn barrier_of(&self, number: u32, threads: u32) {
         // SAFETY: as above.
         unsafe { barrier_count(number as i32, threads as i32) }
+    }
+
+    #[inline(always)]
+    fn barrier_arrive(&self, number: u32, threads: u32) {
+        // SAFETY: orders memory, nothing else.
+        unsafe { barrier_arrive_count(number as i32, threads as i32) }
     }
 
     #[inline(always)]
