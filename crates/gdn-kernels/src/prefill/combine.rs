@@ -70,12 +70,15 @@ impl<G: Gpu> Block<'_, G> {
                 walk.go_on();
                 of_m = self.ask(&walk);
                 self.hand_over(0, &rows, share == 0);
+                if share == 0 {
+                    // Z is asked for here, not where it is added to.
+                    rows = self.read(made);
+                }
                 gpu.barrier();
                 let sums = self.products(&now);
                 self.hand_over(share * ADDED, &sums, share > 0);
                 gpu.barrier();
                 if share == 0 {
-                    rows = self.read(made);
                     self.add(&sums, &mut rows);
                     self.write(made, &rows);
                 }
