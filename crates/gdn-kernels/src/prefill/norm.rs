@@ -68,17 +68,16 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let row = sequence.start + before + u64::from(token);
         let (key_head, within) = args.ratio.divide(head);
         let element = u64::from(size(args.z.dtype));
-        let z = args.z.address
-            + row * args.z.row_stride
-            + u64::from(key_head) * args.z.head_step
-            + u64::from(within * dv) * element;
         let [of_row, of_out_head, of_column] = args.out.strides;
-        let to = args.out.address + row * of_row + u64::from(head) * of_out_head;
         // The columns of step `i` for the lane.
         let column = |i: u32| i * COLUMNS + lane % 4 * 8;
         // All are asked for before the first is looked at.
         let mut gates = [Eight::default(); AHEAD];
         let load = |gates: &mut [Eight; AHEAD], first: u32| {
+            let z = args.z.address
+                + gpu.unforeseen(row) * args.z.row_stride
+                + u64::from(key_head) * args.z.head_step
+                + u64::from(within * dv) * element;
             let mut n = 0;
             while n < AHEAD {
                 let column = column(first + n as u32);
@@ -126,6 +125,8 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
             }
             scale = math::rms_scale(gpu.sum::<4>(sum), dv as f32, args.norm_eps);
         }
+        // Worked out here: there are no registers to have it at hand before.
+        let to = args.out.address + gpu.unforeseen(row) * of_row + u64::from(head) * of_out_head;
         let mut first = 0;
         while first * COLUMNS < dv {
             if first > 0 {
