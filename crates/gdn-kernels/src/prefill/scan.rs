@@ -356,7 +356,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, false, G> {
             // 64 rows of 64 bytes for each slice; whatever the copiers are, each has the same piece of all
             // its rows, which are a multiple of 16 apart and swizzled alike.
             let slices = (room.bytes - room.v) / (CHUNK * padded(SLICE));
-            let to = base + room.v + thread / 4 * padded(SLICE) + (thread % 4 ^ (thread / 8 % 4)) * 16;
+            let to = base + room.v + thread / 4 * padded(SLICE) + ((thread % 4) ^ (thread / 8 % 4)) * 16;
             let from = args.scratch.v + values + u64::from(thread * 16);
             let mut n = 0;
             while n * copiers < slices * CHUNK * 4 {
@@ -403,11 +403,11 @@ impl<G: TensorCore + AsyncCopy> Block<'_, false, G> {
         let from = from + u64::from(piece / 8 * ATOM + row * 128 + piece % 8 * 16);
         // Where the first row's piece belongs. Rows that are 4 apart are swizzled differently, and no rows are
         // less apart.
-        let place = piece ^ row % 8;
+        let place = piece ^ (row % 8);
         let mut n = 0;
         while n * step < CHUNK {
             let rows = self.anew(n) * step;
-            let place = place ^ rows % 8;
+            let place = place ^ (rows % 8);
             if PIECES.is_power_of_two() || place < pieces {
                 let to = to + (row + rows) * padded(pieces * 8) + place * 16;
                 // SAFETY: as `run`.

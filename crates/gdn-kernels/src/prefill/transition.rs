@@ -288,7 +288,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         let gpu = self.gpu;
         let mut i = gpu.unforeseen(u64::from(gpu.thread())) as u32;
         while i < slices * CHUNK * 4 {
-            let (row, piece) = (i / 4, i % 4 ^ i / 8 % 4);
+            let (row, piece) = (i / 4, (i % 4) ^ (i / 8 % 4));
             // SAFETY: as `run`.
             unsafe { gpu.copy16(to + row * padded(SLICE) + piece * 16, from + u64::from(i * 16), true) };
             i += TRANSITION_THREADS;
