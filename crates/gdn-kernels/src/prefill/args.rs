@@ -33,6 +33,12 @@ pub const COMBINE_ROWS: u32 = 8;
 pub const COMBINE_BYTES: u32 = COMBINE_THREADS * COMBINE_ROWS * 4;
 /// Threads of a block of the convolution.
 pub const CONVOLVE_THREADS: u32 = 64;
+/// P is stored as so many times what it is. No number of it is larger than 1 and a little: what decays make
+/// small is a normal f16 down to 2^-28.
+pub const RAISED: f32 = 16384.0;
+/// T is stored as so many times what it is, and what it makes of X is so, for no more products on the way from
+/// chunk to chunk: X has as much less of the range of f16. No number of it is larger than 2 and a little.
+pub const T_RAISED: f32 = 16.0;
 /// v heads of which a block of the preparation inverts the matrices at a time.
 pub const GROUP: u32 = 2;
 /// Taps of the convolution, at most.
@@ -50,9 +56,9 @@ pub struct Scratch {
     /// `[chunks, HV, DV / SLICE, CHUNK, SLICE]`: values; piece `c` of row `r` lies at `c ^ (r / 2 % 4)`. Then
     /// `[chunks, HV, DV, CHUNK]`: outputs, in their place; piece `c` of row `r` of these lies at `c ^ (r % 8)`.
     pub v: u64,
-    /// `[chunks, HV]` atoms: the inverse of I + strictLower(beta e^D K K^T).
+    /// `[chunks, HV]` atoms: the inverse of I + strictLower(beta e^D K K^T), times [`T_RAISED`].
     pub t: u64,
-    /// `[chunks, HV]` atoms: lower(e^D Q K^T).
+    /// `[chunks, HV]` atoms: lower(e^D Q K^T), times [`RAISED`].
     pub p: u64,
     /// `[chunks, HV, CHUNK + 1, 4]`: for each token what its value is multiplied with, what is subtracted of
     /// what the state has for its key, e^G, and e^(G_last - G). The last row is for all tokens: what no value
@@ -361,7 +367,7 @@ pub struct PrepareRoom {
     pub g: u32,
     /// `[R][CHUNK]`, f32.
     pub beta: u32,
-    /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row.
+    /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row, times [`RAISED`].
     pub to_rows: u32,
     /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its
     /// first row; of each row of blocks as many as are left of the diagonal.

@@ -8,11 +8,12 @@ use gdn_math::Lanes;
 
 use super::{
     args::{
-        ATOM, CHUNK, FACTORS, GROUP_STAGES, GROUP_THREADS, GroupRoom, SLICE, ScanRoom, WARP_ROWS, state_row,
+        ATOM, CHUNK, FACTORS, GROUP_STAGES, GROUP_THREADS, GroupRoom, RAISED, SLICE, ScanRoom, WARP_ROWS,
+        state_row,
     },
     scan::Block,
     states::{Place, States},
-    tiles::{Tile, Tokens, corrected, factor, from_start, inverse, scale, sums},
+    tiles::{Tile, Tokens, corrected, down_of_update, factor, from_start, scale, sums},
 };
 use crate::gpu::{Accumulators, AsyncCopy, F16, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, TensorCore, Wgmma};
 
@@ -361,7 +362,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
                 self.block.put_scale(chunk, row, down[0]);
                 self.block.put_scale(chunk, row + 8, down[1]);
             }
-            let down = down.map(|down| down * inverse(lift));
+            let down = down.map(|down| down_of_update(down, lift));
             let keys = stage.base + Self::CHUNK_ROOM.k;
             let mut j = 0;
             while j < OWN {
@@ -448,7 +449,8 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             let place = self.place(Self::ROOM.o);
             let mut tile = 0;
             while tile < 8 {
-                let two = [0, 2].map(|r| gpu.pack_f16(sums[4 * tile + r], sums[4 * tile + r + 1]));
+                let two = [0, 2]
+                    .map(|r| gpu.pack_f16(sums[4 * tile + r] / RAISED, sums[4 * tile + r + 1] / RAISED));
                 self.put_two(place ^ (tile as u32 * 16), two);
                 tile += 1;
             }

@@ -1,7 +1,7 @@
 //! Warps that make the outputs of others' rows of S.
 
 use super::{
-    args::WARP_ROWS,
+    args::{RAISED, WARP_ROWS},
     rows::{handed_corrections, handed_scales, handed_state, warp},
     scan::Block,
     tiles::{Tokens, by_triangle, from_start, of_state},
@@ -66,7 +66,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize> Outputs<'a, G, TILES> {
                 let at = self.block.outputs(chunk, line);
                 let mut tile = 0;
                 while tile < 8 {
-                    let two = gpu.pack_f16(o[tile][2 * r], o[tile][2 * r + 1]);
+                    let two = gpu.pack_f16(o[tile][2 * r] / RAISED, o[tile][2 * r + 1] / RAISED);
                     let place = Swizzle::Bytes128.place(line % 8 * 128 + tile as u32 * 16 + lane % 4 * 4);
                     gpu.store4(at + u64::from(place % 128), two);
                     tile += 1;

@@ -3,14 +3,15 @@
 //!
 //! Of the inverse's 16 x 16 blocks those on the diagonal are made by substitution in f32, a thread a column,
 //! and those below by products of numbers that are split in two f16 each, which have 22 bits together: within
-//! some 2^-20 of 1 whatever the keys (`docs/gpu-kernels.md`). It is rounded once, when it is stored.
+//! some 2^-20 of 1 whatever the keys (`docs/gpu-kernels.md`). It is rounded once, when it is stored, as
+//! [`T_RAISED`] times itself.
 
 use gdn_math::{Lanes, layer as math, quick, special::exp};
 
 use super::{
     args::{
-        ATOM, Args, CHUNK, DIAGONAL_ROW, FACTORS, Field, GROUP, PREPARE_THREADS, PrepareRoom, SIDE, SIDES,
-        Vector, padded,
+        ATOM, Args, CHUNK, DIAGONAL_ROW, FACTORS, Field, GROUP, PREPARE_THREADS, PrepareRoom, RAISED, SIDE,
+        SIDES, T_RAISED, Vector, padded,
     },
     element::{Element, size},
     sequence::Sequence,
@@ -247,7 +248,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     }
 
     /// For the v heads from `first` on the decays between blocks of a matrix, in two factors that are at most
-    /// 1.
+    /// 1, the second times [`RAISED`].
     #[inline(always)]
     unsafe fn decays(&self, first: u32) {
         let Self { gpu, args, room, .. } = self;
@@ -258,17 +259,19 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             // SAFETY: as `run`; the barrier before is past.
             unsafe {
                 let g = |i: u32| f32::from_bits(gpu.load_shared4(room.g + ((first + n) * CHUNK + i) * 4));
-                let (to, log);
+                let (to, log, times);
                 if i_of_head < CHUNK {
                     to = room.to_rows + (n * CHUNK + i_of_head) * 4;
                     log = g(i_of_head) - g(i_of_head / SIDE * SIDE);
+                    times = RAISED;
                 } else {
                     let column = i_of_head - CHUNK;
                     let rows = if column < SIDE { 1 } else { 2 + u32::from(column >= 3 * SIDE) };
                     to = room.from_columns + (n * PrepareRoom::COLUMNS + column) * 4;
                     log = g(rows * SIDE) - g(column - columns_before(rows));
+                    times = 1.0;
                 }
-                gpu.store_shared4(to, quick::exp(log.at_most(0.0)).to_bits());
+                gpu.store_shared4(to, (quick::exp(log.at_most(0.0)) * times).to_bits());
             }
             i += gpu.threads();
         }
@@ -346,7 +349,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     }
 
     /// For v head `h`, the `n`th of its group, a block of beta e^D K K^T below the diagonal, and of e^D Q K^T
-    /// up to it.
+    /// up to it, both times [`RAISED`]; of a block on the diagonal the first as it is.
     #[inline(always)]
     unsafe fn masked(
         &self,
@@ -386,7 +389,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                         let mut c = 0;
                         while c < 2 {
                             if j + c as u32 <= i {
-                                decays[c] = quick::exp((g - logs[c]).at_most(0.0));
+                                decays[c] = quick::exp((g - logs[c]).at_most(0.0)) * RAISED;
                             }
                             c += 1;
                         }
@@ -404,7 +407,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                         let mut c = 0;
                         while c < 2 {
                             let j = j + c as u32;
-                            let m = if j < i { m[c] } else { 0.0 };
+                            let m = if j < i { m[c] / RAISED } else { 0.0 };
                             let at = (row * SIDE + j) * DIAGONAL_ROW + i * 4;
                             gpu.store_shared4(head + PrepareRoom::DIAGONAL + at, m.to_bits());
                             c += 1;
@@ -417,7 +420,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
-    /// The inverse of I and a block on the diagonal, by substitution, a thread a column; transposed.
+    /// The inverse of I and a block on the diagonal, times [`T_RAISED`], by substitution, a thread a column;
+    /// transposed.
     #[inline(always)]
     unsafe fn invert(&self, thread: u32) {
         let Self { gpu, room, .. } = self;
@@ -427,7 +431,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         let mut x = [0.0f32; SIDE as usize];
         let mut i = 0;
         while i < SIDE as usize {
-            x[i] = if i as u32 == column { 1.0 } else { 0.0 };
+            x[i] = if i as u32 == column { T_RAISED } else { 0.0 };
             i += 1;
         }
         // SAFETY: as `run`; what is read was written before a barrier.
@@ -467,6 +471,8 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
 
     /// Of the `n`th head's inverse T the blocks of a column, from the diagonal's down, a warp: `T_ij = -T_ii
     /// (M_ij T_jj + M_ij+1 T_j+1,j + ...)`, transposed: what one product leaves is the left side of the next.
+    /// M is [`RAISED`] and T is [`T_RAISED`], and so are the sums in brackets, which are no larger than T: what
+    /// a key finds, times beta, of what another one left.
     #[inline(always)]
     unsafe fn merge(&self, lane: u32, n: u32, column: u32) {
         let Self { gpu, room, .. } = self;
@@ -503,13 +509,13 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                         product(*gpu, &of_column[i], &m, &mut sums);
                         i += 1;
                     }
-                    let sums = left_side(*gpu, &sums, -1.0);
+                    let sums = left_side(*gpu, &sums, -1.0 / RAISED);
                     let at = head + tile_of(row, row) + left;
                     let inverse =
                         [gpu.load_matrix4::<true>(at), gpu.load_matrix4::<true>(at + PrepareRoom::LOST)];
                     let mut block = [[0.0; 4]; 2];
                     product(*gpu, &sums, &inverse, &mut block);
-                    let block = left_side(*gpu, &block, 1.0);
+                    let block = left_side(*gpu, &block, 1.0 / T_RAISED);
                     self.stage(lane, head, [row, column], block[0]);
                     if below + 1 < SIDES as usize {
                         of_column[below] = block;
@@ -588,14 +594,14 @@ fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
     [kept, gpu.pack_f16(a - kept_a, b - kept_b)]
 }
 
-/// A block of accumulators as a left side, split, times 1 or -1.
+/// A block of accumulators as a left side, split, times a power of two.
 #[inline(always)]
-fn left_side(gpu: &impl TensorCore, tiles: &[Tile; 2], sign: f32) -> [[u32; 4]; 2] {
+fn left_side(gpu: &impl TensorCore, tiles: &[Tile; 2], factor: f32) -> [[u32; 4]; 2] {
     let (mut kept, mut lost) = ([0; 4], [0; 4]);
     let mut word = 0;
     while word < 4 {
         let tile = &tiles[word / 2];
-        let two = [tile[word % 2 * 2] * sign, tile[word % 2 * 2 + 1] * sign];
+        let two = [tile[word % 2 * 2] * factor, tile[word % 2 * 2 + 1] * factor];
         [kept[word], lost[word]] = split(gpu, two);
         word += 1;
     }

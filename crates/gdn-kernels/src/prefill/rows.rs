@@ -8,7 +8,8 @@ use super::{
     scan::Block,
     states::Place,
     tiles::{
-        Tile, Tokens, by_triangle, corrected, factor, inverse, lefts, of_state, packed, right, scale, sums,
+        Tile, Tokens, by_triangle, corrected, down_of_update, factor, inverse, lefts, of_state, packed,
+        right, scale, sums,
     },
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
@@ -273,7 +274,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'
     pub(super) unsafe fn update(&mut self, base: u32, mut u: Tokens, up: [f32; 2]) {
         let Block { gpu, room, .. } = *self.block;
         let lift = self.lift;
-        let down = up.map(|up| inverse(up) * inverse(lift));
+        let down = up.map(|up| down_of_update(inverse(up), lift));
         // SAFETY: the caller's promise.
         unsafe {
             to_end(gpu, base + room.factors + gpu.lane() % 4 * 32, lift, &mut u);

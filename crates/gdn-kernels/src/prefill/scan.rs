@@ -22,7 +22,9 @@
 //! history.
 
 use super::{
-    args::{ATOM, Args, CHUNK, FACTORS, GROUP_ROWS, GROUP_THREADS, SLICE, ScanRoom, WARP_ROWS, padded},
+    args::{
+        ATOM, Args, CHUNK, FACTORS, GROUP_ROWS, GROUP_THREADS, SLICE, ScanRoom, T_RAISED, WARP_ROWS, padded,
+    },
     element::{load, size, store},
     group::Group,
     outputs::Outputs,
@@ -240,14 +242,14 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         self.args.scratch.v + (head + u64::from(row)) * u64::from(CHUNK * 2)
     }
 
-    /// Puts what brings the outputs of a row back to what they are.
+    /// Puts what brings the outputs of a row, which are [`T_RAISED`], back to what they are.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
     pub(super) unsafe fn put_scale(&self, chunk: u32, row: u32, down: f32) {
         let place = self.v_head(chunk) * u64::from(self.args.dv) + u64::from(row);
-        let scale = down * self.args.scale;
+        let scale = down * (self.args.scale / T_RAISED);
         // SAFETY: the caller's promise.
         unsafe { self.gpu.store4(self.args.scratch.out_scales + place * 4, scale.to_bits()) };
     }

@@ -4,7 +4,7 @@
 use gdn_math::Lanes;
 
 use super::{
-    args::{CHUNK, padded},
+    args::{CHUNK, RAISED, T_RAISED, padded},
     element::power,
 };
 use crate::gpu::{Bytes16, F16, TensorCore};
@@ -20,10 +20,10 @@ pub(super) type Tokens = [Tile; 8];
 ///
 /// A row's absolute numbers add up to `sum`, and values times beta are at most `value`. Keys and queries have
 /// a norm of at most 1, beta is at most 2, and a token changes S by a contraction and its value. So no number
-/// of S, X, U or O is larger than 2 sum + 2 * 64 value.
+/// of S, X, U or O is larger than 2 sum + 2 * 64 value. U and O are made [`T_RAISED`].
 #[inline(always)]
 pub(super) fn scale(sum: f32, value: f32) -> [f32; 2] {
-    let (up, down) = power(Lanes::mul_add(sum, 2.0, value * 130.0));
+    let (up, down) = power(Lanes::mul_add(sum, 2.0 * T_RAISED, value * (130.0 * T_RAISED)));
     [up, down]
 }
 
@@ -47,6 +47,13 @@ pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
         tile += 1;
     }
     [gpu.sum::<4>(sums[0]), gpu.sum::<4>(sums[1])]
+}
+
+/// What brings a row of S back, of the sums that are made with what is left of U at the chunk's end, times
+/// `lift`.
+#[inline(always)]
+pub(super) fn down_of_update(down: f32, lift: f32) -> f32 {
+    down * inverse(lift * T_RAISED)
 }
 
 /// Two tiles side by side as the left side of a product, each row times its factor.
@@ -100,7 +107,8 @@ pub(super) unsafe fn corrected(
     }
 }
 
-/// What queries find in S, times what is left of it at theirs.
+/// What queries find in S, times what is left of it at theirs, as many times itself as P
+/// makes of U.
 ///
 /// # Safety
 /// As [`factor`].
@@ -112,6 +120,7 @@ pub(super) unsafe fn from_start(gpu: &impl TensorCore, factors: u32, o: &mut Tok
         while c < 2 {
             // SAFETY: the caller's promise.
             let [.., from_start, _] = unsafe { factor(gpu, factors, tile, c) };
+            let from_start = from_start * (RAISED * T_RAISED);
             o[tile][c] *= from_start;
             o[tile][c + 2] *= from_start;
             c += 1;

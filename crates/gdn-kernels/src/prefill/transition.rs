@@ -11,7 +11,7 @@ use super::{
     rows::{from_left, to_end, update},
     segment::Part,
     states::{Place, States, exchange},
-    tiles::{Tile, Tokens, by_triangle, corrected, inverse, lefts, packed, scale, sums},
+    tiles::{Tile, Tokens, by_triangle, corrected, down_of_update, lefts, packed, scale, sums},
 };
 use crate::gpu::{AsyncCopy, Bytes16, Swizzle, TensorCore};
 
@@ -230,7 +230,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             by_triangle(gpu, &lefts(gpu, &x), base + room.t, &mut u);
             to_end(gpu, factors, lift, &mut u);
             let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
-            let down = [down_0, down_1].map(|down| down * inverse(lift));
+            let down = [down_0, down_1].map(|down| down_of_update(down, lift));
             let all = f32::from_bits(words[2]);
             update::<TILES, TILES>(gpu, &lefts(gpu, &u), base + room.k, all, down, s);
         }

@@ -213,6 +213,20 @@ pub(super) fn hostile(run: &mut Run<'_>) {
     }
 }
 
+/// Large states that fade within a chunk to less than what values make: slowly, in some twenty tokens, and in a
+/// few. What decays leave of a token may be less than an f16 is normally, and be all there is of the result.
+pub(super) fn fading_states(run: &mut Run<'_>) {
+    for (dk, beta_scale) in [(64, 1.0), (128, 2.0)] {
+        let options =
+            Options { inputs: Inputs::LargeState, beta_scale, conv_width: 1, ..Options::new([1, 3, dk, 64]) };
+        let mut before = Batch::new(&options, Form::default(), &[70]);
+        for (head, log) in [-1.5, -0.3, 0.7].into_iter().enumerate() {
+            before.setup.a_log.set([head], log);
+        }
+        check_batch(&before, &format!("fading states, {options:?}"), run);
+    }
+}
+
 /// Layers at random, with keys of these lengths too.
 pub(super) fn any_layer(count: u64, long: &[usize], run: &mut Run<'_>) {
     for seed in 0..count {

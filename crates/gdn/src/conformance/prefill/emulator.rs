@@ -108,6 +108,13 @@ fn hostile_inputs_on_the_emulator() {
 }
 
 #[test]
+fn fading_states_on_the_emulator() {
+    cases::fading_states(&mut |call, profile| {
+        emulate(call, profile);
+    });
+}
+
+#[test]
 fn any_layer_on_the_emulator() {
     cases::any_layer(8, cases::LONG, &mut |call, profile| {
         emulate(call, profile);
