@@ -230,20 +230,21 @@ impl Job {
         // Features of a row, so of all channels, have 31 bits with room to spare.
         number(heads.qkvz_features().saturating_mul(2))?;
         let (dk, dv) = (heads.head_k_dim() as u32, heads.head_v_dim() as u32);
-        // As few blocks as multiprocessors have half the rows each, and twice as many run side by side; where
-        // there are other kernels to run beside them, as few as a quarter. Where there are more, four warps
-        // multiply together, if the device can and there are rows for them.
         let room = |rows: u32, by_group, stages| ScanRoom::all(dk, rows / SLICE, by_group, stages);
         let has = |rows: u32, by_group, stages| {
             dv.is_multiple_of(rows) && room(rows, by_group, stages) <= profile.shared
         };
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
+        let can_group = profile.wgmma && dk <= MOST_BY_GROUP && has(GROUP_ROWS, true, GROUP_STAGES);
+        // Four warps multiply together where the device can and there are rows for them: that is faster however
+        // few blocks there are. Otherwise as few blocks as multiprocessors have half the rows each, and twice as
+        // many run side by side; where there are other kernels to run beside them, as few as a quarter.
         let threads = profile.threads.unwrap_or_else(|| {
             let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
-            if segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most) { 128 } else { 256 }
+            let is_few = segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most);
+            if is_few && !can_group { 128 } else { 256 }
         });
-        let by_group =
-            profile.wgmma && threads > 128 && dk <= MOST_BY_GROUP && has(GROUP_ROWS, true, GROUP_STAGES);
+        let by_group = can_group && threads > 128;
         let threads = if by_group || has(2 * SLICE, false, 1) { threads } else { 128 };
         let rows = if by_group { GROUP_ROWS } else { threads / 128 * SLICE };
         let slices = dv / rows;

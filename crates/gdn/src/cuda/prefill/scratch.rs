@@ -12,14 +12,20 @@ use crate::{
 pub const PREFILL_CHUNK: usize = CHUNK as usize;
 
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
-const MOST_SCRATCH: usize = 256 << 20;
+const MOST_SCRATCH: usize = 512 << 20;
 
-/// One sequence alone goes in so many windows, if each has so many chunks at least.
+/// One sequence alone goes in so many windows, where what its chunks are to all blocks of 64 rows of S is so much
+/// at least: with less, more launches cost more than the scan hides of the others.
 const WINDOWS: usize = 2;
-const FEWEST_CHUNKS: usize = 16;
+const FEWEST_CHUNKS: usize = 1024;
+/// More blocks than this leave the kernels beside them few multiprocessors, so that it takes a longer sequence.
+const FEW_BLOCKS: usize = 64;
+const FEWEST_CHUNKS_OF_MANY: usize = 6144;
+/// So many blocks leave them none.
+const ALL_BLOCKS: usize = 128;
 
 /// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
-/// some 25 KB a token for heads 16/32 of 128, and 256 MiB and two states at most.
+/// some 25 KB a token for heads 16/32 of 128, and 512 MiB and two states at most.
 pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
     let bytes = [Cutting::Never, Cutting::ByHeads].map(|cutting| {
         let (.., bytes) = memory(layer, 0, [num_tokens, num_sequences], None, cutting);
@@ -62,7 +68,15 @@ fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&
         of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
     }
     let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
-    let is_split = num_sequences == 1 && chunks >= WINDOWS * FEWEST_CHUNKS && segments.is_none();
+    let heads = layer.heads();
+    let blocks = heads.num_v_heads().saturating_mul(heads.head_v_dim()).div_ceil(64);
+    let fewest = match blocks {
+        ..=FEW_BLOCKS => FEWEST_CHUNKS,
+        ..ALL_BLOCKS => FEWEST_CHUNKS_OF_MANY,
+        _ => usize::MAX,
+    };
+    let is_split =
+        num_sequences == 1 && segments.is_none() && chunks > 1 && chunks.saturating_mul(blocks) >= fewest;
     let windows = if is_split { WINDOWS } else { 1 };
     let most =
         if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
