@@ -144,6 +144,7 @@ fn the_oracle_on_the_gpu() {
     let Some(gpu) = gpu() else { return };
     cases::oracle(&mut |call, profile| both(call, profile, &gpu));
     cases::hostile(&mut |call, profile| both(call, profile, &gpu));
+    cases::fading_states(&mut |call, profile| both(call, profile, &gpu));
 }
 
 /// Long keys, where the device has room for them.

@@ -108,6 +108,11 @@ fn hostile_inputs_on_the_emulator() {
 }
 
 #[test]
+fn the_scan_is_chosen_by_layer_and_device() {
+    cases::scans();
+}
+
+#[test]
 fn fading_states_on_the_emulator() {
     cases::fading_states(&mut |call, profile| {
         emulate(call, profile);

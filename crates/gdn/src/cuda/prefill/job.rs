@@ -238,11 +238,13 @@ impl Job {
         let can_group = profile.wgmma && dk <= MOST_BY_GROUP && has(GROUP_ROWS, true, GROUP_STAGES);
         // Four warps multiply together where the device can and there are rows for them: that is faster however
         // few blocks there are. Otherwise as few blocks as multiprocessors have half the rows each, and twice as
-        // many run side by side; where there are other kernels to run beside them, as few as a quarter.
+        // many run side by side; where there are other kernels to run beside them, as few as a quarter. Of long
+        // keys blocks of all rows are as good with room for the next chunk.
         let threads = profile.threads.unwrap_or_else(|| {
             let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
             let is_few = segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most);
-            if is_few && !can_group { 128 } else { 256 }
+            let has_next = dk > MOST_BY_GROUP && has(2 * SLICE, false, 2);
+            if is_few && !can_group && !has_next { 128 } else { 256 }
         });
         let by_group = can_group && threads > 128;
         let threads = if by_group || has(2 * SLICE, false, 1) { threads } else { 128 };

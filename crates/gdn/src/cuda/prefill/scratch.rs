@@ -14,15 +14,18 @@ pub const PREFILL_CHUNK: usize = CHUNK as usize;
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
 const MOST_SCRATCH: usize = 512 << 20;
 
-/// One sequence alone goes in so many windows, where what its chunks are to all blocks of 64 rows of S is so much
-/// at least: with less, more launches cost more than the scan hides of the others.
-const WINDOWS: usize = 2;
-const FEWEST_CHUNKS: usize = 1024;
-/// More blocks than this leave the kernels beside them few multiprocessors, so that it takes a longer sequence.
-const FEW_BLOCKS: usize = 64;
-const FEWEST_CHUNKS_OF_MANY: usize = 6144;
-/// So many blocks leave them none.
+/// One sequence alone goes in two windows, where its chunks times the blocks of 64 rows of S are so many: with
+/// fewer, more launches cost more than the scan hides of the others.
+const FEWEST: usize = 1024;
+/// Of more blocks than [`SOME_BLOCKS`], which leave few multiprocessors to the kernels beside them, it takes more.
+const FEWEST_OF_MANY: usize = 6144;
+const SOME_BLOCKS: usize = 64;
+/// So many leave them none.
 const ALL_BLOCKS: usize = 128;
+/// So few leave them most: there a long sequence goes in up to four windows, each of so many chunks times blocks.
+const FEW_BLOCKS: usize = 32;
+const MOST_WINDOWS: usize = 4;
+const OF_A_WINDOW: usize = 2048;
 
 /// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
 /// some 25 KB a token for heads 16/32 of 128, and 512 MiB and two states at most.
@@ -68,19 +71,23 @@ fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&
         of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
     }
     let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
-    let heads = layer.heads();
-    let blocks = heads.num_v_heads().saturating_mul(heads.head_v_dim()).div_ceil(64);
-    let fewest = match blocks {
-        ..=FEW_BLOCKS => FEWEST_CHUNKS,
-        ..ALL_BLOCKS => FEWEST_CHUNKS_OF_MANY,
-        _ => usize::MAX,
-    };
-    let is_split =
-        num_sequences == 1 && segments.is_none() && chunks > 1 && chunks.saturating_mul(blocks) >= fewest;
-    let windows = if is_split { WINDOWS } else { 1 };
+    let windows = if num_sequences == 1 && segments.is_none() { windows(layer, chunks) } else { 1 };
     let most =
         if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
     chunks.div_ceil(windows).min(most).max(1)
+}
+
+/// The windows of one sequence, as is fastest.
+fn windows(layer: &Layer, chunks: usize) -> usize {
+    let heads = layer.heads();
+    let blocks = heads.num_v_heads().saturating_mul(heads.head_v_dim()).div_ceil(64);
+    let all = chunks.saturating_mul(blocks);
+    match blocks {
+        ..=FEW_BLOCKS if all >= FEWEST => (all / OF_A_WINDOW).clamp(2, MOST_WINDOWS),
+        ..=SOME_BLOCKS if all >= FEWEST => 2,
+        ..ALL_BLOCKS if all >= FEWEST_OF_MANY => 2,
+        _ => 1,
+    }
 }
 
 /// Scratch memory of a window.
@@ -105,4 +112,59 @@ pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([S
         [Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..second }],
         count * bytes + 2 * state,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        heads::Heads,
+        packing::{Layout, Packing},
+    };
+
+    fn layer([hk, hv, dk, dv]: [usize; 4]) -> Layer {
+        Layer::new(Layout::new(Heads::new(hk, hv, dk, dv).unwrap(), Packing::Interleaved))
+    }
+
+    /// What was fastest on an H100.
+    #[test]
+    fn a_long_sequence_alone_goes_in_windows() {
+        for (heads, num_tokens, expected) in [
+            ([16, 32, 128, 128], 512, 1),
+            ([16, 32, 128, 128], 1536, 2),
+            ([16, 32, 128, 128], 8192, 2),
+            ([4, 8, 128, 128], 2048, 1),
+            ([4, 8, 128, 128], 8192, 2),
+            ([4, 8, 128, 128], 32768, 4),
+            ([8, 16, 128, 128], 32768, 4),
+            ([16, 48, 128, 128], 2048, 1),
+            ([16, 48, 128, 128], 8192, 2),
+            ([16, 64, 128, 128], 8192, 1),
+        ] {
+            let count = |num_sequences| {
+                let lens = [num_tokens, num_sequences];
+                let (window, ..) = memory(&layer(heads), 0, lens, None, Cutting::Never);
+                chunks(num_tokens, num_sequences).div_ceil(window)
+            };
+            assert_eq!(count(1), expected, "{heads:?}, {num_tokens}");
+            // Windows would part several sequences, which fill the device together, and segments of one.
+            if num_tokens <= 8192 {
+                assert_eq!(count(2), 1, "{heads:?}, {num_tokens}");
+            }
+        }
+        let (window, ..) = memory(&layer([4, 8, 128, 128]), 0, [32768, 1], None, Cutting::ByHeads);
+        assert!(window > 32768 / PREFILL_CHUNK);
+    }
+
+    /// Two windows, or one, take what is allowed at most, but for a chunk and states.
+    #[test]
+    fn scratch_is_bounded() {
+        for num_sequences in [1, 7] {
+            let bytes =
+                |num_tokens| prefill_scratch_bytes(&layer([16, 32, 128, 128]), num_tokens, num_sequences);
+            assert!(bytes(5_000) < 160 << 20);
+            assert!(bytes(10_000_000) > MOST_SCRATCH - (4 << 20));
+            assert!(bytes(10_000_000) < MOST_SCRATCH + (8 << 20));
+        }
+    }
 }
