@@ -239,8 +239,8 @@ class Layer:
             state_checkpoints: ``[checkpoints, HV, DV, DK]`` with DK or DV dense.
             conv_checkpoints: ``[checkpoints, C, W - 1 or more]``: the last columns get the inputs of the convolution.
             segments: Lets a GPU bring segments of a sequence forward side by side: of 2048 tokens and more, where the layer has few
-                v heads (``HV * DV`` of at most 1024, DK of at most 128, as on a rank of tensor parallelism). One long sequence takes 0.4 to 0.85 of the time,
-                a batch of long ones up to 1.8 times as long. A sequence has the same bits whatever its batch, but not the same in one call
+                v heads (``HV * DV`` of at most 1024, DK of at most 128, as on a rank of tensor parallelism). One sequence of 4096 tokens and
+                more takes 0.5 to 0.8 of the time, one of 2048 as long, a batch of long ones some 1.5 times as long. A sequence has the same bits whatever its batch, but not the same in one call
                 and in several for its parts; without, it has. Everywhere else, and on a CPU, it changes nothing.
             out: ``[N, HV, DV]``, any strides, to write to instead of a fresh tensor.
         """
