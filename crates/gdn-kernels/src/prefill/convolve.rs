@@ -4,7 +4,7 @@
 use gdn_math::{Lanes, quick};
 
 use super::{
-    args::{ATOM, Args, BF16, CHUNK, F32, SLICE, TAPS},
+    args::{ATOM, Args, BF16, CHUNK, CONVOLVE_THREADS, F32, SLICE, TAPS},
     element::{load, load4, of_vector, power, size, store, widened},
     sequence::Sequence,
 };
@@ -12,6 +12,9 @@ use crate::gpu::{Bytes16, TensorCore};
 
 /// Features of a thread.
 const WIDTH: u32 = 8;
+
+/// Tokens whose inputs are on their way, and whose numbers are written at once.
+const AHEAD: u32 = TAPS;
 
 /// How inputs lie in memory.
 const WIDE_BF16: u32 = 0;
@@ -83,6 +86,8 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
             dim,
             channel,
         };
+        // First: afterwards nobody needs to know the sequence.
+        block.keep_windows();
         if ANY {
             block.convolve::<OTHER, LANES>();
         } else if args.q.dtype == BF16 {
@@ -90,7 +95,48 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
         } else {
             block.convolve::<WIDE_F16, LANES>();
         }
-        block.keep_windows();
+    }
+}
+
+/// Where what a lane has of a run of tokens goes.
+struct Put {
+    to: u64,
+    /// Bytes from a token's row to the next one's.
+    row_bytes: u32,
+    /// Which piece of 16 bytes of the row it is, and what bits of the token's number this is swizzled with.
+    piece: u32,
+    swizzle: [u32; 2],
+    is_put: bool,
+    /// Where the next token's number goes.
+    numbers: u64,
+    has_numbers: bool,
+}
+
+impl Put {
+    /// Eight features of a token.
+    ///
+    /// # Safety
+    /// The place is the lane's own.
+    #[inline(always)]
+    unsafe fn row(&self, gpu: &impl TensorCore, token: u32, words: [u32; 4]) {
+        if self.is_put {
+            let piece = self.piece ^ (token >> self.swizzle[0] & self.swizzle[1]);
+            // SAFETY: the caller's promise.
+            unsafe { gpu.store16(self.to + u64::from(token * self.row_bytes + piece * 16), Bytes16(words)) };
+        }
+    }
+
+    /// A number each of some tokens.
+    ///
+    /// # Safety
+    /// As [`Put::row`].
+    #[inline(always)]
+    unsafe fn numbers(&mut self, gpu: &impl TensorCore, numbers: [u32; AHEAD as usize]) {
+        if self.has_numbers {
+            // SAFETY: the caller's promise.
+            unsafe { gpu.store16(self.numbers, Bytes16(numbers)) };
+        }
+        self.numbers += u64::from(AHEAD) * 4;
     }
 }
 
@@ -113,110 +159,152 @@ impl<G: TensorCore> Block<'_, G> {
     #[inline(always)]
     unsafe fn convolve<const FORM: u32, const LANES: u32>(&self) {
         let Self { gpu, args, dim, .. } = *self;
-        let is_key = self.which < 2;
-        // The run's length is not told to the compiler, which would unroll it.
-        let run = CHUNK * LANES / gpu.threads().max(1);
+        let run = CHUNK * LANES / CONVOLVE_THREADS;
         let first = gpu.thread() / LANES * run;
-        let (lane, own) = (gpu.lane() % LANES, gpu.lane() % LANES * WIDTH);
+        let own = gpu.lane() % LANES * WIDTH;
         let has = own < dim;
-        // Lanes without features read what is there all the same.
-        let column = if has { own } else { 0 };
-        let element = u64::from(size(args.q.dtype));
-        let x = self.x() + u64::from(column) * element + self.row(0) * args.q.row_stride;
+        let mut put = self.put::<LANES>(first, own);
+        let x =
+            self.x() + u64::from(own) * u64::from(size(args.q.dtype)) + self.row(first) * args.q.row_stride;
         // SAFETY: as `run`.
         unsafe {
-            let (taps, bias) = self.weights::<FORM>(column);
-            // The inputs before the token's own, oldest first, and the one that is on its way.
+            // Lanes without features have inputs and taps of 0.
+            let (mut taps, mut bias) = ([[0.0; TAPS as usize]; WIDTH as usize], [0.0; WIDTH as usize]);
+            if has {
+                (taps, bias) = self.weights::<FORM>(own);
+            }
+            // Inputs that are on their way, and those of the tokens before: each token's is at its number.
+            let mut coming = [[0; WIDTH as usize]; AHEAD as usize];
             let mut window = [[0.0f32; WIDTH as usize]; TAPS as usize];
-            let last = self.tokens.min(first + run) - 1;
-            let input = |token: u32| self.input::<FORM>(x + u64::from(token.min(last)) * args.q.row_stride);
-            let mut next = [0; WIDTH as usize];
-            if first <= last {
-                next = input(first);
-                self.fill_window::<FORM>(x, first, column, &mut window);
-            }
-            let place = |heads: u32| {
-                (u64::from(self.chunk) * u64::from(heads) + u64::from(self.head)) * u64::from(CHUNK)
-            };
-            // Where the tokens' rows begin and how long they are, where in them the features go: as which
-            // piece, and what bits of the token's number this is swizzled with. Where the first token's number
-            // goes. Of keys whole atoms are written.
-            let (to, row_bytes, piece, swizzle, mut number, is_put);
-            if is_key {
-                let place = place(args.num_k_heads.get());
-                let scratch = if self.which == 0 { args.scratch.q } else { args.scratch.k };
-                let whole = dim.next_multiple_of(CHUNK);
-                to = scratch + place * u64::from(whole * 2) + u64::from(own / CHUNK * ATOM);
-                (row_bytes, piece, swizzle) = (CHUNK * 2, own / WIDTH % 8, [0, 7]);
-                number = args.scratch.k_squares + (place + u64::from(first)) * 4;
-                is_put = own < whole;
-            } else {
-                let place = place(args.num_v_heads.get());
-                to = args.scratch.v
-                    + place * u64::from(dim * 2)
-                    + u64::from(own / SLICE * (CHUNK * SLICE * 2));
-                (row_bytes, piece, swizzle) = (SLICE * 2, own / WIDTH % 4, [1, 3]);
-                number = args.scratch.v_scales + (place + u64::from(first)) * 4;
-                is_put = has;
-            }
-            let mut token = first;
-            while token < first + run {
-                window[TAPS as usize - 1] = self.widened::<FORM>(next);
-                if first <= last {
-                    next = input(token + 1);
+            let end = self.tokens.min(first + run);
+            let (mut token, mut next) = (first, x);
+            let mut i = 0;
+            while i < AHEAD {
+                if has && first + i < end {
+                    coming[i as usize] = self.input::<FORM>(next);
                 }
-                let mut values = [0.0f32; WIDTH as usize];
-                if has && token < self.tokens {
-                    let mut i = 0;
-                    while i < WIDTH as usize {
-                        let (mut sum, mut tap) = (bias[i], 0);
+                next += args.q.row_stride;
+                i += 1;
+            }
+            if has && first < end {
+                self.fill_window::<FORM>(x, first, own, &mut window);
+            }
+            loop {
+                // Whether a run of the warp goes on.
+                let goes_on = gpu.ballot(token < end) != 0;
+                let mut numbers = [0; AHEAD as usize];
+                let mut i = 0;
+                while goes_on && i < AHEAD as usize {
+                    let newest = (i + TAPS as usize - 1) % TAPS as usize;
+                    window[newest] = self.widened::<FORM>(coming[i]);
+                    if has && token + i as u32 + AHEAD < end {
+                        coming[i] = self.input::<FORM>(next);
+                    }
+                    next += args.q.row_stride;
+                    let mut values = [0.0f32; WIDTH as usize];
+                    let mut c = 0;
+                    while c < WIDTH as usize {
+                        let (mut sum, mut tap) = (bias[c], 0);
                         while tap < TAPS as usize {
                             if FORM != OTHER || tap as u32 + args.conv_width >= TAPS {
-                                sum = Lanes::mul_add(window[tap][i], taps[i][tap], sum);
+                                sum = Lanes::mul_add(window[(i + tap) % TAPS as usize][c], taps[c][tap], sum);
                             }
                             tap += 1;
                         }
-                        values[i] = quick::silu(sum);
-                        i += 1;
+                        values[c] = quick::silu(sum);
+                        c += 1;
                     }
-                }
-                let (kept, factor);
-                if is_key {
-                    let (mut squares, mut i) = (0.0, 0);
-                    while i < WIDTH as usize {
-                        squares = Lanes::mul_add(values[i], values[i], squares);
-                        i += 1;
-                    }
-                    kept = gpu.sum::<LANES>(squares);
-                    factor = quick::inverse_root(kept + args.l2norm_eps);
-                } else {
-                    let (mut largest, mut mask, mut i) = (0.0f32, LANES / 2, 0);
-                    while i < WIDTH as usize {
-                        largest = largest.max(values[i].abs());
-                        i += 1;
-                    }
-                    while mask > 0 {
-                        largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
-                        mask /= 2;
-                    }
-                    (factor, kept) = power(largest);
-                }
-                if lane == 0 && self.which > 0 {
-                    gpu.store4(number, kept.to_bits());
-                }
-                if is_put {
+                    let (kept, factor) = if self.which < 2 {
+                        self.key::<LANES>(&values)
+                    } else {
+                        self.value::<LANES>(&values)
+                    };
                     let [a, b, c, d, e, f, g, h] = values.map(|value| value * factor);
                     let words =
                         [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
-                    let piece = piece ^ (token >> swizzle[0] & swizzle[1]);
-                    gpu.store16(to + u64::from(token * row_bytes + piece * 16), Bytes16(words));
+                    // Past the sequence's end there are zeros.
+                    let is_there = token + (i as u32) < end;
+                    numbers[i] = if is_there { kept.to_bits() } else { 0 };
+                    put.row(gpu, token + i as u32, words.map(|word| if is_there { word } else { 0 }));
+                    i += 1;
                 }
-                number += 4;
-                token += 1;
-                let [_, a, b, c] = window;
-                window = [a, b, c, c];
+                while i < AHEAD as usize {
+                    put.row(gpu, token + i as u32, [0; 4]);
+                    i += 1;
+                }
+                put.numbers(gpu, numbers);
+                token += AHEAD;
+                // How long a run is is not told to the compiler in another way: it would unroll it.
+                if token.is_multiple_of(run) {
+                    break;
+                }
             }
         }
+    }
+
+    /// Where a lane's features of a run of tokens go, the first of which is `own`.
+    #[inline(always)]
+    fn put<const LANES: u32>(&self, first: u32, own: u32) -> Put {
+        let Self { gpu, args, dim, .. } = *self;
+        let place =
+            |heads: u32| (u64::from(self.chunk) * u64::from(heads) + u64::from(self.head)) * u64::from(CHUNK);
+        let is_first = gpu.lane() % LANES == 0;
+        if self.which < 2 {
+            let place = place(args.num_k_heads.get());
+            let scratch = if self.which == 0 { args.scratch.q } else { args.scratch.k };
+            // Whole atoms are written.
+            let whole = dim.next_multiple_of(CHUNK);
+            Put {
+                to: scratch + place * u64::from(whole * 2) + u64::from(own / CHUNK * ATOM),
+                row_bytes: CHUNK * 2,
+                piece: own / WIDTH % 8,
+                swizzle: [0, 7],
+                is_put: own < whole,
+                numbers: args.scratch.k_squares + (place + u64::from(first)) * 4,
+                has_numbers: is_first && self.which == 1,
+            }
+        } else {
+            let place = place(args.num_v_heads.get());
+            Put {
+                to: args.scratch.v
+                    + place * u64::from(dim * 2)
+                    + u64::from(own / SLICE * (CHUNK * SLICE * 2)),
+                row_bytes: SLICE * 2,
+                piece: own / WIDTH % 4,
+                swizzle: [1, 3],
+                is_put: own < dim,
+                numbers: args.scratch.v_scales + (place + u64::from(first)) * 4,
+                has_numbers: is_first,
+            }
+        }
+    }
+
+    /// Of a query or key the sum of squares, and what it is multiplied with.
+    #[inline(always)]
+    fn key<const LANES: u32>(&self, values: &[f32; WIDTH as usize]) -> (f32, f32) {
+        let (mut squares, mut i) = (0.0, 0);
+        while i < WIDTH as usize {
+            squares = Lanes::mul_add(values[i], values[i], squares);
+            i += 1;
+        }
+        let sum = self.gpu.sum::<LANES>(squares);
+        (sum, quick::inverse_root(sum + self.args.l2norm_eps))
+    }
+
+    /// What values are multiplied with afterwards, and before.
+    #[inline(always)]
+    fn value<const LANES: u32>(&self, values: &[f32; WIDTH as usize]) -> (f32, f32) {
+        let (mut largest, mut mask, mut i) = (0.0f32, LANES / 2, 0);
+        while i < WIDTH as usize {
+            largest = largest.max(values[i].abs());
+            i += 1;
+        }
+        while mask > 0 {
+            largest = largest.max(f32::from_bits(self.gpu.shuffle_xor(largest.to_bits(), mask)));
+            mask /= 2;
+        }
+        let (factor, back) = power(largest);
+        (back, factor)
     }
 
     /// The taps, oldest input's first, and the bias of some channels.
@@ -308,8 +396,8 @@ impl<G: TensorCore> Block<'_, G> {
         all
     }
 
-    /// The inputs before token `first` of the chunk, for a token that is there: of the sequence's, or of its
-    /// window.
+    /// The inputs before token `first` of the chunk, a token that is there and whose own are at `x`: of the
+    /// sequence's, or of its window.
     #[inline(always)]
     unsafe fn fill_window<const FORM: u32>(
         &self,
@@ -321,7 +409,6 @@ impl<G: TensorCore> Block<'_, G> {
         let Self { gpu, args, .. } = *self;
         let tokens_before = self.before + u64::from(first);
         let row_stride = args.q.row_stride;
-        let x = x.wrapping_add(u64::from(first) * row_stride);
         // SAFETY: as `run`.
         unsafe {
             if tokens_before >= u64::from(TAPS - 1) {
