@@ -254,15 +254,20 @@ def test_only_the_ops_that_are_named(sglang, calls, monkeypatch):
 
 
 def test_without_the_variable(sglang, calls, monkeypatch):
+    """Decode, drafts and prompts."""
     monkeypatch.delenv(VARIABLE)
-    one = rig("contiguous")
-    one.project(2)
-    with integration.installed():
-        one.run(one.step("DECODE", [1, 2]))
-    assert [name for name, _ in calls] == ["decode"]
-    calls.clear()
-    one.project(4)
-    left(one, one.step("TARGET_VERIFY", [1], [0, 4]), calls)
+    one = rig("contiguous", tokens=4)
+    for steps, starts, expected in [
+        ("DECODE", [0, 1], "decode"),
+        ("TARGET_VERIFY", [0, 4], "decode"),
+        ("EXTEND", [0, 4], "prefill"),
+    ]:
+        one.project(starts[-1])
+        prefixes = {"extend_prefix_lens": torch.tensor([0])} if steps == "EXTEND" else {}
+        with integration.installed():
+            one.run(one.step(steps, [1], starts, **prefixes))
+        assert [name for name, _ in calls] == [expected]
+        calls.clear()
 
 
 def test_a_name_that_is_no_op(sglang, monkeypatch):

@@ -14,8 +14,8 @@ from gdn.integrations.known import NOTHING_CHANGED
 
 VARIABLE = "GDN_OPS"
 OPS = ("split", "decode", "verify", "prefill")
-#: What is faster than the engines' own kernels at most sizes that were measured, and slower by some percent at the others (docs/integrations.md).
-DEFAULT = ("split", "decode")
+#: What is faster than the engines' own kernels at most sizes that were measured (docs/integrations.md).
+DEFAULT = OPS
 
 SUPPORTED = {"decode": gdn.decode_supported, "verify": gdn.decode_supported, "prefill": gdn.prefill_supported}
 
