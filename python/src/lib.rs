@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Registers the operators of `torch.ops.gdn` with PyTorch, and learns to read its tensors. Functions of C++ in
-/// `without` are taken as missing. What of PyTorch's is read in place.
+/// `without` are taken as missing. Returns the names of what is read in place.
 #[pyfunction]
 #[pyo3(signature = (torch, without = Vec::new()))]
 fn register(torch: &Bound<'_, PyModule>, without: Vec<String>) -> PyResult<Vec<&'static str>> {

@@ -158,6 +158,19 @@ def test_only_the_ops_that_are_named(vllm, monkeypatch):
     assert left_to_vllm(monkeypatch, bench_of(STEPS["decode"]), ("prefill",))
 
 
+def test_without_the_variable(vllm, monkeypatch):
+    """Decodes and prompts; drafts stay vLLM's own."""
+    monkeypatch.delenv(VARIABLE)
+    given = []
+    monkeypatch.setattr(
+        integration, "_put_core_on_cuda", lambda layer, own, ops: given.append(ops) or (lambda: None)
+    )
+    with integration.installed():
+        (ops,) = given
+    assert not left_to_vllm(monkeypatch, bench_of(STEPS["mixed"]), ops)
+    assert left_to_vllm(monkeypatch, bench_of(STEPS["drafts"], num_spec=3), ops)
+
+
 def test_a_trial_that_fails(vllm, monkeypatch, caplog):
     assert left_to_vllm(monkeypatch, bench_of(STEPS["decode"]), found="the output is off")
     (line,) = [one.getMessage() for one in caplog.records]

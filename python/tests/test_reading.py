@@ -30,7 +30,7 @@ def check(qkvz, ba):
 
 
 def test_members_are_found():
-    """In all releases that are known: 2.10 to 2.15."""
+    """In the release at hand; where it fails, tensors are read by C functions, slower and as well."""
     assert gdn._gdn.register(torch) == ["objects", "c10::TensorImpl"]
 
 
@@ -75,8 +75,8 @@ def test_what_is_not_ordinary_is_none(given):
     ]:
         with pytest.raises(ValueError, match=error):
             gdn.split(other, ba, *HEADS)
-    for other in (qkvz.to_sparse(), qkvz.to("meta")):
-        with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
+    for other, error in ((qkvz.to_sparse(), "(?i)sparse|layout|strided"), (qkvz.to("meta"), "meta")):
+        with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError), match=error):
             gdn.split(other, ba, *HEADS)
     freed = qkvz.clone()
     freed.untyped_storage().resize_(0)

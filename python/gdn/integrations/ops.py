@@ -1,6 +1,7 @@
 """What of an engine's layer goes through gdn on a GPU, and whether a call can.
 
-`GDN_OPS` names it: any of `split`, `decode`, `verify` and `prefill`, with commas between them. Without it `DEFAULT` holds.
+`GDN_OPS` names it: any of `split`, `decode`, `verify` and `prefill`, with commas between them. Without it those of the engine hold
+that were measured to be faster than its own kernels (docs/integrations.md).
 """
 
 from __future__ import annotations
@@ -14,17 +15,15 @@ from gdn.integrations.known import NOTHING_CHANGED
 
 VARIABLE = "GDN_OPS"
 OPS = ("split", "decode", "verify", "prefill")
-#: What is faster than the engines' own kernels at most sizes that were measured (docs/integrations.md).
-DEFAULT = OPS
 
 SUPPORTED = {"decode": gdn.decode_supported, "verify": gdn.decode_supported, "prefill": gdn.prefill_supported}
 
 
-def chosen() -> tuple[str, ...]:
-    """The ops that `GDN_OPS` names. Raises ValueError for a name that is none."""
+def chosen(default: tuple[str, ...]) -> tuple[str, ...]:
+    """The ops that `GDN_OPS` names, or `default`. Raises ValueError for a name that is none."""
     text = os.environ.get(VARIABLE)
     if text is None:
-        return DEFAULT
+        return default
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in OPS:

@@ -421,21 +421,28 @@ pub(super) fn many_sequences(count: usize, run: &mut Run<'_>) {
 /// Padding, and indices that the CPU would refuse, are skipped: zeros, and nothing touched. NaN there reaches
 /// nobody.
 pub(super) fn slots_that_are_not_there(run: &mut Run<'_>) {
-    for pad_slot_id in [-1, 0] {
-        for wrong in [-1, -7, pad_slot_id, 6, 1 << 30] {
-            let form = Form { pad_slot_id, ..Form::default() };
-            let mut before = Batch::new(&Options::new([2, 4, 24, 40]), form, &[2; 4]);
-            before.slots = vec![3, wrong, 1, wrong];
-            for t in [2, 3, 6, 7] {
-                for f in 0..before.setup.mixed_qkvz.sizes[1] {
-                    before.setup.mixed_qkvz.set([t, f], f64::NAN);
+    let plain = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new([2, 4, 64, 32]) };
+    let plain_form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
+    for (options, form) in [(Options::new([2, 4, 24, 40]), Form::default()), (plain, plain_form)] {
+        // A pad_slot_id that no i32 has is nobody's slot.
+        for pad_slot_id in [-1, 0, 1 << 32] {
+            for wrong in [-1, -7, pad_slot_id, 6, 1 << 30] {
+                if i32::try_from(wrong).is_err() {
+                    continue;
                 }
+                let mut before = Batch::new(&options, Form { pad_slot_id, ..form }, &[2; 4]);
+                before.slots = vec![3, wrong, 1, wrong];
+                for t in [2, 3, 6, 7] {
+                    for f in 0..before.setup.mixed_qkvz.sizes[1] {
+                        before.setup.mixed_qkvz.set([t, f], f64::NAN);
+                    }
+                }
+                let mut after = before.clone();
+                after.decode_by(|call| run(call, profile(2, 1, false)));
+                // For the check these are padding.
+                after.slots = vec![3, -1, 1, -1];
+                after.check(&before, &format!("slot {wrong}, padding {pad_slot_id}"));
             }
-            let mut after = before.clone();
-            after.decode_by(|call| run(call, profile(2, 1, false)));
-            // For the check these are padding.
-            after.slots = vec![3, -1, 1, -1];
-            after.check(&before, &format!("slot {wrong}"));
         }
     }
 }
