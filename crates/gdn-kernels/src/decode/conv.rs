@@ -317,7 +317,8 @@ impl Windows {
         if is_each { Self { last: 0, each: to } } else { Self { last: to, each: 0 } }
     }
 
-    /// Those of a plain call, which keeps the last window or none.
+    /// What a plain call keeps after its last token, if anything; windows after each token are kept where that is
+    /// worked out.
     ///
     /// # Safety
     /// As [`Windows::of`].

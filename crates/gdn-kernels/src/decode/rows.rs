@@ -61,7 +61,7 @@ pub const NARROW: u32 = 0;
 pub const WIDE: u32 = 1;
 /// Besides, q, k, v, z, the convolution's weight and states, the norm's weight and `out` are bf16, indices
 /// have 4 bytes, taps lie side by side at a multiple of 8 bytes, there is no bias, the window has 3 columns,
-/// no number of accepted tokens is given, rows have as many columns as the kernel, and v heads are whole
+/// no number of accepted tokens is given, rows have as many columns as the kernel, v heads are whole
 /// pieces, and there is one token. What else a call may be costs instructions even where it is not.
 pub const PLAIN: u32 = 2;
 /// The same but for several tokens.

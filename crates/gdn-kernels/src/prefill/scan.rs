@@ -16,8 +16,8 @@
 //! `outputs.rs`), or four warps multiply together, with 64 rows (`group.rs`).
 //!
 //! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which
-//! depends on the row of S and on the chunk's largest value (`tiles.rs`): 2^26 and more below what it is made
-//! for, numbers still have the 11 bits of an f16. S itself stays f32 and is added to outside of the tensor
+//! depends on the row of S and on the chunk's largest value (`tiles.rs`): down to 2^-22 of what it is made
+//! for, numbers have the 11 bits of an f16. S itself stays f32 and is added to outside of the tensor
 //! cores, which cut sums towards zero. As each row is by itself, bits depend on nothing but the row's own
 //! history.
 
