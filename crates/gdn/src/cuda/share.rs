@@ -439,8 +439,8 @@ mod tests {
             most_shared: DECODE_SHARED,
             ..Profile::LEAST
         };
-        let share = |[ratio, groups, tokens]: [u32; 3], dtype| {
-            let work = Work { groups, ratio, dv: 128, tokens, keeps_each: false };
+        let share = |[ratio, groups, tokens]: [u32; 3], keeps_each, dtype| {
+            let work = Work { groups, ratio, dv: 128, tokens, keeps_each };
             let kind = if tokens > 1 { PLAIN_TOKENS } else { PLAIN };
             let choice = Choice::all(dtype, kind, 128, &work, &h100).next().unwrap();
             let Share { cluster, steps, warps, .. } = Share::new(choice, &work, &h100).unwrap();
@@ -470,7 +470,11 @@ mod tests {
         ];
         for (ratio, groups, f32, bf16) in one {
             for (dtype, expected) in [(F32, f32), (BF16, bf16)] {
-                assert_eq!(share([ratio, groups, 1], dtype), (8, expected), "{ratio}, {groups}, {dtype}");
+                assert_eq!(
+                    share([ratio, groups, 1], false, dtype),
+                    (8, expected),
+                    "{ratio}, {groups}, {dtype}"
+                );
             }
         }
         let four = [
@@ -484,8 +488,15 @@ mod tests {
             (3, 256, [1, 8, 6], 16),
         ];
         for (ratio, groups, f32, bf16_rows) in four {
-            assert_eq!(share([ratio, groups, 4], F32), (8, f32), "{ratio}, {groups}");
-            assert_eq!(share([ratio, groups, 4], BF16).0, bf16_rows, "{ratio}, {groups}");
+            assert_eq!(share([ratio, groups, 4], false, F32), (8, f32), "{ratio}, {groups}");
+            assert_eq!(share([ratio, groups, 4], false, BF16).0, bf16_rows, "{ratio}, {groups}");
+        }
+        // States are kept after each token: bf16 gains nothing by more rows a warp (144 us with 4 pieces, 156 with 8 at
+        // 1024), and three v heads by larger pieces (205 us in place of 220 at 1024).
+        assert_eq!(share([2, 64, 4], true, F32), (8, [2, 1, 16]));
+        assert_eq!(share([2, 1024, 4], true, BF16), (8, [1, 4, 8]));
+        for groups in [256, 1024] {
+            assert_eq!(share([3, groups, 4], true, BF16).0, 16, "{groups}");
         }
     }
 }

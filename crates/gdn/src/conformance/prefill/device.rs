@@ -156,22 +156,27 @@ fn long(gpu: &Gpu) -> &'static [usize] {
     &[]
 }
 
+/// A GPU that has room for them.
+fn gpu_with_room() -> Option<Gpu> {
+    gpu().filter(|gpu| !long(gpu).is_empty())
+}
+
 #[test]
 fn long_keys_on_the_gpu() {
-    let Some(gpu) = gpu().filter(|gpu| !long(gpu).is_empty()) else { return };
+    let Some(gpu) = gpu_with_room() else { return };
     cases::long_keys(&mut |call, profile| both(call, profile, &gpu));
 }
 
 #[test]
 fn hostile_long_keys_on_the_gpu() {
-    let Some(gpu) = gpu().filter(|gpu| !long(gpu).is_empty()) else { return };
+    let Some(gpu) = gpu_with_room() else { return };
     cases::hostile_long_keys(&mut |call, profile| both(call, profile, &gpu));
 }
 
 /// For tools that look at every access: the device alone.
 #[test]
 fn long_keys_on_the_gpu_alone() {
-    let Some(gpu) = gpu().filter(|gpu| !long(gpu).is_empty()) else { return };
+    let Some(gpu) = gpu_with_room() else { return };
     cases::long_keys(&mut |call, profile| launch(call, profile, &gpu));
 }
 
