@@ -67,8 +67,10 @@ fn decode_allocates_nothing_after_a_threads_first_call() {
     let (taps, per_head, norm) = (vec![0.5f32; channels * 4], [0.1f32; 4], [1f32; 32]);
     let (mut conv, mut state) = (vec![0f32; batch * channels * 3], vec![0f32; batch * 4 * 32 * 32]);
     let mut out = vec![0f32; batch * 4 * 32];
-    for isa in Isa::available() {
-        let cpu = Cpu::new().threads(1).isa(isa).unwrap();
+    // One thread after the other, so that all are counted; with 16 of them there are fewer key heads than threads.
+    let each = |chunks: usize, work: &(dyn Fn(usize) + Sync)| (0..chunks).for_each(work);
+    for (isa, threads) in Isa::available().flat_map(|isa| [1, 2, 16].map(|threads| (isa, threads))) {
+        let cpu = Cpu::new().threads(threads).executor(&each).isa(isa).unwrap();
         let mut decode = || {
             let mut call = Decode {
                 layer,
@@ -99,6 +101,6 @@ fn decode_allocates_nothing_after_a_threads_first_call() {
             gdn::decode(&mut call, &cpu).unwrap();
         };
         decode();
-        assert_eq!(allocations(decode), 0, "{isa}");
+        assert_eq!(allocations(decode), 0, "{isa}, {threads} threads");
     }
 }

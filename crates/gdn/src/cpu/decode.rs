@@ -27,7 +27,8 @@ use crate::{
 /// T tokens at once give the same bits as T calls with one, and a sequence's results do not depend on its
 /// batch, its slot or the threads. On the CPU wrong indices are errors too: those past the slots there are,
 /// and a slot that two sequences write, or one writes and another reads. Nothing is allocated but each
-/// thread's scratch memory, once, and lists of slots for more than 128 sequences.
+/// thread's scratch memory, once, lists of slots for more than 128 sequences, and what rayon takes to call its
+/// threads.
 ///
 /// ```
 /// use gdn::{
@@ -93,25 +94,22 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
     let scratch_len = Widths::new(&plan.tokens, plan.tokens_per_sequence, WIDEST).scratch(&plan.tokens)
         + scratch_len(heads.head_k_dim());
     let sent = &Sent::new(&raw const plan);
-    let share = |tasks: usize, task: &(dyn Fn(&'_ Plan<*mut u8>, usize) -> Task<'_> + Sync)| {
-        cpu.share(tasks, bytes, |i| {
-            // SAFETY: the plan lives until all tasks have ended.
-            let task = task(unsafe { &*sent.get() }, i);
-            // SAFETY: `for_isa` looked at the machine. Tasks have no rows of a key head of a sequence in
-            // common, the plan was checked, and so were its slots.
-            scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
-        });
+    let work = |head: usize, sequences: Range<usize>, step: Step| {
+        // SAFETY: the plan lives until all tasks have ended.
+        let task = Task { plan: unsafe { &*sent.get() }, head, sequences, step };
+        // SAFETY: `for_isa` looked at the machine. Tasks have no rows of a key head of a sequence in common,
+        // the plan was checked, and so were its slots.
+        scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
     };
     let (slices, len) = slices(rows, hk * num_sequences, threads);
     if slices == 1 {
         // A head's weights are read once for all the sequences of a task, which are few enough for every
         // thread to have some.
         let blocks = (TASKS_PER_THREAD * threads).div_ceil(hk).min(num_sequences);
-        let sequences = num_sequences.div_ceil(blocks);
-        share(hk * num_sequences.div_ceil(sequences), &|plan, i| {
-            let first = i / hk * sequences;
-            let sequences = first..(first + sequences).min(num_sequences);
-            Task { plan, head: i % hk, sequences, step: Step::All }
+        let len = num_sequences.div_ceil(blocks);
+        cpu.share(hk * num_sequences.div_ceil(len), bytes, |i| {
+            let first = i / hk * len;
+            work(i % hk, first..(first + len).min(num_sequences), Step::All);
         });
         return Ok(());
     }
@@ -119,16 +117,13 @@ pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result
     // no window may be written while a slice still reads it, so both come after.
     scratch::with(plan.tokens.num_tokens * heads.num_v_heads() * heads.head_v_dim(), |outputs| {
         let outputs = &Sent::new(outputs.as_mut_ptr());
-        share(hk * num_sequences * slices, &|plan, i| {
+        cpu.share(hk * num_sequences * slices, bytes, |i| {
             let (head, sequence, first) = (i % hk, i / hk % num_sequences, i / hk / num_sequences * len);
-            let step = Step::Slice(first..(first + len).min(rows), outputs.get());
-            Task { plan, head, sequences: sequence..sequence + 1, step }
+            let slice = first..(first + len).min(rows);
+            work(head, sequence..sequence + 1, Step::Slice(slice, outputs.get()));
         });
-        share(hk * num_sequences, &|plan, i| Task {
-            plan,
-            head: i % hk,
-            sequences: i / hk..i / hk + 1,
-            step: Step::Rest(outputs.get()),
+        cpu.share(hk * num_sequences, bytes, |i| {
+            work(i % hk, i / hk..i / hk + 1, Step::Rest(outputs.get()));
         });
     });
     Ok(())

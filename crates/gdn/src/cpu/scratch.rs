@@ -5,7 +5,8 @@ use std::cell::RefCell;
 use super::lanes::WIDEST;
 
 thread_local! {
-    static KEPT: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// One for each call within a call that there was.
+    static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A length that whole registers of every instruction set walk.
@@ -16,17 +17,16 @@ pub(super) const fn padded(len: usize) -> usize {
 /// Has `work` called with `len` f32 of this thread's memory, from a cache line's start on. What they hold is
 /// left over from earlier calls.
 pub(super) fn with<T>(len: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
-    KEPT.with(|kept| {
-        // A call within a call, as a pool that steals work may make, has memory of its own.
-        let mut own = Vec::new();
-        let mut kept = kept.try_borrow_mut().ok();
-        let memory = kept.as_deref_mut().unwrap_or(&mut own);
-        if memory.len() < len + WIDEST {
-            memory.resize(len + WIDEST, 0.0);
-        }
-        let start = memory.as_ptr().align_offset(64).min(WIDEST);
-        work(&mut memory[start..start + len])
-    })
+    // A call within a call, as one that shares out what it was given or a pool that steals work makes, has memory
+    // of its own.
+    let mut memory = KEPT.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if memory.len() < len + WIDEST {
+        memory.resize(len + WIDEST, 0.0);
+    }
+    let start = memory.as_ptr().align_offset(64).min(WIDEST);
+    let result = work(&mut memory[start..start + len]);
+    KEPT.with_borrow_mut(|kept| kept.push(memory));
+    result
 }
 
 /// Hands out pieces of one stretch of memory.
