@@ -194,7 +194,7 @@ impl Input {
             let names = self.names();
             let some = names.iter().take(6).map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
             let rest = if names.len() > 6 { format!(" and {} more", names.len() - 6) } else { String::new() };
-            bail!("{} has no tensor '{name}'; it has {some}{rest}", self.path.display());
+            bail!("the file has no tensor '{name}'; it has {some}{rest}");
         };
         let (start, end) = info.data_offsets;
         let data = &self.map[self.data_start..][start..end];

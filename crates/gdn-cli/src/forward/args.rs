@@ -60,14 +60,14 @@ pub(crate) struct Args {
 #[command(next_help_heading = "Layer")]
 pub(crate) struct LayerArgs {
     /// What is added to the mean of squares in the norm [default: 1e-6]
-    #[arg(long, value_name = "EPS", value_parser = not_negative)]
-    norm_eps: Option<f64>,
+    #[arg(long, value_name = "EPS", value_parser = in_f32)]
+    norm_eps: Option<f32>,
     /// What is added to the sum of squares of a query or key [default: 1e-6]
-    #[arg(long, value_name = "EPS", value_parser = not_negative)]
-    l2norm_eps: Option<f64>,
+    #[arg(long, value_name = "EPS", value_parser = in_f32)]
+    l2norm_eps: Option<f32>,
     /// The factor of sigmoid(b): 2 where a model allows negative eigenvalues [default: 1]
-    #[arg(long, value_name = "FACTOR", value_parser = not_negative)]
-    beta_scale: Option<f64>,
+    #[arg(long, value_name = "FACTOR", value_parser = in_f32)]
+    beta_scale: Option<f32>,
     /// What z goes through: silu or sigmoid [default: silu]
     #[arg(long, value_parser = gate)]
     gate: Option<Gate>,
@@ -77,6 +77,16 @@ fn not_negative(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
         _ => Err(format!("'{text}' must be a number, 0 or more")),
+    }
+}
+
+/// A number of the layer, which is computed with in f32.
+fn in_f32(text: &str) -> Result<f32, String> {
+    let number = not_negative(text)? as f32;
+    if number.is_finite() {
+        Ok(number)
+    } else {
+        Err(format!("'{text}' must be at most {:e}, the largest f32", f32::MAX))
     }
 }
 
@@ -92,9 +102,8 @@ impl LayerArgs {
     /// Sets the numbers of `layer`: arguments go before what the file says of itself.
     pub(super) fn set(&self, layer: &mut Layer, metadata: &[(String, String)]) -> anyhow::Result<()> {
         let known = |key: &str| {
-            let parse = |text| {
-                not_negative(text).map_err(|error| anyhow::anyhow!("metadata of the file: {key}: {error}"))
-            };
+            let parse =
+                |text| in_f32(text).map_err(|error| anyhow::anyhow!("metadata of the file: {key}: {error}"));
             value_of(metadata, key).map(parse).transpose()
         };
         for (number, argument, key) in [
@@ -103,7 +112,7 @@ impl LayerArgs {
             (&mut layer.beta_scale, self.beta_scale, "beta_scale"),
         ] {
             if let Some(said) = argument.map_or_else(|| known(key), |said| Ok(Some(said)))? {
-                *number = said as f32;
+                *number = said;
             }
         }
         layer.gate = match (self.gate, value_of(metadata, "gate")) {

@@ -171,13 +171,13 @@ impl<'a> Work<'a> {
         let op = match args.op {
             Some(Op::Decode) => {
                 match tokens_of_each(&cu_seqlens) {
-                    None => {
+                    None if num_sequences > 0 => {
                         bail!("--op decode: all sequences must have as many tokens, {}", unequal(&cu_seqlens))
                     }
                     Some(tokens) if !(1..=MAX_TOKENS).contains(&tokens) => {
                         bail!("--op decode: the sequences have {tokens} tokens, it takes 1 to {MAX_TOKENS}")
                     }
-                    Some(_) => {}
+                    _ => {}
                 }
                 Op::Decode
             }
@@ -367,13 +367,11 @@ fn cut(cu_seqlens: &[usize], most: usize, may_cut: bool) -> Vec<Piece> {
     pieces
 }
 
-/// Two lengths that differ.
+/// Two lengths that differ, where not all are the same.
 fn unequal(cu_seqlens: &[usize]) -> String {
     let length = |r: usize| cu_seqlens[r + 1] - cu_seqlens[r];
-    match (1..cu_seqlens.len() - 1).find(|r| length(*r) != length(0)) {
-        Some(r) => format!("sequence 0 has {}, sequence {r} has {}", length(0), length(r)),
-        None => "there are none".to_owned(),
-    }
+    let other = (1..cu_seqlens.len() - 1).find(|r| length(*r) != length(0)).unwrap_or(0);
+    format!("sequence 0 has {}, sequence {other} has {}", length(0), length(other))
 }
 
 #[cfg(test)]

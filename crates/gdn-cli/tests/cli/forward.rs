@@ -374,7 +374,8 @@ fn what_does_not_fit_is_refused_by_name_with_both_numbers() {
         refused(&gdn(&["forward", text(&input), "-o", text(&output)]), part, &directory, 1);
     };
     for name in ["mixed_qkvz", "mixed_ba", "conv_weight", "A_log", "dt_bias", "norm_weight"] {
-        case(&|file| _ = file.tensors.remove(name), &format!("has no tensor '{name}'; it has"));
+        let part = format!("{}: the file has no tensor '{name}'; it has", text(&input));
+        case(&|file| _ = file.tensors.remove(name), &part);
     }
     for name in whole.tensors.keys().filter(|name| *name != "cu_seqlens") {
         let wrong = |file: &mut File| {
@@ -450,6 +451,9 @@ fn what_does_not_fit_is_refused_by_name_with_both_numbers() {
         ("norm_eps", "-1", "metadata of the file: norm_eps: '-1' must be a number, 0 or more"),
         ("l2norm_eps", "nan", "l2norm_eps: 'nan' must be a number"),
         ("beta_scale", "", "beta_scale: '' must be a number"),
+        ("norm_eps", "1e39", "norm_eps: '1e39' must be at most 3.4028235e38, the largest f32"),
+        ("l2norm_eps", "4e38", "l2norm_eps: '4e38' must be at most"),
+        ("beta_scale", "1e400", "beta_scale: '1e400' must be a number"),
         ("num_v_heads", "5", "num_v_heads = 5 is not a multiple of num_k_heads = 2"),
         ("head_k_dim", "4611686018427387904", "4611686018427387904"),
     ] {
@@ -500,6 +504,7 @@ fn files_and_arguments_that_are_not_what_they_should_be() {
         ["--gate", "relu"],
         ["--norm-eps", "-1"],
         ["--beta-scale", "inf"],
+        ["--beta-scale", "1e39"],
         ["--max-error", "nan"],
         ["--op", "train"],
         ["--threads", "0"],
@@ -533,6 +538,12 @@ fn nothing_to_do_is_done() {
         }
         file.set_indices("cu_seqlens", entries);
         file.write(&input);
+        if sequences == 0 {
+            // As many tokens as any other of none.
+            let done = gdn(&["forward", text(&input), "-o", text(&output), "--op", "decode"]);
+            assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+            assert!(String::from_utf8_lossy(&done.stdout).starts_with("decode of 0 tokens in 0 sequences"));
+        }
         let done = gdn(&["forward", text(&input), "-o", text(&output)]);
         assert!(done.status.success() && done.stderr.is_empty(), "{entries:?}: {done:?}");
         let results = File::read(&output);
