@@ -3,8 +3,9 @@
 use crate::{
     argument::ArgumentError,
     layer::{Layer, Projections, Tokens, Weights},
+    overlap::Extents,
     state::{ConvState, RecurrentState, Slots, SlotsOf, State, one_each},
-    tensor::{Extents, IndexType, Indices, Operand, Space, Tensor},
+    tensor::{IndexType, Indices, Operand, Space, Tensor},
     view::Address,
 };
 

@@ -7,8 +7,9 @@ use crate::{
     argument::{ArgumentError, Because},
     dtype::Dtype,
     heads::Heads,
+    overlap::Extents,
     packing::{Layout, Packing},
-    tensor::{Extents, Operand, Space, Tensor},
+    tensor::{Operand, Space, Tensor},
     view::{Address, Packed, Unpacked},
 };
 

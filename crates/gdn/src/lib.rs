@@ -16,6 +16,7 @@ mod decode;
 mod dtype;
 mod heads;
 mod layer;
+mod overlap;
 mod packing;
 mod prefill;
 pub mod reference;

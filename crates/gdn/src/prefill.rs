@@ -4,8 +4,9 @@ use crate::{
     argument::{ArgumentError, Because},
     dtype::Dtype,
     layer::{Layer, Projections, Tokens, Weights},
+    overlap::Extents,
     state::{Keep, Slots, SlotsOf, State, expect_dense, one_each},
-    tensor::{Extents, IndexType, Indices, Operand, Space, Tensor},
+    tensor::{IndexType, Indices, Operand, Space, Tensor},
     view::Address,
 };
 

@@ -4,7 +4,8 @@ use crate::{
     argument::{ArgumentError, Because},
     dtype::Dtype,
     layer::Layer,
-    tensor::{Extents, IndexType, Indices, Operand, Space, Tensor},
+    overlap::Extents,
+    tensor::{IndexType, Indices, Operand, Space, Tensor},
     view::Address,
 };
 

@@ -1,7 +1,8 @@
 //! `gdn bench`: an op against the least that it could take, in turns, behind a check by the oracle.
 
 pub(crate) mod layer;
-pub(crate) mod oracle;
+mod oracle;
+mod source;
 pub(crate) mod split;
 
 use std::path::PathBuf;
