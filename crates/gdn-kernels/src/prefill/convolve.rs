@@ -100,12 +100,14 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
 
 /// Where what a lane has of a run of tokens goes.
 struct Put {
+    /// The row of the token that is next.
     to: u64,
     /// Bytes from a token's row to the next one's.
     row_bytes: u32,
-    /// Which piece of 16 bytes of the row it is, and what bits of the token's number this is swizzled with.
+    /// At which byte of the next token's row the lane's 16 are, and how many tokens, as a power of two, have them at
+    /// the same place before they move on.
     piece: u32,
-    swizzle: [u32; 2],
+    swizzle: u32,
     is_put: bool,
     /// Where the next token's number goes.
     numbers: u64,
@@ -113,20 +115,20 @@ struct Put {
 }
 
 impl Put {
-    /// Eight features of a token.
+    /// Eight features of the token that is so many behind the next one, of less than eight.
     ///
     /// # Safety
     /// The place is the lane's own.
     #[inline(always)]
-    unsafe fn row(&self, gpu: &impl TensorCore, token: u32, words: [u32; 4]) {
-        if self.is_put {
-            let piece = self.piece ^ (token >> self.swizzle[0] & self.swizzle[1]);
-            // SAFETY: the caller's promise.
-            unsafe { gpu.store16(self.to + u64::from(token * self.row_bytes + piece * 16), Bytes16(words)) };
+    unsafe fn row(&self, gpu: &impl TensorCore, behind: u32, words: [u32; 4]) {
+        let piece = self.piece ^ (behind >> self.swizzle) << 4;
+        // SAFETY: the caller's promise.
+        unsafe {
+            gpu.store16(self.to + u64::from(behind * self.row_bytes) + u64::from(piece), Bytes16(words));
         }
     }
 
-    /// A number each of some tokens.
+    /// A number each of the next tokens, with which it is done.
     ///
     /// # Safety
     /// As [`Put::row`].
@@ -137,6 +139,9 @@ impl Put {
             unsafe { gpu.store16(self.numbers, Bytes16(numbers)) };
         }
         self.numbers += u64::from(AHEAD) * 4;
+        self.to += u64::from(AHEAD * self.row_bytes);
+        // Of eight rows the second four, and the first four again.
+        self.piece ^= (AHEAD >> self.swizzle) << 4;
     }
 }
 
@@ -197,10 +202,6 @@ impl<G: TensorCore> Block<'_, G> {
                 while goes_on && i < AHEAD as usize {
                     let newest = (i + TAPS as usize - 1) % TAPS as usize;
                     window[newest] = self.widened::<FORM>(coming[i]);
-                    if has && token + i as u32 + AHEAD < end {
-                        coming[i] = self.input::<FORM>(next);
-                    }
-                    next += args.q.row_stride;
                     let mut values = [0.0f32; WIDTH as usize];
                     let mut c = 0;
                     while c < WIDTH as usize {
@@ -214,6 +215,12 @@ impl<G: TensorCore> Block<'_, G> {
                         values[c] = quick::silu(sum);
                         c += 1;
                     }
+                    // Here, where what was there before is needed no longer: its registers are free, and nothing is
+                    // moved when this has come.
+                    if has && token + i as u32 + AHEAD < end {
+                        coming[i] = self.input::<FORM>(next);
+                    }
+                    next += args.q.row_stride;
                     let (kept, factor) = if self.which < 2 {
                         self.key::<LANES>(&values)
                     } else {
@@ -222,15 +229,20 @@ impl<G: TensorCore> Block<'_, G> {
                     let [a, b, c, d, e, f, g, h] = values.map(|value| value * factor);
                     let words =
                         [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
-                    // Past the sequence's end there are zeros.
                     let is_there = token + (i as u32) < end;
                     numbers[i] = if is_there { kept.to_bits() } else { 0 };
-                    put.row(gpu, token + i as u32, words.map(|word| if is_there { word } else { 0 }));
+                    if put.is_put && is_there {
+                        put.row(gpu, i as u32, words);
+                    }
                     i += 1;
                 }
-                while i < AHEAD as usize {
-                    put.row(gpu, token + i as u32, [0; 4]);
-                    i += 1;
+                // Past the sequence's end there are zeros.
+                if token + AHEAD > end {
+                    let mut i = end.saturating_sub(token);
+                    while put.is_put && i < AHEAD {
+                        put.row(gpu, i, [0; 4]);
+                        i += 1;
+                    }
                 }
                 put.numbers(gpu, numbers);
                 token += AHEAD;
@@ -255,10 +267,12 @@ impl<G: TensorCore> Block<'_, G> {
             // Whole atoms are written.
             let whole = dim.next_multiple_of(CHUNK);
             Put {
-                to: scratch + place * u64::from(whole * 2) + u64::from(own / CHUNK * ATOM),
+                to: scratch
+                    + place * u64::from(whole * 2)
+                    + u64::from(own / CHUNK * ATOM + first * CHUNK * 2),
                 row_bytes: CHUNK * 2,
-                piece: own / WIDTH % 8,
-                swizzle: [0, 7],
+                piece: own / WIDTH % 8 * 16,
+                swizzle: 0,
                 is_put: own < whole,
                 numbers: args.scratch.k_squares + (place + u64::from(first)) * 4,
                 has_numbers: is_first && self.which == 1,
@@ -268,10 +282,10 @@ impl<G: TensorCore> Block<'_, G> {
             Put {
                 to: args.scratch.v
                     + place * u64::from(dim * 2)
-                    + u64::from(own / SLICE * (CHUNK * SLICE * 2)),
+                    + u64::from((own / SLICE * CHUNK + first) * SLICE * 2),
                 row_bytes: SLICE * 2,
-                piece: own / WIDTH % 4,
-                swizzle: [1, 3],
+                piece: own / WIDTH % 4 * 16,
+                swizzle: 1,
                 is_put: own < dim,
                 numbers: args.scratch.v_scales + (place + u64::from(first)) * 4,
                 has_numbers: is_first,

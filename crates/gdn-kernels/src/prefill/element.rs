@@ -245,7 +245,11 @@ pub(super) unsafe fn store8(
 /// 2^14 to 2^15.
 #[inline(always)]
 pub(super) fn power(largest: f32) -> (f32, f32) {
-    let exponent = (largest.to_bits() >> 23) & 0xff;
-    let up = (127u32 + 127 + 14).saturating_sub(exponent).clamp(127 - 60, 127 + 60);
-    (f32::from_bits(up << 23), f32::from_bits((254 - up) << 23))
+    // Exponents where they are, with their bias.
+    const fn of(exponent: u32) -> u32 {
+        (127 + exponent) << 23
+    }
+    let exponent = largest.to_bits() & 0x7f80_0000;
+    let up = (of(127 + 14) - exponent).clamp(of(0) - (60 << 23), of(60));
+    (f32::from_bits(up), f32::from_bits(of(127) - up))
 }
