@@ -126,6 +126,9 @@ pub(crate) struct Tensor {
     shape: [i64; MAX_DIMS],
     /// In elements.
     strides: [i64; MAX_DIMS],
+    /// What PyTorch's own words for its dtype, device and kind were, where it was read by them
+    /// (`torch/fields.rs`); else zeros. The same tensor read otherwise is equal to it.
+    pub(crate) words: [u64; 2],
 }
 
 /// Rows of a tensor: as many numbers as `gdn::Rows` is made of.
@@ -144,12 +147,9 @@ impl PartialEq for Tensor {
     /// All numbers at once: a call of decode on a GPU compares a dozen tensors.
     #[inline]
     fn eq(&self, other: &Self) -> bool {
-        let others = |tensor: &Self| (tensor.dtype, tensor.device, tensor.read_only, tensor.dims);
-        let apart = |a: &[i64; MAX_DIMS], b: &[i64; MAX_DIMS]| {
-            a.iter().zip(b).fold(0, |apart, (a, b)| apart | (a ^ b))
-        };
-        let places = apart(&self.shape, &other.shape) | apart(&self.strides, &other.strides);
-        self.address == other.address && places == 0 && others(self) == others(other)
+        let others = |tensor: &Self| (tensor.dtype, tensor.device, tensor.read_only);
+        let is_same = self.address == other.address && others(self) == others(other);
+        is_same && self.lies_so(other.dims, &other.shape, &other.strides)
     }
 }
 
@@ -163,7 +163,16 @@ impl Tensor {
         dims: 0,
         shape: [1; MAX_DIMS],
         strides: [1; MAX_DIMS],
+        words: [0; 2],
     };
+
+    /// Whether it has so many dims, and of the numbers for [`MAX_DIMS`] those of its dims.
+    #[inline]
+    pub(crate) fn lies_so(&self, dims: usize, shape: &[i64; MAX_DIMS], strides: &[i64; MAX_DIMS]) -> bool {
+        // No slices: two calls of `memcmp` would take longer.
+        let is_same = |dim: usize| self.shape[dim] == shape[dim] && self.strides[dim] == strides[dim];
+        self.dims == dims && (0..dims.min(MAX_DIMS)).all(is_same)
+    }
 
     /// Fills in what is known, in place: handed on from call to call by value, it would cost more than all
     /// that is asked about it. `strides` in elements, `None` for dense ones. `false`, and nothing filled in,
@@ -183,6 +192,7 @@ impl Tensor {
             return false;
         }
         (self.address, self.dtype, self.device, self.read_only) = (address, dtype, device, read_only);
+        self.words = [0; 2];
         self.dims = shape.len();
         let number = |numbers: &[i64], dim: usize| numbers.get(dim).copied().unwrap_or(1);
         for dim in 0..MAX_DIMS {
@@ -200,8 +210,7 @@ impl Tensor {
     pub(crate) fn dense(address: usize, dtype: DType, device: Device, shape: &[usize]) -> Self {
         let dims = shape.len().min(MAX_DIMS);
         let shape = std::array::from_fn(|dim| shape.get(dim).map_or(1, |length| *length as i64));
-        let mut tensor =
-            Self { address, dtype, device, read_only: false, dims, shape, strides: [1; MAX_DIMS] };
+        let mut tensor = Self { address, dtype, device, read_only: false, dims, shape, ..Self::NONE };
         tensor.lie_dense();
         tensor
     }

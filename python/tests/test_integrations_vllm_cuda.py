@@ -159,7 +159,7 @@ def test_only_the_ops_that_are_named(vllm, monkeypatch):
 
 
 def test_without_the_variable(vllm, monkeypatch):
-    """Decodes and prompts; drafts stay vLLM's own."""
+    """All of them."""
     monkeypatch.delenv(VARIABLE)
     given = []
     monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_without_the_variable(vllm, monkeypatch):
     with integration.installed():
         (ops,) = given
     assert not left_to_vllm(monkeypatch, bench_of(STEPS["mixed"]), ops)
-    assert left_to_vllm(monkeypatch, bench_of(STEPS["drafts"], num_spec=3), ops)
+    assert not left_to_vllm(monkeypatch, bench_of(STEPS["drafts"], num_spec=3), ops)
 
 
 def test_a_trial_that_fails(vllm, monkeypatch, caplog):
@@ -191,6 +191,15 @@ def test_what_is_left_to_vllm(vllm, monkeypatch, name, change):
     bench = bench_of(STEPS[name], num_spec=3 if name == "drafts" else 0)
     vars(bench.metadata).update(change)
     assert left_to_vllm(monkeypatch, bench)
+
+
+@pytest.mark.parametrize("name", ["drafts", "drafts beside"])
+def test_drafts_of_many_sequences_are_left_to_vllm(vllm, monkeypatch, name):
+    heads = HEADS[1] * STEPS[name].drafts
+    monkeypatch.setattr(cuda, "MOST_DRAFTED_HEADS", heads)
+    assert not left_to_vllm(monkeypatch, bench_of(STEPS[name], num_spec=3))
+    monkeypatch.setattr(cuda, "MOST_DRAFTED_HEADS", heads - 1)
+    assert left_to_vllm(monkeypatch, bench_of(STEPS[name], num_spec=3))
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,28 @@ def test_calls_like_one_before(door):
         assert torch.equal(again(), expected) and torch.equal(again(), expected)
         weights.norm_weight.data = before
         assert torch.equal(again(), first)
+    # The same objects, changed in place.
+    for change, back in [
+        (lambda: out.as_strided_((4, 4, 128), (128, 512, 1)), lambda: out.as_strided_((4, 4, 128), (512, 128, 1))),
+        (lambda: indices.set_(indices.flip(0)), lambda: indices.set_(indices.flip(0))),
+    ]:
+        change()
+        expected = fresh(out=torch.empty_strided((4, 4, 128), out.stride(), device="cuda"))
+        assert torch.equal(again(), expected) and torch.equal(again(), expected)
+        back()
+        assert torch.equal(again(), first)
+    # What PyTorch is to know of a call is asked, and told, each time.
+    versions = [one._version for one in (out, state)]
+    run()
+    assert [out._version, state._version] == [version + 1 for version in versions]
+    projections[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="gradient"):
+        run()
+    with torch.no_grad():
+        assert torch.equal(again(), first)
+    projections[0].requires_grad_(False)
+    lazy = torch._neg_view(-projections[0]), projections[1]
+    assert torch.equal(again(projections=lazy), first)
     refused = (ValueError, RuntimeError)
     for changed, message in [
         (dict(tokens_per_sequence=2), "state_indices has 4 rows"),

@@ -37,6 +37,9 @@ SIGNATURES = {
 }
 SPLIT = "fix_query_key_value_ordering"
 NULL_BLOCK = 0  # the slot of no sequence
+#: Up to so many value heads of all sequences together drafts are gdn's: for more, vLLM's own kernels are as fast or faster
+#: (benches/gpu/vllm_layer.py: 16 sequences of 32 heads, or 64 of 8, are faster with gdn, 64 of 32 slower).
+MOST_DRAFTED_HEADS = 512
 
 #: The op, its projections and states, its options; and which rows of the output are its, where they are not one behind the other.
 Part = tuple[str, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], dict[str, Any], torch.Tensor | None]
@@ -168,7 +171,7 @@ def _parts(
     """The calls that a step is made of, or None for what is vLLM's.
 
     vLLM's are: states that prefill has to put out for the cache of prefixes (`mamba_cache_mode="align"` with FlashInfer), drafts of unlike
-    lengths, and drafts that are fewer than there can be, since what was accepted before may be more than these.
+    lengths, drafts that are fewer than there can be, since what was accepted before may be more than these, and drafts of many sequences.
     """
     if metadata.checkpoint is not None or metadata.flashinfer_checkpoint_plan is not None:
         return None
@@ -184,6 +187,8 @@ def _parts(
         if metadata.uniform_spec_sequence_length != tokens:
             return None
         sequences = metadata.num_spec_decodes
+        if sequences * out.shape[-2] > MOST_DRAFTED_HEADS:
+            return None
         verify = dict(
             tokens_per_sequence=tokens,
             state_indices=slots[:sequences],

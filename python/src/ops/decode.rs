@@ -11,7 +11,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Wish, objects_of, on_objects, projections_of},
+    objects::{Unread, Wish, objects_of, on_objects, projections_of},
 };
 use crate::{
     ops::{Place, gpu, integer, seen, size},
@@ -74,9 +74,8 @@ impl Call {
     /// or touches those that are written. On a GPU the same until the work on the stream is done.
     pub(crate) unsafe fn run(&self, checked: Checked, operands: &Operands, place: &Place) -> PyResult<()> {
         if let Checked::Gpu(gpu, plan) = checked {
-            let stream = (place.stream)(operands.device())?;
             // SAFETY: the caller's promise.
-            return unsafe { gpu.launch_decode(&plan, stream.cast()) }.map_err(refused_by_gpu);
+            return unsafe { launch(gpu, &plan, place) };
         }
         let mut call = self.build::<Host<'_>>(operands)?;
         // States are most of what is read.
@@ -150,6 +149,14 @@ impl Call {
     }
 }
 
+/// # Safety
+/// That of [`Call::run`], for the tensors of the call that was planned.
+unsafe fn launch(gpu: &cuda::Gpu, plan: &cuda::DecodePlan, place: &Place) -> PyResult<()> {
+    let stream = (place.stream)(Device { kind: Device::CUDA, ordinal: gpu.info().ordinal as i32 })?;
+    // SAFETY: the caller's promise.
+    unsafe { gpu.launch_decode(plan, stream.cast()) }.map_err(refused_by_gpu)
+}
+
 /// Python's name for T, as the library says it.
 pub(crate) fn tokens_per_sequence(number: i64) -> PyResult<usize> {
     usize::try_from(number).map_err(|_| {
@@ -201,9 +208,14 @@ pub(crate) fn decode<'py>(
     ];
     let objects = objects_of(&projections, weights, others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
+    let recall = |unread: &Unread<'_, 'py>| {
+        let (gpu, plan) = seen::recall(&call, unread)?;
+        // SAFETY: as below.
+        Some(move |place: &Place| unsafe { launch(gpu, &plan, place) })
+    };
     let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |checked, operands: &Operands, place: &Place| unsafe { call.run(checked, operands, place) };
-    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, check, run)
+    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, recall, check, run)
 }

@@ -62,8 +62,11 @@ pub(crate) const fn names(others: [&'static str; 5]) -> Names {
     ]
 }
 
+/// Those that are written to.
+pub(crate) const WRITTEN: [usize; 5] = [CONV_STATE, RECURRENT_STATE, OUT, MORE_STATES, MORE_WINDOWS];
+
 pub(crate) fn is_written(i: usize) -> bool {
-    matches!(i, CONV_STATE..=OUT | MORE_STATES | MORE_WINDOWS)
+    WRITTEN.contains(&i)
 }
 
 fn is_index(i: usize) -> bool {

@@ -7,14 +7,14 @@ use pyo3::{
     types::{PySequence, PyTuple},
 };
 
-use super::layer::{CONV_WEIGHT, COUNT, NORM_WEIGHT, Names, OUT, Operands, imagined, is_written};
+use super::layer::{CONV_WEIGHT, COUNT, NORM_WEIGHT, Names, OUT, Operands, WRITTEN, imagined, is_written};
 use crate::{
     dlpack,
     exit::{self, Outside},
     ops::Place,
     outputs::{fresh, handed_over},
     tensor::{Tensor, type_error, value_error},
-    torch::{self, Libtorch, type_name},
+    torch::{self, Libtorch, Way, type_name},
 };
 
 /// The objects that a call of Python's has, by position.
@@ -28,17 +28,47 @@ pub(crate) enum Wish {
     Check,
 }
 
+/// The objects of a call, PyTorch's tensors that were not read yet.
+pub(crate) struct Unread<'a, 'py> {
+    torch: &'static Libtorch,
+    way: Way<'static>,
+    objects: &'a Objects<'a, 'py>,
+}
+
+impl Unread<'_, '_> {
+    /// Where the elements of one are, if that is known without reading it.
+    #[inline]
+    pub(crate) fn address(&self, i: usize) -> Option<usize> {
+        self.torch.address(self.way, &*self.objects[i]?, is_written(i))
+    }
+
+    /// Whether one is what was read once, whose elements are at `address`. `false` may be wrong.
+    #[inline]
+    pub(crate) fn is(&self, i: usize, address: usize, read: &Tensor) -> bool {
+        self.objects[i].is_some_and(|object| self.torch.is_same(self.way, &object, address, read))
+    }
+
+    /// How many there are.
+    #[inline]
+    pub(crate) fn count(&self) -> usize {
+        self.objects.iter().flatten().count()
+    }
+}
+
 /// An op on Python's objects: `None` where PyTorch's operator is to be called instead, because PyTorch must
 /// see it.
 ///
 /// `check` checks what is known of the tensors, and makes of it what `run` needs, which does it: the tensors
-/// are where they say for as long as that takes.
-pub(crate) fn on_objects<'py, P: Send>(
+/// are where they say for as long as that takes. `recall` does both at once, for a call that was checked before:
+/// what it returns is to be run.
+#[expect(clippy::too_many_arguments, reason = "a call, and what is to be done with it")]
+pub(crate) fn on_objects<'py, P: Send, R: FnOnce(&Place) -> PyResult<()> + Send>(
     py: Python<'py>,
     names: &'static Names,
     heads: &Heads,
     objects: &Objects<'_, 'py>,
     wish: Wish,
+    recall: impl Fn(&Unread<'_, 'py>) -> Option<R>,
     check: impl Fn(&Operands, &Place) -> PyResult<P>,
     run: impl Fn(P, &Operands, &Place) -> PyResult<()> + Sync,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -50,9 +80,18 @@ pub(crate) fn on_objects<'py, P: Send>(
     let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     // What is asked of PyTorch may give up the GIL.
     let outside = torch.map(|_| Outside::new(py));
+    let way = torch.map(Libtorch::way);
+    if let (Wish::Run, Some((torch, way))) = (wish, torch.zip(way))
+        && let Some(run) = recall(&Unread { torch, way, objects })
+    {
+        if !is_told(torch, py, names, objects)? {
+            return Ok(None);
+        }
+        exit::detach(py, outside.as_ref(), || run(&place))?;
+        return Ok(objects[OUT].map(|out| out.to_owned()));
+    }
     let mut operands = Operands::new(names);
     let (mut lent, mut is_operator) = (Vec::new(), false);
-    let way = torch.map(Libtorch::way);
     for (i, object) in objects.iter().enumerate() {
         let Some(object) = object else { continue };
         let tensor = operands.tensors[i].insert(Tensor::NONE);
@@ -86,13 +125,9 @@ pub(crate) fn on_objects<'py, P: Send>(
         return Ok(None);
     }
     if let Some(torch) = torch
-        && (is_operator || torch.is_watched(py, objects.iter().flatten().copied())?)
+        && (is_operator || !is_told(torch, py, names, objects)?)
     {
         return Ok(None);
-    }
-    if let Some(torch) = torch {
-        let written = (0..COUNT).filter(|i| is_written(*i));
-        torch.advance_versions(py, written.filter_map(|i| Some((objects[i]?, names[i]))))?;
     }
     let (mut buffers, mut out) = (Vec::new(), objects[OUT].map(|out| out.to_owned()));
     if is_fresh {
@@ -108,6 +143,22 @@ pub(crate) fn on_objects<'py, P: Send>(
         true => Ok(out),
         false => Ok(handed_over(&lead, buffers)?.pop()),
     }
+}
+
+/// Tells autograd what is to be written to. `false`, and nothing told, where PyTorch has to see the call.
+#[inline]
+fn is_told<'py>(
+    torch: &Libtorch,
+    py: Python<'py>,
+    names: &'static Names,
+    objects: &Objects<'_, 'py>,
+) -> PyResult<bool> {
+    if torch.is_watched(py, objects.iter().flatten().copied())? {
+        return Ok(false);
+    }
+    let written = WRITTEN.iter().filter_map(|i| Some((objects[*i]?, names[*i])));
+    torch.advance_versions(py, written)?;
+    Ok(true)
 }
 
 /// The projections of a call, two or four tensors in a tuple or list, as a tuple.

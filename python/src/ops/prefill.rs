@@ -9,7 +9,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Wish, objects_of, on_objects, projections_of},
+    objects::{Unread, Wish, objects_of, on_objects, projections_of},
 };
 use crate::{
     ops::{Place, Scratch, gpu, integer, size},
@@ -181,9 +181,10 @@ pub(crate) fn prefill<'py>(
     ];
     let objects = objects_of(&projections, weights, others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
+    let recall = |_: &Unread<'_, 'py>| None::<fn(&Place) -> PyResult<()>>;
     let check = |operands: &Operands, place: &Place| call.check(operands, place);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |(), operands: &Operands, place: &Place| unsafe { call.run(operands, place) };
-    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, check, run)
+    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, recall, check, run)
 }

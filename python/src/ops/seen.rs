@@ -1,14 +1,16 @@
 //! Calls of decode on a GPU that were checked, kept for those like them: what is checked depends on nothing
 //! but the call's numbers and on where tensors are, their shapes, strides and dtypes. A loop that decodes has
-//! the same again and again, and then only compares them.
+//! the same again and again, and then only compares them: PyTorch's before they are read, where their members
+//! are.
 
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use gdn::cuda::{DecodePlan, Gpu};
 
 use super::{
     decode::Call,
     layer::{COUNT, OUT, Operands, RECURRENT_STATE},
+    objects::Unread,
 };
 use crate::tensor::Tensor;
 
@@ -17,6 +19,8 @@ struct Seen {
     tensors: [Option<Tensor>; COUNT],
     gpu: &'static Gpu,
     plan: Arc<DecodePlan>,
+    /// The positions of the tensors that there are, and how many.
+    given: ([u8; COUNT], usize),
 }
 
 /// As many as layers of a large model, several times over.
@@ -25,28 +29,61 @@ const PLACES: usize = 256;
 static SEEN: [Mutex<Option<Box<Seen>>>; PLACES] = [const { Mutex::new(None) }; PLACES];
 
 /// Where a call is kept, by what differs from layer to layer and from output to output.
-fn place(operands: &Operands) -> usize {
-    let address = |i: usize| operands.tensors[i].map_or(0, |tensor| tensor.address as u64);
-    let mixed = (address(RECURRENT_STATE) ^ address(OUT).rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (mixed >> 32) as usize % PLACES
+fn place(recurrent_state: usize, out: usize) -> &'static Mutex<Option<Box<Seen>>> {
+    let mixed = (recurrent_state as u64 ^ (out as u64).rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    &SEEN[(mixed >> 32) as usize % PLACES]
 }
 
-/// What was made of a call like this one. `None` too where another thread is at that place, or was when the
-/// process was forked: waiting is not worth it.
-pub(crate) fn get(call: &Call, operands: &Operands) -> Option<(&'static Gpu, Arc<DecodePlan>)> {
-    let kept = match SEEN[place(operands)].try_lock() {
-        Ok(kept) => kept,
-        Err(TryLockError::Poisoned(kept)) => kept.into_inner(),
-        Err(TryLockError::WouldBlock) => return None,
+/// The call that is kept at a place. `None` too where another thread is there, or was when the process was
+/// forked: waiting is not worth it.
+fn at(place: &Mutex<Option<Box<Seen>>>) -> Option<MutexGuard<'_, Option<Box<Seen>>>> {
+    match place.try_lock() {
+        Ok(kept) => Some(kept),
+        Err(TryLockError::Poisoned(kept)) => Some(kept.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+fn place_of(operands: &Operands) -> &'static Mutex<Option<Box<Seen>>> {
+    let address = |i: usize| operands.tensors[i].map_or(0, |tensor| tensor.address);
+    place(address(RECURRENT_STATE), address(OUT))
+}
+
+/// What was made of a call like this one, whose tensors were not read yet: they are compared where they are.
+pub(crate) fn recall(call: &Call, unread: &Unread<'_, '_>) -> Option<(&'static Gpu, Arc<DecodePlan>)> {
+    let (recurrent_state, out) = (unread.address(RECURRENT_STATE)?, unread.address(OUT)?);
+    let kept = at(place(recurrent_state, out))?;
+    let seen = kept.as_ref().filter(|seen| seen.call == *call)?;
+    let (given, count) = &seen.given;
+    let is_same = |i: usize| {
+        let address = match i {
+            RECURRENT_STATE => recurrent_state,
+            OUT => out,
+            _ => unread.address(i)?,
+        };
+        unread.is(i, address, seen.tensors[i].as_ref()?).then_some(())
     };
-    let seen = kept.as_ref().filter(|seen| seen.call == *call && seen.tensors == operands.tensors)?;
+    given.iter().take(*count).try_for_each(|i| is_same(usize::from(*i)))?;
+    (unread.count() == *count).then(|| (seen.gpu, Arc::clone(&seen.plan)))
+}
+
+/// What was made of a call like this one.
+pub(crate) fn get(call: &Call, operands: &Operands) -> Option<(&'static Gpu, Arc<DecodePlan>)> {
+    let mut kept = at(place_of(operands))?;
+    let seen = kept.as_mut().filter(|seen| seen.call == *call && seen.tensors == operands.tensors)?;
+    // The same tensors, but PyTorch's words for them may be others now.
+    seen.tensors = operands.tensors;
     Some((seen.gpu, Arc::clone(&seen.plan)))
 }
 
 /// Keeps a call in place of the one that was there.
 pub(crate) fn keep(call: &Call, operands: &Operands, gpu: &'static Gpu, plan: &Arc<DecodePlan>) {
-    if let Ok(mut kept) = SEEN[place(operands)].try_lock() {
-        let seen = Seen { call: *call, tensors: operands.tensors, gpu, plan: Arc::clone(plan) };
+    if let Some(mut kept) = at(place_of(operands)) {
+        let mut given = ([0; COUNT], 0);
+        for i in (0..COUNT).filter(|i| operands.has(*i)) {
+            (given.0[given.1], given.1) = (i as u8, given.1 + 1);
+        }
+        let seen = Seen { call: *call, tensors: operands.tensors, gpu, plan: Arc::clone(plan), given };
         *kept = Some(Box::new(seen));
     }
 }

@@ -146,18 +146,26 @@ impl Fields {
             .places(about, keys)
             .map_while(OnceLock::get)
             .find(|kind| kind.about == about && kind.keys == keys)?;
-        // SAFETY: a tensor that lives.
-        let address = unsafe {
-            match write {
-                true => ask!(handle.1, aoti_torch_get_data_ptr(handle.0)).ok()?.addr(),
-                false => ask!(handle.1, torch_get_const_data_ptr(handle.0)).ok()?.addr(),
-            }
-        };
+        let address = address(handle, write)?;
         if dims > MAX_DIMS || (address < OFFSETS && numel != 0) {
             return None;
         }
         let numbers = (&sizes[..dims], Some(&strides[..dims]));
-        into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1).then_some(kind.number)
+        let is_filled = into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1);
+        into.words = [about, keys];
+        is_filled.then_some(kind.number)
+    }
+
+    /// Whether a tensor whose elements are at `address` is what [`Fields::read`] has read: the same numbers, at
+    /// the same place. `false` may be wrong.
+    #[inline]
+    pub(super) fn is(&self, handle: &Handle<'_>, address: usize, read: &Tensor) -> bool {
+        // SAFETY: members of a tensor that lives, which nothing changes while Python's objects are read.
+        let members = unsafe { &*start(handle).byte_add(self.offset).cast::<Members>() };
+        let &Members { dims, ref sizes, ref strides, about, keys, .. } = members;
+        read.address == address
+            && ((read.words[0] ^ about) | (read.words[1] ^ keys)) == 0
+            && read.lies_so(dims, sizes, strides)
     }
 
     /// Learns the kind of a tensor that was read otherwise, and is no lazy view.
@@ -175,6 +183,19 @@ impl Fields {
             places.find(|place| is_there(place.get_or_init(|| kind)));
         }
     }
+}
+
+/// Where a tensor's elements are.
+#[inline]
+pub(super) fn address(handle: &Handle<'_>, write: bool) -> Option<usize> {
+    // SAFETY: a tensor that lives.
+    let at = unsafe {
+        match write {
+            true => ask!(handle.1, aoti_torch_get_data_ptr(handle.0)).ok()?.addr(),
+            false => ask!(handle.1, torch_get_const_data_ptr(handle.0)).ok()?.addr(),
+        }
+    };
+    Some(at)
 }
 
 /// Where the rest of a tensor is.

@@ -127,6 +127,12 @@ impl Inside {
         }
     }
 
+    /// Whether the tensor of an object is the one that was read: see [`Fields::is`].
+    #[inline]
+    pub(super) fn is(&self, tensor: &Lent<'_>, address: usize, read: &Tensor) -> bool {
+        self.fields.as_ref().is_some_and(|fields| fields.is(tensor, address, read))
+    }
+
     /// Reads an ordinary tensor. `false` where it is none, for others to find out what it is.
     #[inline]
     pub(super) fn read(&self, tensor: &Lent<'_>, argument: &str, write: bool, into: &mut Tensor) -> bool {

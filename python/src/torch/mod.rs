@@ -280,6 +280,27 @@ impl Libtorch {
         Ok(is_here && !is_lazy && !tensor.is_hollow())
     }
 
+    /// Where the elements of a plain tensor are, which are to be written to or not. `None` where that is not
+    /// known without reading it.
+    #[inline]
+    pub(crate) fn address(&self, way: Way<'_>, object: &Bound<'_, PyAny>, write: bool) -> Option<usize> {
+        let Way(Some(inside)) = way else { return None };
+        self.is_plain(object).then(|| fields::address(&inside.lend(self, object), write)).flatten()
+    }
+
+    /// Whether a tensor, whose elements are at [`Libtorch::address`], is one that [`Libtorch::borrow`] has read,
+    /// as it was then. `false` may be wrong.
+    #[inline]
+    pub(crate) fn is_same(
+        &self,
+        way: Way<'_>,
+        object: &Bound<'_, PyAny>,
+        address: usize,
+        read: &Tensor,
+    ) -> bool {
+        matches!(way, Way(Some(inside)) if inside.is(&inside.lend(self, object), address, read))
+    }
+
     /// Why a tensor that [`Libtorch::borrow`] does not read cannot be written to. `read` is one that it does.
     #[cold]
     pub(crate) fn unwritable(
