@@ -277,7 +277,10 @@ def test_calls_like_one_before(door):
         assert torch.equal(again(), first)
     # The same objects, changed in place.
     for change, back in [
-        (lambda: out.as_strided_((4, 4, 128), (128, 512, 1)), lambda: out.as_strided_((4, 4, 128), (512, 128, 1))),
+        (
+            lambda: out.as_strided_((4, 4, 128), (128, 512, 1)),
+            lambda: out.as_strided_((4, 4, 128), (512, 128, 1)),
+        ),
         (lambda: indices.set_(indices.flip(0)), lambda: indices.set_(indices.flip(0))),
     ]:
         change()
@@ -290,7 +293,7 @@ def test_calls_like_one_before(door):
     run()
     assert [out._version, state._version] == [version + 1 for version in versions]
     projections[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="gradient"):
+    with pytest.raises(RuntimeError, match="has no derivative"):
         run()
     with torch.no_grad():
         assert torch.equal(again(), first)
