@@ -188,10 +188,12 @@ impl Choice {
             let share = Share::new(choice, work, profile);
             share.map_or(0, |share| choice.most_warps(profile) / share.warps * share.warps)
         };
-        let Work { groups, keeps_each, .. } = *work;
+        let Work { groups, ratio, keeps_each, .. } = *work;
         let multiprocessors = profile.multiprocessors;
         if groups <= multiprocessors / 2 {
-            return groups > multiprocessors / 8;
+            // Three blocks for three v heads have a multiprocessor each, or half of one and smaller pieces.
+            let are_thirds = ratio == 3 && groups * 3 > multiprocessors && profile.most_cluster >= 3;
+            return groups > multiprocessors / 8 && !are_thirds;
         }
         let (small, large) = (resident(&SMALL), resident(&LARGE));
         large >= small || !keeps_each && work.are(VERY_MANY_BLOCKS, profile) && large * 4 >= small * 3
@@ -285,7 +287,7 @@ impl Share {
 
     /// How good it is to do all at once in such shares; `None` where they would not fit.
     fn rank(&self, choice: &Choice, work: &Work, profile: &Profile, idle: bool) -> Option<[u64; 3]> {
-        let &Self { cluster, head_blocks, block_heads, head_warps, steps, warps, .. } = self;
+        let &Self { cluster, head_blocks, block_heads, head_warps, warps, .. } = self;
         let [groups, cluster, warps, multiprocessors] =
             [work.groups, cluster, warps, profile.multiprocessors].map(u64::from);
         let blocks = groups * cluster;
@@ -302,10 +304,17 @@ impl Share {
         let alone = are_few && (cluster == 1 || idle && (cluster == 2 || blocks * 2 <= multiprocessors));
         let of_rows = u64::from(block_heads * head_warps);
         if choice.kind == PLAIN_TOKENS {
-            // Each block makes the queries and keys of all tokens: two with a piece a warp, rather than four.
-            let is_pair = cluster == 2 && steps == 1 && of_rows > half && groups * 5 > multiprocessors;
+            // Each block makes the queries and keys of all tokens: two or three with all warps that there are, rather than
+            // four or more. Clusters of any size fit where a fourth of the multiprocessors is left over.
+            let is_small_cluster = cluster == 2 || cluster == 3;
+            let is_pair = is_small_cluster && of_rows > half && groups * 5 > multiprocessors;
+            let is_third = cluster == 3
+                && choice.name != LARGE.name
+                && warps <= half
+                && blocks * 2 <= multiprocessors * 3;
+            let has_room = idle && blocks * 4 <= multiprocessors * 3;
             let rank = if is_pair { multiprocessors } else { blocks };
-            let fits = alone || are_few && (is_pair || warps <= half);
+            let fits = alone || has_room || is_third || are_few && (is_pair || warps <= half);
             return fits.then_some([rank, warps, u64::from(idle)]);
         }
         let halves = warps <= half && blocks * 2 <= multiprocessors * if cluster > 2 { 3 } else { 4 };
@@ -333,12 +342,27 @@ impl Share {
                 return if is_double { of(share.cluster, 2 * steps) } else { Some(share) };
             }
         }
-        // Two blocks of half as many warps fill the device more evenly, where it is filled but a few times.
         let [groups, multiprocessors] = [work.groups, profile.multiprocessors].map(u64::from);
+        let is_quarter = |share: &Self| share.warps * 2 == HALF_WARPS;
+        if work.ratio == 1 && of(1, steps).as_ref().is_some_and(is_quarter) {
+            // Twice the warps, in two blocks, or in one with several tokens; where there are more heads, two blocks with
+            // as many together.
+            let are_twice = groups <= 2 * multiprocessors;
+            let share = match choice.kind {
+                PLAIN if are_twice => of(2, steps / 2),
+                PLAIN if !is_small || groups <= 4 * multiprocessors => of(2, steps),
+                PLAIN_TOKENS if are_twice => of(1, steps / 2),
+                _ => None,
+            };
+            if share.is_some() {
+                return share;
+            }
+        }
+        // Two blocks of half as many warps fill the device more evenly, where it is filled but a few times.
         let are_some = groups <= 3 * multiprocessors && (!is_small || groups * 4 >= multiprocessors * 5);
         if choice.kind == PLAIN && are_some {
-            let quarter = |share: &Self| share.block_heads * 2 == work.ratio && share.warps * 2 == HALF_WARPS;
-            if let Some(share) = of(2, steps).filter(quarter) {
+            let is_half = |share: &Self| share.block_heads * 2 == work.ratio && is_quarter(share);
+            if let Some(share) = of(2, steps).filter(is_half) {
                 return Some(share);
             }
         }
@@ -447,6 +471,10 @@ mod tests {
             (choice.piece_rows, [cluster, steps, warps])
         };
         let one = [
+            (1, 144, [2, 2, 4], [2, 2, 4]),
+            (1, 256, [2, 2, 4], [2, 2, 4]),
+            (1, 512, [2, 4, 2], [2, 4, 2]),
+            (1, 1024, [2, 4, 2], [1, 4, 4]),
             (2, 16, [8, 1, 6], [8, 1, 6]),
             (2, 32, [4, 1, 8], [4, 1, 8]),
             (2, 48, [4, 1, 8], [4, 1, 8]),
@@ -478,6 +506,8 @@ mod tests {
             }
         }
         let four = [
+            (1, 256, [1, 2, 8], 8),
+            (1, 320, [1, 4, 4], 8),
             (2, 16, [8, 1, 6], 8),
             (2, 32, [2, 1, 16], 16),
             (2, 64, [2, 1, 16], 16),
@@ -485,7 +515,11 @@ mod tests {
             (2, 256, [1, 4, 8], 8),
             (2, 1024, [1, 4, 8], 8),
             (2, 8192, [1, 4, 8], 16),
+            (3, 16, [6, 1, 9], 8),
+            (3, 32, [3, 1, 16], 16),
+            (3, 64, [3, 2, 8], 8),
             (3, 256, [1, 8, 6], 16),
+            (4, 32, [2, 2, 16], 16),
         ];
         for (ratio, groups, f32, bf16_rows) in four {
             assert_eq!(share([ratio, groups, 4], false, F32), (8, f32), "{ratio}, {groups}");

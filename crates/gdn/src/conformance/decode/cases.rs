@@ -317,12 +317,17 @@ pub(super) fn tokens_at_once(run: &mut Run<'_>) {
         plain(Dtype::F32, [1, 2, dk, 32]);
         plain(bf16, [1, 2, dk, 32]);
     }
-    // More warps than half a multiprocessor's.
-    plain(Dtype::F32, [1, 3, 128, 128]);
-    plain(bf16, [1, 3, 128, 128]);
+    // A v head to itself, and more warps than half a multiprocessor's.
+    for heads in [[1, 1, 128, 128], [1, 3, 128, 128]] {
+        plain(Dtype::F32, heads);
+        plain(bf16, heads);
+    }
 }
 
 fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
+    // Devices that a key head or its v heads fill more or less: where heads are large there are shares for that.
+    let multiprocessors: &[u32] = if options.heads[3] > 100 { &[1, 2, 4] } else { &[] };
+    let of_few = || multiprocessors.iter().map(|&multiprocessors| Profile { multiprocessors, ..free() });
     let all = Batch::new(options, form, &[5]);
     let mut one = Batch::new(options, form, &[1]);
     let given = one.setup.clone();
@@ -341,7 +346,7 @@ fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
         }
         let before = one.clone();
         one.decode_by(|call| run(call, profile(2, 1, false)));
-        for profile in [FULL, free()] {
+        for profile in [FULL, free()].into_iter().chain(of_few()) {
             let mut again = before.clone();
             again.decode_by(|call| run(call, profile));
             assert!(results(&again) == results(&one), "{options:?}, {form:?}, token {t}, {profile:?}");
@@ -353,7 +358,7 @@ fn at_once(options: &Options, form: Form, run: &mut Run<'_>) {
             large_pieces: Some(large),
             ..profile(cluster, steps, false)
         });
-    for profile in chosen.into_iter().chain([FULL, free()]) {
+    for profile in chosen.into_iter().chain([FULL, free()]).chain(of_few()) {
         let mut all = all.clone();
         all.decode_by(|call| run(call, profile));
         assert_eq!(all.out.all(), outputs, "{options:?}, {form:?}, {profile:?}");
