@@ -263,7 +263,11 @@ def test_without_the_variable(sglang, calls, monkeypatch):
         ("EXTEND", [0, 4], "prefill"),
     ]:
         one.project(starts[-1])
-        prefixes = {"extend_prefix_lens": torch.tensor([0])} if steps == "EXTEND" else {}
+        prefixes = (
+            {"extend_prefix_lens": torch.zeros(1, dtype=torch.int32, device=DEVICE)}
+            if steps == "EXTEND"
+            else {}
+        )
         with integration.installed():
             one.run(one.step(steps, [1], starts, **prefixes))
         assert [name for name, _ in calls] == [expected]
