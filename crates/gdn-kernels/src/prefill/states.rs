@@ -7,7 +7,7 @@ use super::{
     sequence::Sequence,
     tiles::Tile,
 };
-use crate::gpu::{AsyncCopy, TensorCore};
+use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
 
 /// The states of all heads of a slot; at 0 there are none.
 pub(super) struct States {
@@ -150,6 +150,7 @@ pub(super) unsafe fn exchange<const READ: bool, const TILES: usize>(
     s: &mut [Tile],
 ) {
     let lane = gpu.lane();
+    const { assert!(TILES.is_multiple_of(4)) };
     let row_bytes = state_row(8 * TILES as u32);
     let own = place.room + lane / 4 * row_bytes + lane % 4 * 8;
     // SAFETY: the caller's promise.
@@ -170,15 +171,45 @@ pub(super) unsafe fn exchange<const READ: bool, const TILES: usize>(
             + u64::from(place.column) * of_column;
         // Four columns of a row, or rows of a column, whichever are dense.
         let columns = of_column == element;
-        let mut i = lane;
-        while i < WARP_ROWS * 2 * TILES as u32 {
-            let (row, column, shared_step, step) = if columns {
-                (i / (2 * TILES as u32), i % (2 * TILES as u32) * 4, 4, of_column)
+        let (step, shared_step) = if columns { (of_column, 4) } else { (of_row, row_bytes) };
+        let place_of = |i: u32| {
+            let (row, column) = if columns {
+                (i / (2 * TILES as u32), i % (2 * TILES as u32) * 4)
             } else {
-                (i % 4 * 4, i / 4, row_bytes, of_row)
+                (i % 4 * 4, i / 4)
             };
             let at = at + u64::from(row) * of_row + u64::from(column) * of_column;
-            let shared = place.room + row * row_bytes + column * 4;
+            (at, place.room + row * row_bytes + column * 4)
+        };
+        let mut i = lane;
+        if READ && states.dtype == F32 && states.wide {
+            // Many are on their way at once, as there are registers before there is S: a sequence of few tokens would
+            // wait longer for one after the other than it takes.
+            let pieces = if TILES.is_multiple_of(8) { 8 } else { 4 };
+            while i < WARP_ROWS * 2 * TILES as u32 {
+                let mut fours = [[0; 4]; 8];
+                let mut n = 0;
+                while n < pieces {
+                    let (at, _) = place_of(i + n as u32 * 32);
+                    Bytes16(fours[n]) = gpu.load16(at);
+                    n += 1;
+                }
+                let mut n = 0;
+                while n < pieces {
+                    let (_, shared) = place_of(i + n as u32 * 32);
+                    let mut m = 0;
+                    while m < 4 {
+                        gpu.store_shared4(shared + m as u32 * shared_step, fours[n][m]);
+                        m += 1;
+                    }
+                    n += 1;
+                }
+                i += pieces as u32 * 32;
+                gpu.sync_warp();
+            }
+        }
+        while i < WARP_ROWS * 2 * TILES as u32 {
+            let (at, shared) = place_of(i);
             if READ {
                 let four = load4(gpu, states.dtype, at, step, states.wide);
                 let mut n = 0;
