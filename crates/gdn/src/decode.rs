@@ -41,17 +41,6 @@ pub struct Decode<R, W> {
     pub out: Tensor<W, 3>,
 }
 
-impl<R: Space, W: Space<Raw = R::Raw>> Decode<R, W> {
-    /// Checks everything but the values of indices, as the op does first: shapes, dtypes, strides, overlaps.
-    /// Memory is not looked at.
-    ///
-    /// # Errors
-    /// [`ArgumentError`].
-    pub fn check(&self) -> Result<(), ArgumentError> {
-        Plan::new(self).map(drop)
-    }
-}
-
 /// [`Decode`], checked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan<P> {

@@ -31,7 +31,7 @@ mod view;
 pub use argument::{ArgumentError, Because};
 pub use buf::{Block, BufError, PackedBuf, Pages, UnpackedBuf};
 pub use config::{ConfigError, PRESETS};
-pub use cpu::{Cpu, decode, merge, merge_fresh, prefill, split, split_fresh};
+pub use cpu::{CheckedDecode, Cpu, decode, merge, merge_fresh, prefill, split, split_fresh};
 pub use decode::{Decode, MAX_TOKENS};
 pub use dtype::Dtype;
 pub use heads::Heads;

@@ -37,8 +37,10 @@ pub(crate) struct Call {
 }
 
 /// A call that was checked.
+#[expect(clippy::large_enum_variant, reason = "handed on once; a box would cost more")]
 pub(crate) enum Checked {
-    Cpu,
+    /// Views that live as long as who calls [`Checked::run`] promises.
+    Cpu(gdn::CheckedDecode<'static>),
     /// What is left is the launch.
     Gpu(&'static cuda::Gpu, Arc<cuda::DecodePlan>),
 }
@@ -54,8 +56,7 @@ impl Call {
         operands.check()?;
         match device.kind {
             _ if device.is_cpu() => {
-                self.build::<Host<'_>>(operands)?.check().map_err(refused)?;
-                Ok(Checked::Cpu)
+                self.build::<Host<'static>>(operands)?.checked().map(Checked::Cpu).map_err(refused)
             }
             Device::CUDA => {
                 let (call, gpu) = (self.build::<OnDevice>(operands)?, gpu(device.ordinal)?);
@@ -65,28 +66,6 @@ impl Call {
             }
             _ => Err(no_device(operands, "decode", "cpu or cuda")),
         }
-    }
-
-    /// Does it, on tensors that [`Call::check`] made `checked` of.
-    ///
-    /// # Safety
-    /// The tensors are where they say, and stay; while this runs nothing else writes to those that are read
-    /// or touches those that are written. On a GPU the same until the work on the stream is done.
-    pub(crate) unsafe fn run(&self, checked: Checked, operands: &Operands, place: &Place) -> PyResult<()> {
-        if let Checked::Gpu(gpu, plan) = checked {
-            // SAFETY: the caller's promise.
-            return unsafe { launch(gpu, &plan, place) };
-        }
-        let mut call = self.build::<Host<'_>>(operands)?;
-        // States are most of what is read.
-        let states = call.recurrent_state.state.sizes()[1..]
-            .iter()
-            .product::<usize>()
-            .saturating_mul(call.recurrent_state.state.dtype().size());
-        let sequences = call.out.sizes()[0] / self.tokens_per_sequence.max(1);
-        place.on_cpu(states.saturating_mul(sequences), |cpu: &Cpu| {
-            gdn::decode(&mut call, cpu).map_err(refused)
-        })
     }
 
     /// The library's call.
@@ -149,8 +128,25 @@ impl Call {
     }
 }
 
+impl Checked {
+    /// Does it.
+    ///
+    /// # Safety
+    /// The tensors that were checked are where they said, and stay; while this runs nothing else writes to
+    /// those that are read or touches those that are written. On a GPU the same until the work on the stream
+    /// is done.
+    pub(crate) unsafe fn run(self, place: &Place) -> PyResult<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            Self::Gpu(gpu, plan) => unsafe { launch(gpu, &plan, place) },
+            // States are most of what is read.
+            Self::Cpu(call) => place.on_cpu(call.state_bytes(), |cpu: &Cpu| call.run(cpu).map_err(refused)),
+        }
+    }
+}
+
 /// # Safety
-/// That of [`Call::run`], for the tensors of the call that was planned.
+/// That of [`Checked::run`], for the tensors of the call that was planned.
 unsafe fn launch(gpu: &cuda::Gpu, plan: &cuda::DecodePlan, place: &Place) -> PyResult<()> {
     let stream = (place.stream)(Device { kind: Device::CUDA, ordinal: gpu.info().ordinal as i32 })?;
     // SAFETY: the caller's promise.
@@ -216,6 +212,6 @@ pub(crate) fn decode<'py>(
     let check = |operands: &Operands, _: &Place| call.check(operands);
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
-    let run = |checked, operands: &Operands, place: &Place| unsafe { call.run(checked, operands, place) };
+    let run = |checked: Checked, _: &Operands, place: &Place| unsafe { checked.run(place) };
     on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, recall, check, run)
 }

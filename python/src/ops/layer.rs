@@ -181,7 +181,7 @@ pub(crate) trait Side {
 pub(crate) struct Host<'a>(PhantomData<&'a ()>);
 
 // Views are made of what a caller of `run` promised for as long as the call lasts, and are dropped with it:
-// see `Call::run`. Without one, only their shapes are looked at.
+// see `Checked::run`. Without one, only their shapes are looked at.
 impl<'a> Side for Host<'a> {
     type Read = Shared<'a>;
     type Write = Exclusive<'a>;

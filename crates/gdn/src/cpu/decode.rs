@@ -1,6 +1,6 @@
 //! Decode on the CPU: each state goes through the caches once, whatever the number of tokens.
 
-use std::ops::Range;
+use std::{marker::PhantomData, ops::Range};
 
 use gdn_math::special::exp;
 
@@ -83,22 +83,68 @@ use crate::{
 /// # Errors
 /// [`ArgumentError`], before anything is written.
 pub fn decode(call: &mut Decode<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Result<(), ArgumentError> {
-    let plan = Plan::new(call)?;
-    check(&plan)?;
+    go(&Plan::new(call)?, cpu)
+}
+
+/// A call of [`decode`] of which everything is checked but the values of indices: what [`Decode::checked`]
+/// makes, for who wants to know that first.
+#[derive(Debug)]
+pub struct CheckedDecode<'a> {
+    plan: Plan<*mut u8>,
+    /// What the plan's addresses are of.
+    views: PhantomData<Decode<Shared<'a>, Exclusive<'a>>>,
+}
+
+// SAFETY: the addresses are those of views, which may be sent.
+unsafe impl Send for CheckedDecode<'_> {}
+
+impl<'a> Decode<Shared<'a>, Exclusive<'a>> {
+    /// All of [`decode`] that comes before it looks at memory.
+    ///
+    /// # Errors
+    /// [`ArgumentError`].
+    pub fn checked(self) -> Result<CheckedDecode<'a>, ArgumentError> {
+        Ok(CheckedDecode { plan: Plan::new(&self)?, views: PhantomData })
+    }
+}
+
+impl CheckedDecode<'_> {
+    /// Bytes of the recurrent states of all its sequences.
+    pub fn state_bytes(&self) -> usize {
+        state_bytes(&self.plan)
+    }
+
+    /// Does it: the rest of [`decode`].
+    ///
+    /// # Errors
+    /// [`ArgumentError`] for the values of indices, before anything is written.
+    pub fn run(self, cpu: &Cpu) -> Result<(), ArgumentError> {
+        go(&self.plan, cpu)
+    }
+}
+
+fn state_bytes(plan: &Plan<*mut u8>) -> usize {
+    let heads = plan.tokens.layer.heads();
+    let state =
+        heads.num_v_heads() * heads.head_v_dim() * heads.head_k_dim() * plan.recurrent.state.kind.size();
+    state.saturating_mul(plan.slots.num_sequences)
+}
+
+/// A plan of views that the caller still has.
+fn go(plan: &Plan<*mut u8>, cpu: &Cpu) -> Result<(), ArgumentError> {
+    check(plan)?;
     let num_sequences = plan.slots.num_sequences;
     if num_sequences == 0 {
         return Ok(());
     }
     let heads = plan.tokens.layer.heads();
-    let state =
-        heads.num_v_heads() * heads.head_v_dim() * heads.head_k_dim() * plan.recurrent.state.kind.size();
-    let bytes = 2 * state.saturating_mul(num_sequences);
+    let bytes = state_bytes(plan).saturating_mul(2);
     let threads = cpu.chosen_threads(bytes);
     let (hk, rows) = (heads.num_k_heads(), heads.ratio() * heads.head_v_dim());
     let run = for_isa!(cpu.chosen_isa(), run(task: &Task<'_>, memory: &mut [f32]));
     let scratch_len = Widths::new(&plan.tokens, plan.tokens_per_sequence, WIDEST).scratch(&plan.tokens)
         + scratch_len(heads.head_k_dim());
-    let sent = &Sent::new(&raw const plan);
+    let sent = &Sent::new(&raw const *plan);
     let work = |head: usize, sequences: Range<usize>, step: Step| {
         // SAFETY: the plan lives until all tasks have ended.
         let task = Task { plan: unsafe { &*sent.get() }, head, sequences, step };

@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use self::copy::{Copier, LINE};
 
 pub use cache::{Cache, caches, last_level_bytes};
-pub use decode::decode;
+pub use decode::{CheckedDecode, decode};
 pub use isa::{Isa, IsaError};
 pub use peak::{multiply_add, silu};
 pub use prefill::prefill;

@@ -161,7 +161,7 @@ unsafe fn decode_on(torch: &'static Libtorch, stack: *mut u64, given: Given, is_
     };
     let check = |operands: &Operands| call.check(operands);
     // SAFETY: tensors that their handles keep; PyTorch's users answer for races as with any operator.
-    let run = |checked, operands: &Operands| unsafe { call.run(checked, operands, &PLACE) };
+    let run = |checked: decode::Checked, _: &Operands| unsafe { checked.run(&PLACE) };
     let done = on_handles(torch, &decode::TENSORS, &call.layer.heads(), handles, check, run)?;
     // SAFETY: the stack has room for a result, which is its to delete from here on.
     unsafe { put(stack, done) };
