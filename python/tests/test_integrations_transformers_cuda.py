@@ -68,7 +68,8 @@ def test_two_hundred_greedy_tokens(kind, dtype, calls):
         with integration.installed():
             ours = forced(net, ids, mask, before)
     near(without, ours, exact)
-    rounding = torch.stack([one - exact for one in (without, ours)]).square().mean().sqrt()
+    # A step's own: what prefill rounds is in the first steps, and fades in those after.
+    rounding = torch.stack([one - exact for one in (without, ours)]).square().mean(-1).amax(0).sqrt()
     top = exact.topk(2, -1).values
     # Six deviations of the difference of two logits.
     is_clear = top[..., 0] - top[..., 1] > 6 * 2**0.5 * rounding
