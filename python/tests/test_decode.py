@@ -213,6 +213,38 @@ def test_verify_as_sglang_does_it(indices, door):
     assert more[rest].isnan().all() and windows[rest].isnan().all()
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_options_by_position(more):
+    """Their order is part of the interface."""
+    heads, tokens = HEADS[0], 3
+    numbers, weights = ol.Numbers(heads), ol.weights(heads)
+    projections = ol.projections(2 * tokens, numbers, "packed")
+    conv, state = ol.states(5, heads, "dense")
+    kept = [torch.zeros(5, 4, *one.shape[1:]) for one in (state, conv)] if more else [None, None]
+    written = (conv, state, *kept[: 2 * more])
+    before = [one.clone() for one in written]
+    options = {
+        "tokens_per_sequence": tokens,
+        "state_indices": torch.tensor([2, -1], dtype=torch.int32),
+        "pad_slot_id": -1,
+        "num_accepted_tokens": None,
+        "output_state_indices": None if more else torch.tensor([4, 3]),
+        "disable_state_update": False,
+        "intermediate_states": kept[0],
+        "intermediate_conv_windows": kept[1],
+        "intermediate_state_indices": torch.tensor([3, 1]) if more else None,
+        "out": torch.zeros(2 * tokens, heads[1], heads[3]),
+    }
+    layer = ol.layer(numbers, weights)
+    layer.decode(projections, conv, state, **options)
+    by_name = [one.clone() for one in (*written, options["out"])]
+    assert not torch.equal(by_name[2 if more else 1], before[2 if more else 1])
+    for one, old in zip((*written, options["out"]), (*before, torch.zeros(1)), strict=True):
+        one.copy_(old)
+    layer.decode(projections, conv, state, *options.values())
+    assert all(map(torch.equal, (*written, options["out"]), by_name))
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_nothing_is_kept_where_that_is_asked(door):
     numbers, weights = ol.Numbers(HEADS[0]), ol.weights(HEADS[0])

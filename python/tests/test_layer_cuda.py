@@ -298,8 +298,10 @@ def test_calls_like_one_before(door):
     with torch.no_grad():
         assert torch.equal(again(), first)
     projections[0].requires_grad_(False)
-    lazy = torch._neg_view(-projections[0]), projections[1]
-    assert torch.equal(again(projections=lazy), first)
+    # What the same memory is to be read as.
+    lazy = torch._neg_view(projections[0]), projections[1]
+    expected = fresh(projections=(-projections[0], projections[1]))
+    assert torch.equal(again(projections=lazy), expected) and torch.equal(again(), first)
     refused = (ValueError, RuntimeError)
     for changed, message in [
         (dict(tokens_per_sequence=2), "state_indices has 4 rows"),

@@ -1,7 +1,7 @@
 """What of an engine's layer goes through gdn on a GPU, and whether a call can.
 
-`GDN_OPS` names it: any of `split`, `decode`, `verify` and `prefill`, with commas between them. Without it those of the engine hold
-that were measured to be faster than its own kernels (docs/integrations.md).
+`GDN_OPS` names it: any of `split`, `decode`, `verify` and `prefill`, with commas between them. Without it all do,
+as each was measured to be faster than the engines' own kernels (docs/integrations.md).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ OPS = ("split", "decode", "verify", "prefill")
 SUPPORTED = {"decode": gdn.decode_supported, "verify": gdn.decode_supported, "prefill": gdn.prefill_supported}
 
 
-def chosen(default: tuple[str, ...]) -> tuple[str, ...]:
-    """The ops that `GDN_OPS` names, or `default`. Raises ValueError for a name that is none."""
+def chosen() -> tuple[str, ...]:
+    """The ops that `GDN_OPS` names, or all. Raises ValueError for a name that is none."""
     text = os.environ.get(VARIABLE)
     if text is None:
-        return default
+        return OPS
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in OPS:

@@ -25,7 +25,7 @@ from typing import Any
 import gdn
 from gdn.integrations import known
 from gdn.integrations.on_import import OnImport
-from gdn.integrations.ops import OPS, chosen
+from gdn.integrations.ops import chosen
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in SGLANG_PLUGINS
@@ -62,7 +62,7 @@ _logger = logging.getLogger(f"sglang.{__name__}")  # below SGLang's own loggers
 
 def _apply(any_release: bool, now: bool = True) -> Undo:
     """`now=False` leaves it to SGLang to apply the split's hooks, once all plugins have registered theirs."""
-    ops = chosen(OPS)
+    ops = chosen()
     known.check_release("sglang", RELEASES, any_release)
     registry = importlib.import_module(REGISTRY)
     undoes: list[Undo] = []
@@ -197,7 +197,7 @@ def _rebind(old: Any, new: Any) -> None:
 
 
 def _told() -> str:
-    ops = chosen(OPS)
+    ops = chosen()
     told = [f"gdn's own in place of {' and '.join(BY)} of {MODULE}"] if "split" in ops else []
     if rest := [one for one in ops if one != "split"]:
         layers = " and ".join(layer for _, layer in LAYERS)

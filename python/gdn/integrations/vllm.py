@@ -33,7 +33,7 @@ from typing import Any
 import gdn
 from gdn.integrations import known, rewrite, trial
 from gdn.integrations.on_import import when_imported
-from gdn.integrations.ops import OPS, chosen
+from gdn.integrations.ops import chosen
 from gdn.integrations.switch import Switch, Undo
 
 PLUGIN = "gdn"  # the name of the entry point, in VLLM_PLUGINS
@@ -106,7 +106,7 @@ def _apply(any_release: bool) -> Undo:
         with trial.on_the_cpu():
             if _on_a_cpu():
                 _put_core(layer)
-            elif ops := [one for one in chosen(OPS) if one != "split"]:
+            elif ops := [one for one in chosen() if one != "split"]:
                 more = _put_core_on_cuda(layer, own, tuple(ops))
     except BaseException:
         undo()
@@ -171,7 +171,7 @@ def _told() -> str:
     if _on_a_cpu():
         return f"gdn.Layer in place of everything between the GEMMs of {MODULE}.{LAYER}.forward_cpu"
     told = f"gdn.split in place of {SPLIT} and torch.cat in {MODULE}.{LAYER}, {' and '.join(METHODS)}"
-    if ops := [one for one in chosen(OPS) if one != "split"]:
+    if ops := [one for one in chosen() if one != "split"]:
         told += f"; gdn.Layer in place of everything between the GEMMs of forward_cuda for {', '.join(ops)}"
     return told
 

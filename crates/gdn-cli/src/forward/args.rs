@@ -80,7 +80,7 @@ fn not_negative(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A number of the layer, which is computed with in f32.
+/// A number of the layer, which is computed with in f32: rounded to it, and no larger than it holds.
 fn in_f32(text: &str) -> Result<f32, String> {
     let number = not_negative(text)? as f32;
     if number.is_finite() {

@@ -13,29 +13,51 @@ use crate::{
 
 const HEADS: [usize; 4] = [1, 2, 8, 4];
 
-/// Changes a call of two sequences of two tokens, and sees what it says, and that nothing was written.
+/// A call of two sequences of two tokens.
+fn call_of(batch: &mut Batch) -> Decode<Shared<'_>, Exclusive<'_>> {
+    Decode {
+        layer: batch.setup.layer,
+        tokens_per_sequence: 2,
+        projections: batch.setup.projections(),
+        weights: batch.setup.weights(),
+        conv_state: ConvState { state: batch.conv.view_mut(), keep: Keep::Last },
+        recurrent_state: RecurrentState { state: batch.recurrent.view_mut(), keep: Keep::Last },
+        slots: Slots::in_order(),
+        num_accepted_tokens: None,
+        out: batch.out.view_mut(),
+    }
+}
+
+/// Changes such a call, and sees what it says, checked beforehand too, and that nothing was written.
 fn decode_says(
     sentence: &str,
     change: impl for<'a> FnOnce(&mut Decode<Shared<'a>, Exclusive<'a>>, &'a Batch),
 ) {
     let before = Batch::new(&Options::new(HEADS), Form::default(), &[2, 2]);
     let (mut after, other) = (before.clone(), before.clone());
-    let mut call = Decode {
-        layer: after.setup.layer,
-        tokens_per_sequence: 2,
-        projections: after.setup.projections(),
-        weights: after.setup.weights(),
-        conv_state: ConvState { state: after.conv.view_mut(), keep: Keep::Last },
-        recurrent_state: RecurrentState { state: after.recurrent.view_mut(), keep: Keep::Last },
-        slots: Slots::in_order(),
-        num_accepted_tokens: None,
-        out: after.out.view_mut(),
-    };
+    let mut call = call_of(&mut after);
     change(&mut call, &other);
     let error = gdn::decode(&mut call, &Cpu::new()).unwrap_err();
     assert_eq!(error.to_string(), sentence);
+    let error = call.checked().and_then(|checked| checked.run(&Cpu::new())).unwrap_err();
+    assert_eq!(error.to_string(), sentence);
     assert!(after.conv.bytes == before.conv.bytes && after.recurrent.bytes == before.recurrent.bytes);
     assert!(after.out.bytes == before.out.bytes);
+}
+
+#[test]
+fn a_call_that_was_checked_beforehand() {
+    let mut whole = Batch::new(&Options::new(HEADS), Form::default(), &[2, 2]);
+    let (before, mut checked) = (whole.clone(), whole.clone());
+    gdn::decode(&mut call_of(&mut whole), &Cpu::new()).unwrap();
+    let call = call_of(&mut checked).checked().unwrap();
+    assert_eq!(call.state_bytes(), 2 * 2 * 4 * 8 * 4);
+    call.run(&Cpu::new()).unwrap();
+    assert!(whole.out.bytes == checked.out.bytes && whole.out.bytes != before.out.bytes);
+    assert!(whole.conv.bytes == checked.conv.bytes && whole.conv.bytes != before.conv.bytes);
+    assert!(
+        whole.recurrent.bytes == checked.recurrent.bytes && whole.recurrent.bytes != before.recurrent.bytes
+    );
 }
 
 fn leak<T>(x: T) -> &'static mut T {
