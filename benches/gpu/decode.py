@@ -16,7 +16,6 @@ import csv
 import datetime
 import importlib.util
 import itertools
-import statistics
 import sys
 import types
 from pathlib import Path
@@ -31,7 +30,7 @@ sys.path[:0] = [str(ROOT / "benches"), str(ROOT / "python/tests")]
 import oracle_layer
 from bars import svg
 from copies import copy_in_pieces, triton_copy
-from graphs import bits, graph_of
+from graphs import bits, graph_of, medians
 from peers import StandIns
 
 
@@ -259,16 +258,7 @@ def measure(case, sglang, flashinfer, turns):
             graphs[name] = graph_of(lambda run=run, turn=turn: run(next(turn)), case.calls)
         except Exception as failed:  # a peer that does not run is said so, and the others go on
             print(f"{name}: {type(failed).__name__}: {str(failed)[:300]}", flush=True)
-    times = {name: [] for name in graphs}
-    for _ in range(turns):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / case.calls)
-    return {name: (statistics.median(all_), *results[name]) for name, all_ in times.items()}
+    return {name: (took, *results[name]) for name, took in medians(graphs, turns, case.calls).items()}
 
 
 def share_of_copy(case, figures):

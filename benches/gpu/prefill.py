@@ -37,7 +37,7 @@ import torch
 import triton
 import vllm_rig
 from bars import svg
-from graphs import graph_of
+from graphs import graph_of, medians
 
 import gdn
 
@@ -233,19 +233,10 @@ def measure(case, engines, turns, segments):
             results[f"alone, {name}"] = ["", ""]
         except Exception as failed:
             print(f"alone, {name}: {type(failed).__name__}: {str(failed)[:300]}", flush=True)
-    times = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
-    for _ in range(turns):
-        for name, graph in graphs.items():
-            case.clear()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000)
-    return {name: (statistics.median(all_), *results[name]) for name, all_ in times.items()}
+    figures = medians(graphs, turns, before=case.clear)
+    return {name: (took, *results[name]) for name, took in figures.items()}
 
 
 # ---- hostile inputs

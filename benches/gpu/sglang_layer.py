@@ -28,7 +28,7 @@ import peers
 import stand_ins
 import torch
 import triton
-from graphs import graph_of
+from graphs import graph_of, medians
 
 import gdn.integrations.sglang as integration
 
@@ -87,16 +87,7 @@ def measure(rig, batch_size, tokens, calls, turns):
                     graphs[part, who] = graph_of(lambda: run(next(number) % calls), calls)
                 finally:
                     integration.uninstall()
-    times = {key: [] for key in graphs}
-    for _ in range(turns):
-        for key, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[key].append(start.elapsed_time(end) * 1000 / calls)
-    return {key: statistics.median(one) for key, one in times.items()}
+    return medians(graphs, turns, calls)
 
 
 def until_through(run):
@@ -140,10 +131,10 @@ def measure_extend(rig, lengths, turns):
                             took = clock(lambda run=run: run(batch))
                             if turn:
                                 times.setdefault((name, part, who), []).append(took)
-    medians = {name: {} for name in CLOCKS}
+    figures = {name: {} for name in CLOCKS}
     for (name, *key), one in times.items():
-        medians[name][tuple(key)] = statistics.median(one) if None not in one else float("nan")
-    return medians
+        figures[name][tuple(key)] = statistics.median(one) if None not in one else float("nan")
+    return figures
 
 
 def numbers(text):

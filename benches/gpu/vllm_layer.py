@@ -16,7 +16,6 @@ import datetime
 import importlib
 import logging
 import os
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ import peers
 import stand_ins
 import torch
 import triton
-from graphs import graph_of
+from graphs import graph_of, medians
 
 import gdn.integrations.vllm_cuda as cuda
 from gdn.integrations.ops import OPS
@@ -80,16 +79,7 @@ def measure(rigs, heads, dtype, tokens, batch_size, turns):
 
         with torch.no_grad():
             graphs[who] = graph_of(call, calls)
-    times = {who: [] for who in graphs}
-    for _ in range(turns):
-        for who, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[who].append(start.elapsed_time(end) * 1000 / calls)
-    return {who: statistics.median(one) for who, one in times.items()}
+    return medians(graphs, turns, calls)
 
 
 def numbers(text):
