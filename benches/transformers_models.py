@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import platform
 import re
@@ -24,6 +23,7 @@ import statistics
 import time
 from pathlib import Path
 
+import records
 import torch
 import transformers
 
@@ -34,6 +34,17 @@ VOCABULARY = 4096
 PREFILLS, BATCHES = (512, 2048), (1, 8)
 PROMPT, STEPS, GENERATED = 16, 12, 64
 DEVICE = "cpu"
+COLUMNS = (
+    "model",
+    "shape",
+    "threads",
+    "ms_without",
+    "ms_with",
+    "tokens_s_without",
+    "tokens_s_with",
+    "ratio",
+    "samples",
+)
 
 
 def make(kind: str):
@@ -218,7 +229,12 @@ def main() -> None:
     shapes = {f"prefill {n}": (prefill, n, 1, n) for n in PREFILLS}
     shapes |= {f"decode, batch {n}": (decode, n, n, 1) for n in BATCHES}
     shapes |= {f"generate, batch {n}": (generate, n, n, GENERATED) for n in BATCHES}
-    rows = []
+    versions = f"gdn {gdn.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    where = f"{platform.machine()}, {gdn._gdn.isa()}"
+    if DEVICE == "cuda":
+        where = f"{torch.cuda.get_device_name()}, fla {importlib.util.find_spec('fla') is not None}"
+    about, rows = f"{versions}, {where}, bf16, medians", []
+    records.check(arguments.csv, about, COLUMNS)
     with torch.inference_mode():
         for name, (measure, size, batch, length) in shapes.items():
             if re.search(arguments.only, name):
@@ -238,23 +254,7 @@ def main() -> None:
                 print(
                     f"{kind}, {name}: {before * 1e3:.2f} ms without, {after * 1e3:.2f} with: {before / after:.2f} times"
                 )
-    if arguments.csv and rows:
-        is_new = not arguments.csv.exists()
-        with arguments.csv.open("a", newline="") as file:
-            out = csv.writer(file)
-            if is_new:
-                versions = f"gdn {gdn.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-                where = f"{platform.machine()}, {gdn._gdn.isa()}"
-                if DEVICE == "cuda":
-                    has_fla = importlib.util.find_spec("fla") is not None
-                    where = f"{torch.cuda.get_device_name()}, fla {has_fla}"
-                out.writerow([f"# {versions}, {where}, bf16, medians"])
-                out.writerow(
-                    "model,shape,threads,ms_without,ms_with,tokens_s_without,tokens_s_with,ratio,samples".split(
-                        ","
-                    )
-                )
-            out.writerows(rows)
+    records.append(arguments.csv, about, COLUMNS, rows)
 
 
 if __name__ == "__main__":

