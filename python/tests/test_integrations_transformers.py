@@ -12,6 +12,7 @@ if not transformers.__version__.startswith("5.23."):
     pytest.skip(f"transformers 5.23 is needed, here is {transformers.__version__}", allow_module_level=True)
 
 import test_integrations_transformers_core
+import tiny_models
 from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
 import gdn.integrations.transformers as integration
@@ -38,30 +39,15 @@ def calls(monkeypatch):
 
 
 def model(heads=HEADS[0], dtype=torch.float32):
-    num_k, num_v, dim_k, dim_v = heads
-    config = transformers.Qwen3NextConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,  # three of Gated DeltaNet, one of attention
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        linear_num_key_heads=num_k,
-        linear_num_value_heads=num_v,
-        linear_key_head_dim=dim_k,
-        linear_value_head_dim=dim_v,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-    )
     torch.manual_seed(0)
+    config = tiny_models.config("Qwen3Next", heads, num_experts=4)
     return transformers.Qwen3NextForCausalLM(config).to(dtype).eval()
 
 
 def tokens(batch, length):
-    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, tiny_models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def same(before, after):
@@ -146,7 +132,7 @@ def test_one_layer_gets_what_it_got_before():
 def test_tensors_that_gdn_does_not_take_are_split_as_before(calls):
     net = model(dtype=torch.bfloat16).to("meta")  # torch 2.11 has the experts' product on meta in bf16 alone
     with integration.installed():
-        assert net(tokens(2, 5).to("meta")).logits.shape == (2, 5, 97)
+        assert net(tokens(2, 5).to("meta")).logits.shape == (2, 5, tiny_models.VOCABULARY)
     assert calls == []
 
 

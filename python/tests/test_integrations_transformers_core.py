@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 if not transformers.__version__.startswith("5.23."):
     pytest.skip(f"transformers 5.23 is needed, here is {transformers.__version__}", allow_module_level=True)
 
+import tiny_models
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import gdn
@@ -46,27 +47,8 @@ def calls(monkeypatch):
 
 
 def model(kind=KINDS[0], heads=HEADS[0], dtype=torch.float32):
-    """Three layers of Gated DeltaNet, one of attention. All experts are taken, so that a rounding is no other route."""
-    num_k, num_v, dim_k, dim_v = heads
-    how = dict(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        linear_num_key_heads=num_k,
-        linear_num_value_heads=num_v,
-        linear_key_head_dim=dim_k,
-        linear_value_head_dim=dim_v,
-    )
-    if kind != "Qwen3_5":
-        how |= dict(num_experts=2, num_experts_per_tok=2, moe_intermediate_size=32)
-        how |= dict(shared_expert_intermediate_size=32)
-    config = getattr(transformers, kind + ("Config" if kind == "Qwen3Next" else "TextConfig"))(**how)
     torch.manual_seed(0)
-    made = getattr(transformers, kind + "ForCausalLM")(config).to(dtype).eval()
+    made = getattr(transformers, kind + "ForCausalLM")(tiny_models.config(kind, heads)).to(dtype).eval()
     made.generation_config.update(**EOS)
     with torch.no_grad():
         for name, one in made.named_parameters():
@@ -81,7 +63,9 @@ def model(kind=KINDS[0], heads=HEADS[0], dtype=torch.float32):
 
 
 def tokens(batch, length):
-    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, tiny_models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def padded(batch, length):

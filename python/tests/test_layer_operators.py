@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import oracle_layer as ol
+import tiny_models
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gdn
@@ -395,15 +396,7 @@ def test_layers_of_transformers(kind):
         modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     except ImportError:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    config = getattr(transformers, kind + ("Config" if kind == "Qwen3Next" else "TextConfig"))(
-        hidden_size=64,
-        num_hidden_layers=4,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=8,
-    )
-    module = getattr(modeling, f"{kind}GatedDeltaNet")(config, 0).eval()
+    module = getattr(modeling, f"{kind}GatedDeltaNet")(tiny_models.config(kind, HEADS), 0).eval()
     layer = gdn.Layer.from_module(module)
     assert layer.conv_weight is module.conv1d.weight and layer.norm_weight is module.norm.weight
     hidden = torch.randn(2, 20, 64)

@@ -7,6 +7,7 @@ np = pytest.importorskip("numpy")
 
 import oracle
 import oracle_numpy
+import tiny_models
 
 import gdn
 
@@ -183,17 +184,12 @@ def test_what_is_refused(make):
 def test_transformers_own_layer():
     """The layer's own projections, repacked: what it splits out of the old ones, views of the new ones are."""
     pytest.importorskip("transformers")
-    from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qwen3_next
+    from transformers.models.qwen3_next import modeling_qwen3_next
 
-    config = configuration_qwen3_next.Qwen3NextConfig(
-        hidden_size=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=16,
-    )
+    heads = (2, 4, 8, 16)
+    config = tiny_models.config("Qwen3Next", heads)
     layer = modeling_qwen3_next.Qwen3NextGatedDeltaNet(config, 0)
-    heads, hidden = (2, 4, 8, 16), torch.randn(1, 5, 32)
+    hidden = torch.randn(1, 5, config.hidden_size)
     with torch.no_grad():
         qkvz, ba = layer.in_proj_qkvz(hidden), layer.in_proj_ba(hidden)
         q, k, v, z, b, a = layer.fix_query_key_value_ordering(qkvz, ba)
