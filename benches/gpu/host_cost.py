@@ -56,8 +56,7 @@ def checked(layer, weights, projections, states, options):
     """The arguments of `layer.decode`, as the function below it takes them, for a check alone."""
     others = 1, options["state_indices"], -1, None, None, False, None, None, None
     return (
-        layer._numbers(),
-        weights,
+        layer._checked(),
         projections,
         *states,
         *others,

@@ -1,5 +1,6 @@
 """The part of the package that is Rust."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, final
 
@@ -39,12 +40,12 @@ class Settings:
         scale: float | None,
         beta_scale: float,
         gate: str,
+        weights: tuple[Any, ...],
     ) -> Settings: ...
     def refusal(self, op: str, device_type: str, conv_width: int) -> str | None: ...
 
 def decode(
     settings: Settings,
-    weights: tuple[Any, Any | None, Any, Any, Any],
     projections: Any,
     conv_state: Any,
     recurrent_state: Any,
@@ -60,9 +61,11 @@ def decode(
     out: Any | None,
     only_check: bool,
 ) -> Any | None: ...
+def shorten(
+    function: Callable[..., Any], plain: Callable[..., Any]
+) -> tuple[bool, Callable[..., Any] | None]: ...
 def prefill(
     settings: Settings,
-    weights: tuple[Any, Any | None, Any, Any, Any],
     projections: Any,
     cu_seqlens: Any,
     conv_state: Any | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,14 +64,14 @@ class Layer:
         beta_scale: float = 1.0,
         gate: str = "silu",
     ) -> None:
-        settings = (heads, packing, l2norm_eps, norm_eps, scale, beta_scale, gate)
+        weights = (conv_weight, conv_bias, A_log, dt_bias, norm_weight)
+        settings = (heads, packing, l2norm_eps, norm_eps, scale, beta_scale, gate, weights)
         # A graph that is traced calls operators, which check by themselves.
         self._settings = None if _is_compiling() else _gdn.Settings(*settings)
         self.heads = tuple(heads)
         self.packing = packing
         self.conv_weight, self.conv_bias = conv_weight, conv_bias
         self.A_log, self.dt_bias, self.norm_weight = A_log, dt_bias, norm_weight
-        self._weights = (conv_weight, conv_bias, A_log, dt_bias, norm_weight)
         self.l2norm_eps, self.norm_eps, self.scale = l2norm_eps, norm_eps, scale
         self.beta_scale, self.gate = beta_scale, gate
 
@@ -105,11 +106,16 @@ class Layer:
             name = type(module).__name__
             raise TypeError(f"module is a {name}, expected a Gated DeltaNet layer: {error}") from None
 
-    def _numbers(self) -> _gdn.Settings:
-        """The numbers, checked."""
+    def __getstate__(self) -> dict[str, Any]:
+        # What was checked is not copied, and checked again.
+        return {**vars(self), "_settings": None}
+
+    def _checked(self) -> _gdn.Settings:
+        """The numbers, checked, and the weights."""
         if self._settings is None:
             names = ("heads", "packing", "l2norm_eps", "norm_eps", "scale", "beta_scale", "gate")
-            self._settings = _gdn.Settings(*(getattr(self, name) for name in names))
+            weights = (self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.norm_weight)
+            self._settings = _gdn.Settings(*(getattr(self, name) for name in names), weights)
         return self._settings
 
     def decode(
@@ -167,8 +173,7 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.decode(
-                self._settings or self._numbers(),
-                self._weights,
+                self._settings or self._checked(),
                 projections,
                 conv_state,
                 recurrent_state,
@@ -246,8 +251,7 @@ class Layer:
         """
         if not _is_compiling():
             done = _gdn.prefill(
-                self._settings or self._numbers(),
-                self._weights,
+                self._settings or self._checked(),
                 projections,
                 cu_seqlens,
                 conv_state,
@@ -279,6 +283,19 @@ class Layer:
             conv_checkpoints=conv_checkpoints,
             segments=segments,
         )
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    return copy
+
+
+#: Whether calls of `Layer.decode` go without a frame of Python's: from Python 3.12 on. The function above stays as it is for whoever
+#: looks at it, and does what is unusual. And the same as a function of C.
+_IS_DIRECT, _decode = _gdn.shorten(Layer.decode, _copy(Layer.decode))
 
 
 def decode_supported(layer: Layer, *arguments: Any, **options: Any) -> str | None:
@@ -325,7 +342,7 @@ def _reason(
 ) -> str | None:
     layer = given["self"]
     try:
-        function(layer._numbers(), layer._weights, *(given[name] for name in names), True)
+        function(layer._checked(), *(given[name] for name in names), True)
     # A device may be too old.
     except (ValueError, TypeError, RuntimeError) as refused:
         return str(refused)

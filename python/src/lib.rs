@@ -16,7 +16,7 @@ use gdn::Heads;
 use pyo3::prelude::*;
 
 use crate::{
-    ops::{decode, layer, numbers_of, prefill, repack, size, split, text},
+    ops::{decode, direct, layer, numbers_of, prefill, repack, size, split, text},
     tensor::value_error,
 };
 
@@ -103,6 +103,7 @@ fn _gdn(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(split::merge, module)?)?;
     module.add_class::<layer::Settings>()?;
     module.add_function(wrap_pyfunction!(decode::decode, module)?)?;
+    module.add_function(wrap_pyfunction!(direct::shorten, module)?)?;
     module.add_function(wrap_pyfunction!(prefill::prefill, module)?)?;
     module.add_function(wrap_pyfunction!(repack::repack_weight, module)?)?;
     module.add_function(wrap_pyfunction!(repack::weight_moves, module)?)?;

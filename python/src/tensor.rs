@@ -126,9 +126,9 @@ pub(crate) struct Tensor {
     shape: [i64; MAX_DIMS],
     /// In elements.
     strides: [i64; MAX_DIMS],
-    /// What PyTorch's own words for its dtype, device and kind were, where it was read by them
-    /// (`torch/fields.rs`); else zeros. The same tensor read otherwise is equal to it.
-    pub(crate) words: [u64; 2],
+    /// What PyTorch's own words for its dtype, device and kind, and for who frees its memory, were, where it
+    /// was read by them (`torch/fields.rs`); else zeros. The same tensor read otherwise is equal to it.
+    pub(crate) words: [u64; 4],
 }
 
 /// Rows of a tensor: as many numbers as `gdn::Rows` is made of.
@@ -163,7 +163,7 @@ impl Tensor {
         dims: 0,
         shape: [1; MAX_DIMS],
         strides: [1; MAX_DIMS],
-        words: [0; 2],
+        words: [0; 4],
     };
 
     /// Whether it has so many dims, and of the numbers for [`MAX_DIMS`] those of its dims.
@@ -192,7 +192,7 @@ impl Tensor {
             return false;
         }
         (self.address, self.dtype, self.device, self.read_only) = (address, dtype, device, read_only);
-        self.words = [0; 2];
+        self.words = [0; 4];
         self.dims = shape.len();
         let number = |numbers: &[i64], dim: usize| numbers.get(dim).copied().unwrap_or(1);
         for dim in 0..MAX_DIMS {

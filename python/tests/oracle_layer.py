@@ -139,8 +139,13 @@ def through(
     out: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Decode or prefill through one of the doors, all of which write in place: "function", "operator", or "numpy", the function on
-    NumPy's arrays of the same memory. ``ends`` is ``cu_seqlens`` alone, or nothing."""
+    """Decode or prefill through one of the doors, all of which write in place: "function", "operator", "numpy", the function on
+    NumPy's arrays of the same memory, or "direct", what calls of ``Layer.decode`` come to from Python 3.12 on. ``ends`` is
+    ``cu_seqlens`` alone, or nothing."""
+    if door == "direct":
+        import gdn
+
+        return gdn.layer._decode(layer(numbers, weights), projections, *states, out=out, **options)
     if door == "function":
         return getattr(layer(numbers, weights), op)(projections, *ends, *states, out=out, **options)
     if door == "operator":

@@ -7,10 +7,12 @@ torch = pytest.importorskip("torch")
 import oracle_layer as ol
 from oracle import bits
 
+import gdn
+
 HEADS = [(2, 4, 16, 8), (1, 1, 8, 8), (3, 21, 4, 12), (2, 2, 80, 48)]
 LAYOUTS = ["dense", "channels last", "page", "wide"]
 B = 5
-DOORS = ["function", "operator", "numpy"]
+DOORS = ["function", "direct", "operator", "numpy"]
 if torch.cuda.is_available():
     DOORS += ["cuda function", "cuda operator"]
 
@@ -213,8 +215,9 @@ def test_verify_as_sglang_does_it(indices, door):
     assert more[rest].isnan().all() and windows[rest].isnan().all()
 
 
+@pytest.mark.parametrize("decode", [gdn.Layer.decode, gdn.layer._decode], ids=["function", "direct"])
 @pytest.mark.parametrize("more", [False, True])
-def test_options_by_position(more):
+def test_options_by_position(more, decode):
     """Their order is part of the interface."""
     heads, tokens = HEADS[0], 3
     numbers, weights = ol.Numbers(heads), ol.weights(heads)
@@ -236,12 +239,12 @@ def test_options_by_position(more):
         "out": torch.zeros(2 * tokens, heads[1], heads[3]),
     }
     layer = ol.layer(numbers, weights)
-    layer.decode(projections, conv, state, **options)
+    decode(layer, projections, conv, state, **options)
     by_name = [one.clone() for one in (*written, options["out"])]
     assert not torch.equal(by_name[2 if more else 1], before[2 if more else 1])
     for one, old in zip((*written, options["out"]), (*before, torch.zeros(1)), strict=True):
         one.copy_(old)
-    layer.decode(projections, conv, state, *options.values())
+    decode(layer, projections, conv, state, *options.values())
     assert all(map(torch.equal, (*written, options["out"]), by_name))
 
 

@@ -302,6 +302,14 @@ def test_calls_like_one_before(door):
     lazy = torch._neg_view(projections[0]), projections[1]
     expected = fresh(projections=(-projections[0], projections[1]))
     assert torch.equal(again(projections=lazy), expected) and torch.equal(again(), first)
+    # Memory that is shared until somebody writes to it.
+    assert torch.equal(again(), first)
+    shared = [torch._lazy_clone(one) for one in (conv, state, out)]
+    before = [one.clone() for one in shared]
+    for _ in range(2):
+        run()
+        assert all(map(torch.equal, shared, before))
+    assert torch.equal(again(), first)
     refused = (ValueError, RuntimeError)
     for changed, message in [
         (dict(tokens_per_sequence=2), "state_indices has 4 rows"),

@@ -59,7 +59,7 @@ def _has_kernel(op: str, heads: tuple[int, int, int, int], conv_width: int, devi
 
 @functools.cache
 def _kernels(op: str, heads: tuple[int, int, int, int], conv_width: int, device_type: str) -> bool:
-    settings = _gdn.Settings(heads, "interleaved", 1e-6, 1e-6, None, 1.0, "silu")
+    settings = _gdn.Settings(heads, "interleaved", 1e-6, 1e-6, None, 1.0, "silu", ())
     return settings.refusal(op, device_type, conv_width) is None
 
 

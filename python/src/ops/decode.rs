@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gdn::{ConvState, Cpu, Decode, Keep, RecurrentState, cuda};
-use pyo3::{prelude::*, types::PyTuple};
+use pyo3::prelude::*;
 
 use super::{
     layer::{
@@ -11,7 +11,7 @@ use super::{
         RECURRENT_STATE, SECOND_INDICES, STATE_INDICES, Settings, Side, THIRD_INDICES, names, no_device,
         not_both, refused, refused_by_gpu,
     },
-    objects::{Unread, Wish, objects_of, on_objects, projections_of},
+    objects::{Objects, Unread, Wish, objects_of, on_objects, projections_of},
 };
 use crate::{
     ops::{Place, gpu, integer, seen, size},
@@ -168,7 +168,6 @@ pub(crate) fn tokens_per_sequence(number: i64) -> PyResult<usize> {
 pub(crate) fn decode<'py>(
     py: Python<'py>,
     settings: &Settings,
-    weights: &Bound<'py, PyTuple>,
     projections: &Bound<'py, PyAny>,
     conv_state: Option<&Bound<'py, PyAny>>,
     recurrent_state: Option<&Bound<'py, PyAny>>,
@@ -185,7 +184,7 @@ pub(crate) fn decode<'py>(
     only_check: bool,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let call = Call {
-        layer: settings.0,
+        layer: settings.layer,
         tokens_per_sequence: size(tokens_per_sequence, "tokens_per_sequence", 1)?,
         pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
         disable_state_update,
@@ -202,10 +201,21 @@ pub(crate) fn decode<'py>(
         (MORE_WINDOWS, intermediate_conv_windows),
         (OUT, out),
     ];
-    let objects = objects_of(&projections, weights, others)?;
+    let objects = objects_of(&projections, settings.weights(py), others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
+    on_python(py, &call, &objects, wish)
+}
+
+/// The same on a call's objects.
+#[inline]
+pub(super) fn on_python<'py>(
+    py: Python<'py>,
+    call: &Call,
+    objects: &Objects<'_, 'py>,
+    wish: Wish,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
     let recall = |unread: &Unread<'_, 'py>| {
-        let (gpu, plan) = seen::recall(&call, unread)?;
+        let (gpu, plan) = seen::recall(call, unread)?;
         // SAFETY: as below.
         Some(move |place: &Place| unsafe { launch(gpu, &plan, place) })
     };
@@ -213,5 +223,5 @@ pub(crate) fn decode<'py>(
     // SAFETY: the objects are borrowed for the call. Python's users answer for races, as with any function on
     // arrays.
     let run = |checked: Checked, _: &Operands, place: &Place| unsafe { checked.run(place) };
-    on_objects(py, &TENSORS, &call.layer.heads(), &objects, wish, recall, check, run)
+    on_objects(py, &TENSORS, &call.layer.heads(), objects, wish, recall, check, run)
 }

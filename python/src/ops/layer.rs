@@ -8,7 +8,7 @@ use gdn::{
     Shared, Space, Unpacked, Weights,
     cuda::{self, CudaError},
 };
-use pyo3::prelude::*;
+use pyo3::{PyTraverseError, gc::PyVisit, prelude::*, types::PyTuple};
 
 use crate::{
     ops::{cuda_error, layout, numbers_of, text},
@@ -69,17 +69,29 @@ pub(crate) fn is_written(i: usize) -> bool {
     WRITTEN.contains(&i)
 }
 
-fn is_index(i: usize) -> bool {
+pub(crate) fn is_index(i: usize) -> bool {
     (STATE_INDICES..=MORE_INDICES).contains(&i)
 }
 
-/// The numbers of a layer, checked: what Python's `gdn.Layer` has made of them once.
+/// The numbers of a layer, checked: what Python's `gdn.Layer` has made of them once; and its weights.
 #[pyclass(frozen)]
-pub(crate) struct Settings(pub(crate) gdn::Layer);
+pub(crate) struct Settings {
+    pub(crate) layer: gdn::Layer,
+    weights: Py<PyTuple>,
+}
+
+impl Settings {
+    /// The weights, which are five or none.
+    #[inline]
+    pub(crate) fn weights<'py>(&self, py: Python<'py>) -> &Bound<'py, PyTuple> {
+        self.weights.bind(py)
+    }
+}
 
 #[pymethods]
 impl Settings {
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "those of the Python class")]
     fn new(
         heads: Bound<'_, PyAny>,
         packing: Bound<'_, PyAny>,
@@ -88,15 +100,22 @@ impl Settings {
         scale: Option<f64>,
         beta_scale: f64,
         gate: Bound<'_, PyAny>,
+        weights: Py<PyTuple>,
     ) -> PyResult<Self> {
         let factors = Factors { l2norm_eps, norm_eps, scale, beta_scale };
-        layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?).map(Self)
+        let layer = layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?)?;
+        Ok(Self { layer, weights })
+    }
+
+    /// For Python's garbage collector: weights may be objects that a layer is an attribute of.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.weights)
     }
 
     /// Why `op`, decode or prefill, has no kernel for such a layer on a type of devices, whatever the
     /// tensors.
     fn refusal(&self, op: &str, device_type: &str, conv_width: usize) -> Option<String> {
-        let layer = gdn::Layer { conv_width, ..self.0 };
+        let layer = gdn::Layer { conv_width, ..self.layer };
         let supported = match (device_type, op) {
             ("cpu", _) => Ok(()),
             ("cuda", "decode") => cuda::decode_supports(&layer),

@@ -1,6 +1,7 @@
 //! The ops on tensors, wherever they are: a file for each, and here what they share.
 
 pub(crate) mod decode;
+pub(crate) mod direct;
 pub(crate) mod layer;
 pub(crate) mod objects;
 pub(crate) mod prefill;

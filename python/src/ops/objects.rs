@@ -7,14 +7,16 @@ use pyo3::{
     types::{PySequence, PyTuple},
 };
 
-use super::layer::{CONV_WEIGHT, COUNT, NORM_WEIGHT, Names, OUT, Operands, WRITTEN, imagined, is_written};
+use super::layer::{
+    CONV_WEIGHT, COUNT, NORM_WEIGHT, Names, OUT, Operands, WRITTEN, imagined, is_index, is_written,
+};
 use crate::{
     dlpack,
     exit::{self, Outside},
     ops::Place,
     outputs::{fresh, handed_over},
     tensor::{Tensor, type_error, value_error},
-    torch::{self, Libtorch, Way, type_name},
+    torch::{self, Libtorch, type_name},
 };
 
 /// The objects that a call of Python's has, by position.
@@ -31,7 +33,6 @@ pub(crate) enum Wish {
 /// The objects of a call, PyTorch's tensors that were not read yet.
 pub(crate) struct Unread<'a, 'py> {
     torch: &'static Libtorch,
-    way: Way<'static>,
     objects: &'a Objects<'a, 'py>,
 }
 
@@ -39,19 +40,17 @@ impl Unread<'_, '_> {
     /// Where the elements of one are, if that is known without reading it.
     #[inline]
     pub(crate) fn address(&self, i: usize) -> Option<usize> {
-        self.torch.address(self.way, &*self.objects[i]?, is_written(i))
+        self.torch.address(&*self.objects[i]?)
     }
 
-    /// Whether one is what was read once, whose elements are at `address`. `false` may be wrong.
+    /// Whether they are those that were read once, as they were then. `false` may be wrong.
     #[inline]
-    pub(crate) fn is(&self, i: usize, address: usize, read: &Tensor) -> bool {
-        self.objects[i].is_some_and(|object| self.torch.is_same(self.way, &object, address, read))
-    }
-
-    /// How many there are.
-    #[inline]
-    pub(crate) fn count(&self) -> usize {
-        self.objects.iter().flatten().count()
+    pub(crate) fn are(&self, read: &[Option<Tensor>; COUNT]) -> bool {
+        self.objects.iter().zip(read).all(|(object, read)| match (object, read) {
+            (None, None) => true,
+            (Some(object), Some(read)) => self.torch.is_same(object, read),
+            _ => false,
+        })
     }
 }
 
@@ -80,9 +79,8 @@ pub(crate) fn on_objects<'py, P: Send, R: FnOnce(&Place) -> PyResult<()> + Send>
     let place = if torch.is_some() { torch::PLACE } else { Place::OURS };
     // What is asked of PyTorch may give up the GIL.
     let outside = torch.map(|_| Outside::new(py));
-    let way = torch.map(Libtorch::way);
-    if let (Wish::Run, Some((torch, way))) = (wish, torch.zip(way))
-        && let Some(run) = recall(&Unread { torch, way, objects })
+    if let (Wish::Run, Some(torch)) = (wish, torch)
+        && let Some(run) = recall(&Unread { torch, objects })
     {
         if !is_told(torch, py, names, objects)? {
             return Ok(None);
@@ -90,7 +88,7 @@ pub(crate) fn on_objects<'py, P: Send, R: FnOnce(&Place) -> PyResult<()> + Send>
         exit::detach(py, outside.as_ref(), || run(&place))?;
         return Ok(objects[OUT].map(|out| out.to_owned()));
     }
-    let mut operands = Operands::new(names);
+    let (mut operands, way) = (Operands::new(names), torch.map(Libtorch::way));
     let (mut lent, mut is_operator) = (Vec::new(), false);
     for (i, object) in objects.iter().enumerate() {
         let Some(object) = object else { continue };
@@ -153,7 +151,10 @@ fn is_told<'py>(
     names: &'static Names,
     objects: &Objects<'_, 'py>,
 ) -> PyResult<bool> {
-    if torch.is_watched(py, objects.iter().flatten().copied())? {
+    // Indices have no derivatives.
+    let objects_of_floats =
+        objects.iter().enumerate().filter(|(i, _)| !is_index(*i)).filter_map(|(_, object)| *object);
+    if torch.is_watched(py, objects_of_floats)? {
         return Ok(false);
     }
     let written = WRITTEN.iter().filter_map(|i| Some((objects[*i]?, names[*i])));
@@ -174,14 +175,13 @@ pub(crate) fn projections_of<'py>(projections: &Bound<'py, PyAny>) -> PyResult<B
 /// What they are.
 const PROJECTIONS: &str = "(mixed_qkvz, mixed_ba) or (mixed_qkv, z, b, a)";
 
-/// A call's objects: the projections, the five weights, and others by position, which may be none.
+/// Puts the projections and the five weights of a call, which may be none, among its objects.
 #[inline]
-pub(crate) fn objects_of<'a, 'py, const N: usize>(
+pub(crate) fn put_read<'a, 'py>(
+    objects: &mut Objects<'a, 'py>,
     projections: &'a Bound<'py, PyTuple>,
     weights: &'a Bound<'py, PyTuple>,
-    others: [(usize, Option<&'a Bound<'py, PyAny>>); N],
-) -> PyResult<Objects<'a, 'py>> {
-    let mut objects = [None; COUNT];
+) -> PyResult<()> {
     let start = match projections.len() {
         2 => 0,
         4 => 2,
@@ -196,6 +196,18 @@ pub(crate) fn objects_of<'a, 'py, const N: usize>(
     for (object, given) in objects[CONV_WEIGHT..].iter_mut().zip(weights.iter_borrowed()) {
         *object = Some(given).filter(|given| !given.is_none());
     }
+    Ok(())
+}
+
+/// A call's objects: projections, weights, and others by position, which may be none.
+#[inline]
+pub(crate) fn objects_of<'a, 'py, const N: usize>(
+    projections: &'a Bound<'py, PyTuple>,
+    weights: &'a Bound<'py, PyTuple>,
+    others: [(usize, Option<&'a Bound<'py, PyAny>>); N],
+) -> PyResult<Objects<'a, 'py>> {
+    let mut objects = [None; COUNT];
+    put_read(&mut objects, projections, weights)?;
     for (i, given) in others {
         objects[i] = given.map(Bound::as_borrowed);
     }

@@ -1,7 +1,7 @@
 //! Prefill: the function, and what both doors come to.
 
 use gdn::{Checkpoints, Cpu, Prefill, cuda};
-use pyo3::{prelude::*, types::PyTuple};
+use pyo3::prelude::*;
 
 use super::{
     layer::{
@@ -145,7 +145,6 @@ pub(crate) fn every(number: i64) -> PyResult<usize> {
 pub(crate) fn prefill<'py>(
     py: Python<'py>,
     settings: &Settings,
-    weights: &Bound<'py, PyTuple>,
     projections: &Bound<'py, PyAny>,
     cu_seqlens: Option<&Bound<'py, PyAny>>,
     conv_state: Option<&Bound<'py, PyAny>>,
@@ -162,7 +161,7 @@ pub(crate) fn prefill<'py>(
     only_check: bool,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let call = Call {
-        layer: settings.0,
+        layer: settings.layer,
         pad_slot_id: integer(pad_slot_id, "pad_slot_id", i64::MIN)?,
         checkpoint_every_n_tokens: size(checkpoint_every_n_tokens, "checkpoint_every_n_tokens", 0)?,
         segments,
@@ -179,7 +178,7 @@ pub(crate) fn prefill<'py>(
         (MORE_WINDOWS, conv_checkpoints),
         (OUT, out),
     ];
-    let objects = objects_of(&projections, weights, others)?;
+    let objects = objects_of(&projections, settings.weights(py), others)?;
     let wish = if only_check { Wish::Check } else { Wish::Run };
     let recall = |_: &Unread<'_, 'py>| None::<fn(&Place) -> PyResult<()>>;
     let check = |operands: &Operands, place: &Place| call.check(operands, place);

@@ -19,8 +19,6 @@ struct Seen {
     tensors: [Option<Tensor>; COUNT],
     gpu: &'static Gpu,
     plan: Arc<DecodePlan>,
-    /// The positions of the tensors that there are, and how many.
-    given: ([u8; COUNT], usize),
 }
 
 /// As many as layers of a large model, several times over.
@@ -51,20 +49,9 @@ fn place_of(operands: &Operands) -> &'static Mutex<Option<Box<Seen>>> {
 
 /// What was made of a call like this one, whose tensors were not read yet: they are compared where they are.
 pub(crate) fn recall(call: &Call, unread: &Unread<'_, '_>) -> Option<(&'static Gpu, Arc<DecodePlan>)> {
-    let (recurrent_state, out) = (unread.address(RECURRENT_STATE)?, unread.address(OUT)?);
-    let kept = at(place(recurrent_state, out))?;
-    let seen = kept.as_ref().filter(|seen| seen.call == *call)?;
-    let (given, count) = &seen.given;
-    let is_same = |i: usize| {
-        let address = match i {
-            RECURRENT_STATE => recurrent_state,
-            OUT => out,
-            _ => unread.address(i)?,
-        };
-        unread.is(i, address, seen.tensors[i].as_ref()?).then_some(())
-    };
-    given.iter().take(*count).try_for_each(|i| is_same(usize::from(*i)))?;
-    (unread.count() == *count).then(|| (seen.gpu, Arc::clone(&seen.plan)))
+    let kept = at(place(unread.address(RECURRENT_STATE)?, unread.address(OUT)?))?;
+    let seen = kept.as_ref().filter(|seen| seen.call == *call && unread.are(&seen.tensors))?;
+    Some((seen.gpu, Arc::clone(&seen.plan)))
 }
 
 /// What was made of a call like this one.
@@ -79,11 +66,6 @@ pub(crate) fn get(call: &Call, operands: &Operands) -> Option<(&'static Gpu, Arc
 /// Keeps a call in place of the one that was there.
 pub(crate) fn keep(call: &Call, operands: &Operands, gpu: &'static Gpu, plan: &Arc<DecodePlan>) {
     if let Some(mut kept) = at(place_of(operands)) {
-        let mut given = ([0; COUNT], 0);
-        for i in (0..COUNT).filter(|i| operands.has(*i)) {
-            (given.0[given.1], given.1) = (i as u8, given.1 + 1);
-        }
-        let seen = Seen { call: *call, tensors: operands.tensors, gpu, plan: Arc::clone(plan), given };
-        *kept = Some(Box::new(seen));
+        *kept = Some(Box::new(Seen { call: *call, tensors: operands.tensors, gpu, plan: Arc::clone(plan) }));
     }
 }

@@ -33,6 +33,9 @@ pub(super) type FromBlob = unsafe extern "C" fn(
     *mut c_void,
 ) -> i32;
 
+/// `aoti_torch_get_current_cuda_stream`, of libtorch_cuda: of a device by its index
+pub(super) type CurrentStream = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
+
 /// `torch_delete_stable_ivalue`, of torch 2.13 and later
 pub(super) type Delete = unsafe extern "C" fn(*mut u64) -> i32;
 

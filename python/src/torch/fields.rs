@@ -9,12 +9,13 @@
 
 use std::{array, sync::OnceLock};
 
-use pyo3::prelude::*;
+use pyo3::{intern, prelude::*};
 
 use super::{
     Libtorch, OFFSETS,
     abi::{Failed, ask},
     handle::{CPU, Handle, META},
+    inside::Lent,
 };
 use crate::tensor::{DType, Device, MAX_DIMS, Tensor};
 
@@ -34,6 +35,26 @@ struct Members {
     keys: u64,
 }
 
+/// Where the words of a tensor's storage and of autograd's are.
+#[derive(Clone, Copy)]
+struct Places {
+    /// Bytes from the start of a `c10::TensorImpl` to the address of its `c10::StorageImpl`.
+    storage: usize,
+    /// Bytes from the start of that to [`Memory`].
+    memory: usize,
+    /// Bytes from the start of a `c10::TensorImpl` to the address of what autograd keeps of it, null for nothing.
+    autograd: usize,
+}
+
+/// The memory of a storage: its address, and who frees it, in two words. Those are others once the memory is
+/// shared with a tensor that copies it on write.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq)]
+struct Memory {
+    start: usize,
+    owner: [usize; 2],
+}
+
 /// What two words mean.
 #[derive(Clone, Copy)]
 struct Kind {
@@ -51,17 +72,20 @@ const PLACES: usize = 64;
 pub(super) struct Fields {
     /// Bytes from the start of a `c10::TensorImpl` to [`Members`].
     offset: usize,
+    places: Places,
     kinds: [OnceLock<Kind>; PLACES],
 }
 
 impl Fields {
     /// Looks for the place. `None` where this PyTorch has other members. `keys_of` asks Python for an
-    /// object's dispatch keys; `negated` is a tensor `[2, 3]` of the dtype `float` that is lazily negated.
-    pub(super) fn find(
+    /// object's dispatch keys; `negated` is a tensor `[2, 3]` of the dtype `float` that is lazily negated,
+    /// `handle_of` has the tensor in an object.
+    pub(super) fn find<'a>(
         torch: &Libtorch,
         py: Python<'_>,
         float: i32,
         negated: &Handle<'_>,
+        handle_of: impl Fn(&Bound<'_, PyAny>) -> Lent<'a>,
         keys_of: impl Fn(&Bound<'_, PyAny>) -> Option<u64>,
     ) -> Option<Self> {
         const LENGTHS: [i64; 6] = [2, 3, 1, 5, 4, 2];
@@ -121,13 +145,48 @@ impl Fields {
         let [number, ..] = torch.dtypes;
         check(&made(2, number, META)?, number, META)?;
         check(negated, float, CPU)?;
-        Some(Self { offset: place?, kinds: [const { OnceLock::new() }; PLACES] })
+        let places = Places::find(torch, py, float, place?, handle_of)?;
+        Some(Self { offset: place?, places, kinds: [const { OnceLock::new() }; PLACES] })
     }
 
     #[inline]
     fn members(&self, handle: &Handle<'_>) -> Members {
         // SAFETY: members of a tensor that lives.
         unsafe { start(handle).byte_add(self.offset).cast::<Members>().read() }
+    }
+
+    /// The memory of a tensor's storage. `None` where it has no storage.
+    #[inline]
+    fn memory(&self, handle: &Handle<'_>) -> Option<Memory> {
+        // SAFETY: the address of a storage of a tensor that lives, or null, and members of that storage.
+        unsafe {
+            let storage: *const u8 = start(handle).byte_add(self.places.storage).cast::<*const u8>().read();
+            (!storage.is_null()).then(|| storage.byte_add(self.places.memory).cast::<Memory>().read())
+        }
+    }
+
+    /// Whether autograd keeps nothing of a tensor: then it wants no gradient, and has no tangent. `false` may
+    /// be wrong.
+    #[inline]
+    pub(super) fn is_unknown_to_autograd(&self, handle: &Handle<'_>) -> bool {
+        // SAFETY: a word of a tensor that lives.
+        unsafe { start(handle).byte_add(self.places.autograd).cast::<usize>().read() == 0 }
+    }
+
+    /// What a tensor's two words mean, if that is known.
+    #[inline]
+    fn kind(&self, about: u64, keys: u64) -> Option<&Kind> {
+        let mut known = self.places(about, keys).map_while(OnceLock::get);
+        known.find(|kind| kind.about == about && kind.keys == keys)
+    }
+
+    /// Where the elements of a tensor are, if it is of a kind that is known.
+    #[inline]
+    pub(super) fn address(&self, handle: &Handle<'_>) -> Option<usize> {
+        // SAFETY: members of a tensor that lives, which nothing changes while Python's objects are read.
+        let members = unsafe { &*start(handle).byte_add(self.offset).cast::<Members>() };
+        let kind = self.kind(members.about, members.keys)?;
+        Some(self.memory(handle)?.address(members.storage_offset, kind.dtype))
     }
 
     /// The places that a kind may be at.
@@ -142,29 +201,33 @@ impl Fields {
     #[inline]
     pub(super) fn read(&self, handle: &Handle<'_>, write: bool, into: &mut Tensor) -> Option<i32> {
         let Members { dims, sizes, strides, numel, about, keys, .. } = self.members(handle);
-        let kind = self
-            .places(about, keys)
-            .map_while(OnceLock::get)
-            .find(|kind| kind.about == about && kind.keys == keys)?;
+        let kind = self.kind(about, keys)?;
+        // Asked of PyTorch, which makes a copy now of what is to be copied on write.
         let address = address(handle, write)?;
         if dims > MAX_DIMS || (address < OFFSETS && numel != 0) {
             return None;
         }
         let numbers = (&sizes[..dims], Some(&strides[..dims]));
         let is_filled = into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1);
-        into.words = [about, keys];
+        let [first, second] = self.memory(handle)?.owner;
+        into.words = [about, keys, first as u64, second as u64];
         is_filled.then_some(kind.number)
     }
 
-    /// Whether a tensor whose elements are at `address` is what [`Fields::read`] has read: the same numbers, at
-    /// the same place. `false` may be wrong.
+    /// Whether a tensor is what [`Fields::read`] has read: the same numbers, at the same place, in memory that
+    /// may be written to as it might then. `false` may be wrong.
     #[inline]
-    pub(super) fn is(&self, handle: &Handle<'_>, address: usize, read: &Tensor) -> bool {
+    pub(super) fn is(&self, handle: &Handle<'_>, read: &Tensor) -> bool {
         // SAFETY: members of a tensor that lives, which nothing changes while Python's objects are read.
         let members = unsafe { &*start(handle).byte_add(self.offset).cast::<Members>() };
-        let &Members { dims, ref sizes, ref strides, about, keys, .. } = members;
-        read.address == address
-            && ((read.words[0] ^ about) | (read.words[1] ^ keys)) == 0
+        let &Members { dims, ref sizes, ref strides, storage_offset, about, keys, .. } = members;
+        let [known_about, known_keys, first, second] = read.words;
+        if ((known_about ^ about) | (known_keys ^ keys)) != 0 {
+            return false;
+        }
+        let Some(memory) = self.memory(handle) else { return false };
+        memory.address(storage_offset, read.dtype) == read.address
+            && memory.owner == [first as usize, second as usize]
             && read.lies_so(dims, sizes, strides)
     }
 
@@ -185,9 +248,81 @@ impl Fields {
     }
 }
 
-/// Where a tensor's elements are.
+impl Memory {
+    /// Where the elements of a tensor are that begins at such an offset.
+    #[inline]
+    fn address(&self, storage_offset: i64, dtype: DType) -> usize {
+        self.start.wrapping_add((storage_offset as usize).wrapping_mul(dtype.size()))
+    }
+}
+
+impl Places {
+    /// Looks for them in tensors that are made for that. `members` is the offset of [`Members`].
+    fn find<'a>(
+        torch: &Libtorch,
+        py: Python<'_>,
+        float: i32,
+        members: usize,
+        handle_of: impl Fn(&Bound<'_, PyAny>) -> Lent<'a>,
+    ) -> Option<Self> {
+        const WORD: usize = size_of::<usize>();
+        /// Words of a `c10::StorageImpl` that are looked at, which has more.
+        const STORAGE_WORDS: usize = 8;
+        let made = |length: usize| torch.empty(&[length], float, Device::CPU).ok()?.object(py).ok();
+        let storage_of = |object: &Bound<'_, PyAny>| -> Option<usize> {
+            let storage = object.call_method0(intern!(py, "untyped_storage")).ok()?;
+            storage.getattr(intern!(py, "_cdata")).ok()?.extract().ok()
+        };
+        let start_of = |object: &Bound<'_, PyAny>| start(&handle_of(object));
+        // SAFETY: words of a tensor that lives, before its `Members`.
+        let word = |object: &Bound<'_, PyAny>, at: usize| unsafe {
+            start_of(object).byte_add(at).cast::<usize>().read()
+        };
+        let ours = [made(5)?, made(70)?];
+        let offsets = || (2 * WORD..members).step_by(WORD);
+        let storages = [storage_of(&ours[0])?, storage_of(&ours[1])?];
+        let storage = offsets().find(|at| (0..2).all(|i| word(&ours[i], *at) == storages[i]))?;
+        let data_of = |object: &Bound<'_, PyAny>| -> Option<usize> {
+            object.call_method0(intern!(py, "data_ptr")).ok()?.extract().ok()
+        };
+        let data = [data_of(&ours[0])?, data_of(&ours[1])?];
+        let memory = (0..STORAGE_WORDS - 2).map(|i| i * WORD).find(|at| {
+            // SAFETY: words of storages that live.
+            (0..2)
+                .all(|i| unsafe { *std::ptr::with_exposed_provenance::<usize>(storages[i] + at) } == data[i])
+        })?;
+        // Autograd learns of a tensor when it wants a gradient.
+        let before: Vec<usize> = offsets().map(|at| word(&ours[0], at)).collect();
+        ours[0].call_method0(intern!(py, "requires_grad_")).ok()?;
+        let is_learned = |(at, before): &(usize, usize)| *before == 0 && word(&ours[0], *at) != 0;
+        let (autograd, _) = only(offsets().zip(before).filter(is_learned))?;
+        let places = Self { storage, memory, autograd };
+        let fields = Fields { offset: members, places, kinds: [const { OnceLock::new() }; PLACES] };
+        // Whose memory is shared by a copy on write is seen of its owner, not of its address.
+        let memory_of = |object: &Bound<'_, PyAny>| fields.memory(&handle_of(object));
+        let (old, part) =
+            (memory_of(&ours[1])?, ours[1].get_item(pyo3::types::PySlice::new(py, 3, 9, 2)).ok()?);
+        let module = py.import(intern!(py, "torch")).ok()?;
+        let lazy = module.call_method1(intern!(py, "_lazy_clone"), (&ours[1],)).ok()?;
+        let shared = memory_of(&ours[1])?;
+        let is_right = memory_of(&part)?.start == old.start
+            && shared.start == old.start
+            && memory_of(&lazy)?.start == old.start
+            && shared.owner != old.owner
+            && memory_of(&lazy)?.owner != old.owner;
+        is_right.then_some(places)
+    }
+}
+
+/// The one thing that there is.
+fn only<T>(mut all: impl Iterator<Item = T>) -> Option<T> {
+    let first = all.next()?;
+    all.next().is_none().then_some(first)
+}
+
+/// Where a tensor's elements are, as PyTorch says.
 #[inline]
-pub(super) fn address(handle: &Handle<'_>, write: bool) -> Option<usize> {
+fn address(handle: &Handle<'_>, write: bool) -> Option<usize> {
     // SAFETY: a tensor that lives.
     let at = unsafe {
         match write {

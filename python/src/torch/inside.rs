@@ -83,13 +83,26 @@ impl Inside {
 
     fn find_fields(&self, torch: &Libtorch, c: &Bound<'_, PyAny>, float: i32) -> Option<Fields> {
         let py = c.py();
+        // Tensors that are made in inference mode have no version.
+        let module = py.import(intern!(py, "torch")).ok()?;
+        let ordinary = module.call_method1(intern!(py, "inference_mode"), (false,)).ok()?;
+        ordinary.call_method0(intern!(py, "__enter__")).ok()?;
+        let found = self.find_ordinary(torch, c, float);
+        let nothing = py.None();
+        ordinary.call_method1(intern!(py, "__exit__"), (&nothing, &nothing, &nothing)).ok()?;
+        found
+    }
+
+    fn find_ordinary(&self, torch: &Libtorch, c: &Bound<'_, PyAny>, float: i32) -> Option<Fields> {
+        let py = c.py();
         let object = torch.empty(&[2, 3], float, Device::CPU).ok()?.object(py).ok()?;
         let negated = py.import(intern!(py, "torch")).ok()?.call_method1(intern!(py, "_neg_view"), (object,));
         let (negated, keys) = (negated.ok()?, c.getattr(intern!(py, "_dispatch_keys")).ok()?);
         let keys_of = |object: &Bound<'_, PyAny>| {
             keys.call1((object,)).ok()?.call_method0(intern!(py, "raw_repr")).ok()?.extract().ok()
         };
-        Fields::find(torch, py, float, &self.lend(torch, &negated), keys_of)
+        let handle_of = |object: &Bound<'_, PyAny>| self.lend(torch, object);
+        Fields::find(torch, py, float, &self.lend(torch, &negated), handle_of, keys_of)
     }
 
     /// The tensor of an object of one of the types that [`Inside::find`] was given.
@@ -125,12 +138,6 @@ impl Inside {
         {
             fields.learn(handle, number, tensor);
         }
-    }
-
-    /// Whether the tensor of an object is the one that was read: see [`Fields::is`].
-    #[inline]
-    pub(super) fn is(&self, tensor: &Lent<'_>, address: usize, read: &Tensor) -> bool {
-        self.fields.as_ref().is_some_and(|fields| fields.is(tensor, address, read))
     }
 
     /// Reads an ordinary tensor. `false` where it is none, for others to find out what it is.

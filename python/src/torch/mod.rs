@@ -27,7 +27,7 @@ use pyo3::{
 use gdn::{Block, DeviceAddress};
 
 use self::{
-    abi::{Check, DTYPES, Failed, FromBlob, Functions, ask},
+    abi::{Check, CurrentStream, DTYPES, Failed, FromBlob, Functions, ask},
     cpp::Cpp,
     fields::Fields,
     handle::Handle,
@@ -44,6 +44,7 @@ use crate::{
 pub(crate) struct Libtorch {
     call: Functions,
     from_blob: Option<FromBlob>,
+    stream: Option<CurrentStream>,
     check: Check,
     cpp: Cpp,
     inside: Option<Inside>,
@@ -81,13 +82,13 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         PyImportError::new_err(format!("torch {version} lacks {what}; gdn needs torch 2.10 or later"))
     };
     let names = if cfg!(target_os = "macos") {
-        ["libtorch_cpu.dylib", "libc10.dylib", "libtorch_python.dylib"]
+        ["libtorch_cpu.dylib", "libc10.dylib", "libtorch_python.dylib", "libtorch_cuda.dylib"]
     } else {
-        ["libtorch_cpu.so", "libc10.so", "libtorch_python.so"]
+        ["libtorch_cpu.so", "libc10.so", "libtorch_python.so", "libtorch_cuda.so"]
     };
     let flags = RTLD_LAZY | libc::RTLD_NOLOAD;
     // SAFETY: libraries that are loaded already, so that nothing of theirs is run.
-    let [cpu, c10, python] = names.map(|name| unsafe { Library::open(Some(name), flags) });
+    let [cpu, c10, python, cuda] = names.map(|name| unsafe { Library::open(Some(name), flags) });
     let cpu = cpu.map_err(|_| missing(names[0]))?;
     let call = Functions::load(&cpu).map_err(missing)?;
     // SAFETY: functions of these names have these types.
@@ -101,6 +102,10 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         let from_blob = cpu.get::<FromBlob>("torch_from_blob").ok();
         (*check, from_blob.map(|function| *function), dtypes)
     };
+    // SAFETY: the function of that name has that type.
+    let stream = cuda
+        .ok()
+        .and_then(|cuda| unsafe { cuda.get("aoti_torch_get_current_cuda_stream").ok().map(|found| *found) });
     let cpp = Cpp::find(&cpu, c10.as_ref().ok(), python.as_ref().ok(), without);
     let c = torch.getattr("_C")?;
     let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
@@ -110,6 +115,7 @@ pub(crate) fn register(torch: &Bound<'_, PyModule>, without: &[String]) -> PyRes
         cuda: unsafe { (call.aoti_torch_device_type_cuda)() },
         call,
         from_blob,
+        stream,
         check,
         cpp,
         dtypes,
@@ -199,6 +205,13 @@ impl Libtorch {
         tensor.getattr(intern!(tensor.py(), "requires_grad"))?.is_truthy()
     }
 
+    /// Whether a tensor can neither want a gradient nor have a tangent. `false` may be wrong.
+    #[inline]
+    fn is_unknown_to_autograd(&self, tensor: &Bound<'_, PyAny>) -> bool {
+        let found = self.inside.as_ref().zip(self.fields()).filter(|_| self.is_plain(tensor));
+        found.is_some_and(|(inside, fields)| fields.is_unknown_to_autograd(&inside.lend(self, tensor)))
+    }
+
     /// Whether a call on plain tensors must be seen by PyTorch: for gradients or tangents, or by a mode or a
     /// tracer that is active.
     #[inline]
@@ -207,19 +220,24 @@ impl Libtorch {
         py: Python<'py>,
         read: impl IntoIterator<Item = Borrowed<'a, 'py, PyAny>>,
     ) -> PyResult<bool> {
-        if self.is_grad_enabled() {
-            for tensor in read {
-                if self.requires_grad(&tensor)? {
-                    return Ok(true);
-                }
+        let mut is_known_to_autograd = false;
+        for tensor in read {
+            if self.is_unknown_to_autograd(&tensor) {
+                continue;
+            }
+            is_known_to_autograd = true;
+            if self.is_grad_enabled() && self.requires_grad(&tensor)? {
+                return Ok(true);
             }
         }
-        // A PyTorch that has no such number is asked through the operator.
-        let level = self.forward_ad.bind(py).get_item(intern!(py, "_current_level"))?;
-        let is_open =
-            |level: Bound<'py, PyAny>| !level.is(&self.no_level) && level.extract().unwrap_or(0) >= 0;
-        if level.is_none_or(is_open) {
-            return Ok(true);
+        if is_known_to_autograd {
+            // A PyTorch that has no such number is asked through the operator.
+            let level = self.forward_ad.bind(py).get_item(intern!(py, "_current_level"))?;
+            let is_open =
+                |level: Bound<'py, PyAny>| !level.is(&self.no_level) && level.extract().unwrap_or(0) >= 0;
+            if level.is_none_or(is_open) {
+                return Ok(true);
+            }
         }
         if let Some(seers) = &self.cpp.seers {
             // SAFETY: both read what is this thread's own; the pointer lives as long as the thread.
@@ -280,25 +298,19 @@ impl Libtorch {
         Ok(is_here && !is_lazy && !tensor.is_hollow())
     }
 
-    /// Where the elements of a plain tensor are, which are to be written to or not. `None` where that is not
-    /// known without reading it.
+    /// Where the elements of a plain tensor are. `None` where that is not known without reading it.
     #[inline]
-    pub(crate) fn address(&self, way: Way<'_>, object: &Bound<'_, PyAny>, write: bool) -> Option<usize> {
-        let Way(Some(inside)) = way else { return None };
-        self.is_plain(object).then(|| fields::address(&inside.lend(self, object), write)).flatten()
+    pub(crate) fn address(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
+        let (inside, fields) = (self.inside.as_ref()?, self.fields()?);
+        self.is_plain(object).then(|| fields.address(&inside.lend(self, object)))?
     }
 
-    /// Whether a tensor, whose elements are at [`Libtorch::address`], is one that [`Libtorch::borrow`] has read,
-    /// as it was then. `false` may be wrong.
+    /// Whether an object is a plain tensor like one that [`Libtorch::borrow`] has read, as it was then. `false`
+    /// may be wrong.
     #[inline]
-    pub(crate) fn is_same(
-        &self,
-        way: Way<'_>,
-        object: &Bound<'_, PyAny>,
-        address: usize,
-        read: &Tensor,
-    ) -> bool {
-        matches!(way, Way(Some(inside)) if inside.is(&inside.lend(self, object), address, read))
+    pub(crate) fn is_same(&self, object: &Bound<'_, PyAny>, read: &Tensor) -> bool {
+        let found = self.inside.as_ref().zip(self.fields()).filter(|_| self.is_plain(object));
+        found.is_some_and(|(inside, fields)| fields.is(&inside.lend(self, object), read))
     }
 
     /// Why a tensor that [`Libtorch::borrow`] does not read cannot be written to. `read` is one that it does.
@@ -537,8 +549,16 @@ fn num_threads() -> usize {
 
 /// The stream that PyTorch works on at present.
 fn stream(device: Device) -> PyResult<*mut c_void> {
-    let stream = get().and_then(|torch| torch.exchange.stream(device));
-    stream.ok_or_else(|| Failed("current_work_stream").into())
+    let torch = get().ok_or(Failed("current_work_stream"))?;
+    if let Some(current) = torch.stream.filter(|_| device.kind == Device::CUDA) {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: a place for the answer.
+        if unsafe { current(device.ordinal, &raw mut stream) } == 0 {
+            return Ok(stream);
+        }
+    }
+    // DLPack's, which asks every kind of accelerator that PyTorch knows of.
+    torch.exchange.stream(device).ok_or_else(|| Failed("current_work_stream").into())
 }
 
 /// Memory of PyTorch's allocator, which is its again when the call returns: for work on the same stream.
