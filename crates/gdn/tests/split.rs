@@ -104,6 +104,11 @@ fn automatic_choices() {
     for num_rows in [0, 1, 64, 3000] {
         there_and_back(&layout, num_rows, [2, 4], [Shape::default(); 6], &Cpu::new());
     }
+    for threads in [1, 2, 4, 16, 64, 1000] {
+        let cpu = Cpu::new().threads(threads);
+        assert!(!cpu.chosen_streaming(8 << 20), "a thread's share of a cache, by {threads} threads");
+        assert!(cpu.chosen_streaming((32 << 20) + 1), "more than all have, by {threads} threads");
+    }
 }
 
 #[test]
