@@ -106,6 +106,11 @@ class Layer:
             name = type(module).__name__
             raise TypeError(f"module is a {name}, expected a Gated DeltaNet layer: {error}") from None
 
+    def __repr__(self) -> str:
+        names = ("l2norm_eps", "norm_eps", "scale", "beta_scale", "gate")
+        numbers = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({self.heads}, {self.packing!r}, {numbers})"
+
     def __getstate__(self) -> dict[str, Any]:
         # What was checked is not copied, and checked again.
         return {**vars(self), "_settings": None}

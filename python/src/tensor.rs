@@ -127,7 +127,7 @@ pub(crate) struct Tensor {
     /// In elements.
     strides: [i64; MAX_DIMS],
     /// What PyTorch's own words for its dtype, device and kind, and for who frees its memory, were, where it
-    /// was read by them (`torch/fields.rs`); else zeros. The same tensor read otherwise is equal to it.
+    /// is on a GPU and was read by them (`torch/fields.rs`); else zeros. The same tensor read otherwise is equal to it.
     pub(crate) words: [u64; 4],
 }
 

@@ -410,8 +410,23 @@ def test_a_layer_that_is_none():
     ]:
         with pytest.raises(ValueError, match=message):
             gdn.Layer(heads, **how, **weights)
-    with pytest.raises(TypeError):
-        gdn.Layer(HEADS, gate=3, **weights)
+    for how, error, message in [
+        (dict(gate=3), TypeError, "gate is a int, expected str"),
+        (dict(packing=None), TypeError, "packing is a NoneType, expected str"),
+        (dict(scale="0.5"), TypeError, "scale is a str, expected float"),
+        (dict(l2norm_eps=None), TypeError, "l2norm_eps is a NoneType, expected float"),
+        (dict(norm_eps=[1e-6]), TypeError, "norm_eps is a list, expected float"),
+        (dict(beta_scale=10**400), ValueError, "beta_scale is too large for a float"),
+    ]:
+        with pytest.raises(error, match=message):
+            gdn.Layer(HEADS, **how, **weights)
+
+
+def test_a_layer_says_what_it_is():
+    layer = gdn.Layer(HEADS, "contiguous", scale=0.5, **vars(ol.weights(HEADS)))
+    assert repr(layer) == (
+        "Layer((2, 4, 8, 16), 'contiguous', l2norm_eps=1e-06, norm_eps=1e-06, scale=0.5, beta_scale=1.0, gate='silu')"
+    )
 
 
 def test_arguments_that_are_no_tensors():

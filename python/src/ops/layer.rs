@@ -11,7 +11,7 @@ use gdn::{
 use pyo3::{PyTraverseError, gc::PyVisit, prelude::*, types::PyTuple};
 
 use crate::{
-    ops::{cuda_error, layout, numbers_of, text},
+    ops::{cuda_error, layout, numbers_of, real, text},
     tensor::{DType, Device, Tensor, type_error, value_error},
 };
 
@@ -95,14 +95,19 @@ impl Settings {
     fn new(
         heads: Bound<'_, PyAny>,
         packing: Bound<'_, PyAny>,
-        l2norm_eps: f64,
-        norm_eps: f64,
-        scale: Option<f64>,
-        beta_scale: f64,
+        l2norm_eps: Bound<'_, PyAny>,
+        norm_eps: Bound<'_, PyAny>,
+        scale: Option<Bound<'_, PyAny>>,
+        beta_scale: Bound<'_, PyAny>,
         gate: Bound<'_, PyAny>,
         weights: Py<PyTuple>,
     ) -> PyResult<Self> {
-        let factors = Factors { l2norm_eps, norm_eps, scale, beta_scale };
+        let factors = Factors {
+            l2norm_eps: real(&l2norm_eps, "l2norm_eps")?,
+            norm_eps: real(&norm_eps, "norm_eps")?,
+            scale: scale.map(|scale| real(&scale, "scale")).transpose()?,
+            beta_scale: real(&beta_scale, "beta_scale")?,
+        };
         let layer = layer(numbers_of(&heads)?, &text(&packing, "packing")?, &factors, &text(&gate, "gate")?)?;
         Ok(Self { layer, weights })
     }

@@ -83,6 +83,14 @@ pub(crate) fn size(object: &Bound<'_, PyAny>, argument: &str, least: i64) -> PyR
         .and_then(|size| usize::try_from(size).map_err(|e| value_error(format!("{argument}: {e}"))))
 }
 
+/// An argument that is a number.
+pub(crate) fn real(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<f64> {
+    object.extract().map_err(|error: PyErr| match error.is_instance_of::<PyOverflowError>(object.py()) {
+        true => value_error(format!("{argument} is too large for a float")),
+        false => not_a(argument, object, "float"),
+    })
+}
+
 /// An argument that is a text.
 pub(crate) fn text(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<String> {
     let text = object.cast::<PyString>().map_err(|_| not_a(argument, object, "str"))?;

@@ -37,7 +37,7 @@ pub(crate) struct Unread<'a, 'py> {
 }
 
 impl Unread<'_, '_> {
-    /// Where the elements of one are, if that is known without reading it.
+    /// Where the elements of one on a GPU are, if that is known without reading it.
     #[inline]
     pub(crate) fn address(&self, i: usize) -> Option<usize> {
         self.torch.address(&*self.objects[i]?)

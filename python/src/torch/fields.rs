@@ -180,12 +180,12 @@ impl Fields {
         known.find(|kind| kind.about == about && kind.keys == keys)
     }
 
-    /// Where the elements of a tensor are, if it is of a kind that is known.
+    /// Where the elements of a tensor on a GPU are, if it is of a kind that is known. Others are not compared.
     #[inline]
     pub(super) fn address(&self, handle: &Handle<'_>) -> Option<usize> {
         // SAFETY: members of a tensor that lives, which nothing changes while Python's objects are read.
         let members = unsafe { &*start(handle).byte_add(self.offset).cast::<Members>() };
-        let kind = self.kind(members.about, members.keys)?;
+        let kind = self.kind(members.about, members.keys).filter(|kind| kind.device.kind == Device::CUDA)?;
         Some(self.memory(handle)?.address(members.storage_offset, kind.dtype))
     }
 
@@ -209,8 +209,10 @@ impl Fields {
         }
         let numbers = (&sizes[..dims], Some(&strides[..dims]));
         let is_filled = into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1);
-        let [first, second] = self.memory(handle)?.owner;
-        into.words = [about, keys, first as u64, second as u64];
+        if kind.device.kind == Device::CUDA {
+            let [first, second] = self.memory(handle)?.owner;
+            into.words = [about, keys, first as u64, second as u64];
+        }
         is_filled.then_some(kind.number)
     }
 

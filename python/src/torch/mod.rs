@@ -298,7 +298,7 @@ impl Libtorch {
         Ok(is_here && !is_lazy && !tensor.is_hollow())
     }
 
-    /// Where the elements of a plain tensor are. `None` where that is not known without reading it.
+    /// Where the elements of a plain tensor on a GPU are. `None` where that is not known without reading it.
     #[inline]
     pub(crate) fn address(&self, object: &Bound<'_, PyAny>) -> Option<usize> {
         let (inside, fields) = (self.inside.as_ref()?, self.fields()?);
