@@ -200,6 +200,11 @@ def test_another_release_is_refused(monkeypatch, version):
     refused(rf"transformers {version}; it knows 5\.23")
 
 
+def test_an_engine_that_is_not_there():
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_engine'"):
+        known.check_release("no_such_engine", ("1.0",), any_release=False)
+
+
 def test_another_release_with_known_source_on_request(monkeypatch, calls):
     monkeypatch.setattr(known.importlib.metadata, "version", lambda name: "5.24.0")
     net = model()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import sys
@@ -33,7 +34,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
 
 
 def check_release(package: str, known: tuple[str, ...], any_release: bool) -> None:
-    """Refuses a release of `package` that is none of `known`.
+    """Refuses a release of `package` that is none of `known`. Raises ModuleNotFoundError where there is none.
 
     "5.23" stands for 5.23 and 5.23.1, not for 5.230. A local version such as "+cu130" and a post-release are
     the same release. A pre-release or a development version is another.
@@ -41,6 +42,8 @@ def check_release(package: str, known: tuple[str, ...], any_release: bool) -> No
     if any_release:
         return
     version = _version(package) or "of no recorded version"
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     parts = re.sub(r"\.post\d+$", "", version.partition("+")[0]).split(".")
     if all(part.isdigit() for part in parts):
         if any(parts[: len(prefix)] == prefix for prefix in (name.split(".") for name in known)):
