@@ -61,9 +61,7 @@ def decode(
     out: Any | None,
     only_check: bool,
 ) -> Any | None: ...
-def shorten(
-    function: Callable[..., Any], plain: Callable[..., Any]
-) -> tuple[bool, Callable[..., Any] | None]: ...
+def shorten(function: Callable[..., Any], plain: Callable[..., Any]) -> tuple[bool, Callable[..., Any]]: ...
 def prefill(
     settings: Settings,
     projections: Any,

@@ -14,7 +14,7 @@ use pyo3::{
     ffi, intern,
     panic::PanicException,
     prelude::*,
-    types::{PyBool, PyString, PyTuple},
+    types::{PyBool, PyDict, PyString, PyTuple},
 };
 
 use super::{
@@ -71,7 +71,6 @@ struct Door {
     plain: Py<PyAny>,
     /// The arguments' names, interned as those of a call are.
     names: [Py<PyString>; ARGUMENTS.len()],
-    call: Vectorcall,
 }
 
 static DOOR: OnceLock<Door> = OnceLock::new();
@@ -82,17 +81,11 @@ static DOOR: OnceLock<Door> = OnceLock::new();
 pub(crate) fn shorten<'py>(
     function: &Bound<'py, PyAny>,
     plain: Py<PyAny>,
-) -> PyResult<(bool, Option<Bound<'py, PyAny>>)> {
+) -> PyResult<(bool, Bound<'py, PyAny>)> {
     let py = function.py();
-    // SAFETY: functions of these names have these types; the interpreter has them for as long as it is.
-    let (set, call) = unsafe {
-        let here = Library::this();
-        let set =
-            here.get::<unsafe extern "C" fn(*mut ffi::PyObject, Vectorcall)>("PyFunction_SetVectorcall");
-        let call = here.get::<Vectorcall>("PyObject_Vectorcall");
-        (set.ok().map(|set| *set), call.ok().map(|call| *call))
-    };
-    let Some(call) = call else { return Ok((false, None)) };
+    type Set = unsafe extern "C" fn(*mut ffi::PyObject, Vectorcall);
+    // SAFETY: the function of that name has that type; the interpreter has it for as long as it is.
+    let set = unsafe { Library::this().get::<Set>("PyFunction_SetVectorcall").ok().map(|set| *set) };
     let written: Vec<String> = function.getattr("__code__")?.getattr("co_varnames")?.extract()?;
     let none = || py.None();
     let expected = (1, none(), -1, none(), none(), false, none(), none(), none(), none());
@@ -103,7 +96,7 @@ pub(crate) fn shorten<'py>(
         return Err(PySystemError::new_err("gdn.Layer.decode is not the function that was expected"));
     }
     let names = ARGUMENTS.map(|(name, _)| PyString::intern(py, name.to_str().unwrap_or_default()).unbind());
-    DOOR.get_or_init(|| Door { plain, names, call });
+    DOOR.get_or_init(|| Door { plain, names });
     if let Some(set) = set {
         // SAFETY: a function of Python's, which does the same as it did.
         unsafe { set(function.as_ptr(), vectorcall) };
@@ -122,7 +115,7 @@ pub(crate) fn shorten<'py>(
             ffi::PyCFunction_NewEx(method, std::ptr::null_mut(), std::ptr::null_mut()),
         )
     };
-    Ok((set.is_some(), Some(direct?)))
+    Ok((set.is_some(), direct?))
 }
 
 /// # Safety
@@ -152,11 +145,14 @@ unsafe extern "C" fn vectorcall(
         return std::ptr::null_mut();
     };
     // SAFETY: the interpreter's arguments.
-    let done = std::panic::catch_unwind(AssertUnwindSafe(|| unsafe { door.go(py, arguments, count, names) }));
-    match done {
-        Ok(Ok(Some(object))) => object.into_ptr(),
-        // SAFETY: the same call of a copy.
-        Ok(Ok(None)) => unsafe { (door.call)(door.plain.as_ptr(), arguments, count, names) },
+    let call = || unsafe {
+        match door.go(py, arguments, count, names)? {
+            Some(done) => Ok(done),
+            None => door.plainly(py, arguments, count, names),
+        }
+    };
+    match std::panic::catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(object)) => object.into_ptr(),
         Ok(Err(error)) => {
             error.restore(py);
             std::ptr::null_mut()
@@ -168,7 +164,33 @@ unsafe extern "C" fn vectorcall(
     }
 }
 
+/// `PY_VECTORCALL_ARGUMENTS_OFFSET`: the caller's mark for an argument before the first, in the count of arguments.
+const OFFSET: usize = 1 << (usize::BITS - 1);
+
 impl Door {
+    /// The call of the function as it was written.
+    ///
+    /// # Safety
+    /// That of [`vectorcall`].
+    #[cold]
+    unsafe fn plainly<'py>(
+        &self,
+        py: Python<'py>,
+        arguments: *const *mut ffi::PyObject,
+        count: usize,
+        names: *mut ffi::PyObject,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (count, options) = (count & !OFFSET, PyDict::new(py));
+        // SAFETY: as in `go`.
+        let given = |i: usize| unsafe { Borrowed::from_ptr(py, *arguments.add(i)) };
+        if !names.is_null() {
+            // SAFETY: a tuple of names.
+            let names = unsafe { Borrowed::from_ptr(py, names).cast_unchecked::<PyTuple>() };
+            names.iter().enumerate().try_for_each(|(i, name)| options.set_item(name, given(count + i)))?;
+        }
+        self.plain.bind(py).call(PyTuple::new(py, (0..count).map(given))?, Some(&options))
+    }
+
     /// The call, `None` where it is to be left to Python.
     ///
     /// # Safety
@@ -181,8 +203,6 @@ impl Door {
         count: usize,
         names: *mut ffi::PyObject,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        /// `PY_VECTORCALL_ARGUMENTS_OFFSET`: the caller's mark for an argument before the first.
-        const OFFSET: usize = 1 << (usize::BITS - 1);
         let count = count & !OFFSET;
         if count > ARGUMENTS.len() {
             return Ok(None);
