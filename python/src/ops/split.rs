@@ -325,8 +325,9 @@ fn run<'py, const READ: usize>(
             _ => return Err(other_framework(TENSORS[i], object, TENSORS[first], &read[0])),
         }
     }
+    let given = out.iter().flat_map(|out| out.iter_borrowed());
     if let Some(torch) = torch
-        && (is_operator || torch.is_watched(py, read.iter().map(Bound::as_borrowed))?)
+        && (is_operator || torch.is_watched(py, read.iter().map(Bound::as_borrowed), given)?)
     {
         // What can be checked is checked here all the same, so that errors are the same through both doors.
         let is_known =

@@ -219,8 +219,10 @@ impl Libtorch {
         &self,
         py: Python<'py>,
         read: impl IntoIterator<Item = Borrowed<'a, 'py, PyAny>>,
+        mut written: impl Iterator<Item = Borrowed<'a, 'py, PyAny>>,
     ) -> PyResult<bool> {
-        let mut is_known_to_autograd = false;
+        // A tangent may be of a tensor that is written to alone, too.
+        let mut is_known_to_autograd = written.any(|tensor| !self.is_unknown_to_autograd(&tensor));
         for tensor in read {
             if self.is_unknown_to_autograd(&tensor) {
                 continue;
