@@ -127,8 +127,8 @@ kernels! { "prefill":
 // On compute capability 9.0 four warps of the scan multiply together.
 kernels! { "prefill_wgmma":
     gdn_prefill_scan_group_64(PrefillArgs) = prefill::scan::run_by_group::<8, 1, _>;
-    gdn_prefill_scan_group_96(PrefillArgs) = prefill::scan::run_by_group::<12, 1, _>;
-    gdn_prefill_scan_group_128(PrefillArgs) = prefill::scan::run_by_group::<16, 1, _>;
+    gdn_prefill_scan_group_96(PrefillArgs) = prefill::scan::run_by_group::<12, 2, _>;
+    gdn_prefill_scan_group_128(PrefillArgs) = prefill::scan::run_by_group::<16, 2, _>;
 }
 
 kernels! { "convergence":
@@ -162,6 +162,8 @@ kernels! { "probe_wgmma":
     gdn_probe_wgmma_f16_n128(probe::Args) = probe::wgmma::product::<F16, OTHER_MAJOR, K_MAJOR, 64, _>;
     gdn_probe_wgmma_bf16_n192(probe::Args) = probe::wgmma::product::<Bf16, OTHER_MAJOR, OTHER_MAJOR, 96, _>;
     gdn_probe_wgmma_f16_n256(probe::Args) = probe::wgmma::product::<F16, K_MAJOR, OTHER_MAJOR, 128, _>;
+    gdn_probe_wgmma_left_f16_n64(probe::Args) = probe::wgmma::left::<F16, K_MAJOR, 32, _>;
+    gdn_probe_wgmma_left_bf16_n128(probe::Args) = probe::wgmma::left::<Bf16, OTHER_MAJOR, 64, _>;
 }
 
 /// Not reached: `cargo xtask ptx` refuses PTX that calls a function.

@@ -348,13 +348,13 @@ const PREFILL: &[&[Kernel]] = &[
 
 /// One block a multiprocessor, which has no shared memory for another one.
 const fn scan_by_group(name: &'static str) -> Kernel {
-    Kernel { blocks: 1, ..prefill(name, 384) }
+    Kernel { blocks: 1, ..prefill(name, 256) }
 }
 
 const PREFILL_WGMMA: &[&[Kernel]] = &[
     &[scan_by_group("gdn_prefill_scan_group_64").hgmma(20)],
-    &[scan_by_group("gdn_prefill_scan_group_96").hgmma(24)],
-    &[scan_by_group("gdn_prefill_scan_group_128").hgmma(28)],
+    &[scan_by_group("gdn_prefill_scan_group_96").hgmma(28)],
+    &[scan_by_group("gdn_prefill_scan_group_128").hgmma(32)],
 ];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[
@@ -393,4 +393,6 @@ const PROBE_WGMMA: &[&[Kernel]] = &[&[
     Kernel::new("gdn_probe_wgmma_f16_n128").threads(128).hgmma(4),
     Kernel::new("gdn_probe_wgmma_bf16_n192").threads(128).hgmma(4),
     Kernel::new("gdn_probe_wgmma_f16_n256").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_left_f16_n64").threads(128).hgmma(4),
+    Kernel::new("gdn_probe_wgmma_left_bf16_n128").threads(128).hgmma(4),
 ]];

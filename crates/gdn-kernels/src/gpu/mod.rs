@@ -26,7 +26,7 @@ pub use async_copy::AsyncCopy;
 pub use hopper::{EMPTY, Hopper};
 pub use tensor_core::{Bf16, F16, Float16, TensorCore};
 pub use warp::Warp;
-pub use wgmma::{Accumulators, K_MAJOR, OTHER_MAJOR, Operand, Swizzle, Wgmma};
+pub use wgmma::{Accumulators, K_MAJOR, Lefts, OTHER_MAJOR, Operand, Swizzle, Wgmma};
 
 /// One thread's view of a GPU. Kernels take `&impl Gpu`; on the real thing every method is an instruction or
 /// two.

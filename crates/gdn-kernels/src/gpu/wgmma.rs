@@ -37,7 +37,7 @@ impl Swizzle {
         at ^ ((at >> 3) & (self.row_bytes() - 16))
     }
 
-    const fn code(self) -> u64 {
+    const fn code(self) -> u32 {
         match self {
             Self::None => 0,
             Self::Bytes128 => 1,
@@ -88,13 +88,11 @@ impl Operand {
     /// The descriptor, with the block's shared memory beginning at `base`.
     #[inline(always)]
     pub fn descriptor(self, base: u32) -> u64 {
-        let field = |bytes: u32| ((bytes >> 4) & 0x3fff) as u64;
-        // Shared memory ends below 2^18: the sum stays within the field.
-        let first = field(base + self.at)
-            | field(self.leading) << 16
-            | field(self.stride) << 32
-            | self.swizzle.code() << 62;
-        first + u64::from(self.offset >> 4)
+        let field = |bytes: u32| (bytes >> 4) & 0x3fff;
+        // Shared memory ends below 2^18: the sum stays within the field, and nothing is carried.
+        let low = (field(base + self.at) | field(self.leading) << 16) + (self.offset >> 4);
+        let high = field(self.stride) | self.swizzle.code() << 30;
+        u64::from(low) | u64::from(high) << 32
     }
 }
 
@@ -124,14 +122,35 @@ impl<const REGISTERS: usize> Accumulators<REGISTERS> {
     }
 }
 
+/// A thread's part of left sides of products that are in registers, of which a warpgroup holds the whole: `K16`
+/// matrices of 64 x 16, side by side along the sum.
+///
+/// Warp `w` of the four holds rows `16 * w` to `16 * w + 15` of each, as [`TensorCore::mma`](super::TensorCore::mma)
+/// has its `a`.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "emulator"), allow(dead_code))]
+pub struct Lefts<const K16: usize> {
+    pub(super) words: [[u32; 4]; K16],
+    /// The emulator's: as of [`Accumulators`].
+    pub(super) product: u64,
+}
+
+impl<const K16: usize> Lefts<K16> {
+    /// These.
+    #[inline(always)]
+    pub const fn new(words: [[u32; 4]; K16]) -> Self {
+        Self { words, product: 0 }
+    }
+}
+
 /// `wgmma`: asynchronous products by a warpgroup, threads `128 * g` to `128 * g + 127` of the block. All 128
 /// come together.
 ///
 /// [`Wgmma::wgmma_begin`], products, [`Wgmma::wgmma_commit`], [`Wgmma::wgmma_wait`], and then the sums can be
 /// had. From a product to the wait for its group nobody writes its operands.
 pub trait Wgmma: Hopper {
-    /// Comes before the first product, and where registers of an accumulator were written since, after
-    /// [`Wgmma::sums`] of it.
+    /// Comes before the first product, and where registers of an accumulator or left side were written since,
+    /// after [`Wgmma::sums`] or [`Wgmma::lefts`] of it.
     fn wgmma_begin(&self);
     /// `d = a b + d`, or `a b` where not `add`: m64, n = 2 * `REGISTERS` (8 registers to 128), k16, f32 sums,
     /// with `a` (64 x 16) and `b` (16 x n) of type `T`; `A_MAJOR` and `B_MAJOR` are [`K_MAJOR`] or
@@ -147,6 +166,25 @@ pub trait Wgmma: Hopper {
         b: Operand,
         add: bool,
     );
+    /// The same with an `a` that is in registers, matrix `k16` of `a`; k-major.
+    ///
+    /// # Safety
+    /// As [`Wgmma::wgmma`], for `b`.
+    unsafe fn wgmma_left<T: Float16, const B_MAJOR: bool, const K16: usize, const REGISTERS: usize>(
+        &self,
+        d: &mut Accumulators<REGISTERS>,
+        a: &mut Lefts<K16>,
+        k16: usize,
+        b: Operand,
+        add: bool,
+    );
+    /// Writes four 8 x 8 matrices of 16-bit elements, as [`TensorCore::load_matrix4`](super::TensorCore::load_matrix4)
+    /// reads them: all 32 lanes of a warp come together. Of matrix `k16` of a left side they are rows 0 to 7 and
+    /// rows 8 to 15 of the warp's, then the same of its last 8 columns.
+    ///
+    /// # Safety
+    /// That of [`Gpu::store_shared16`](super::Gpu::store_shared16), for all lanes.
+    unsafe fn store_matrix4(&self, at: u32, words: [u32; 4]);
     /// Ends a group of products.
     fn wgmma_commit(&self);
     /// Waits until all groups but the `LEFT` latest are done.
@@ -157,4 +195,7 @@ pub trait Wgmma: Hopper {
         &self,
         d: &'a mut Accumulators<REGISTERS>,
     ) -> &'a mut [f32; REGISTERS];
+    /// The same of left sides: no product that was not waited for reads them, and what is written to them is
+    /// written before what follows.
+    fn lefts<'a, const K16: usize>(&self, a: &'a mut Lefts<K16>) -> &'a mut [[u32; 4]; K16];
 }

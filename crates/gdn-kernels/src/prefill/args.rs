@@ -15,7 +15,7 @@ pub const THREADS: u32 = 256;
 pub const PREPARE_THREADS: u32 = 192;
 /// Threads of a block of the scan whose warps multiply in groups, its rows of S, and the chunks that it has in
 /// shared memory.
-pub const GROUP_THREADS: u32 = 384;
+pub const GROUP_THREADS: u32 = 256;
 /// See [`GROUP_THREADS`].
 pub const GROUP_ROWS: u32 = 64;
 /// See [`GROUP_THREADS`].
@@ -414,6 +414,8 @@ impl PrepareRoom {
 pub const TILE: u32 = WARP_ROWS * 8 * 4;
 /// Bytes of 64 rows of 128 bytes each, as `wgmma` takes a matrix.
 pub const ATOM: u32 = 64 * 128;
+/// Bytes of what the rows of a block by groups are multiplied with.
+pub const SCALES: u32 = GROUP_ROWS * 4;
 /// Bytes of the factors of a chunk.
 pub const FACTORS: u32 = (CHUNK + 1) * 16;
 
@@ -525,15 +527,11 @@ pub struct GroupRoom {
     /// `[DK, in atoms]`, f16.
     pub s: u32,
     /// `[CHUNK]`, f16.
-    pub x: u32,
-    /// As `x`.
     pub u: u32,
-    /// As `x`: what is left of U at the chunk's end.
-    pub u_end: u32,
-    /// As `x`: outputs on their way out.
+    /// As `u`: outputs on their way out.
     pub o: u32,
-    /// `[atoms]`, f32: S's absolute numbers, added up.
-    pub sums: u32,
+    /// `[2]`, f32: what rows of outputs are multiplied with, of a chunk and of the one before.
+    pub scales: u32,
     /// Of each stage the factors.
     pub factors: u32,
     /// Of each stage the mbarrier at which its copies arrive.
@@ -546,23 +544,12 @@ impl GroupRoom {
     /// For keys of `dk` numbers, from `at` on.
     #[inline(always)]
     pub const fn new(dk: u32, at: u32) -> Self {
-        let atoms = dk.div_ceil(CHUNK);
-        let x = at + atoms * ATOM;
-        let o = x + 3 * ATOM;
-        let sums = o + ATOM;
-        let factors = sums + atoms * 256;
+        let u = at + dk.div_ceil(CHUNK) * ATOM;
+        let o = u + ATOM;
+        let scales = o + ATOM;
+        let factors = scales + 2 * SCALES;
         let landed = factors + GROUP_STAGES * FACTORS;
-        Self {
-            s: at,
-            x,
-            u: x + ATOM,
-            u_end: x + 2 * ATOM,
-            o,
-            sums,
-            factors,
-            landed,
-            bytes: landed + GROUP_STAGES * 8,
-        }
+        Self { s: at, u, o, scales, factors, landed, bytes: landed + GROUP_STAGES * 8 }
     }
 }
 

@@ -402,7 +402,7 @@ unsafe fn update_two<const TILES: usize, const COUNT: usize>(
     let mut i = 0;
     while i < 8 {
         let s = &mut s[2 * pair + i / 4][i % 4];
-        *s = Lanes::mul_add(*s, all, sums[i / 4][i % 4] * down[i % 4 / 2]);
+        *s = Lanes::mul_add(sums[i / 4][i % 4], down[i % 4 / 2], *s * all);
         i += 1;
     }
 }

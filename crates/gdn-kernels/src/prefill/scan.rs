@@ -13,7 +13,7 @@
 //! ```
 //!
 //! There are two ways, with the same bits: each warp has 16 whole rows and multiplies for itself (`rows.rs`,
-//! `outputs.rs`), or four warps multiply together, with 64 rows (`group.rs`).
+//! `outputs.rs`), or four warps with 16 rows each multiply together (`group.rs`).
 //!
 //! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which
 //! depends on the row of S and on the chunk's largest value (`tiles.rs`): down to 2^-22 of what it is made
@@ -158,7 +158,9 @@ unsafe fn rows<const TILES: usize, const OWN: usize, G: TensorCore + AsyncCopy>(
 /// As [`run`].
 #[inline(always)]
 unsafe fn part(gpu: &impl Gpu, args: &Args) -> Part {
-    let (group, _) = args.slices.divide(gpu.block()[0]);
+    // Worked out anew each time: from chunk to chunk there are no registers for it.
+    let block = gpu.unforeseen(u64::from(gpu.block()[0])) as u32;
+    let (group, _) = args.slices.divide(block);
     let (number, _) = args.num_v_heads.divide(group);
     // SAFETY: the caller's promise.
     unsafe { Part::of_group(gpu, args, number) }
@@ -242,16 +244,22 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         self.args.scratch.v + (head + u64::from(row)) * u64::from(CHUNK * 2)
     }
 
+    /// Where what outputs are multiplied with begins, from row `row` of the v head on.
+    #[inline(always)]
+    pub(super) fn scales(&self, chunk: u32, row: u32) -> u64 {
+        let place = self.v_head(chunk) * u64::from(self.args.dv) + u64::from(row);
+        self.args.scratch.out_scales + place * 4
+    }
+
     /// Puts what brings the outputs of a row, which are [`T_RAISED`], back to what they are.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
     pub(super) unsafe fn put_scale(&self, chunk: u32, row: u32, down: f32) {
-        let place = self.v_head(chunk) * u64::from(self.args.dv) + u64::from(row);
         let scale = down * (self.args.scale / T_RAISED);
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.store4(self.args.scratch.out_scales + place * 4, scale.to_bits()) };
+        unsafe { self.gpu.store4(self.scales(chunk, row), scale.to_bits()) };
     }
 
     /// Brings the window of the convolution up to date, the block some of the channels. One thread moves a

@@ -132,8 +132,10 @@ impl<const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'_, BY_GROUP, G> {
         place: Place,
         s: &mut [Tile],
     ) {
+        // Worked out anew each time: from chunk to chunk there are no registers for it.
+        let head = self.gpu.unforeseen(u64::from(self.head)) as u32;
         // SAFETY: the caller's promise.
-        unsafe { exchange::<READ, TILES>(self.gpu, self.head, states, place, s) }
+        unsafe { exchange::<READ, TILES>(self.gpu, head, states, place, s) }
     }
 }
 

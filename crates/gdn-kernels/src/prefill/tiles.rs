@@ -36,17 +36,19 @@ pub(super) fn inverse(power: f32) -> f32 {
 /// The absolute numbers of the lane's two rows of some tiles, added up over the four lanes that have them.
 #[inline(always)]
 pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
-    let mut sums = [0.0f32; 2];
+    // By columns too: what does not wait for the number before.
+    let mut sums = [0.0f32; 4];
     let mut tile = 0;
     while tile < tiles.len() {
         let mut i = 0;
         while i < 4 {
-            sums[i / 2] += tiles[tile][i].abs();
+            sums[i] += tiles[tile][i].abs();
             i += 1;
         }
         tile += 1;
     }
-    [gpu.sum::<4>(sums[0]), gpu.sum::<4>(sums[1])]
+    let [a, b, c, d] = sums;
+    [gpu.sum::<4>(a + b), gpu.sum::<4>(c + d)]
 }
 
 /// What brings a row of S back, of the sums that are made with what is left of U at the chunk's end, times
@@ -66,13 +68,33 @@ pub(super) fn packed(gpu: &impl TensorCore, low: &Tile, high: &Tile, factors: [f
 /// What the tokens of a chunk make as the left sides of products.
 #[inline(always)]
 pub(super) fn lefts(gpu: &impl TensorCore, tokens: &Tokens) -> [[u32; 4]; 4] {
+    scaled(gpu, tokens, [1.0; 2])
+}
+
+/// 64 columns as the left sides of products, each row times its factor.
+#[inline(always)]
+pub(super) fn scaled(gpu: &impl TensorCore, tiles: &[Tile; 8], factors: [f32; 2]) -> [[u32; 4]; 4] {
     let mut left = [[0; 4]; 4];
     let mut k16 = 0;
     while k16 < 4 {
-        left[k16] = packed(gpu, &tokens[2 * k16], &tokens[2 * k16 + 1], [1.0; 2]);
+        left[k16] = packed(gpu, &tiles[2 * k16], &tiles[2 * k16 + 1], factors);
         k16 += 1;
     }
     left
+}
+
+/// What is left of S at the chunk's end: apart from what its tokens make, which comes later.
+#[inline(always)]
+pub(super) fn faded(tiles: &mut [Tile], all: f32) {
+    let mut tile = 0;
+    while tile < tiles.len() {
+        let mut i = 0;
+        while i < 4 {
+            tiles[tile][i] *= all;
+            i += 1;
+        }
+        tile += 1;
+    }
 }
 
 /// Makes X of what 16 keys find in S, in two tiles: `words` are their values, as `ldmatrix` brings them,

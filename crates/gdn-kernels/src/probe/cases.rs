@@ -276,13 +276,15 @@ pub fn cases() -> Vec<Case> {
 
 type Wgmma = (&'static str, Kernel, u32, bool);
 
-const WGMMA: [Wgmma; 6] = [
+const WGMMA: [Wgmma; 8] = [
     ("gdn_probe_wgmma_bf16_n32", entries::gdn_probe_wgmma_bf16_n32, 32, true),
     ("gdn_probe_wgmma_f16_n64", entries::gdn_probe_wgmma_f16_n64, 64, false),
     ("gdn_probe_wgmma_bf16_n128", entries::gdn_probe_wgmma_bf16_n128, 128, true),
     ("gdn_probe_wgmma_f16_n128", entries::gdn_probe_wgmma_f16_n128, 128, false),
     ("gdn_probe_wgmma_bf16_n192", entries::gdn_probe_wgmma_bf16_n192, 192, true),
     ("gdn_probe_wgmma_f16_n256", entries::gdn_probe_wgmma_f16_n256, 256, false),
+    ("gdn_probe_wgmma_left_f16_n64", entries::gdn_probe_wgmma_left_f16_n64, 64, false),
+    ("gdn_probe_wgmma_left_bf16_n128", entries::gdn_probe_wgmma_left_bf16_n128, 128, true),
 ];
 
 /// The 16-bit words of bytes.
@@ -318,7 +320,9 @@ pub fn products(case: &Case) -> Vec<Product> {
         let (a, b) = case.input.split_at(m * k * 2);
         // By the instances in `entries.rs`.
         let (a_other, b_other) = match case.name {
-            "gdn_probe_wgmma_bf16_n128" | "gdn_probe_wgmma_f16_n256" => (false, true),
+            "gdn_probe_wgmma_bf16_n128" | "gdn_probe_wgmma_f16_n256" | "gdn_probe_wgmma_left_bf16_n128" => {
+                (false, true)
+            }
             "gdn_probe_wgmma_f16_n128" => (true, false),
             "gdn_probe_wgmma_bf16_n192" => (true, true),
             _ => (false, false),

@@ -4,7 +4,7 @@ use std::panic::catch_unwind;
 
 use gdn_kernels::{
     emulator::{Launch, Memory, Thread, run},
-    gpu::{Accumulators, AsyncCopy, Bf16, Bytes16, EMPTY, Gpu, Hopper, K_MAJOR, Operand, Warp, Wgmma},
+    gpu::{Accumulators, AsyncCopy, Bf16, Bytes16, EMPTY, Gpu, Hopper, K_MAJOR, Lefts, Operand, Warp, Wgmma},
 };
 
 use crate::{found, right, sentence};
@@ -372,6 +372,70 @@ fn tiles(gpu: &Thread<'_>) -> [Operand; 2] {
 
 fn product(gpu: &Thread<'_>, d: &mut Accumulators<4>, [a, b]: [Operand; 2]) {
     unsafe { gpu.wgmma::<Bf16, K_MAJOR, K_MAJOR, 4>(d, a, b, true) }
+}
+
+fn product_left(gpu: &Thread<'_>, d: &mut Accumulators<4>, a: &mut Lefts<1>, b: Operand) {
+    unsafe { gpu.wgmma_left::<Bf16, K_MAJOR, 1, 4>(d, a, 0, b, true) }
+}
+
+/// Ones.
+fn left() -> Lefts<1> {
+    Lefts::new([[0x3f80_3f80; 4]])
+}
+
+#[test]
+fn misused_left_sides_are_found() {
+    let launch = Launch::new([1; 3], 128).shared(8192 + 1024);
+    found(
+        launch,
+        &[
+            ("left side that was written with no wgmma_begin", |_, gpu| {
+                let ([_, b], mut d, mut a) = (tiles(gpu), Accumulators::zero(), left());
+                gpu.sums(&mut d);
+                gpu.wgmma_begin();
+                product_left(gpu, &mut d, &mut a, b);
+            }),
+            ("left side that was written with no wgmma_begin", |_, gpu| {
+                let ([_, b], mut d, mut a) = (tiles(gpu), Accumulators::zero(), left());
+                gpu.sums(&mut d);
+                gpu.wgmma_begin();
+                gpu.lefts(&mut a)[0] = [0; 4];
+                product_left(gpu, &mut d, &mut a, b);
+            }),
+            ("touches the left side of a product that it has not waited for", |_, gpu| {
+                let ([_, b], mut d, mut a) = (tiles(gpu), Accumulators::zero(), left());
+                gpu.sums(&mut d);
+                gpu.lefts(&mut a);
+                gpu.wgmma_begin();
+                product_left(gpu, &mut d, &mut a, b);
+                gpu.wgmma_commit();
+                gpu.wgmma_wait::<1>();
+                gpu.lefts(&mut a);
+            }),
+            ("stores a row of a matrix at 9216 of shared memory", |_, gpu| unsafe {
+                gpu.store_matrix4(8960 + gpu.lane() * 16, [0; 4]);
+            }),
+            ("with no barrier between", |_, gpu| unsafe {
+                gpu.store_matrix4(gpu.thread() % 32 * 16, [0; 4]);
+            }),
+        ],
+    );
+    right(
+        launch,
+        &[|_, gpu| {
+            let ([a_at, b], mut d, mut a) = (tiles(gpu), Accumulators::zero(), left());
+            for round in 1..3 {
+                gpu.sums(&mut d);
+                gpu.lefts(&mut a);
+                gpu.wgmma_begin();
+                product_left(gpu, &mut d, &mut a, b);
+                product(gpu, &mut d, [a_at, b]);
+                gpu.wgmma_commit();
+                gpu.wgmma_wait::<0>();
+                assert_eq!(*gpu.sums(&mut d), [32.0 * round as f32; 4]);
+            }
+        }],
+    );
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! [`Wgmma`] on the host. Products are worked out at once; until their group was waited for, their operands
 //! are lent and their sums are not to be had.
 
-use std::{collections::VecDeque, vec::Vec};
+use std::{collections::VecDeque, format, string::String, vec::Vec};
 
 use super::{
-    Thread, WARP,
+    Thread, WARP, bytes,
     schedule::Company,
     sums::{Factor, Model},
+    tensor_core::pair,
 };
-use crate::gpu::{Accumulators, Float16, OTHER_MAJOR, Operand, Swizzle, Wgmma};
+use crate::gpu::{Accumulators, Bytes16, Float16, Lefts, OTHER_MAJOR, Operand, Swizzle, Wgmma};
 
 const GROUP: usize = 4 * WARP;
 /// Beyond every number of a product: the registers may have been written, at the time in the low bits.
@@ -89,21 +90,71 @@ fn read<T: Float16>(
     matrix
 }
 
-struct Registers<const N: usize> {
+/// What a thread brings to a product.
+struct Registers<const N: usize, A> {
     d: Accumulators<N>,
-    a: Operand,
+    a: A,
     b: Operand,
     add: bool,
 }
 
+/// Its part of a left side, and which product was the last to read it.
+#[derive(Clone, Copy)]
+struct Left {
+    words: [u32; 4],
+    product: u64,
+}
+
 fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const N: usize>(
     company: &Company<'_>,
-    registers: &mut [&mut Registers<N>],
+    registers: &mut [&mut Registers<N, Operand>],
+) {
+    let a = registers[0].a;
+    let same = registers.iter().all(|r| r.a == a);
+    assert!(same, "{}", differ(company));
+    multiply::<T, B_MAJOR, N, Operand>(company, registers, |lent| {
+        read::<T>(company, &a, A_MAJOR == OTHER_MAJOR, 64, lent)
+    });
+}
+
+fn product_left<T: Float16, const B_MAJOR: bool, const N: usize>(
+    company: &Company<'_>,
+    registers: &mut [&mut Registers<N, Left>],
+) {
+    let mut a = std::vec![[Factor::ZERO; 16]; 64];
+    of(company, |products| {
+        for (thread, registers) in registers.iter_mut().enumerate() {
+            let Left { words, product } = &mut registers.a;
+            let is_read = *product != 0 && *product & WRITTEN == 0;
+            let is_ready = *product & WRITTEN != 0 && (*product & !WRITTEN) < products.begun;
+            assert!(
+                is_read || is_ready,
+                "a product of the warpgroup at {} takes a left side that was written with no wgmma_begin after it",
+                company.cluster.name(company.first)
+            );
+            *product = products.time + 1;
+            let (warp, g, t) = (thread / WARP, thread % WARP / 4, thread % 4);
+            for (i, word) in words.iter().enumerate() {
+                let (row, k) = (16 * warp + g + 8 * (i % 2), 2 * t + 8 * (i / 2));
+                a[row][k..k + 2].copy_from_slice(&pair::<T>(*word));
+            }
+        }
+    });
+    multiply::<T, B_MAJOR, N, Left>(company, registers, |_| a);
+}
+
+fn differ(company: &Company<'_>) -> String {
+    format!("threads of the warpgroup at {} name different operands", company.cluster.name(company.first))
+}
+
+fn multiply<T: Float16, const B_MAJOR: bool, const N: usize, A>(
+    company: &Company<'_>,
+    registers: &mut [&mut Registers<N, A>],
+    a: impl FnOnce(&mut Vec<u32>) -> Vec<[Factor; 16]>,
 ) {
     let &Company { cluster, block, first } = company;
-    let (a, b, add) = (registers[0].a, registers[0].b, registers[0].add);
-    let same = registers.iter().all(|r| (r.a, r.b, r.add) == (a, b, add));
-    assert!(same, "threads of the warpgroup at {} name different operands", cluster.name(first));
+    let (b, add) = (registers[0].b, registers[0].add);
+    assert!(registers.iter().all(|r| (r.b, r.add) == (b, add)), "{}", differ(company));
     let warpgroup = first % cluster.launch.threads as usize / GROUP;
     let mut products = cluster.blocks[block].products.borrow_mut();
     let products = &mut products[warpgroup];
@@ -117,7 +168,7 @@ fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const N: usize>
     }
     products.time += 1;
     let mut lent = std::mem::take(&mut products.open);
-    let a = read::<T>(company, &a, A_MAJOR == OTHER_MAJOR, 64, &mut lent);
+    let a = a(&mut lent);
     let b = read::<T>(company, &b, B_MAJOR == OTHER_MAJOR, 2 * N, &mut lent);
     products.open = lent;
     for (thread, registers) in registers.iter_mut().enumerate() {
@@ -128,6 +179,20 @@ fn product<T: Float16, const A_MAJOR: bool, const B_MAJOR: bool, const N: usize>
             *sum = Model::HARDWARE.dot(&a[row], &b[column], before);
         }
         registers.d.product = products.time;
+    }
+}
+
+/// Writes four matrices, whose rows the lanes name.
+fn store(company: &Company<'_>, registers: &mut [&mut (u32, [u32; 4])]) {
+    let &Company { cluster, block, first } = company;
+    let mut shared = cluster.blocks[block].shared.borrow_mut();
+    let clocks = cluster.clocks.borrow();
+    for lane in 0..WARP {
+        let (matrix, row, at) = (lane / 8, lane % 8, registers[lane].0);
+        let words: [u32; 4] = core::array::from_fn(|t| registers[4 * row + t].1[matrix]);
+        if let Err(why) = shared.store(&clocks, first + lane, at, &bytes(Bytes16(words))) {
+            panic!("{} stores a row of a matrix at {at} of shared memory, {why}", cluster.name(first + lane));
+        }
     }
 }
 
@@ -172,6 +237,26 @@ impl Wgmma for Thread<'_> {
             .d;
     }
 
+    unsafe fn wgmma_left<T: Float16, const B_MAJOR: bool, const K16: usize, const REGISTERS: usize>(
+        &self,
+        d: &mut Accumulators<REGISTERS>,
+        a: &mut Lefts<K16>,
+        k16: usize,
+        b: Operand,
+        add: bool,
+    ) {
+        assert!([4, 8, 16, 32, 48, 64, 96, 128].contains(&REGISTERS), "no product has {REGISTERS} registers");
+        let left = Left { words: a.words[k16], product: a.product };
+        let registers = Registers { d: *d, a: left, b, add };
+        let name = "a product of a warpgroup with a left side in registers";
+        let after = self.collective(GROUP, name, registers, product_left::<T, B_MAJOR, REGISTERS>);
+        (*d, a.product) = (after.d, after.a.product);
+    }
+
+    unsafe fn store_matrix4(&self, at: u32, words: [u32; 4]) {
+        self.collective(WARP, "a store of four matrices", (at, words), store);
+    }
+
     fn wgmma_commit(&self) {
         self.collective(GROUP, "wgmma_commit", (), |company, _| {
             of(company, |products| {
@@ -205,5 +290,15 @@ impl Wgmma for Thread<'_> {
         });
         d.product = WRITTEN | now;
         &mut d.values
+    }
+
+    fn lefts<'a, const K16: usize>(&self, a: &'a mut Lefts<K16>) -> &'a mut [[u32; 4]; K16] {
+        let now = self.with_products(|products| {
+            let done = a.product & WRITTEN != 0 || a.product <= products.done;
+            assert!(done, "{} touches the left side of a product that it has not waited for", self.name());
+            products.time
+        });
+        a.product = WRITTEN | now;
+        &mut a.words
     }
 }

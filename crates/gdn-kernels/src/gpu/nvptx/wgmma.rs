@@ -3,7 +3,7 @@
 use core::arch::asm;
 
 use super::{Nvptx, Shared};
-use crate::gpu::{Accumulators, Float16, Operand, Wgmma};
+use crate::gpu::{Accumulators, Float16, Lefts, Operand, Wgmma};
 
 /// One product, and the registers' numbers in it.
 macro_rules! product {
@@ -17,6 +17,24 @@ macro_rules! product {
                 inout(reg32) $d[$first], $(inout(reg32) $d[$i],)*
                 add = in(reg32) $add, a = in(reg64) $a, b = in(reg64) $b,
                 a_major = const A_MAJOR as u32, b_major = const B_MAJOR as u32,
+                options(nostack));
+        }
+    };
+}
+
+/// One with a left side in registers.
+macro_rules! product_left {
+    ($n:literal, $type:literal, $d:ident, $a:ident, $b:ident, $add:ident, $first:literal $($i:literal)*) => {
+        // SAFETY: the caller's promise; `$d` has so many registers.
+        unsafe {
+            asm!(
+                concat!("{{ .reg .pred add; setp.ne.u32 add, {add}, 0; ",
+                    "wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $type, ".", $type, " ",
+                    "{{", "{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, add, 1, 1, {b_major}; }}"),
+                inout(reg32) $d[$first], $(inout(reg32) $d[$i],)*
+                add = in(reg32) $add, b = in(reg64) $b,
+                a0 = in(reg32) $a[0], a1 = in(reg32) $a[1], a2 = in(reg32) $a[2], a3 = in(reg32) $a[3],
+                b_major = const B_MAJOR as u32,
                 options(nostack));
         }
     };
@@ -64,6 +82,39 @@ macro_rules! sizes {
             }
 
             #[inline(always)]
+            unsafe fn wgmma_left<T: Float16, const B_MAJOR: bool, const K16: usize, const REGISTERS: usize>(
+                &self,
+                d: &mut Accumulators<REGISTERS>,
+                a: &mut Lefts<K16>,
+                k16: usize,
+                b: Operand,
+                add: bool,
+            ) {
+                let (a, b, add) = (a.words[k16], b.descriptor(S::base()), u32::from(add));
+                match REGISTERS {
+                    $($registers => {
+                        // SAFETY: as many registers as `REGISTERS` says.
+                        let d = unsafe { &mut *(&raw mut d.values).cast::<[f32; $registers]>() };
+                        if T::BF16 {
+                            product_left!($n, "bf16", d, a, b, add, $($i)*);
+                        } else {
+                            product_left!($n, "f16", d, a, b, add, $($i)*);
+                        }
+                    })*
+                    _ => panic!(),
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_matrix4(&self, at: u32, [a, b, c, d]: [u32; 4]) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{}], {{{}, {}, {}, {}}};",
+                        in(reg32) self.shared(at), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+                }
+            }
+
+            #[inline(always)]
             fn wgmma_commit(&self) {
                 // SAFETY: ends a group.
                 unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
@@ -86,6 +137,17 @@ macro_rules! sizes {
                     _ => panic!(),
                 }
                 &mut d.values
+            }
+
+            #[inline(always)]
+            fn lefts<'a, const K16: usize>(&self, a: &'a mut Lefts<K16>) -> &'a mut [[u32; 4]; K16] {
+                let mut k16 = 0;
+                while k16 < K16 {
+                    let words = &mut a.words[k16];
+                    settle!(words, 0 1 2 3);
+                    k16 += 1;
+                }
+                &mut a.words
             }
         }
     };

@@ -451,10 +451,10 @@ pub(super) fn scans() {
     let hopper = Profile { multiprocessors: 132, ..WHOLE };
     let ampere = Profile { shared: 163 << 10, wgmma: false, multiprocessors: 108, ..WHOLE };
     for (heads, profile, kernel, threads) in [
-        ([1, 1, 128, 64], hopper, "gdn_prefill_scan_group_128", 384),
-        ([4, 8, 128, 128], hopper, "gdn_prefill_scan_group_128", 384),
-        ([16, 32, 128, 128], hopper, "gdn_prefill_scan_group_128", 384),
-        ([4, 8, 64, 64], hopper, "gdn_prefill_scan_group_64", 384),
+        ([1, 1, 128, 64], hopper, "gdn_prefill_scan_group_128", 256),
+        ([4, 8, 128, 128], hopper, "gdn_prefill_scan_group_128", 256),
+        ([16, 32, 128, 128], hopper, "gdn_prefill_scan_group_128", 256),
+        ([4, 8, 64, 64], hopper, "gdn_prefill_scan_group_64", 256),
         // 64 rows are no part of 96.
         ([16, 32, 96, 96], hopper, "gdn_prefill_scan_96", 128),
         ([4, 8, 192, 192], hopper, "gdn_prefill_scan_192", 256),
