@@ -17,8 +17,10 @@ const MOST_SCRATCH: usize = 512 << 20;
 /// One sequence alone goes in two windows, where its chunks times the blocks of 64 rows of S are so many: with
 /// fewer, more launches cost more than the scan hides of the others.
 const FEWEST: usize = 1024;
-/// Of more blocks than [`SOME_BLOCKS`], which leave few multiprocessors to the kernels beside them, it takes more.
-const FEWEST_OF_MANY: usize = 6144;
+/// Of more blocks than [`FEW_BLOCKS`] it takes more, and of more than [`SOME_BLOCKS`], which leave few
+/// multiprocessors to the kernels beside them, still more.
+const FEWEST_OF_SOME: usize = 3072;
+const FEWEST_OF_MANY: usize = 12288;
 const SOME_BLOCKS: usize = 64;
 /// So many leave them none.
 const ALL_BLOCKS: usize = 128;
@@ -84,7 +86,7 @@ fn windows(layer: &Layer, chunks: usize) -> usize {
     let all = chunks.saturating_mul(blocks);
     match blocks {
         ..=FEW_BLOCKS if all >= FEWEST => (all / OF_A_WINDOW).clamp(2, MOST_WINDOWS),
-        ..=SOME_BLOCKS if all >= FEWEST => 2,
+        ..=SOME_BLOCKS if all >= FEWEST_OF_SOME => 2,
         ..ALL_BLOCKS if all >= FEWEST_OF_MANY => 2,
         _ => 1,
     }
@@ -131,13 +133,14 @@ mod tests {
     fn a_long_sequence_alone_goes_in_windows() {
         for (heads, num_tokens, expected) in [
             ([16, 32, 128, 128], 512, 1),
-            ([16, 32, 128, 128], 1536, 2),
+            ([16, 32, 128, 128], 2048, 1),
+            ([16, 32, 128, 128], 3072, 2),
             ([16, 32, 128, 128], 8192, 2),
             ([4, 8, 128, 128], 2048, 1),
             ([4, 8, 128, 128], 8192, 2),
             ([4, 8, 128, 128], 32768, 4),
             ([8, 16, 128, 128], 32768, 4),
-            ([16, 48, 128, 128], 2048, 1),
+            ([16, 48, 128, 128], 4096, 1),
             ([16, 48, 128, 128], 8192, 2),
             ([16, 64, 128, 128], 8192, 1),
         ] {
