@@ -180,9 +180,16 @@ pub static MODULES: &[Module] = &[
     },
     Module {
         op: "prefill",
+        target: Target::Sm90,
+        ptx: text!("prefill.sm_90.ptx"),
+        code: of_hopper!("sm_90", "prefill.sm_90.sm_90.cubin"),
+        families: PREFILL,
+    },
+    Module {
+        op: "prefill",
         target: Target::Sm80,
         ptx: text!("prefill.sm_80.ptx"),
-        code: of_hopper!("sm_90", "prefill.sm_80.sm_90.cubin"),
+        code: &[],
         families: PREFILL,
     },
     // Beside the other kernels, on devices that have it.
@@ -329,11 +336,11 @@ const fn scan(name: &'static str) -> Kernel {
 
 const PREFILL: &[&[Kernel]] = &[
     &[
-        Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_128").threads(64) },
+        Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_128").threads(128) },
         Kernel { blocks: 4, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
         Kernel { blocks: 3, ..prefill("gdn_prefill_norm", 256) },
     ],
-    &[Kernel { blocks: 8, ..Kernel::new("gdn_prefill_convolve_256").threads(64) }],
+    &[Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_256").threads(128) }],
     &[Kernel { blocks: 6, ..Kernel::new("gdn_prefill_convolve_any").threads(64) }],
     &[scan("gdn_prefill_scan_64").hmma(136)],
     &[scan("gdn_prefill_scan_96").hmma(184)],
@@ -343,7 +350,7 @@ const PREFILL: &[&[Kernel]] = &[
     &[scan("gdn_prefill_transition_64").hmma(84)],
     &[scan("gdn_prefill_transition_96").hmma(116)],
     &[scan("gdn_prefill_transition_128").hmma(148)],
-    &[Kernel::new("gdn_prefill_combine").threads(512)],
+    &[Kernel { blocks: 1, ..Kernel::new("gdn_prefill_combine").threads(256).hmma(48) }],
 ];
 
 /// One block a multiprocessor, which has no shared memory for another one.

@@ -24,14 +24,19 @@ pub const GROUP_STAGES: u32 = 3;
 pub const TRANSITION_THREADS: u32 = 256;
 /// Threads of a block that goes from segment to segment, the most columns of S it takes, its rows of S, and its
 /// bytes of shared memory.
-pub const COMBINE_THREADS: u32 = 512;
+pub const COMBINE_THREADS: u32 = 256;
 /// See [`COMBINE_THREADS`].
 pub const COMBINE_COLUMNS: u32 = 128;
 /// See [`COMBINE_THREADS`].
-pub const COMBINE_ROWS: u32 = 8;
+pub const COMBINE_ROWS: u32 = 16;
 /// See [`COMBINE_THREADS`].
-pub const COMBINE_BYTES: u32 = COMBINE_THREADS * COMBINE_ROWS * 4;
-/// Threads of a block of the convolution.
+pub const COMBINE_BYTES: u32 = 2 * COMBINE_HALF;
+/// Bytes of S that is handed over from warp to warp: rows in two f16 a number, and of 16 columns of a row a power of
+/// two. There is room for two, which take turns.
+pub const COMBINE_HALF: u32 = COMBINE_ROWS * COMBINE_COLUMNS * 4 + COMBINE_ROWS * COMBINE_COLUMNS / 16 * 4;
+/// Room for what brings M of a v head back.
+pub const SCALES_OF_M: u32 = COMBINE_COLUMNS / 16;
+/// Threads of a block of the convolution, or half of them: the rows of a thread begin at multiples of 8.
 pub const CONVOLVE_THREADS: u32 = 64;
 /// P is stored as so many times what it is. No number of it is larger than 1 and a little: what decays make
 /// small is a normal f16 down to 2^-28.
@@ -137,12 +142,14 @@ pub struct Segments {
     /// By the blocks of the transitions for a segment and v head.
     pub slices: Divisor,
     /// By the blocks that go from segment to segment for a sequence and v head.
-    pub eighths: Divisor,
+    pub sixteenths: Divisor,
     /// max(DV, DK)
     pub rows_behind: u32,
     /// For each segment that others follow, of a window: `[HV, DV, DK]`, f32: Z, then the state that the next
-    /// one begins with; `[HV, rows_behind, DK]`, f32: M, or of the first segment what the sequence begins
-    /// with.
+    /// one begins with; `[HV, rows_behind, DK]`, f32, of the first segment what the sequence begins with, of
+    /// another one M, and there in the place of `[DK, DK]` f32 `[DK / 16, DK / 16, 2, 32, 4]` words, 16 rows by 16
+    /// columns as a warp's right side, two f16 each: what is rounded, and what was lost by that; then
+    /// `[HV, SCALES_OF_M]`, f32: what brings 16 rows of M back.
     pub places: u64,
     /// Bytes of one.
     pub place_bytes: u64,
@@ -166,7 +173,7 @@ impl Segments {
             longest: 1,
             stages: 2,
             slices: one,
-            eighths: one,
+            sixteenths: one,
             rows_behind: 0,
             places: 0,
             place_bytes: 0,
@@ -180,7 +187,8 @@ impl Segments {
     #[must_use]
     pub const fn at(self, at: u64, chunks: u64, hv: u64, dk: u64, dv: u64) -> Self {
         let behind = if dv > dk { dv } else { dk };
-        let (state, place_bytes) = (hv * dv * dk * 4, hv * (dv + behind) * dk * 4);
+        let scales = hv * SCALES_OF_M as u64 * 4;
+        let (state, place_bytes) = (hv * dv * dk * 4, hv * (dv + behind) * dk * 4 + scales);
         let open = at + self.places(chunks) * place_bytes;
         let starts = open + 2 * place_bytes;
         Self {
@@ -192,6 +200,19 @@ impl Segments {
             bytes: starts + 2 * state - at,
             ..self
         }
+    }
+
+    /// Where a v head's M is, or what the sequence begins with, in the place of a segment.
+    #[inline(always)]
+    pub(super) fn rows_of_m(&self, place: u64, head: u32, args: &Args) -> u64 {
+        let row = args.num_v_heads.get() * args.dv + head * self.rows_behind;
+        place + u64::from(row) * u64::from(args.dk * 4)
+    }
+
+    /// Where what brings its M back is.
+    #[inline(always)]
+    pub(super) fn scales_of_m(&self, place: u64, head: u32, heads: u32) -> u64 {
+        place + self.place_bytes - u64::from((heads - head) * SCALES_OF_M * 4)
     }
 
     /// Segments that others follow, in a window of so many chunks: one that goes on from the window before,

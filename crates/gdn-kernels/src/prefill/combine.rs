@@ -1,36 +1,55 @@
 //! From segment to segment of a sequence: the state that each begins with, `S M + Z` of the one before. A
-//! block for each sequence that is cut, v head and 8 rows of S; sums are f32.
+//! block for each sequence that is cut, v head and 16 rows of S.
+//!
+//! A warp has 16 columns. Numbers of S and of M are split in two f16 each, what is rounded and what was lost
+//! by it, which have 22 bits together, and brought into range by powers of two: of S one for 16 columns of a
+//! row, of M ([`transition`](super::transition) does that) one for 16 rows. So products over 16 columns of S
+//! are added up in f32 outside of the tensor cores. What the next segment needs is asked for a segment ahead.
 
 use gdn_math::Lanes;
 
 use super::{
-    args::{Args, COMBINE_COLUMNS, COMBINE_ROWS, COMBINE_THREADS},
+    args::{Args, COMBINE_COLUMNS, COMBINE_HALF, COMBINE_ROWS},
+    element::power,
+    prepare::split,
     segment::{Part, Walk},
+    tiles::Tile,
 };
-use crate::gpu::{Bytes16, Gpu};
+use crate::gpu::{Bytes16, F16, TensorCore};
 
-/// Threads share the numbers of a column of M.
-const SHARES: u32 = COMBINE_THREADS / COMBINE_COLUMNS;
-/// Of which each has so many, at most.
-const MOST: usize = (COMBINE_COLUMNS / SHARES) as usize;
-const ROWS: usize = COMBINE_ROWS as usize;
-/// Bytes of a column of the block's rows.
-const COLUMN: u32 = COMBINE_ROWS * 4;
-/// Behind the rows: of all shares but the first what they add.
-const ADDED: u32 = COMBINE_COLUMNS * COLUMN;
+/// Columns of a warp, and rows of M that are multiplied at a time.
+const COLUMNS: u32 = 16;
+const SIXTEENS: usize = (COMBINE_COLUMNS / COLUMNS) as usize;
+/// Where rows of S are handed over: of each 16 columns two left sides, then what brings rows back.
+const LEFT: u32 = 512;
+const SCALES: u32 = SIXTEENS as u32 * 2 * LEFT;
+const ROW_SCALES: u32 = SIXTEENS as u32 * 4;
+
+/// The warp's columns of the block's rows.
+type Rows = [Tile; 2];
+
+/// What a segment that others follow makes: of M, for each 16 rows, the warp's columns as two right sides,
+/// and what brings these back; and Z.
+#[derive(Clone, Copy)]
+struct Made {
+    m: [[[u32; 4]; 2]; SIXTEENS],
+    scales: [[u32; 4]; 2],
+    z: Rows,
+}
 
 /// The kernel.
 ///
 /// # Safety
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
-pub unsafe fn run(gpu: &impl Gpu, args: &Args) {
-    gpu.wait_for_previous();
-    let (rest, slice) = args.segments.eighths.divide(gpu.block()[0]);
+pub unsafe fn run(gpu: &impl TensorCore, args: &Args) {
+    let (rest, slice) = args.segments.sixteenths.divide(gpu.block()[0]);
     let (number, head) = args.num_v_heads.divide(rest);
     // SAFETY: the caller's promises.
     unsafe {
         let part = Part::of_sequence(gpu, args, number);
+        gpu.wait_for_previous();
+        gpu.let_next_start();
         if part.is_there {
             Block { gpu, args, head, first: slice * COMBINE_ROWS }.run(part);
         }
@@ -44,16 +63,15 @@ struct Block<'a, G> {
     first: u32,
 }
 
-impl<G: Gpu> Block<'_, G> {
+impl<G: TensorCore> Block<'_, G> {
     #[inline(always)]
     unsafe fn run(&self, part: Part) {
         let Self { gpu, args, .. } = *self;
-        let share = gpu.thread() / COMBINE_COLUMNS;
         let mut walk = part.walk(args);
         // SAFETY: as `run`.
         unsafe {
-            // The state at the start of the segment, and how much of M was asked for ahead.
-            let mut rows = [0.0; ROWS];
+            // The state at the start of the segment.
+            let mut rows = Rows::default();
             if walk.is_first() {
                 // It began with what the sequence begins with.
                 if walk.is_made(args) {
@@ -63,167 +81,195 @@ impl<G: Gpu> Block<'_, G> {
             } else {
                 rows = self.read(args.segments.starts[0]);
             }
-            let mut of_m = self.ask(&walk);
+            let mut next = self.ask(&walk);
+            let mut half = 0;
             while walk.is_made(args) {
-                let now = of_m;
-                let made = walk.made(args);
+                let now = next;
+                let to = walk.made(args);
                 walk.go_on();
-                of_m = self.ask(&walk);
-                self.hand_over(0, &rows, share == 0);
-                if share == 0 {
-                    // Z is asked for here, not where it is added to.
-                    rows = self.read(made);
-                }
+                self.hand_over(half, &rows);
+                next = self.ask(&walk);
                 gpu.barrier();
-                let sums = self.products(&now);
-                self.hand_over(share * ADDED, &sums, share > 0);
-                gpu.barrier();
-                if share == 0 {
-                    self.add(&sums, &mut rows);
-                    self.write(made, &rows);
+                if self.has_columns() {
+                    rows = self.product(half, &now);
+                    self.write(to, &rows);
                 }
+                // Nobody writes there before all have come to the barrier once more.
+                half = COMBINE_HALF - half;
             }
             // For the next window, in which this segment ends.
-            if walk.is_open(args) && share == 0 {
+            if walk.is_open(args) {
                 self.write(args.segments.starts[1], &rows);
             }
         }
     }
 
-    /// Whether the thread has a column.
+    /// The warp's first column.
     #[inline(always)]
-    fn column(&self) -> Option<u32> {
-        let column = self.gpu.thread() % COMBINE_COLUMNS;
-        if column < self.args.dk { Some(column) } else { None }
+    fn column(&self) -> u32 {
+        self.gpu.thread() / 32 * COLUMNS
     }
 
-    /// Where the thread's column of the block's first row is.
+    /// Whether it has some.
     #[inline(always)]
-    fn place(&self, at: u64, column: u32) -> u64 {
-        let row = self.head * self.args.dv + self.first;
-        at + u64::from(row) * u64::from(self.args.dk * 4) + u64::from(column * 4)
+    fn has_columns(&self) -> bool {
+        self.column() < self.args.dk
     }
 
-    /// The thread's column of the block's rows.
+    /// Where the lane's first two numbers are of states that are dense, from `at` on.
     #[inline(always)]
-    unsafe fn read(&self, at: u64) -> [f32; ROWS] {
-        let mut rows = [0.0; ROWS];
-        if let Some(column) = self.column() {
-            let at = self.place(at, column);
-            let mut r = 0;
-            while r < ROWS {
+    fn place(&self, at: u64) -> u64 {
+        let lane = self.gpu.lane();
+        let row = u64::from(self.head * self.args.dv + self.first + lane / 4) * u64::from(self.args.dk * 4);
+        at + row + u64::from(self.column() * 4 + lane % 4 * 8)
+    }
+
+    /// The thread's part of the block's rows.
+    #[inline(always)]
+    unsafe fn read(&self, at: u64) -> Rows {
+        let mut rows = Rows::default();
+        if self.has_columns() {
+            let at = self.place(at);
+            let mut i = 0;
+            while i < 4 {
+                let (tile, r) = (i / 2, i % 2);
+                let at = at + u64::from(r as u32 * 8 * self.args.dk * 4 + tile as u32 * 32);
                 // SAFETY: as `run`.
-                rows[r] =
-                    f32::from_bits(unsafe { self.gpu.load4(at + u64::from(r as u32 * self.args.dk * 4)) });
-                r += 1;
+                let two = unsafe { self.gpu.load8(at) };
+                rows[tile][2 * r] = f32::from_bits(two as u32);
+                rows[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
+                i += 1;
             }
         }
         rows
     }
 
     #[inline(always)]
-    unsafe fn write(&self, at: u64, rows: &[f32; ROWS]) {
-        if let Some(column) = self.column() {
-            let at = self.place(at, column);
-            let mut r = 0;
-            while r < ROWS {
-                // SAFETY: as `run`.
-                unsafe { self.gpu.store4(at + u64::from(r as u32 * self.args.dk * 4), rows[r].to_bits()) };
-                r += 1;
-            }
-        }
-    }
-
-    /// The thread's share of its column of M of a segment, where it has one that ends in the window.
-    #[inline(always)]
-    unsafe fn ask(&self, walk: &Walk) -> [f32; MOST] {
-        let Self { gpu, args, head, .. } = *self;
-        let mut numbers = [0.0; MOST];
-        if let (Some(column), true) = (self.column(), walk.is_made(args)) {
-            let share = args.dk / SHARES;
-            let row = args.num_v_heads.get() * args.dv
-                + head * args.segments.rows_behind
-                + gpu.thread() / COMBINE_COLUMNS * share;
-            let at = walk.made(args) + u64::from(row) * u64::from(args.dk * 4) + u64::from(column * 4);
+    unsafe fn write(&self, at: u64, rows: &Rows) {
+        if self.has_columns() {
+            let at = self.place(at);
             let mut i = 0;
-            while i < MOST {
-                if (i as u32) < share {
-                    // SAFETY: as `run`.
-                    numbers[i] = f32::from_bits(unsafe { gpu.load4(at + u64::from(i as u32 * args.dk * 4)) });
-                }
+            while i < 4 {
+                let (tile, r) = (i / 2, i % 2);
+                let two = [0, 1].map(|c| u64::from(rows[tile][2 * r + c].to_bits()));
+                let at = at + u64::from(r as u32 * 8 * self.args.dk * 4 + tile as u32 * 32);
+                // SAFETY: as `run`.
+                unsafe { self.gpu.store8(at, two[0] | two[1] << 32) };
                 i += 1;
             }
         }
-        numbers
     }
 
-    /// Puts a column of the block's rows into shared memory.
+    /// What a segment makes, where it ends in the window.
     #[inline(always)]
-    unsafe fn hand_over(&self, at: u32, rows: &[f32; ROWS], is_wanted: bool) {
-        if let (Some(column), true) = (self.column(), is_wanted) {
-            let mut four = 0;
-            while four < ROWS / 4 {
-                let words = [0, 1, 2, 3].map(|i| rows[4 * four + i].to_bits());
-                // SAFETY: as `run`.
-                unsafe { self.gpu.store_shared16(at + column * COLUMN + four as u32 * 16, Bytes16(words)) };
-                four += 1;
-            }
-        }
-    }
-
-    /// What the thread's share of M adds to its column of the rows.
-    #[inline(always)]
-    unsafe fn products(&self, of_m: &[f32; MOST]) -> [f32; ROWS] {
-        let Self { gpu, args, .. } = *self;
-        let share = args.dk / SHARES;
-        let first = gpu.thread() / COMBINE_COLUMNS * share;
-        let mut sums = [0.0; ROWS];
-        let mut i = 0;
-        while i < MOST {
-            if (i as u32) < share {
-                let mut four = 0;
-                while four < ROWS / 4 {
-                    let at = (first + i as u32) * COLUMN + four as u32 * 16;
-                    // SAFETY: as `run`; a barrier is past.
-                    let Bytes16(words) = unsafe { gpu.load_shared16(at) };
-                    let mut r = 0;
-                    while r < 4 {
-                        let sum = &mut sums[4 * four + r];
-                        *sum = Lanes::mul_add(f32::from_bits(words[r]), of_m[i], *sum);
-                        r += 1;
+    unsafe fn ask(&self, walk: &Walk) -> Made {
+        let Self { gpu, args, head, .. } = *self;
+        let mut made = Made { m: [[[0; 4]; 2]; SIXTEENS], scales: [[0; 4]; 2], z: Rows::default() };
+        if walk.is_made(args) && self.has_columns() {
+            let from = walk.made(args);
+            let sixteens = args.dk / COLUMNS;
+            let at = args.segments.rows_of_m(from, head, args)
+                + u64::from(gpu.thread() / 32 * 2 * LEFT + gpu.lane() * 16);
+            let scales = args.segments.scales_of_m(from, head, args.num_v_heads.get());
+            // SAFETY: as `run`.
+            unsafe {
+                let mut sixteen = 0;
+                while sixteen < SIXTEENS {
+                    if (sixteen as u32) < sixteens {
+                        let at = at + u64::from(sixteen as u32 * sixteens * 2 * LEFT);
+                        Bytes16(made.m[sixteen][0]) = gpu.load16(at);
+                        Bytes16(made.m[sixteen][1]) = gpu.load16(at + u64::from(LEFT));
                     }
-                    four += 1;
+                    sixteen += 1;
                 }
+                Bytes16(made.scales[0]) = gpu.load16(scales);
+                let mut sixteen = 4;
+                while sixteen < SIXTEENS {
+                    if (sixteen as u32) < sixteens {
+                        made.scales[1][sixteen - 4] = gpu.load4(scales + sixteen as u64 * 4);
+                    }
+                    sixteen += 1;
+                }
+                made.z = self.read(from);
             }
-            i += 1;
         }
-        sums
+        made
     }
 
-    /// Adds all shares' sums to Z.
+    /// Puts the warp's columns where all multiply them; zeros, where it has none.
     #[inline(always)]
-    unsafe fn add(&self, sums: &[f32; ROWS], z: &mut [f32; ROWS]) {
+    unsafe fn hand_over(&self, half: u32, rows: &Rows) {
+        let gpu = self.gpu;
+        let (warp, lane) = (gpu.thread() / 32, gpu.lane());
+        let (mut kept, mut lost) = ([0; 4], [0; 4]);
         let mut r = 0;
-        while r < ROWS {
-            z[r] += sums[r];
+        while r < 2 {
+            let [[a, b], [c, d]] = [0, 1].map(|tile: usize| [rows[tile][2 * r], rows[tile][2 * r + 1]]);
+            let mut largest = a.abs().max(b.abs()).max(c.abs().max(d.abs()));
+            let mut mask = 2;
+            while mask > 0 {
+                largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
+                mask /= 2;
+            }
+            let (up, down) = power(largest);
+            [kept[r], lost[r]] = split(gpu, [a * up, b * up]);
+            [kept[r + 2], lost[r + 2]] = split(gpu, [c * up, d * up]);
+            if lane.is_multiple_of(4) {
+                let at = half + SCALES + (lane / 4 + r as u32 * 8) * ROW_SCALES + warp * 4;
+                // SAFETY: as `run`.
+                unsafe { gpu.store_shared4(at, down.to_bits()) };
+            }
             r += 1;
         }
-        let Some(column) = self.column() else { return };
-        let mut share = 1;
-        while share < SHARES {
-            let mut four = 0;
-            while four < ROWS / 4 {
-                let at = share * ADDED + column * COLUMN + four as u32 * 16;
-                // SAFETY: as `run`; a barrier is past.
-                let Bytes16(words) = unsafe { self.gpu.load_shared16(at) };
+        let at = half + warp * 2 * LEFT + lane * 16;
+        // SAFETY: as `run`.
+        unsafe {
+            gpu.store_shared16(at, Bytes16(kept));
+            gpu.store_shared16(at + LEFT, Bytes16(lost));
+        }
+    }
+
+    /// The rows that were handed over, times M, and Z.
+    #[inline(always)]
+    unsafe fn product(&self, half: u32, made: &Made) -> Rows {
+        let gpu = self.gpu;
+        let scales = half + SCALES + gpu.lane() / 4 * ROW_SCALES;
+        let mut rows = made.z;
+        let mut downs = [[0; 4]; 2];
+        // Of shorter keys the last are zeros: without branches one does not wait for the other.
+        let mut sixteen = 0;
+        while sixteen < SIXTEENS {
+            let left = half + sixteen as u32 * 2 * LEFT + gpu.lane() * 16;
+            // SAFETY: as `run`; a barrier is past.
+            let (Bytes16(kept), Bytes16(lost)) =
+                unsafe { (gpu.load_shared16(left), gpu.load_shared16(left + LEFT)) };
+            if sixteen.is_multiple_of(4) {
                 let mut r = 0;
-                while r < 4 {
-                    z[4 * four + r] += f32::from_bits(words[r]);
+                while r < 2 {
+                    let at = scales + r as u32 * 8 * ROW_SCALES + sixteen as u32 * 4;
+                    // SAFETY: as above.
+                    Bytes16(downs[r]) = unsafe { gpu.load_shared16(at) };
                     r += 1;
                 }
-                four += 1;
             }
-            share += 1;
+            let of_m = f32::from_bits(made.scales[sixteen / 4][sixteen % 4]);
+            let down = [0, 1].map(|r: usize| f32::from_bits(downs[r][sixteen % 4]) * of_m);
+            let [of_kept, of_lost] = made.m[sixteen];
+            let mut tile = 0;
+            while tile < 2 {
+                let two = |words: [u32; 4]| [words[2 * tile], words[2 * tile + 1]];
+                let mut found = gpu.mma::<F16>(kept, two(of_lost), [0.0; 4]);
+                found = gpu.mma::<F16>(lost, two(of_kept), found);
+                found = gpu.mma::<F16>(kept, two(of_kept), found);
+                let mut i = 0;
+                while i < 4 {
+                    rows[tile][i] = Lanes::mul_add(found[i], down[i / 2], rows[tile][i]);
+                    i += 1;
+                }
+                tile += 1;
+            }
+            sixteen += 1;
         }
+        rows
     }
 }

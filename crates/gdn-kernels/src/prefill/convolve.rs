@@ -4,7 +4,7 @@
 use gdn_math::{Lanes, quick};
 
 use super::{
-    args::{ATOM, Args, BF16, CHUNK, CONVOLVE_THREADS, F32, SLICE, TAPS},
+    args::{ATOM, Args, BF16, CHUNK, F32, SLICE, TAPS},
     element::{load, load4, of_vector, power, size, store, widened},
     sequence::Sequence,
 };
@@ -50,7 +50,6 @@ struct Block<'a, G> {
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.
 #[inline(always)]
 pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, args: &Args) {
-    gpu.wait_for_previous();
     let (chunk, number) = args.all_heads.divide(gpu.block()[0]);
     let (hk, dk, dv) = (args.num_k_heads.get(), args.dk, args.dv);
     // SAFETY: the caller's promises, here and below.
@@ -164,7 +163,8 @@ impl<G: TensorCore> Block<'_, G> {
     #[inline(always)]
     unsafe fn convolve<const FORM: u32, const LANES: u32>(&self) {
         let Self { gpu, args, dim, .. } = *self;
-        let run = CHUNK * LANES / CONVOLVE_THREADS;
+        // A multiple of 8, see `CONVOLVE_THREADS`. That a block has threads the compiler need not know.
+        let run = (CHUNK * LANES).checked_div(gpu.threads()).unwrap_or(CHUNK);
         let first = gpu.thread() / LANES * run;
         let own = gpu.lane() % LANES * WIDTH;
         let has = own < dim;
@@ -246,8 +246,7 @@ impl<G: TensorCore> Block<'_, G> {
                 }
                 put.numbers(gpu, numbers);
                 token += AHEAD;
-                // How long a run is is not told to the compiler in another way: it would unroll it.
-                if token.is_multiple_of(run) {
+                if token == first + run {
                     break;
                 }
             }

@@ -31,7 +31,6 @@ fn place(row: u32, warp: u32) -> u32 {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    gpu.wait_for_previous();
     let (chunk, head) = args.num_v_heads.divide(gpu.block()[0]);
     let (warp, lane, dv) = (gpu.thread() / 32, gpu.lane(), args.dv);
     let of_head = u64::from(chunk * args.num_v_heads.get() + head);
@@ -41,27 +40,11 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
+            // Whoever waits for this kernel waits for those before it, too.
+            gpu.wait_for_previous();
             return;
         };
         let is_there = sequence.slot >= 0;
-        if is_there {
-            let from = args.scratch.v + of_head * u64::from(dv * ROW);
-            let mut i = gpu.thread();
-            while i < dv * ROW / 16 {
-                // The pieces of a row lie in another order there, too.
-                let (row, piece) = (i / (ROW / 16), i % (ROW / 16));
-                gpu.copy16(place(row, piece ^ (row % 8)), from + u64::from(i * 16), true);
-                i += THREADS;
-            }
-            if gpu.thread() < dv {
-                let i = gpu.thread();
-                let scale =
-                    gpu.load4(args.scratch.out_scales + of_head * u64::from(dv * 4) + u64::from(i * 4));
-                gpu.store_shared4(scales + i * 4, scale);
-                gpu.store_shared4(weights + i * 4, of_vector(gpu, &args.norm_weight, i).to_bits());
-            }
-            gpu.commit_copies();
-        }
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
         let token = warp * 8 + lane / 4;
         let has_token = token < tokens;
@@ -89,6 +72,26 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
             }
         };
         load(&mut gates, 0);
+        // What is above the scan has no part in.
+        gpu.wait_for_previous();
+        if is_there {
+            let from = args.scratch.v + of_head * u64::from(dv * ROW);
+            let mut i = gpu.thread();
+            while i < dv * ROW / 16 {
+                // The pieces of a row lie in another order there, too.
+                let (row, piece) = (i / (ROW / 16), i % (ROW / 16));
+                gpu.copy16(place(row, piece ^ (row % 8)), from + u64::from(i * 16), true);
+                i += THREADS;
+            }
+            if gpu.thread() < dv {
+                let i = gpu.thread();
+                let scale =
+                    gpu.load4(args.scratch.out_scales + of_head * u64::from(dv * 4) + u64::from(i * 4));
+                gpu.store_shared4(scales + i * 4, scale);
+                gpu.store_shared4(weights + i * 4, of_vector(gpu, &args.norm_weight, i).to_bits());
+            }
+            gpu.commit_copies();
+        }
         gpu.wait_copies::<0>();
         gpu.barrier();
         // Eight columns of the lane's token.

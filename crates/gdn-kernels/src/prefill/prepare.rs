@@ -61,16 +61,15 @@ struct Block<'a, G> {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    gpu.wait_for_previous();
     let (chunk, head) = args.num_k_heads.divide(gpu.block()[0]);
     // SAFETY: the caller's promises, here and below.
     unsafe {
-        let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
+        let found = Sequence::of_chunk(gpu, args, args.first_chunk + chunk);
+        let Some((sequence, before)) = found.filter(|(sequence, _)| sequence.slot >= 0) else {
+            // Whoever waits for this kernel waits for those before it, too.
+            gpu.wait_for_previous();
             return;
         };
-        if sequence.slot < 0 {
-            return;
-        }
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
         let room = PrepareRoom::new(args.dk, args.ratio.get());
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
@@ -131,12 +130,11 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         gpu.commit_copies();
     }
 
-    /// What the gates of two tokens of v head `h` are made of.
+    /// What the gates of two tokens of v head `h` are made of, but for what the convolution made.
     #[inline(always)]
     unsafe fn inputs(&self, h: u32) -> Inputs {
         let Self { gpu, args, .. } = self;
         let head = self.head * args.ratio.get() + h;
-        let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
         let token = 2 * gpu.lane();
         // SAFETY: as `run`.
         unsafe {
@@ -156,11 +154,21 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 b: [one(&args.b, token), one(&args.b, token + 1)],
                 a_log: of_head(&args.A_log),
                 dt_bias: of_head(&args.dt_bias),
-                k_squares: gpu.load8(args.scratch.k_squares + (key + u64::from(token)) * 4),
-                v_scales: gpu.load8(
-                    args.scratch.v_scales + (self.v_head(h) * u64::from(CHUNK) + u64::from(token)) * 4,
-                ),
+                ..Inputs::default()
             }
+        }
+    }
+
+    /// What the convolution made.
+    #[inline(always)]
+    unsafe fn convolved(&self, h: u32, inputs: &mut Inputs) {
+        let Self { gpu, args, .. } = self;
+        let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
+        let place = |row: u64| (row + u64::from(2 * gpu.lane())) * 4;
+        // SAFETY: as `run`.
+        unsafe {
+            inputs.k_squares = gpu.load8(args.scratch.k_squares + place(key));
+            inputs.v_scales = gpu.load8(args.scratch.v_scales + place(self.v_head(h) * u64::from(CHUNK)));
         }
     }
 
@@ -176,11 +184,18 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             if h < args.ratio.get() {
                 next = self.inputs(h);
             }
+            // What is above the convolution has no part in.
+            gpu.wait_for_previous();
+            gpu.let_next_start();
+            if h < args.ratio.get() {
+                self.convolved(h, &mut next);
+            }
             self.fetch();
             while h < args.ratio.get() {
                 let inputs = next;
                 if h + WARPS < args.ratio.get() {
                     next = self.inputs(h + WARPS);
+                    self.convolved(h + WARPS, &mut next);
                 }
                 let a_log = inputs.a_log.value(*gpu, args.A_log.dtype);
                 let dt_bias = inputs.dt_bias.value(*gpu, args.dt_bias.dtype);
@@ -588,7 +603,7 @@ fn in_tile(row: u32, half: u32) -> u32 {
 
 /// Two numbers as f16, and what is lost by that: together some 22 bits.
 #[inline(always)]
-fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
+pub(super) fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
     let kept = gpu.pack_f16(a, b);
     let [kept_a, kept_b] = gpu.unpack_f16(kept);
     [kept, gpu.pack_f16(a - kept_a, b - kept_b)]

@@ -173,12 +173,13 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
     /// As [`run`].
     #[inline(always)]
     unsafe fn new(gpu: &'a G, args: &'a Args, [rows, copiers]: [u32; 2]) -> Option<Self> {
-        gpu.wait_for_previous();
         let (group, slice) = args.slices.divide(gpu.block()[0]);
         let (_, head) = args.num_v_heads.divide(group);
         let room = ScanRoom::new(args.dk, rows / SLICE, BY_GROUP);
         // SAFETY: the caller's promise.
         let part = unsafe { part(gpu, args) };
+        gpu.wait_for_previous();
+        gpu.let_next_start();
         if !part.is_there {
             return None;
         }

@@ -53,7 +53,8 @@ impl Part {
     /// segments.
     ///
     /// The parts of sequence r are numbered from r on: what goes on from the window before first, then by
-    /// where they begin in the window, in steps of the shortest segment. No two are one number.
+    /// where they begin in the window, in steps of the shortest segment. No two are one number. Those of a
+    /// sequence alone are numbered one after the other, so that there are no blocks without one.
     ///
     /// # Safety
     /// The indices of the arguments are there.
@@ -79,30 +80,41 @@ impl Part {
                 }
             }
             let sequence = Sequence::new(gpu, args, low);
-            let goes_on = sequence.first_chunk < window;
-            if group <= low {
-                let mut part = Self::containing(args, sequence, window);
-                part.is_there &= goes_on && part.first < window;
-                return part;
-            }
-            let at = (group - low - 1).saturating_mul(shortest.get()).saturating_add(window);
             let length = length(args, sequence.chunks());
-            let before = at.saturating_sub(sequence.first_chunk);
-            let mut part = Self::new(args, sequence, divide(before.saturating_add(length - 1), length));
-            part.is_there &= part.first.wrapping_sub(at) < shortest.get();
+            // The segment that has the window's first chunk, or the first that begins at `at` or behind.
+            let mut index = divide(window.saturating_sub(sequence.first_chunk), length);
+            // Where it is to begin, and in how many chunks.
+            let (mut at, mut within) = (0, if sequence.first_chunk < window { window } else { 0 });
+            if args.num_sequences == 1 {
+                (index, within) = (index + group, u32::MAX);
+            } else if group > low {
+                at = (group - low - 1).saturating_mul(shortest.get()).saturating_add(window);
+                within = shortest.get();
+                let before = at.saturating_sub(sequence.first_chunk);
+                index = divide(before.saturating_add(length - 1), length);
+            }
+            let mut part = Self::new(args, sequence, index);
+            part.is_there &= part.first.wrapping_sub(at) < within;
             part
         }
     }
 
     /// The segment that place `place` of the window's is for: 0 for the one that goes on from the window
     /// before, then by where they begin in the window, in steps of the shortest segment. Only those that
-    /// others follow have a place.
+    /// others follow have a place. Of a sequence alone as [`Part::of_group`].
     ///
     /// # Safety
     /// As [`Part::of_group`].
     #[inline(always)]
     pub(super) unsafe fn of_place(gpu: &impl Gpu, args: &Args, place: u32) -> Self {
         let (window, shortest) = (args.first_chunk, args.segments.shortest.get());
+        if args.num_sequences == 1 {
+            // SAFETY: the caller's promise.
+            let sequence = unsafe { Sequence::new(gpu, args, 0) };
+            let mut part = Self::behind(args, sequence, place);
+            part.is_there &= !part.is_last;
+            return part;
+        }
         // A segment that others follow is as long as the shortest, so it has the last chunk of its step.
         let chunk = if place == 0 { window } else { window + place * shortest - 1 };
         // SAFETY: the caller's promise.
@@ -115,13 +127,20 @@ impl Part {
     }
 
     /// Of the segments that end in the window the first of the `number`th sequence that is cut; 0 for the
-    /// sequence that goes on from the window before.
+    /// sequence that goes on from the window before. Of a sequence alone, which is the only number, its own.
     ///
     /// # Safety
     /// As [`Part::of_group`].
     #[inline(always)]
     pub(super) unsafe fn of_sequence(gpu: &impl Gpu, args: &Args, number: u32) -> Self {
         let (window, from) = (args.first_chunk, args.segments.from);
+        if args.num_sequences == 1 {
+            // SAFETY: the caller's promise.
+            let sequence = unsafe { Sequence::new(gpu, args, 0) };
+            let mut part = Self::behind(args, sequence, 0);
+            part.is_there &= part.sequence.chunks() >= from;
+            return part;
+        }
         // A sequence that is cut has a multiple of so many chunks, and is found by its first.
         let multiple = divide(window + from - 1, from) * from;
         let chunk = if number == 0 { window } else { multiple + (number - 1) * from };
@@ -133,6 +152,13 @@ impl Part {
         part.is_there &=
             if number == 0 { first < window } else { first >= window && chunk.wrapping_sub(first) < from };
         part
+    }
+
+    /// The segment of a sequence that is so many behind the window's first.
+    #[inline(always)]
+    fn behind(args: &Args, sequence: Sequence, number: u32) -> Self {
+        let first = Self::containing(args, sequence, args.first_chunk);
+        Self::new(args, sequence, first.index + number)
     }
 
     /// The segment of a sequence that has a chunk.

@@ -8,6 +8,8 @@ use super::{
     args::{
         ATOM, Args, CHUNK, FACTORS, SLICE, TRANSITION_THREADS, TransitionRoom, WARP_ROWS, padded, state_row,
     },
+    element::power,
+    prepare::split,
     rows::{from_left, to_end, update},
     segment::Part,
     states::{Place, States, exchange},
@@ -18,6 +20,7 @@ use crate::gpu::{AsyncCopy, Bytes16, Swizzle, TensorCore};
 /// Rows of a block.
 const ROWS: u32 = TRANSITION_THREADS / 32 * WARP_ROWS;
 
+/// A block's part of the call.
 struct Block<'a, G> {
     gpu: &'a G,
     args: &'a Args,
@@ -36,24 +39,37 @@ struct Block<'a, G> {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    gpu.wait_for_previous();
-    let (rest, slice) = args.segments.slices.divide(gpu.block()[0]);
-    let (place, head) = args.num_v_heads.divide(rest);
-    let of_values = args.dv.div_ceil(ROWS);
-    let has_values = slice < of_values;
     // SAFETY: the caller's promises.
     unsafe {
-        let part = Part::of_place(gpu, args, place);
-        if !part.is_there || (part.index == 0 && !has_values) {
-            return;
+        if let Some(block) = Block::new::<TILES>(gpu, args) {
+            block.run::<TILES>();
         }
-        let first = ROWS * if has_values { slice } else { slice - of_values };
-        let room = TransitionRoom::new(8 * TILES as u32);
-        Block { gpu, args, room, part, head, has_values, first }.run::<TILES>();
     }
 }
 
-impl<G: TensorCore + AsyncCopy> Block<'_, G> {
+impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
+    /// `None` where there is nothing to do.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    unsafe fn new<const TILES: usize>(gpu: &'a G, args: &'a Args) -> Option<Self> {
+        let (rest, slice) = args.segments.slices.divide(gpu.block()[0]);
+        let (place, head) = args.num_v_heads.divide(rest);
+        let of_values = args.dv.div_ceil(ROWS);
+        let has_values = slice < of_values;
+        // SAFETY: the caller's promises.
+        let part = unsafe { Part::of_place(gpu, args, place) };
+        gpu.wait_for_previous();
+        gpu.let_next_start();
+        if !part.is_there || (part.index == 0 && !has_values) {
+            return None;
+        }
+        let first = ROWS * if has_values { slice } else { slice - of_values };
+        let room = TransitionRoom::new(8 * TILES as u32);
+        Some(Self { gpu, args, room, part, head, has_values, first })
+    }
+
     #[inline(always)]
     unsafe fn run<const TILES: usize>(&self) {
         let Self { gpu, args, part, .. } = *self;
@@ -88,9 +104,10 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 i += 1;
             }
             gpu.wait_copies::<0>();
+            // Nobody needs the last chunk.
+            gpu.barrier();
             if is_there {
-                let to = if part.ends(args) { part.made(args) } else { args.segments.open[1] };
-                self.put::<TILES>(self.place(to, self.has_values), &s);
+                self.end::<TILES>(&s);
             }
         }
     }
@@ -129,7 +146,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
 
     /// What the rows begin with.
     #[inline(always)]
-    unsafe fn begin<const TILES: usize>(&self, s: &mut [Tile; TILES]) {
+    unsafe fn begin<const TILES: usize>(&self, s: &mut [Tile]) {
         let Self { gpu, args, part, head, .. } = *self;
         let (row, lane) = (self.row(), gpu.lane());
         // SAFETY: as `run`.
@@ -173,9 +190,79 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         }
     }
 
+    /// Puts what was made of the warp's rows, through where the chunks came.
+    #[inline(always)]
+    unsafe fn end<const TILES: usize>(&self, s: &[Tile]) {
+        let Self { args, part, .. } = *self;
+        // SAFETY: as `run`.
+        unsafe {
+            if !part.ends(args) {
+                self.put::<TILES>(self.place(args.segments.open[1], self.has_values), s);
+            } else if self.has_values {
+                self.put::<TILES>(self.place(part.made(args), true), s);
+            } else {
+                self.put_split::<TILES>(part.made(args), s);
+            }
+        }
+    }
+
+    /// Puts 16 rows of M as right sides, see [`Segments`](super::args::Segments).
+    #[inline(always)]
+    unsafe fn put_split<const TILES: usize>(&self, to: u64, s: &[Tile]) {
+        let Self { gpu, args, head, .. } = *self;
+        let (row, lane) = (self.row(), gpu.lane());
+        let row_bytes = padded(8 * TILES as u32);
+        let room = (row - self.first) * state_row(8 * TILES as u32);
+        let lost_room = room + WARP_ROWS * row_bytes;
+        let mut largest = 0.0f32;
+        let mut tile = 0;
+        while tile < TILES {
+            let [a, b, c, d] = s[tile].map(f32::abs);
+            largest = largest.max(a.max(b).max(c.max(d)));
+            tile += 1;
+        }
+        let mut mask = 16;
+        while mask > 0 {
+            largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
+            mask /= 2;
+        }
+        let (up, down) = power(largest);
+        // SAFETY: as `run`.
+        unsafe {
+            let own = room + lane / 4 * row_bytes + lane % 4 * 4;
+            let mut tile = 0;
+            while tile < TILES {
+                let mut r = 0;
+                while r < 2 {
+                    let [kept, lost] = split(gpu, [s[tile][2 * r] * up, s[tile][2 * r + 1] * up]);
+                    let at = own + r as u32 * 8 * row_bytes + tile as u32 * 16;
+                    gpu.store_shared4(at, kept);
+                    gpu.store_shared4(at + WARP_ROWS * row_bytes, lost);
+                    r += 1;
+                }
+                tile += 1;
+            }
+            gpu.sync_warp();
+            // Of 16 by 16 numbers the two matrices of the first 8 columns come first.
+            let line = (lane / 8 % 2 * 8 + lane % 8) * row_bytes + lane / 16 * 16;
+            let to_rows = args.segments.rows_of_m(to, head, args) + u64::from(row * args.dk * 4 + lane * 16);
+            let mut sixteen = 0;
+            while sixteen < TILES as u32 / 2 {
+                let to = to_rows + u64::from(sixteen * 1024);
+                gpu.store16(to, Bytes16(gpu.load_matrix4::<true>(room + line + sixteen * 32)));
+                gpu.store16(to + 512, Bytes16(gpu.load_matrix4::<true>(lost_room + line + sixteen * 32)));
+                sixteen += 1;
+            }
+            if lane == 0 {
+                let scales = args.segments.scales_of_m(to, head, args.num_v_heads.get());
+                gpu.store4(scales + u64::from(row / WARP_ROWS * 4), down.to_bits());
+            }
+        }
+    }
+
     /// Puts the warp's rows, the first of which begins at `to`.
     #[inline(always)]
-    unsafe fn put<const TILES: usize>(&self, to: u64, s: &[Tile; TILES]) {
+    unsafe fn put<const TILES: usize>(&self, to: u64, s: &[Tile]) {
         let Self { gpu, args, .. } = *self;
         let at = lane_place(gpu, args, to);
         let mut tile = 0;

@@ -36,8 +36,8 @@ pub(crate) enum Cutting {
 const BLOCKS: usize = 128;
 
 /// A segment's transition costs as much as its scan, and where there are more heads other windows' kernels run
-/// beside the scan. With four segments side by side (heads 8/16 of 128) a long sequence lost by them.
-const FEWEST: usize = 8;
+/// beside the scan. With four segments side by side (heads 8/16 of 128) a long sequence gained little or lost.
+const FEWEST: u32 = 8;
 
 impl Cutting {
     /// What is done with a layer.
@@ -50,9 +50,8 @@ impl Cutting {
             Self::As(cut) => Some(cut),
             Self::ByHeads => {
                 let blocks = heads.num_v_heads().saturating_mul(heads.head_v_dim()).div_ceil(64);
-                let most = BLOCKS / blocks.max(1);
-                let cut = Cut { from: 32, most: most.min(32) as u32, shortest: 8, longest: 32 };
-                (most >= FEWEST).then_some(cut)
+                let most = (BLOCKS / blocks.max(1)).min(32) as u32;
+                (most >= FEWEST).then_some(Cut { from: 32, most, shortest: 4, longest: 64 })
             }
         }
     }
@@ -75,7 +74,7 @@ impl Cutting {
             shortest: divisor(shortest as usize)?,
             longest,
             slices: divisor(slices)?,
-            eighths: divisor(heads.head_v_dim() / COMBINE_ROWS as usize)?,
+            sixteenths: divisor(heads.head_v_dim() / COMBINE_ROWS as usize)?,
             ..Segments::NONE
         })
     }
@@ -88,6 +87,21 @@ pub(crate) fn placed(segments: Segments, layer: &Layer, at: u64, window: usize) 
     segments.at(at, window as u64, hv, dk, dv)
 }
 
+/// The sequences and segments of `num_sequences` sequences with so many chunks that blocks of the scan are for, in
+/// windows of some chunks.
+pub(crate) fn groups(segments: &Segments, num_sequences: usize, chunks: usize, window: usize) -> usize {
+    if segments.is_cut == 0 {
+        return num_sequences;
+    }
+    let shortest = segments.shortest.get() as usize;
+    if num_sequences > 1 {
+        return num_sequences + window.div_ceil(shortest);
+    }
+    // However few of the chunks it has: one that goes on from the window before, and one that goes on behind.
+    let most = (segments.most.get() as usize).max(chunks.div_ceil(segments.longest as usize));
+    most.min(window / shortest + 2)
+}
+
 /// A launch that makes what the segments of a window begin with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
@@ -97,9 +111,14 @@ pub(crate) struct Grid {
     pub(crate) shared: u32,
 }
 
-/// Both of them, for windows of so many chunks, and how many chunks a block has in shared memory, of which the
-/// device has `shared` bytes. `None` for more blocks than a grid can have.
-pub(crate) fn grids(segments: &mut Segments, layer: &Layer, window: usize, shared: u32) -> Option<[Grid; 2]> {
+/// Both of them, for as many sequences and windows as in [`groups`], and how many chunks a block has in shared
+/// memory, of which the device has `shared` bytes. `None` for more blocks than a grid can have.
+pub(crate) fn grids(
+    segments: &mut Segments,
+    layer: &Layer,
+    [num_sequences, chunks, window]: [usize; 3],
+    shared: u32,
+) -> Option<[Grid; 2]> {
     let heads = layer.heads();
     let dk = heads.head_k_dim() as u32;
     let room = TransitionRoom::new(dk).bytes;
@@ -113,16 +132,20 @@ pub(crate) fn grids(segments: &mut Segments, layer: &Layer, window: usize, share
         let blocks = number.checked_mul(heads.num_v_heads() as u64)?.checked_mul(u64::from(of_one))?;
         u32::try_from(blocks).ok().filter(|blocks| *blocks < 1 << 31)
     };
+    let numbers = match num_sequences {
+        1 => [groups(segments, 1, chunks, window) as u64, 1],
+        _ => [segments.places(window as u64), segments.sequences(window as u64)],
+    };
     Some([
         Grid {
             kernel,
-            blocks: count(segments.places(window as u64), segments.slices.get())?,
+            blocks: count(numbers[0], segments.slices.get())?,
             threads: TRANSITION_THREADS,
             shared: segments.stages * room,
         },
         Grid {
             kernel: "gdn_prefill_combine",
-            blocks: count(segments.sequences(window as u64), segments.eighths.get())?,
+            blocks: count(numbers[1], segments.sixteenths.get())?,
             threads: COMBINE_THREADS,
             shared: COMBINE_BYTES,
         },

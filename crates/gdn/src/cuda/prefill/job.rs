@@ -32,6 +32,9 @@ const DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 /// The longest keys for which four warps multiply together: three chunks of longer ones have no room.
 const MOST_BY_GROUP: u32 = 128;
 
+/// Threads of the convolution that a multiprocessor has registers for.
+const CONVOLVE_ROOM: u64 = 512;
+
 /// Whether prefill on a GPU takes a layer: DK and DV of 64, 96, 128, 192 or 256, a `conv_width` of at most 4, a
 /// `beta_scale` from 0 to 2 (a larger one lets the delta rule grow without bound).
 ///
@@ -250,13 +253,14 @@ impl Job {
         let threads = if by_group || has(2 * SLICE, false, 1) { threads } else { 128 };
         let rows = if by_group { GROUP_ROWS } else { threads / 128 * SLICE };
         let slices = dv / rows;
-        // Where sequences are cut, so many more groups of blocks.
-        let more = if segments.is_cut == 0 { 0 } else { window.div_ceil(segments.shortest.get() as usize) };
-        let scan_blocks =
-            count((hv * slices as usize).checked_mul(num_sequences + more)).ok_or_else(too_many)?;
+        let groups = segments::groups(&segments, num_sequences, chunks, window);
+        let scan_blocks = count((hv * slices as usize).checked_mul(groups)).ok_or_else(too_many)?;
         let grids = match segments.is_cut {
             0 => None,
-            _ => Some(segments::grids(&mut segments, layer, window, profile.shared).ok_or_else(too_many)?),
+            _ => {
+                let lens = [num_sequences, chunks, window];
+                Some(segments::grids(&mut segments, layer, lens, profile.shared).ok_or_else(too_many)?)
+            }
         };
         let (chunks, window) = (number(chunks)?, number(window)?);
         count((window as usize).checked_mul(2 * hk + hv)).ok_or_else(too_many)?;
@@ -351,6 +355,13 @@ impl Job {
             && element == 2
             && is_wide(element * 2, fields.iter().flat_map(|f| [f.address, f.row_stride, f.head_step]))
             && tokens.conv_bias.is_none();
+        // Twice the threads of a block where all find room at once: tokens that a thread has come one after the other.
+        let all_heads = (2 * hk + hv) as u32;
+        let convolve_threads = {
+            let threads = u64::from(window) * u64::from(all_heads) * u64::from(2 * CONVOLVE_THREADS);
+            let has_room = threads <= u64::from(profile.multiprocessors) * CONVOLVE_ROOM;
+            if has_room && by_16_bytes { 2 * CONVOLVE_THREADS } else { CONVOLVE_THREADS }
+        };
         let convolve = Step {
             kernel: match dk.max(dv) {
                 _ if !by_16_bytes => "gdn_prefill_convolve_any",
@@ -358,8 +369,8 @@ impl Job {
                 _ => "gdn_prefill_convolve_256",
             },
             args,
-            blocks: (2 * hk + hv) as u32,
-            threads: CONVOLVE_THREADS,
+            blocks: all_heads,
+            threads: convolve_threads,
             shared: 0,
         };
         let prepare = Step {
@@ -461,8 +472,12 @@ impl Job {
         let sides = &gpu.kernels.sides;
         let side =
             if self.window < self.chunks { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };
+        // The first kernel begins when all before it is done. The others, where they are on one stream, may begin
+        // earlier, and wait for what the one before writes.
+        let ordinary = gpu.clone().programmatic(false);
         let mut launched = Ok(());
-        for (stage, step) in self.steps() {
+        for (i, (stage, step)) in self.steps().enumerate() {
+            let gpu = if i == 0 || side.is_some() { &ordinary } else { gpu };
             // SAFETY: the caller's promise.
             launched = unsafe { stage.launch(step, gpu, stream, side.as_ref()) };
             if launched.is_err() {

@@ -91,11 +91,9 @@ pub(crate) unsafe fn run(
         named(plan, |argument, address, _| gpu.owns(argument, address))?;
         gpu.owns("scratch", scratch.0)?;
     }
-    // The kernels are for compute capability 8.0 too, and wait for nothing by themselves.
-    let gpu = gpu.clone().programmatic(false);
     // SAFETY: the arguments were made from a checked plan, and the grids for them. The caller answers for the
     // memory and the stream.
-    unsafe { job.launch(&gpu, stream) }
+    unsafe { job.launch(gpu, stream) }
 }
 
 /// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
