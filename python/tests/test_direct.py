@@ -1,5 +1,6 @@
 """Calls of ``Layer.decode`` that need no frame of Python's: what is unusual is left to Python, and whoever looks sees Python's function."""
 
+import functools
 import inspect
 import sys
 
@@ -43,6 +44,18 @@ def test_a_call_has_no_frame():
     for decode in (layer.decode, lambda *some, **more: gdn.layer._decode(layer, *some, **more)):
         with pytest.raises(RuntimeError, match="has no derivative"):
             decode(*arguments, out=out)
+
+
+def test_a_function_of_somebody_elses_stays_what_it_is():
+    """An import hook may have wrapped the method: gdn is imported all the same, and calls go through what is there."""
+
+    def wrapped(*arguments, **options):
+        return gdn.Layer.decode(*arguments, **options)
+
+    for function in (wrapped, functools.partial(wrapped), lambda self, projections: None):
+        assert gdn._gdn.shorten(function, function) == (False, function)
+        assert gdn.layer._copy(functools.partial(wrapped)).func is wrapped
+    assert gdn.layer._IS_DIRECT == IS_DIRECT
 
 
 def test_python_sees_its_function():

@@ -76,7 +76,8 @@ struct Door {
 static DOOR: OnceLock<Door> = OnceLock::new();
 
 /// Has calls of `function`, `gdn.Layer.decode`, come here, where this Python can; `plain` is a copy of it. Whether
-/// it can, and the same as a function of C, which every Python can call.
+/// it can, and the same as a function of C, which every Python can call; `function` where somebody has put another one
+/// in its place.
 #[pyfunction]
 pub(crate) fn shorten<'py>(
     function: &Bound<'py, PyAny>,
@@ -86,14 +87,17 @@ pub(crate) fn shorten<'py>(
     type Set = unsafe extern "C" fn(*mut ffi::PyObject, Vectorcall);
     // SAFETY: the function of that name has that type; the interpreter has it for as long as it is.
     let set = unsafe { Library::this().get::<Set>("PyFunction_SetVectorcall").ok().map(|set| *set) };
+    // Who imports gdn may have put a function of their own around it, which stays what it is.
+    if !function.get_type().is(py.import("types")?.getattr("FunctionType")?) {
+        return Ok((false, function.clone()));
+    }
     let written: Vec<String> = function.getattr("__code__")?.getattr("co_varnames")?.extract()?;
     let none = || py.None();
     let expected = (1, none(), -1, none(), none(), false, none(), none(), none(), none());
     let has_names = written.iter().zip(ARGUMENTS).all(|(one, (name, _))| name.to_bytes() == one.as_bytes());
     let has_defaults = written.len() >= ARGUMENTS.len() && function.getattr("__defaults__")?.eq(expected)?;
-    let is_function = function.get_type().is(py.import("types")?.getattr("FunctionType")?);
-    if !(has_names && has_defaults && is_function) {
-        return Err(PySystemError::new_err("gdn.Layer.decode is not the function that was expected"));
+    if !(has_names && has_defaults) {
+        return Ok((false, function.clone()));
     }
     let names = ARGUMENTS.map(|(name, _)| PyString::intern(py, name.to_str().unwrap_or_default()).unbind());
     DOOR.get_or_init(|| Door { plain, names });
@@ -157,8 +161,10 @@ unsafe extern "C" fn vectorcall(
             error.restore(py);
             std::ptr::null_mut()
         }
-        Err(_) => {
-            PanicException::new_err("a bug of gdn: Layer.decode panicked").restore(py);
+        Err(payload) => {
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no text");
+            PanicException::new_err(format!("a bug of gdn: Layer.decode panicked: {text}")).restore(py);
             std::ptr::null_mut()
         }
     }

@@ -207,10 +207,12 @@ impl Fields {
         if dims > MAX_DIMS || (address < OFFSETS && numel != 0) {
             return None;
         }
+        let on_gpu = kind.device.kind == Device::CUDA;
+        let owner = if on_gpu { self.memory(handle)?.owner } else { [0; 2] };
         let numbers = (&sizes[..dims], Some(&strides[..dims]));
         let is_filled = into.fill(address, kind.dtype, kind.device, false, numbers.0, numbers.1);
-        if kind.device.kind == Device::CUDA {
-            let [first, second] = self.memory(handle)?.owner;
+        if on_gpu {
+            let [first, second] = owner;
             into.words = [about, keys, first as u64, second as u64];
         }
         is_filled.then_some(kind.number)
