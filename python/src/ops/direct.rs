@@ -43,7 +43,7 @@ enum Is {
     Tokens,
     PadSlotId,
     DisableStateUpdate,
-    /// By position
+    /// A tensor, by position.
     Tensor(usize),
 }
 

@@ -152,9 +152,8 @@ fn is_told<'py>(
     objects: &Objects<'_, 'py>,
 ) -> PyResult<bool> {
     // Indices have no derivatives.
-    let objects_of_floats =
-        objects.iter().enumerate().filter(|(i, _)| !is_index(*i)).filter_map(|(_, object)| *object);
-    if torch.is_watched(py, objects_of_floats, std::iter::empty())? {
+    let floats = objects.iter().enumerate().filter(|(i, _)| !is_index(*i)).filter_map(|(_, object)| *object);
+    if torch.is_watched(py, floats, std::iter::empty())? {
         return Ok(false);
     }
     let written = WRITTEN.iter().filter_map(|i| Some((objects[*i]?, names[*i])));
