@@ -38,6 +38,10 @@ enum Task {
         /// Fail where the committed PTX is stale, and write nothing
         #[arg(long)]
         check: bool,
+        /// Only the files whose names have this in them, such as prefill.sm_90a, for a look at one: what is
+        /// recorded of the sources stays stale until all are built
+        #[arg(long, value_name = "PART", conflicts_with = "check")]
+        only: Option<String>,
     },
     /// Compile the examples that are packages of their own, and run what a CPU can
     Examples,
@@ -59,7 +63,7 @@ fn main() -> ExitCode {
     let ended = match Args::parse().task {
         Task::Test(args) => test::run(&args),
         Task::Record(args) => record::run(&args),
-        Task::Ptx { check } => ptx::run(check),
+        Task::Ptx { check, only } => ptx::run(check, only.as_deref()),
         Task::Examples => examples::run(),
         Task::Ascend { pytest } => ascend::run(&pytest),
         Task::Engines { pytest } => engines::run(&pytest),

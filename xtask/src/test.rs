@@ -131,5 +131,5 @@ fn kernels() -> anyhow::Result<()> {
     if !ptx::can_build() {
         apt_install(&["rustc-web", "rust-web-src"])?;
     }
-    ptx::run(true)
+    ptx::run(true, None)
 }

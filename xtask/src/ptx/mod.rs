@@ -48,12 +48,13 @@ pub(crate) fn can_build() -> bool {
     Compiler::find().is_ok()
 }
 
-/// Builds the PTX; with `check`, holds it against the committed one instead of writing it.
+/// Builds the PTX; with `check`, holds it against the committed one instead of writing it. With `only`, that of
+/// the files whose names have this in them, and no more: the hash of the sources stays what it was.
 ///
 /// # Errors
 /// No compiler (the sentence says how to get one), PTX that is stale, or PTX that no driver would load, that
 /// is wrong or slow.
-pub(crate) fn run(check: bool) -> Result<()> {
+pub(crate) fn run(check: bool, only: Option<&str>) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
     let committed = root.join("crates/gdn-kernels/ptx");
     let hash = hash_of_sources(root)?;
@@ -76,12 +77,19 @@ pub(crate) fn run(check: bool) -> Result<()> {
         Build { compiler: &compiler, root, dir: target_dir.join("ptx"), tools: Tools::find(&target_dir)? };
     for module in PROBES.iter().chain(MODULES) {
         let file = format!("{}.{}.ptx", module.op, module.target.name());
+        if only.is_some_and(|part| !file.contains(part)) {
+            continue;
+        }
         let text = build.checked(module, &file).with_context(|| file.clone())?;
         keep(check, &committed, &file, text.as_bytes())?;
         for code in module.code {
             code_of(check, &build, &committed, (module, code), &text)?;
         }
         println!("ptx: {file}: {} kernels, {} bytes", module.kernels().count(), text.len());
+    }
+    if let Some(part) = only {
+        println!("ptx: only what has '{part}' in its name");
+        return Ok(());
     }
     build.the_gate_bites()?;
     nothing_else(&committed)?;
