@@ -124,11 +124,14 @@ kernels! { "prefill":
     gdn_prefill_combine(PrefillArgs) = prefill::combine::run;
 }
 
-// On compute capability 9.0 four warps of the scan multiply together.
+// On compute capability 9.0 four warps multiply together.
 kernels! { "prefill_wgmma":
     gdn_prefill_scan_group_64(PrefillArgs) = prefill::scan::run_by_group::<8, 1, _>;
     gdn_prefill_scan_group_96(PrefillArgs) = prefill::scan::run_by_group::<12, 2, _>;
     gdn_prefill_scan_group_128(PrefillArgs) = prefill::scan::run_by_group::<16, 2, _>;
+    gdn_prefill_transition_group_64(PrefillArgs) = prefill::transition_group::run::<8, 1, _>;
+    gdn_prefill_transition_group_96(PrefillArgs) = prefill::transition_group::run::<12, 2, _>;
+    gdn_prefill_transition_group_128(PrefillArgs) = prefill::transition_group::run::<16, 2, _>;
 }
 
 kernels! { "convergence":

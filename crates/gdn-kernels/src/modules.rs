@@ -353,7 +353,7 @@ const PREFILL: &[&[Kernel]] = &[
     &[Kernel { blocks: 1, ..Kernel::new("gdn_prefill_combine").threads(256).hmma(48) }],
 ];
 
-/// One block a multiprocessor, which has no shared memory for another one.
+/// One block a multiprocessor, which has no shared memory, or registers, for another one.
 const fn scan_by_group(name: &'static str) -> Kernel {
     Kernel { blocks: 1, ..prefill(name, 256) }
 }
@@ -362,6 +362,9 @@ const PREFILL_WGMMA: &[&[Kernel]] = &[
     &[scan_by_group("gdn_prefill_scan_group_64").hgmma(20)],
     &[scan_by_group("gdn_prefill_scan_group_96").hgmma(28)],
     &[scan_by_group("gdn_prefill_scan_group_128").hgmma(32)],
+    &[scan_by_group("gdn_prefill_transition_group_64").hgmma(12)],
+    &[scan_by_group("gdn_prefill_transition_group_96").hgmma(18)],
+    &[scan_by_group("gdn_prefill_transition_group_128").hgmma(20)],
 ];
 
 const CONVERGENCE: &[&[Kernel]] = &[&[

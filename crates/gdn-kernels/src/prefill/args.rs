@@ -142,7 +142,7 @@ pub struct Segments {
     /// By the blocks of the transitions for a segment and v head.
     pub slices: Divisor,
     /// By the blocks that go from segment to segment for a sequence and v head.
-    pub sixteenths: Divisor,
+    pub row_blocks: Divisor,
     /// max(DV, DK)
     pub rows_behind: u32,
     /// For each segment that others follow, of a window: `[HV, DV, DK]`, f32: Z, then the state that the next
@@ -173,7 +173,7 @@ impl Segments {
             longest: 1,
             stages: 2,
             slices: one,
-            sixteenths: one,
+            row_blocks: one,
             rows_behind: 0,
             places: 0,
             place_bytes: 0,
@@ -538,6 +538,41 @@ impl TransitionRoom {
         let v = factors + FACTORS;
         let slices = TRANSITION_THREADS / 32 * WARP_ROWS / SLICE;
         Self { k: 0, t, factors, v, bytes: v + slices * CHUNK * padded(SLICE) }
+    }
+}
+
+/// The same where four warps multiply together. Matrices are as in scratch.
+#[derive(Clone, Copy, Debug)]
+pub struct TransitionGroupRoom {
+    /// Of a chunk: `[DK, in atoms]`.
+    pub k: u32,
+    /// An atom.
+    pub t: u32,
+    /// `[slices][CHUNK][SLICE]`
+    pub v: u32,
+    /// Bytes of a chunk.
+    pub stage: u32,
+    /// Behind all chunks: of each the factors.
+    pub factors: u32,
+    /// Of each the mbarrier at which its copies arrive, then the one at which warps do that need it no more.
+    pub landed: u32,
+    /// How many bytes all take.
+    pub bytes: u32,
+}
+
+impl TransitionGroupRoom {
+    /// Chunks in shared memory: one that each group of four warps is at, which may be one apart, and the next two.
+    pub const STAGES: u32 = 4;
+
+    /// For keys of `dk` numbers.
+    #[inline(always)]
+    pub const fn new(dk: u32) -> Self {
+        let t = dk.div_ceil(CHUNK) * ATOM;
+        let v = t + ATOM;
+        let stage = v + TRANSITION_THREADS / 32 * WARP_ROWS * CHUNK * 2;
+        let factors = Self::STAGES * stage;
+        let landed = factors + Self::STAGES * FACTORS;
+        Self { k: 0, t, v, stage, factors, landed, bytes: landed + Self::STAGES * 16 }
     }
 }
 

@@ -11,9 +11,9 @@ use gdn_math::Lanes;
 use super::{
     args::{Args, COMBINE_COLUMNS, COMBINE_HALF, COMBINE_ROWS},
     element::power,
-    prepare::split,
     segment::{Part, Walk},
-    tiles::Tile,
+    states::{read_dense, write_dense},
+    tiles::{Tile, split},
 };
 use crate::gpu::{Bytes16, F16, TensorCore};
 
@@ -43,7 +43,7 @@ struct Made {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run(gpu: &impl TensorCore, args: &Args) {
-    let (rest, slice) = args.segments.sixteenths.divide(gpu.block()[0]);
+    let (rest, slice) = args.segments.row_blocks.divide(gpu.block()[0]);
     let (number, head) = args.num_v_heads.divide(rest);
     // SAFETY: the caller's promises.
     unsafe {
@@ -116,12 +116,11 @@ impl<G: TensorCore> Block<'_, G> {
         self.column() < self.args.dk
     }
 
-    /// Where the lane's first two numbers are of states that are dense, from `at` on.
+    /// Where the warp's columns of the block's rows begin, of states that are dense, from `at` on.
     #[inline(always)]
     fn place(&self, at: u64) -> u64 {
-        let lane = self.gpu.lane();
-        let row = u64::from(self.head * self.args.dv + self.first + lane / 4) * u64::from(self.args.dk * 4);
-        at + row + u64::from(self.column() * 4 + lane % 4 * 8)
+        let row = u64::from(self.head * self.args.dv + self.first) * u64::from(self.args.dk * 4);
+        at + row + u64::from(self.column() * 4)
     }
 
     /// The thread's part of the block's rows.
@@ -129,17 +128,8 @@ impl<G: TensorCore> Block<'_, G> {
     unsafe fn read(&self, at: u64) -> Rows {
         let mut rows = Rows::default();
         if self.has_columns() {
-            let at = self.place(at);
-            let mut i = 0;
-            while i < 4 {
-                let (tile, r) = (i / 2, i % 2);
-                let at = at + u64::from(r as u32 * 8 * self.args.dk * 4 + tile as u32 * 32);
-                // SAFETY: as `run`.
-                let two = unsafe { self.gpu.load8(at) };
-                rows[tile][2 * r] = f32::from_bits(two as u32);
-                rows[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
-                i += 1;
-            }
+            // SAFETY: as `run`.
+            unsafe { read_dense(self.gpu, self.place(at), self.args.dk, &mut rows) };
         }
         rows
     }
@@ -147,16 +137,8 @@ impl<G: TensorCore> Block<'_, G> {
     #[inline(always)]
     unsafe fn write(&self, at: u64, rows: &Rows) {
         if self.has_columns() {
-            let at = self.place(at);
-            let mut i = 0;
-            while i < 4 {
-                let (tile, r) = (i / 2, i % 2);
-                let two = [0, 1].map(|c| u64::from(rows[tile][2 * r + c].to_bits()));
-                let at = at + u64::from(r as u32 * 8 * self.args.dk * 4 + tile as u32 * 32);
-                // SAFETY: as `run`.
-                unsafe { self.gpu.store8(at, two[0] | two[1] << 32) };
-                i += 1;
-            }
+            // SAFETY: as `run`.
+            unsafe { write_dense(self.gpu, self.place(at), self.args.dk, rows) };
         }
     }
 

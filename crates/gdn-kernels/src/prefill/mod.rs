@@ -4,6 +4,7 @@
 //! chunk is whose the kernels read from `cu_seqlens`.
 
 pub mod args;
+mod chain;
 pub mod combine;
 pub mod convolve;
 mod element;
@@ -18,3 +19,4 @@ mod sequence;
 mod states;
 mod tiles;
 pub mod transition;
+pub mod transition_group;

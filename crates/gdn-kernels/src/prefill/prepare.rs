@@ -15,7 +15,7 @@ use super::{
     },
     element::{Element, size},
     sequence::Sequence,
-    tiles::Tile,
+    tiles::{Tile, split},
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, Swizzle, TensorCore};
 
@@ -599,14 +599,6 @@ fn tile_of(row: u32, column: u32) -> u32 {
 #[inline(always)]
 fn in_tile(row: u32, half: u32) -> u32 {
     row * SIDE * 2 + (half ^ (row / 4 % 2)) * 16
-}
-
-/// Two numbers as f16, and what is lost by that: together some 22 bits.
-#[inline(always)]
-pub(super) fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
-    let kept = gpu.pack_f16(a, b);
-    let [kept_a, kept_b] = gpu.unpack_f16(kept);
-    [kept, gpu.pack_f16(a - kept_a, b - kept_b)]
 }
 
 /// A block of accumulators as a left side, split, times a power of two.

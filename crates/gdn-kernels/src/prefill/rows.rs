@@ -9,7 +9,7 @@ use super::{
     states::Place,
     tiles::{
         Tile, Tokens, by_triangle, corrected, down_of_update, factor, inverse, lefts, of_state, packed,
-        right, scale, sums,
+        right, scale, sums, sums_by_atoms,
     },
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
@@ -188,15 +188,7 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'
         unsafe {
             let value = f32::from_bits(self.values as u32);
             self.lift = f32::from_bits((self.values >> 32) as u32);
-            let mut sum = [0.0; 2];
-            let mut atom = 0;
-            while atom * 8 < OWN {
-                let tiles = if OWN - atom * 8 < 8 { OWN - atom * 8 } else { 8 };
-                let (_, from) = self.s.split_at(atom * 8);
-                let [a, b] = sums(gpu, from.split_at(tiles).0);
-                sum = [sum[0] + a, sum[1] + b];
-                atom += 1;
-            }
+            let mut sum = sums_by_atoms(gpu, &self.s);
             let mut tile = self.first_beyond();
             while tile < TILES {
                 let [a, b] = sums(gpu, &self.get::<FOUR>(tile));

@@ -243,6 +243,52 @@ pub(super) unsafe fn exchange<const READ: bool, const TILES: usize>(
     }
 }
 
+/// Reads 16 rows of f32, dense, of keys of `dk` numbers, from `at` on, each lane what it has of them.
+///
+/// # Safety
+/// They are there.
+#[inline(always)]
+pub(super) unsafe fn read_dense(gpu: &impl TensorCore, at: u64, dk: u32, tiles: &mut [Tile]) {
+    let mut tile = 0;
+    while tile < tiles.len() {
+        let mut r = 0;
+        while r < 2 {
+            // SAFETY: the caller's promise.
+            let two = unsafe { gpu.load8(in_dense(gpu, at, dk, tile, r)) };
+            tiles[tile][2 * r] = f32::from_bits(two as u32);
+            tiles[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
+            r += 1;
+        }
+        tile += 1;
+    }
+}
+
+/// Writes them.
+///
+/// # Safety
+/// As [`read_dense`].
+#[inline(always)]
+pub(super) unsafe fn write_dense(gpu: &impl TensorCore, at: u64, dk: u32, tiles: &[Tile]) {
+    let mut tile = 0;
+    while tile < tiles.len() {
+        let mut r = 0;
+        while r < 2 {
+            let two = [0, 1].map(|c| u64::from(tiles[tile][2 * r + c].to_bits()));
+            // SAFETY: the caller's promise.
+            unsafe { gpu.store8(in_dense(gpu, at, dk, tile, r), two[0] | two[1] << 32) };
+            r += 1;
+        }
+        tile += 1;
+    }
+}
+
+/// Where the lane's two numbers of a tile are, of its first row or of its second.
+#[inline(always)]
+fn in_dense(gpu: &impl TensorCore, at: u64, dk: u32, tile: usize, r: usize) -> u64 {
+    let lane = gpu.lane();
+    at + u64::from(lane / 4 * dk * 4 + lane % 4 * 8) + u64::from(r as u32 * 8 * dk * 4 + tile as u32 * 32)
+}
+
 /// Every tile, and of it both of the lane's rows.
 #[inline(always)]
 fn each<const TILES: usize>(mut f: impl FnMut(usize, usize)) {

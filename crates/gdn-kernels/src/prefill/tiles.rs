@@ -51,6 +51,21 @@ pub(super) fn sums(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
     [gpu.sum::<4>(a + b), gpu.sum::<4>(c + d)]
 }
 
+/// The same, added up by atoms of 8 tiles, one after the other.
+#[inline(always)]
+pub(super) fn sums_by_atoms(gpu: &impl TensorCore, tiles: &[Tile]) -> [f32; 2] {
+    let mut sum = [0.0; 2];
+    let mut from = 0;
+    while from < tiles.len() {
+        let count = if tiles.len() - from < 8 { tiles.len() - from } else { 8 };
+        let (_, rest) = tiles.split_at(from);
+        let [a, b] = sums(gpu, rest.split_at(count).0);
+        sum = [sum[0] + a, sum[1] + b];
+        from += 8;
+    }
+    sum
+}
+
 /// What brings a row of S back, of the sums that are made with what is left of U at the chunk's end, times
 /// `lift`.
 #[inline(always)]
@@ -63,6 +78,14 @@ pub(super) fn down_of_update(down: f32, lift: f32) -> f32 {
 pub(super) fn packed(gpu: &impl TensorCore, low: &Tile, high: &Tile, factors: [f32; 2]) -> [u32; 4] {
     let two = |tile: &Tile, r: usize| gpu.pack_f16(tile[2 * r] * factors[r], tile[2 * r + 1] * factors[r]);
     [two(low, 0), two(low, 1), two(high, 0), two(high, 1)]
+}
+
+/// Two numbers as f16, and what is lost by that: together some 22 bits.
+#[inline(always)]
+pub(super) fn split(gpu: &impl TensorCore, [a, b]: [f32; 2]) -> [u32; 2] {
+    let kept = gpu.pack_f16(a, b);
+    let [kept_a, kept_b] = gpu.unpack_f16(kept);
+    [kept, gpu.pack_f16(a - kept_a, b - kept_b)]
 }
 
 /// What the tokens of a chunk make as the left sides of products.

@@ -3,34 +3,45 @@
 //!
 //! The scan without outputs, a warp 16 rows: those of Z from zeros, those of M from the identity and without
 //! values. The first segment of a sequence begins with what the sequence begins with, so it has no M.
+//!
+//! There are two ways, with the same bits, as of the scan: here each warp multiplies for itself, and four
+//! together in `transition_group.rs`.
 
 use super::{
     args::{
         ATOM, Args, CHUNK, FACTORS, SLICE, TRANSITION_THREADS, TransitionRoom, WARP_ROWS, padded, state_row,
     },
     element::power,
-    prepare::split,
     rows::{from_left, to_end, update},
     segment::Part,
-    states::{Place, States, exchange},
-    tiles::{Tile, Tokens, by_triangle, corrected, down_of_update, lefts, packed, scale, sums},
+    states::{Place, States, exchange, read_dense, write_dense},
+    tiles::{
+        Tile, Tokens, by_triangle, corrected, down_of_update, lefts, packed, scale, split, sums_by_atoms,
+    },
 };
 use crate::gpu::{AsyncCopy, Bytes16, Swizzle, TensorCore};
 
 /// Rows of a block.
-const ROWS: u32 = TRANSITION_THREADS / 32 * WARP_ROWS;
+pub(super) const ROWS: u32 = TRANSITION_THREADS / 32 * WARP_ROWS;
 
 /// A block's part of the call.
-struct Block<'a, G> {
-    gpu: &'a G,
-    args: &'a Args,
-    room: TransitionRoom,
-    part: Part,
-    head: u32,
+pub(super) struct Block<'a, G> {
+    pub(super) gpu: &'a G,
+    pub(super) args: &'a Args,
+    pub(super) part: Part,
+    pub(super) head: u32,
     /// Whether the rows are of Z.
-    has_values: bool,
+    pub(super) has_values: bool,
     /// The first of the block's rows.
-    first: u32,
+    pub(super) first: u32,
+}
+
+/// Where what the block needs of a chunk begins in scratch.
+pub(super) struct Sources {
+    pub(super) k: u64,
+    pub(super) t: u64,
+    pub(super) v: u64,
+    pub(super) factors: u64,
 }
 
 /// The kernel, for keys of `8 * TILES` numbers.
@@ -41,19 +52,19 @@ struct Block<'a, G> {
 pub unsafe fn run<const TILES: usize, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     // SAFETY: the caller's promises.
     unsafe {
-        if let Some(block) = Block::new::<TILES>(gpu, args) {
+        if let Some(block) = Block::new(gpu, args) {
             block.run::<TILES>();
         }
     }
 }
 
-impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
+impl<'a, G: TensorCore> Block<'a, G> {
     /// `None` where there is nothing to do.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn new<const TILES: usize>(gpu: &'a G, args: &'a Args) -> Option<Self> {
+    pub(super) unsafe fn new(gpu: &'a G, args: &'a Args) -> Option<Self> {
         let (rest, slice) = args.segments.slices.divide(gpu.block()[0]);
         let (place, head) = args.num_v_heads.divide(rest);
         let of_values = args.dv.div_ceil(ROWS);
@@ -66,72 +77,25 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
             return None;
         }
         let first = ROWS * if has_values { slice } else { slice - of_values };
-        let room = TransitionRoom::new(8 * TILES as u32);
-        Some(Self { gpu, args, room, part, head, has_values, first })
-    }
-
-    #[inline(always)]
-    unsafe fn run<const TILES: usize>(&self) {
-        let Self { gpu, args, part, .. } = *self;
-        let (chunks, stages) = (part.to - part.from, args.segments.stages);
-        let mut s = [[0.0; 4]; TILES];
-        let is_there = self.row() < self.rows();
-        // SAFETY: as `run`.
-        unsafe {
-            if is_there {
-                self.begin::<TILES>(&mut s);
-            }
-            // The states came through where the chunks come.
-            gpu.barrier();
-            let mut i = 0;
-            while i + 1 < stages {
-                self.fetch::<TILES>(i);
-                i += 1;
-            }
-            let mut i = 0;
-            while i < chunks {
-                if stages > 2 {
-                    gpu.wait_copies::<1>();
-                } else {
-                    gpu.wait_copies::<0>();
-                }
-                // The chunk has landed, and nobody needs the one before.
-                gpu.barrier();
-                self.fetch::<TILES>(i + stages - 1);
-                if is_there {
-                    self.step::<TILES>(self.stage(i), &mut s);
-                }
-                i += 1;
-            }
-            gpu.wait_copies::<0>();
-            // Nobody needs the last chunk.
-            gpu.barrier();
-            if is_there {
-                self.end::<TILES>(&s);
-            }
-        }
+        Some(Self { gpu, args, part, head, has_values, first })
     }
 
     /// Rows of Z, or of M.
     #[inline(always)]
-    fn rows(&self) -> u32 {
+    pub(super) fn rows(&self) -> u32 {
         if self.has_values { self.args.dv } else { self.args.dk }
     }
 
     /// The warp's first.
     #[inline(always)]
-    fn row(&self) -> u32 {
+    pub(super) fn row(&self) -> u32 {
         self.first + self.gpu.thread() / 32 * WARP_ROWS
     }
 
-    /// Where in shared memory the chunk is that is `i` after the first.
+    /// The warp's own part of the shared memory that the chunks come to, for its rows in f32.
     #[inline(always)]
-    fn stage(&self, i: u32) -> u32 {
-        let stage = match self.args.segments.stages {
-            3 => i % 3,
-            _ => i % 2,
-        };
-        stage * self.room.bytes
+    fn room<const TILES: usize>(&self) -> u32 {
+        (self.row() - self.first) * state_row(8 * TILES as u32)
     }
 
     /// Where the warp's rows are in what was made of a segment: those of Z, or those behind it.
@@ -144,55 +108,89 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
         at + u64::from(rows) * row_bytes
     }
 
-    /// What the rows begin with.
+    /// Where a chunk is in scratch.
     #[inline(always)]
-    unsafe fn begin<const TILES: usize>(&self, s: &mut [Tile]) {
-        let Self { gpu, args, part, head, .. } = *self;
+    pub(super) fn sources<const TILES: usize>(&self, chunk: u32) -> Sources {
+        let Self { args, head, .. } = *self;
+        let window_chunk = u64::from(chunk - args.first_chunk);
+        let (key_head, _) = args.ratio.divide(head);
+        let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
+        let v_head = window_chunk * u64::from(args.num_v_heads.get()) + u64::from(head);
+        let values = v_head * u64::from(CHUNK * args.dv * 2) + u64::from(self.first * CHUNK * 2);
+        Sources {
+            k: args.scratch.k + key * u64::from(TILES.div_ceil(8) as u32 * ATOM),
+            t: args.scratch.t + v_head * u64::from(ATOM),
+            v: args.scratch.v + values,
+            factors: args.scratch.factors + v_head * u64::from(FACTORS),
+        }
+    }
+
+    /// Slices of the values that the block's rows have.
+    #[inline(always)]
+    pub(super) fn slices(&self) -> u32 {
+        if self.has_values { (self.args.dv - self.first).min(ROWS) / SLICE } else { 0 }
+    }
+
+    /// The states of the slot that the rows begin with, where they do.
+    #[inline(always)]
+    pub(super) fn initial(&self) -> Option<States> {
+        let Self { args, part, .. } = self;
+        let is_first = self.has_values && part.index == 0 && !part.goes_on();
+        (is_first && part.sequence.is_initial)
+            .then(|| States::kept(args, &part.sequence))
+            .filter(|states| states.at != 0)
+    }
+
+    /// What the rows begin with otherwise, if not with zeros.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    pub(super) unsafe fn begin<const TILES: usize>(&self, s: &mut [Tile]) {
+        let Self { gpu, args, part, .. } = *self;
         let (row, lane) = (self.row(), gpu.lane());
-        // SAFETY: as `run`.
-        unsafe {
-            if part.goes_on() {
-                let at = lane_place(gpu, args, self.place(args.segments.open[0], self.has_values));
-                let mut tile = 0;
-                while tile < TILES {
-                    let mut r = 0;
-                    while r < 2 {
-                        let two = gpu.load8(at + u64::from(r as u32 * 8 * args.dk * 4 + tile as u32 * 32));
-                        s[tile][2 * r] = f32::from_bits(two as u32);
-                        s[tile][2 * r + 1] = f32::from_bits((two >> 32) as u32);
-                        r += 1;
-                    }
-                    tile += 1;
+        let (s, _) = s.split_at_mut(TILES);
+        if part.goes_on() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                read_dense(gpu, self.place(args.segments.open[0], self.has_values), args.dk, s);
+            }
+        } else if !self.has_values {
+            let mut tile = 0;
+            while tile < TILES {
+                let mut i = 0;
+                while i < 4 {
+                    let line = row + lane / 4 + i as u32 / 2 * 8;
+                    let column = tile as u32 * 8 + lane % 4 * 2 + i as u32 % 2;
+                    s[tile][i] = if line == column { 1.0 } else { 0.0 };
+                    i += 1;
                 }
-            } else if !self.has_values {
-                let mut tile = 0;
-                while tile < TILES {
-                    let mut i = 0;
-                    while i < 4 {
-                        let line = row + lane / 4 + i as u32 / 2 * 8;
-                        let column = tile as u32 * 8 + lane % 4 * 2 + i as u32 % 2;
-                        s[tile][i] = if line == column { 1.0 } else { 0.0 };
-                        i += 1;
-                    }
-                    tile += 1;
-                }
-            } else if part.index == 0 && part.sequence.is_initial {
-                let states = States::kept(args, &part.sequence);
-                if states.at != 0 {
-                    let room = (row - self.first) * state_row(8 * TILES as u32);
-                    exchange::<true, TILES>(gpu, head, &states, Place { row, column: 0, room }, s);
-                }
-                if part.ends(args) {
-                    // Another block of the scan puts the last states where these were read.
-                    self.put::<TILES>(self.place(part.made(args), false), s);
-                }
+                tile += 1;
             }
         }
     }
 
-    /// Puts what was made of the warp's rows, through where the chunks came.
+    /// Puts what the sequence begins with where the scan of its first segment finds it: another block of the
+    /// scan puts the last states where these were read.
+    ///
+    /// # Safety
+    /// As [`run`].
     #[inline(always)]
-    unsafe fn end<const TILES: usize>(&self, s: &[Tile]) {
+    pub(super) unsafe fn put_start<const TILES: usize>(&self, s: &[Tile]) {
+        let Self { args, part, .. } = *self;
+        let is_first = self.has_values && part.index == 0 && !part.goes_on();
+        if is_first && part.sequence.is_initial && part.ends(args) {
+            // SAFETY: the caller's promise.
+            unsafe { self.put::<TILES>(self.place(part.made(args), false), s) };
+        }
+    }
+
+    /// Puts what was made of the warp's rows, through its [`room`](Self::room).
+    ///
+    /// # Safety
+    /// As [`run`]; nobody needs the chunks any more.
+    #[inline(always)]
+    pub(super) unsafe fn end<const TILES: usize>(&self, s: &[Tile]) {
         let Self { args, part, .. } = *self;
         // SAFETY: as `run`.
         unsafe {
@@ -212,7 +210,7 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
         let Self { gpu, args, head, .. } = *self;
         let (row, lane) = (self.row(), gpu.lane());
         let row_bytes = padded(8 * TILES as u32);
-        let room = (row - self.first) * state_row(8 * TILES as u32);
+        let room = self.room::<TILES>();
         let lost_room = room + WARP_ROWS * row_bytes;
         let mut largest = 0.0f32;
         let mut tile = 0;
@@ -263,26 +261,75 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
     /// Puts the warp's rows, the first of which begins at `to`.
     #[inline(always)]
     unsafe fn put<const TILES: usize>(&self, to: u64, s: &[Tile]) {
-        let Self { gpu, args, .. } = *self;
-        let at = lane_place(gpu, args, to);
-        let mut tile = 0;
-        while tile < TILES {
-            let mut r = 0;
-            while r < 2 {
-                let two = [0, 1].map(|c| u64::from(s[tile][2 * r + c].to_bits()));
-                let at = at + u64::from(r as u32 * 8 * args.dk * 4 + tile as u32 * 32);
-                // SAFETY: as `run`.
-                unsafe { gpu.store8(at, two[0] | two[1] << 32) };
-                r += 1;
+        let (s, _) = s.split_at(TILES);
+        // SAFETY: as `run`.
+        unsafe { write_dense(self.gpu, to, self.args.dk, s) };
+    }
+}
+
+impl<G: TensorCore + AsyncCopy> Block<'_, G> {
+    #[inline(always)]
+    unsafe fn run<const TILES: usize>(&self) {
+        let Self { gpu, args, part, .. } = *self;
+        let (chunks, stages) = (part.to - part.from, args.segments.stages);
+        let mut s = [[0.0; 4]; TILES];
+        let is_there = self.row() < self.rows();
+        // SAFETY: as `run`.
+        unsafe {
+            if is_there {
+                if let Some(states) = self.initial() {
+                    let place = Place { row: self.row(), column: 0, room: self.room::<TILES>() };
+                    exchange::<true, TILES>(gpu, self.head, &states, place, &mut s);
+                } else {
+                    self.begin::<TILES>(&mut s);
+                }
+                self.put_start::<TILES>(&s);
             }
-            tile += 1;
+            // The states came through where the chunks come.
+            gpu.barrier();
+            let mut i = 0;
+            while i + 1 < stages {
+                self.fetch::<TILES>(i);
+                i += 1;
+            }
+            let mut i = 0;
+            while i < chunks {
+                if stages > 2 {
+                    gpu.wait_copies::<1>();
+                } else {
+                    gpu.wait_copies::<0>();
+                }
+                // The chunk has landed, and nobody needs the one before.
+                gpu.barrier();
+                self.fetch::<TILES>(i + stages - 1);
+                if is_there {
+                    self.step::<TILES>(self.stage::<TILES>(i), &mut s);
+                }
+                i += 1;
+            }
+            gpu.wait_copies::<0>();
+            // Nobody needs the last chunk.
+            gpu.barrier();
+            if is_there {
+                self.end::<TILES>(&s);
+            }
         }
+    }
+
+    /// Where in shared memory the chunk is that is `i` after the first.
+    #[inline(always)]
+    fn stage<const TILES: usize>(&self, i: u32) -> u32 {
+        let stage = match self.args.segments.stages {
+            3 => i % 3,
+            _ => i % 2,
+        };
+        stage * TransitionRoom::new(8 * TILES as u32).bytes
     }
 
     /// Brings the warp's rows to the end of the chunk at `base`.
     #[inline(always)]
     unsafe fn step<const TILES: usize>(&self, base: u32, s: &mut [Tile; TILES]) {
-        let Self { gpu, room, .. } = *self;
+        let (gpu, room) = (self.gpu, TransitionRoom::new(8 * TILES as u32));
         let k_row = padded(8 * TILES as u32);
         // SAFETY: as `run`; the chunk was copied, and a barrier is past.
         unsafe {
@@ -291,7 +338,7 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
             if !self.has_values {
                 value = 0.0;
             }
-            let [[up_0, down_0], [up_1, down_1]] = sums(gpu, s).map(|sum| scale(sum, value));
+            let [[up_0, down_0], [up_1, down_1]] = sums_by_atoms(gpu, s).map(|sum| scale(sum, value));
             let up = [up_0, up_1];
             let mut x: Tokens = [[0.0; 4]; 8];
             let mut k16 = 0;
@@ -326,29 +373,19 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
     /// Begins to copy the chunk that is `i` after the first, where there is one, into its stage.
     #[inline(always)]
     unsafe fn fetch<const TILES: usize>(&self, i: u32) {
-        let Self { gpu, args, room, part, head, .. } = *self;
-        let (base, chunk) = (self.stage(i), part.from + i);
-        if chunk < part.to {
-            let window_chunk = u64::from(chunk - args.first_chunk);
-            let (key_head, _) = args.ratio.divide(head);
-            let key = window_chunk * u64::from(args.num_k_heads.get()) + u64::from(key_head);
-            let v_head = window_chunk * u64::from(args.num_v_heads.get()) + u64::from(head);
-            let keys = args.scratch.k + key * u64::from(TILES.div_ceil(8) as u32 * ATOM);
-            let square = args.scratch.t + v_head * u64::from(ATOM);
-            let values = args.scratch.v + v_head * u64::from(CHUNK * args.dv * 2);
+        let Self { gpu, part, .. } = *self;
+        let (base, room) = (self.stage::<TILES>(i), TransitionRoom::new(8 * TILES as u32));
+        if part.from + i < part.to {
+            let from = self.sources::<TILES>(part.from + i);
             let thread = gpu.unforeseen(u64::from(gpu.thread())) as u32;
             // SAFETY: as `run`.
             unsafe {
-                self.copy_atoms(base + room.k, keys, TILES as u32);
-                self.copy_atoms(base + room.t, square, 8);
-                if self.has_values {
-                    let slices = (args.dv - self.first).min(ROWS) / SLICE;
-                    let from = values + u64::from(self.first * CHUNK * 2);
-                    self.copy_values(base + room.v, from, slices);
-                }
+                self.copy_atoms(base + room.k, from.k, TILES as u32);
+                self.copy_atoms(base + room.t, from.t, 8);
+                self.copy_values(base + room.v, from.v, self.slices());
                 if thread <= CHUNK {
-                    let from = args.scratch.factors + v_head * u64::from(FACTORS) + u64::from(thread * 16);
-                    gpu.copy16(base + room.factors + thread * 16, from, true);
+                    let at = u64::from(thread * 16);
+                    gpu.copy16(base + room.factors + thread * 16, from.factors + at, true);
                 }
             }
         }
@@ -381,10 +418,4 @@ impl<'a, G: TensorCore + AsyncCopy> Block<'a, G> {
             i += TRANSITION_THREADS;
         }
     }
-}
-
-/// Where the lane's first two numbers are of rows that begin at `at`, in f32 and dense.
-#[inline(always)]
-fn lane_place(gpu: &impl TensorCore, args: &Args, at: u64) -> u64 {
-    at + u64::from(gpu.lane() / 4 * args.dk * 4 + gpu.lane() % 4 * 8)
 }

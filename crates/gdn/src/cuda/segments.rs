@@ -4,7 +4,7 @@
 use gdn_kernels::{
     prefill::args::{
         COMBINE_BYTES, COMBINE_COLUMNS, COMBINE_ROWS, COMBINE_THREADS, Segments, TRANSITION_THREADS,
-        TransitionRoom, WARP_ROWS,
+        TransitionGroupRoom, TransitionRoom, WARP_ROWS,
     },
     split::Divisor,
 };
@@ -74,7 +74,7 @@ impl Cutting {
             shortest: divisor(shortest as usize)?,
             longest,
             slices: divisor(slices)?,
-            sixteenths: divisor(heads.head_v_dim() / COMBINE_ROWS as usize)?,
+            row_blocks: divisor(heads.head_v_dim() / COMBINE_ROWS as usize)?,
             ..Segments::NONE
         })
     }
@@ -112,21 +112,28 @@ pub(crate) struct Grid {
 }
 
 /// Both of them, for as many sequences and windows as in [`groups`], and how many chunks a block has in shared
-/// memory, of which the device has `shared` bytes. `None` for more blocks than a grid can have.
+/// memory, of which the device has `shared` bytes. `by_group` says whether four warps multiply together (`wgmma`):
+/// that is faster, with the same bits. `None` for more blocks than a grid can have.
 pub(crate) fn grids(
     segments: &mut Segments,
     layer: &Layer,
     [num_sequences, chunks, window]: [usize; 3],
     shared: u32,
+    by_group: bool,
 ) -> Option<[Grid; 2]> {
     let heads = layer.heads();
     let dk = heads.head_k_dim() as u32;
     let room = TransitionRoom::new(dk).bytes;
     segments.stages = if 3 * room <= shared { 3 } else { 2 };
-    let kernel = match dk {
-        64 => "gdn_prefill_transition_64",
-        96 => "gdn_prefill_transition_96",
-        _ => "gdn_prefill_transition_128",
+    let of_group = TransitionGroupRoom::new(dk).bytes;
+    let by_group = by_group && of_group <= shared;
+    let kernel = match (dk, by_group) {
+        (64, false) => "gdn_prefill_transition_64",
+        (96, false) => "gdn_prefill_transition_96",
+        (_, false) => "gdn_prefill_transition_128",
+        (64, true) => "gdn_prefill_transition_group_64",
+        (96, true) => "gdn_prefill_transition_group_96",
+        (_, true) => "gdn_prefill_transition_group_128",
     };
     let count = |number: u64, of_one: u32| {
         let blocks = number.checked_mul(heads.num_v_heads() as u64)?.checked_mul(u64::from(of_one))?;
@@ -141,11 +148,11 @@ pub(crate) fn grids(
             kernel,
             blocks: count(numbers[0], segments.slices.get())?,
             threads: TRANSITION_THREADS,
-            shared: segments.stages * room,
+            shared: if by_group { of_group } else { segments.stages * room },
         },
         Grid {
             kernel: "gdn_prefill_combine",
-            blocks: count(numbers[1], segments.sixteenths.get())?,
+            blocks: count(numbers[1], segments.row_blocks.get())?,
             threads: COMBINE_THREADS,
             shared: COMBINE_BYTES,
         },

@@ -28,7 +28,8 @@ fn kernel(step: &Step, gpu: &Thread<'_>) {
         gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
         gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128 gdn_prefill_scan_192 gdn_prefill_scan_256
         gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
-        gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128);
+        gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128
+        gdn_prefill_transition_group_64 gdn_prefill_transition_group_96 gdn_prefill_transition_group_128);
 }
 
 /// Runs a call on the emulator. The kernels that it took.
@@ -148,5 +149,5 @@ fn beside_the_cpu_on_the_emulator() {
 fn segments_on_the_emulator() {
     let mut seen = std::collections::BTreeSet::new();
     segments::segments(&mut |call, profile| seen.extend(emulate(call, profile)));
-    assert_eq!(seen.len(), 14, "{seen:?}");
+    assert_eq!(seen.len(), 17, "{seen:?}");
 }
