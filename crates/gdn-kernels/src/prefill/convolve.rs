@@ -46,6 +46,9 @@ struct Block<'a, G> {
 /// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits
 /// each and are read 16 bytes at a time, there are four taps, which are read together, and no bias.
 ///
+/// It waits for no kernel before it: it is the first of a call, or of a window of several, which are launched
+/// the ordinary way.
+///
 /// # Safety
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.
 #[inline(always)]

@@ -184,7 +184,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             if h < args.ratio.get() {
                 next = self.inputs(h);
             }
-            // What is above the convolution has no part in.
+            // The convolution has no part in what is above: it may still run.
             gpu.wait_for_previous();
             gpu.let_next_start();
             if h < args.ratio.get() {

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! There are two ways, with the same bits: each warp has 16 whole rows and multiplies for itself (`rows.rs`,
-//! `outputs.rs`), or four warps with 16 rows each multiply together (`group.rs`).
+//! `outputs.rs`), or four warps with 16 rows each multiply together (`group.rs`, `chain.rs`).
 //!
 //! What is multiplied is f16. S, X, U and O of a row are brought into its range by one power of two, which
 //! depends on the row of S and on the chunk's largest value (`tiles.rs`): down to 2^-22 of what it is made
@@ -68,7 +68,7 @@ pub unsafe fn run<const TILES: usize, const OWN: usize, G: TensorCore + AsyncCop
 }
 
 /// The kernel for blocks of [`GROUP_ROWS`] rows and [`GROUP_THREADS`] threads, four warps multiplying together.
-/// Keys have `8 * TILES` numbers, each group has columns of `OWN` atoms of S.
+/// Keys have `8 * TILES` numbers; the first group has S in its registers, `OWN` atoms wide.
 ///
 /// # Safety
 /// As [`run`].
