@@ -36,7 +36,8 @@ pub(crate) enum Cutting {
 const BLOCKS: usize = 128;
 
 /// A segment's transition costs as much as its scan, and where there are more heads other windows' kernels run
-/// beside the scan. With four segments side by side (heads 8/16 of 128) a long sequence gained little or lost.
+/// beside the scan. With four segments side by side (heads 8/16 of 128) one sequence of 2048 to 16384 tokens gained 7
+/// to 10 %, one of 32768 lost 4.
 const FEWEST: u32 = 8;
 
 impl Cutting {

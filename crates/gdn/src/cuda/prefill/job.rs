@@ -259,7 +259,10 @@ impl Job {
             0 => None,
             _ => {
                 let lens = [num_sequences, chunks, window];
-                Some(segments::grids(&mut segments, layer, lens, profile.shared, profile.wgmma).ok_or_else(too_many)?)
+                Some(
+                    segments::grids(&mut segments, layer, lens, profile.shared, profile.wgmma)
+                        .ok_or_else(too_many)?,
+                )
             }
         };
         let (chunks, window) = (number(chunks)?, number(window)?);
