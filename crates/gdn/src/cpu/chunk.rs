@@ -168,11 +168,12 @@ impl<'a> States<'a> {
     /// # Safety
     /// `group` has room for [`CHUNK`] tokens, all of which are prepared; the machine has L's instruction set.
     #[inline(always)]
-    pub(super) unsafe fn chunk<L: Register, const M: usize, const N: usize>(
+    pub(super) unsafe fn chunk<L: Register, const M: usize, const N: usize, const REST: usize>(
         &mut self,
         group: &mut Group<'_>,
         mut next: Upcoming,
     ) {
+        const { assert!(CHUNK % M == REST) };
         let Lens { dk, panels, panel, ratio, .. } = self.lens;
         let row = padded(dk);
         let updates = (0..ratio).map(|r| self.panels(r).len()).sum::<usize>() * (dk / M);
@@ -191,15 +192,13 @@ impl<'a> States<'a> {
                 }
             }
             for (rows, products) in [(&*group.k, &mut *self.kk), (&*group.q, &mut *self.qk)] {
-                for first in (0..CHUNK).step_by(M) {
-                    for column in (0..CHUNK).step_by(L::LEN) {
-                        let mut tile = [[L::zero()]; M];
-                        let a = rows.as_ptr().add(first * row);
-                        multiply(a, row, self.k_transposed.as_ptr().add(column), CHUNK, dk, &mut tile);
-                        for (m, [products_row]) in tile.into_iter().enumerate() {
-                            products_row.store(products.as_mut_ptr().add((first + m) * CHUNK + column));
-                        }
-                    }
+                let (a, b) = (rows.as_ptr(), self.k_transposed.as_ptr());
+                for first in (0..CHUNK - REST).step_by(M) {
+                    square::<L, M>(a.add(first * row), row, b, dk, &mut products[first * CHUNK..]);
+                }
+                if REST > 0 {
+                    let first = CHUNK - REST;
+                    square::<L, REST>(a.add(first * row), row, b, dk, &mut products[first * CHUNK..]);
                 }
             }
             for r in 0..ratio {
@@ -207,12 +206,12 @@ impl<'a> States<'a> {
                 if computed.is_empty() {
                     continue;
                 }
-                let decay =
-                    self.gates::<L, M>(&group.g[r * CHUNK..][..CHUNK], &group.beta[r * CHUNK..][..CHUNK]);
+                let decay = self
+                    .gates::<L, M, REST>(&group.g[r * CHUNK..][..CHUNK], &group.beta[r * CHUNK..][..CHUNK]);
                 for p in computed {
                     let state = self.states[(r * panels + p) * dk * panel..][..dk * panel].as_mut_ptr();
-                    let column = r * group.head_width + p * panel;
-                    self.panel::<L, M, N>(group, r, column, state, decay, (&mut next, lines));
+                    let place = Panel { r, column: r * group.head_width + p * panel, state };
+                    self.panel::<L, M, N, REST>(group, place, decay, (&mut next, lines));
                 }
             }
         }
@@ -224,7 +223,11 @@ impl<'a> States<'a> {
     /// # Safety
     /// The machine has L's instruction set.
     #[inline(always)]
-    unsafe fn gates<L: Register, const M: usize>(&mut self, g: &[f32], beta: &[f32]) -> f32 {
+    unsafe fn gates<L: Register, const M: usize, const REST: usize>(
+        &mut self,
+        g: &[f32],
+        beta: &[f32],
+    ) -> f32 {
         // SAFETY: the caller's promise; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
@@ -267,15 +270,15 @@ impl<'a> States<'a> {
                     }
                 }
             }
-            for first in (0..CHUNK).step_by(M) {
-                for column in (0..CHUNK).step_by(L::LEN) {
-                    let mut tile = [[zero]; M];
-                    let (a, b) = (self.p.as_ptr().add(first * CHUNK), self.inverse.as_ptr().add(column));
-                    multiply(a, CHUNK, b, CHUNK, first + M, &mut tile);
-                    for (m, [row]) in tile.into_iter().enumerate() {
-                        row.store(self.p_inverse.as_mut_ptr().add((first + m) * CHUNK + column));
-                    }
-                }
+            let (a, b) = (self.p.as_ptr(), self.inverse.as_ptr());
+            for first in (0..CHUNK - REST).step_by(M) {
+                let products = &mut self.p_inverse[first * CHUNK..];
+                square::<L, M>(a.add(first * CHUNK), CHUNK, b, first + M, products);
+            }
+            if REST > 0 {
+                let first = CHUNK - REST;
+                let products = &mut self.p_inverse[first * CHUNK..];
+                square::<L, REST>(a.add(first * CHUNK), CHUNK, b, CHUNK, products);
             }
             self.from_start[CHUNK - 1]
         }
@@ -284,93 +287,212 @@ impl<'a> States<'a> {
     /// One panel of one head. With each M rows of the state so many lines of what comes next are asked for.
     ///
     /// # Safety
-    /// As [`States::chunk`]; `state` is the panel's part of S^T.
+    /// As [`States::chunk`]; the panel's part of S^T is there.
     #[inline(always)]
-    unsafe fn panel<L: Register, const M: usize, const N: usize>(
+    unsafe fn panel<L: Register, const M: usize, const N: usize, const REST: usize>(
         &mut self,
         group: &mut Group<'_>,
-        r: usize,
-        column: usize,
-        state: *mut f32,
+        panel: Panel,
         decay: f32,
         (next, lines): (&mut Upcoming, usize),
+    ) {
+        let (dk, width, state) = (self.lens.dk, N * L::LEN, panel.state);
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            for first in (0..CHUNK - REST).step_by(M) {
+                self.correct::<L, M, N>(group, panel, first);
+            }
+            if REST > 0 {
+                self.correct::<L, REST, N>(group, panel, CHUNK - REST);
+            }
+            for first in (0..CHUNK - REST).step_by(M) {
+                self.put_out::<L, M, N>(group, panel, first);
+            }
+            if REST > 0 {
+                self.put_out::<L, REST, N>(group, panel, CHUNK - REST);
+            }
+            for first in (0..CHUNK - REST).step_by(M) {
+                self.changes::<L, M, N>(first);
+            }
+            if REST > 0 {
+                self.changes::<L, REST, N>(CHUNK - REST);
+            }
+            let decay = L::zero().splat(decay);
+            let mut first = 0;
+            while first + M <= dk {
+                next.bring::<L>(lines);
+                self.update::<L, M, N>(state.add(first * width), first, decay);
+                first += M;
+            }
+            while first + 2 <= dk {
+                self.update::<L, 2, N>(state.add(first * width), first, decay);
+                first += 2;
+            }
+            if first < dk {
+                self.update::<L, 1, N>(state.add(first * width), first, decay);
+            }
+        }
+    }
+
+    /// X, of M tokens from `first` on.
+    ///
+    /// # Safety
+    /// As [`States::panel`].
+    #[inline(always)]
+    unsafe fn correct<L: Register, const M: usize, const N: usize>(
+        &mut self,
+        group: &Group<'_>,
+        Panel { r, column, state }: Panel,
+        first: usize,
     ) {
         let (dk, width) = (self.lens.dk, N * L::LEN);
         let row = padded(dk);
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
-            for first in (0..CHUNK).step_by(M) {
-                let mut tile = [[zero; N]; M];
-                if self.are_zeros {
-                    // NaN for a key that is no number: its square is none either.
-                    for (m, registers) in tile.iter_mut().enumerate() {
-                        *registers = [zero.splat(0.0 * self.kk[(first + m) * (CHUNK + 1)]); N];
-                    }
-                } else {
-                    multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+            let mut tile = [[zero; N]; M];
+            if self.are_zeros {
+                // NaN for a key that is no number: its square is none either.
+                for (m, registers) in tile.iter_mut().enumerate() {
+                    *registers = [zero.splat(0.0 * self.kk[(first + m) * (CHUNK + 1)]); N];
                 }
-                for (m, registers) in tile.into_iter().enumerate() {
-                    let t = first + m;
-                    let (scale, beta) =
-                        (zero.splat(self.from_start[t]), zero.splat(group.beta[r * CHUNK + t]));
-                    for (n, register) in registers.into_iter().enumerate() {
-                        let v = L::load(group.v.as_ptr().add(t * group.v_width + column + n * L::LEN));
-                        let x = math::correction(beta, v, scale.times(register));
-                        x.store(self.x.as_mut_ptr().add(t * width + n * L::LEN));
+            } else {
+                multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+            }
+            for (m, registers) in tile.into_iter().enumerate() {
+                let t = first + m;
+                let (scale, beta) = (zero.splat(self.from_start[t]), zero.splat(group.beta[r * CHUNK + t]));
+                for (n, register) in registers.into_iter().enumerate() {
+                    let v = L::load(group.v.as_ptr().add(t * group.v_width + column + n * L::LEN));
+                    let x = math::correction(beta, v, scale.times(register));
+                    x.store(self.x.as_mut_ptr().add(t * width + n * L::LEN));
+                }
+            }
+        }
+    }
+
+    /// O, of M tokens from `first` on.
+    ///
+    /// # Safety
+    /// As [`States::panel`].
+    #[inline(always)]
+    unsafe fn put_out<L: Register, const M: usize, const N: usize>(
+        &mut self,
+        group: &mut Group<'_>,
+        Panel { column, state, .. }: Panel,
+        first: usize,
+    ) {
+        let (dk, width) = (self.lens.dk, N * L::LEN);
+        let row = padded(dk);
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            let zero = L::zero();
+            let mut tile = [[zero; N]; M];
+            if !self.are_zeros {
+                multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                for (m, registers) in tile.iter_mut().enumerate() {
+                    let scale = zero.splat(self.from_start[first + m]);
+                    for register in registers {
+                        *register = scale.times(*register);
                     }
                 }
             }
-            for first in (0..CHUNK).step_by(M) {
-                let mut tile = [[zero; N]; M];
-                if !self.are_zeros {
-                    multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
-                    for (m, registers) in tile.iter_mut().enumerate() {
-                        let scale = zero.splat(self.from_start[first + m]);
-                        for register in registers {
-                            *register = scale.times(*register);
-                        }
-                    }
-                }
-                let a = self.p_inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
-                for (m, registers) in tile.into_iter().enumerate() {
-                    let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
-                    for (n, register) in registers.into_iter().enumerate() {
-                        register.store(to.add(n * L::LEN));
-                    }
+            let a = self.p_inverse.as_ptr().add(first * CHUNK);
+            multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+            for (m, registers) in tile.into_iter().enumerate() {
+                let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
+                for (n, register) in registers.into_iter().enumerate() {
+                    register.store(to.add(n * L::LEN));
                 }
             }
-            for first in (0..CHUNK).step_by(M) {
-                let mut tile = [[zero; N]; M];
-                let a = self.inverse.as_ptr().add(first * CHUNK);
-                multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
-                for (m, registers) in tile.into_iter().enumerate() {
-                    let scale = zero.splat(self.to_end[first + m]);
-                    for (n, register) in registers.into_iter().enumerate() {
-                        let to = self.u.as_mut_ptr().add((first + m) * width + n * L::LEN);
-                        scale.times(register).store(to);
-                    }
+        }
+    }
+
+    /// `e^D_last * U`, of M tokens from `first` on.
+    ///
+    /// # Safety
+    /// As [`States::panel`].
+    #[inline(always)]
+    unsafe fn changes<L: Register, const M: usize, const N: usize>(&mut self, first: usize) {
+        let width = N * L::LEN;
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            let zero = L::zero();
+            let mut tile = [[zero; N]; M];
+            let a = self.inverse.as_ptr().add(first * CHUNK);
+            multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+            for (m, registers) in tile.into_iter().enumerate() {
+                let scale = zero.splat(self.to_end[first + m]);
+                for (n, register) in registers.into_iter().enumerate() {
+                    let to = self.u.as_mut_ptr().add((first + m) * width + n * L::LEN);
+                    scale.times(register).store(to);
                 }
             }
-            let decay = zero.splat(decay);
-            let whole = dk / M * M;
-            for first in (0..whole).step_by(M) {
-                next.bring::<L>(lines);
-                update::<L, M, N>(
-                    state.add(first * width),
-                    self.k_transposed.as_ptr().add(first * CHUNK),
-                    self.u.as_ptr(),
-                    decay,
-                );
+        }
+    }
+
+    /// `state = decay * state + k u`: M rows of the state, and of the transposed keys from `first` on.
+    ///
+    /// # Safety
+    /// As [`States::panel`]; the rows are there.
+    #[inline(always)]
+    unsafe fn update<L: Register, const M: usize, const N: usize>(
+        &self,
+        state: *mut f32,
+        first: usize,
+        decay: L,
+    ) {
+        let width = N * L::LEN;
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            let mut tile = [[L::zero(); N]; M];
+            for (m, registers) in tile.iter_mut().enumerate() {
+                for (n, register) in registers.iter_mut().enumerate() {
+                    *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
+                }
             }
-            for first in whole..dk {
-                update::<L, 1, N>(
-                    state.add(first * width),
-                    self.k_transposed.as_ptr().add(first * CHUNK),
-                    self.u.as_ptr(),
-                    decay,
-                );
+            let k = self.k_transposed.as_ptr().add(first * CHUNK);
+            multiply(k, CHUNK, self.u.as_ptr(), width, CHUNK, &mut tile);
+            for (m, registers) in tile.into_iter().enumerate() {
+                for (n, register) in registers.into_iter().enumerate() {
+                    register.store(state.add(m * width + n * L::LEN));
+                }
+            }
+        }
+    }
+}
+
+/// Some columns of a value head's S^T.
+#[derive(Clone, Copy)]
+struct Panel {
+    /// Which of the key head's value heads.
+    r: usize,
+    /// The first column, in rows of [`Group::v`].
+    column: usize,
+    /// `[DK][panel]`
+    state: *mut f32,
+}
+
+/// M rows of a product of [`CHUNK`] columns: of a, `a_row` f32 apart, and `depth` rows of b.
+///
+/// # Safety
+/// a and b are readable; the machine has L's instruction set.
+#[inline(always)]
+unsafe fn square<L: Register, const M: usize>(
+    a: *const f32,
+    a_row: usize,
+    b: *const f32,
+    depth: usize,
+    products: &mut [f32],
+) {
+    let products = &mut products[..M * CHUNK];
+    for column in (0..CHUNK).step_by(L::LEN) {
+        // SAFETY: the caller's promises; M rows of products.
+        unsafe {
+            let mut tile = [[L::zero()]; M];
+            multiply(a, a_row, b.add(column), CHUNK, depth, &mut tile);
+            for (m, [row]) in tile.into_iter().enumerate() {
+                row.store(products.as_mut_ptr().add(m * CHUNK + column));
             }
         }
     }
@@ -401,35 +523,6 @@ unsafe fn multiply<L: Register, const M: usize, const N: usize>(
                 for (register, x) in registers.iter_mut().zip(row) {
                     *register = factor.mul_add(x, *register);
                 }
-            }
-        }
-    }
-}
-
-/// `state = decay * state + k u`: M rows of the state, and of the transposed keys, and [`CHUNK`] rows of u.
-///
-/// # Safety
-/// All of them are readable and the state is writable; the machine has L's instruction set.
-#[inline(always)]
-unsafe fn update<L: Register, const M: usize, const N: usize>(
-    state: *mut f32,
-    k: *const f32,
-    u: *const f32,
-    decay: L,
-) {
-    let width = N * L::LEN;
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut tile = [[L::zero(); N]; M];
-        for (m, registers) in tile.iter_mut().enumerate() {
-            for (n, register) in registers.iter_mut().enumerate() {
-                *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
-            }
-        }
-        multiply(k, CHUNK, u, width, CHUNK, &mut tile);
-        for (m, registers) in tile.into_iter().enumerate() {
-            for (n, register) in registers.into_iter().enumerate() {
-                register.store(state.add(m * width + n * L::LEN));
             }
         }
     }

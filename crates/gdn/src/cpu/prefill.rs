@@ -144,7 +144,10 @@ fn check(plan: &Plan<*mut u8>) -> Result<(), ArgumentError> {
 /// No two tasks at a time have a key head of a sequence in common; the plan and its slots were checked; the
 /// machine has L's instruction set.
 #[inline(always)]
-unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memory: &mut [f32]) {
+unsafe fn run<L: Register, const M: usize, const N: usize, const REST: usize>(
+    task: &Task<'_>,
+    memory: &mut [f32],
+) {
     let Task { plan, head, sequence, step: ref part } = *task;
     let tokens = &plan.tokens;
     // SAFETY: the plan was checked: entries for each sequence, which ascend from 0.
@@ -190,11 +193,11 @@ unsafe fn run<L: Register, const M: usize, const N: usize>(task: &Task<'_>, memo
             match part {
                 Step::All => {
                     group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N>(&mut group, next);
+                    states.chunk::<L, M, N, REST>(&mut group, next);
                 }
                 Step::Slice(rows, outputs) => {
                     group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N>(&mut group, next);
+                    states.chunk::<L, M, N, REST>(&mut group, next);
                     group.put_outputs(*outputs, row, n, rows);
                 }
                 Step::Rest(outputs) => group.take_outputs(*outputs, row, n),

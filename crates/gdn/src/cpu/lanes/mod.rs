@@ -116,14 +116,15 @@ pub(super) fn turned<L: Register>(mut registers: [L; WIDEST]) -> [L; WIDEST] {
 
 /// A function that is generic over a [`Register`], compiled for the instruction set `$isa`, or for the scalar
 /// one where this machine does not have it. With `tiled` it is generic over the rows and registers, too, of a
-/// tile that a matrix product holds: with operands, no more than there are registers.
+/// tile that a matrix product holds, with operands no more than there are registers; and over the rows that such
+/// tiles leave of [`CHUNK`](crate::CHUNK).
 macro_rules! for_isa {
     ($isa:expr, $function:ident($($name:ident: $type:ty),*)) => {
         $crate::cpu::lanes::for_isa!(@ $isa, $function, [], [], [], [], ($($name: $type),*))
     };
     ($isa:expr, tiled $function:ident($($name:ident: $type:ty),*)) => {
         $crate::cpu::lanes::for_isa!(
-            @ $isa, $function, [, 8, 2], [, 4, 2], [, 4, 4], [, 4, 4], ($($name: $type),*)
+            @ $isa, $function, [, 8, 2, 0], [, 6, 2, 4], [, 4, 4, 0], [, 4, 4, 0], ($($name: $type),*)
         )
     };
     (
