@@ -9,8 +9,8 @@
 Every subject is the peer's own code around its own kernels, with the projections' outputs handed to it in place of the GEMMs. Each is
 first held to f64, token by token, with its own l2norm eps: the output and both states. Nothing is timed behind a red check. Subjects take
 turns, and a figure is the median over the turns. Decode goes round states that together are larger than the last cache, as the states
-of a model's layers are. `--csv` adds to a file, but for turns of which half took 1.5 times the shortest one or more, of any subject: then
-something else had the processor.
+of a model's layers are. `--csv` adds to a file of the same machine and releases, but for turns of which half took 1.5 times the shortest one or more, of any
+subject: then something else had the processor.
 
 Freed memory stays with the process, which suits the peers: with glibc's defaults, `--allocator default`, their large temporaries are faulted
 in anew, and transformers takes 3 times as long to decode for 8 sequences.
@@ -19,7 +19,6 @@ in anew, and transformers takes 3 times as long to decode for 8 sequences.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import itertools
 import platform
@@ -29,6 +28,7 @@ import time
 from importlib.metadata import distributions
 from pathlib import Path
 
+import records
 import torch
 from layer_subjects import PEERS, SUBJECTS, Inputs, Unavailable
 
@@ -42,6 +42,8 @@ ROTATED_BYTES = 256 << 20
 # Relative error in the 2-norm of a peer that rounds c, q, k, beta, o and the normed o to bf16, or sums chunks in f32
 # (testdata/README.md has measured transformers: 6.0e-3 and 5.8e-7).
 BOUND = {torch.bfloat16: 8e-3, torch.float32: 2e-6}
+
+COLUMNS = "op batch tokens dtype threads allocator subject median_ms min_ms error times_gdn".split()
 
 
 def exact(inputs: Inputs, l2norm_eps: float) -> dict[str, torch.Tensor]:
@@ -249,6 +251,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     header = f"{machine()}, {arguments.threads} threads; {', '.join(versions())}; heads 16/32 of 128"
     print(header)
+    records.check(arguments.csv, header, COLUMNS)  # before it takes minutes
     rows = []
     with torch.inference_mode():
         for size in arguments.tokens if arguments.op == "prefill" else arguments.batch:
@@ -270,15 +273,8 @@ def main() -> None:
                     print("  disturbed: not recorded")
                 else:
                     rows += new
-    if arguments.csv and rows:
-        fresh = not arguments.csv.exists()
-        with arguments.csv.open("a", newline="") as file:
-            if fresh:
-                file.write(f"# {header}\n")
-            writer = csv.DictWriter(file, list(rows[0]))
-            if fresh:
-                writer.writeheader()
-            writer.writerows(rows)
+    if rows:
+        records.append(arguments.csv, header, COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--tokens", default="1,4", help="1 for decoding, more for drafts")
     parser.add_argument("--prompts", default="512,2048,8192,4x2048", help="lengths of prompts that go in, alone or LENGTHS as often as said")
     arguments = parser.parse_args()
-    about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", "SGLang 0.5.23"]
+    about = [datetime.date.today(), torch.cuda.get_device_name(), f"torch {torch.__version__}", f"triton {triton.__version__}", f"SGLang {peers.WHEELS['sglang'][0]}"]
     # A figure is written when it is there: who ends the process has those before.
     out = open(arguments.csv or os.devnull, "w", newline="", buffering=1)
     rows = csv.writer(out)
