@@ -38,8 +38,15 @@ class StandIns:
     def create_module(self, spec: object) -> types.ModuleType:
         module = types.ModuleType(spec.name)
         module.__path__ = []
-        module.__getattr__ = lambda name: {"tl": tl, "triton": triton}.get(name) or Nothing()
+        module.__getattr__ = self.named
         return module
+
+    @staticmethod
+    def named(name: str) -> object:
+        """What the stand-in has by a name. It has no file: who looks through all modules, as `inspect` does, passes it by."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return {"tl": tl, "triton": triton}.get(name) or Nothing()
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
