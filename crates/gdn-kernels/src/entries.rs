@@ -13,9 +13,10 @@ use crate::{
 };
 
 /// Kernels of an op: `name(arguments) = function;` or, with shared memory of a size that is known,
-/// `name(arguments) shared bytes = function;`. A function takes a GPU and a reference to the arguments.
+/// `name(arguments) shared bytes = function;`, or with where it begins in a register
+/// `name(arguments) shared held = function;`. A function takes a GPU and a reference to the arguments.
 macro_rules! kernels {
-    ($op:literal: $($name:ident($args:ty) $(shared $bytes:literal)? = $run:path;)*) => {$(
+    ($op:literal: $($name:ident($args:ty) $(shared $bytes:tt)? = $run:path;)*) => {$(
         #[cfg(all(target_arch = "nvptx64", op = $op))]
         mod $name {
             use super::*;
@@ -40,6 +41,7 @@ macro_rules! kernels {
         }
     )*};
     (@shared $name:ident) => { type Memory = crate::gpu::nvptx::Dynamic; };
+    (@shared $name:ident held) => { type Memory = crate::gpu::nvptx::InRegister; };
     (@shared $name:ident $bytes:literal) => {
         core::arch::global_asm!(concat!(".shared .align 1024 .b8 ", stringify!($name), "_shared[", $bytes, "];"));
 
@@ -47,7 +49,12 @@ macro_rules! kernels {
 
         impl crate::gpu::nvptx::Shared for Memory {
             #[inline(always)]
-            fn base() -> u32 {
+            fn find() -> Self {
+                Self
+            }
+
+            #[inline(always)]
+            fn base(&self) -> u32 {
                 let base: u32;
                 // SAFETY: the address of what is declared above.
                 unsafe {
@@ -103,6 +110,16 @@ kernels! { "decode":
     gdn_decode_bf16_256_tokens(DecodeArgs) = decode::run::<Rows<Bf16, 16, 8, 2, 2, PLAIN_TOKENS>>;
     gdn_decode_bf16_128_tokens_large(DecodeArgs) = decode::run::<Rows<Bf16, 8, 8, 2, 4, PLAIN_TOKENS>>;
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
+}
+
+// Of few blocks, by the dtype of the state and a block's rows of it.
+kernels! { "decode_few":
+    gdn_decode_f32_few_32(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 1>;
+    gdn_decode_f32_few_64(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 2>;
+    gdn_decode_f32_few_128(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 4>;
+    gdn_decode_bf16_few_32(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 1>;
+    gdn_decode_bf16_few_64(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 2>;
+    gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 4>;
 }
 
 // The convolution by the numbers that a head has at most, the scan by those of a key, and by the tiles of S that are

@@ -44,6 +44,8 @@ pub struct Kernel {
     pub threads: u32,
     /// Blocks that a multiprocessor must have room for; 0: it is not told.
     pub blocks: u32,
+    /// Whether every launch names clusters, which the compiler is told: what it does without them is left out then.
+    pub in_clusters: bool,
     /// The most bytes of dynamic shared memory a launch asks for.
     pub shared: u32,
     /// Bytes of stack it may have.
@@ -83,6 +85,7 @@ impl Kernel {
             name,
             threads: 0,
             blocks: 0,
+            in_clusters: false,
             shared: 0,
             stack: 0,
             wide: [0; 2],
@@ -177,6 +180,14 @@ pub static MODULES: &[Module] = &[
         ptx: text!("decode.sm_80.ptx"),
         code: &[],
         families: DECODE_80,
+    },
+    // Beside the other kernels, on devices that have clusters.
+    Module {
+        op: "decode_few",
+        target: Target::Sm90,
+        ptx: text!("decode_few.sm_90.ptx"),
+        code: of_hopper!("sm_90", "decode_few.sm_90.sm_90.cubin"),
+        families: DECODE_FEW,
     },
     Module {
         op: "prefill",
@@ -323,6 +334,20 @@ const fn families(kernels: &'static [[Kernel; 1]; DECODES]) -> [&'static [Kernel
 
 const DECODE_90: &[&[Kernel]] = &families(&DECODES_90);
 const DECODE_80: &[&[Kernel]] = &families(&DECODES_80);
+
+/// Two blocks fit on a multiprocessor: those of the next call begin beside those of this one.
+const fn decode_few(name: &'static str) -> Kernel {
+    Kernel { blocks: 2, in_clusters: true, ..decode(name, 6) }
+}
+
+const DECODE_FEW: &[&[Kernel]] = &[
+    &[decode_few("gdn_decode_f32_few_32").wide(0, 8)],
+    &[decode_few("gdn_decode_f32_few_64").wide(0, 16)],
+    &[decode_few("gdn_decode_f32_few_128").wide(0, 32)],
+    &[decode_few("gdn_decode_bf16_few_32").wide(0, 4)],
+    &[decode_few("gdn_decode_bf16_few_64").wide(0, 8)],
+    &[decode_few("gdn_decode_bf16_few_128").wide(0, 16)],
+];
 
 /// With as much shared memory as there is.
 const fn prefill(name: &'static str, threads: u32) -> Kernel {

@@ -148,7 +148,7 @@ impl Lanes for f32 {
 
 #[cfg(not(target_arch = "nvptx64"))]
 #[inline(always)]
-fn fused(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn fused(a: f32, b: f32, c: f32) -> f32 {
     a.mul_add(b, c)
 }
 
@@ -160,7 +160,7 @@ fn square_root(x: f32) -> f32 {
 
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
-fn fused(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn fused(a: f32, b: f32, c: f32) -> f32 {
     core::intrinsics::fmaf32(a, b, c)
 }
 

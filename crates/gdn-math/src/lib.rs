@@ -12,6 +12,7 @@
 //! | `element.rs` | bf16 and f16 to and from f32, by their bits |
 //! | `special.rs` | exp, log1p, sigmoid, silu, softplus |
 //! | `quick.rs` | exp, sigmoid, silu, inverse root for what is rounded to 16 bits afterwards |
+//! | `straight.rs` | [`Straight`]: an f32 that divides and takes roots without a branch, with the same bits |
 //! | `layer.rs` | the formulas of the layer: decay, beta, convolution, the delta rule's step, the two norms |
 //!
 //! No dependencies. On the host it uses `std` for one thing, the fused multiply-add of an f32.
@@ -31,5 +32,7 @@ mod lanes;
 pub mod layer;
 pub mod quick;
 pub mod special;
+mod straight;
 
 pub use lanes::Lanes;
+pub use straight::Straight;

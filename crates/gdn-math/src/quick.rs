@@ -50,7 +50,7 @@ fn power<const N: usize>(x: f32, p: [f32; N]) -> f32 {
 
 /// `1 / x` for x from 2^-122 to 2^123.
 #[inline(always)]
-fn inverse(x: f32) -> f32 {
+pub(crate) fn inverse(x: f32) -> f32 {
     // Exponents subtract, and so, roughly, do the logs of mantissas: with this number, which makes 0.7 of the
     // inverse, more nearly the same than with any other.
     let seed = f32::from_bits(0x7eb5_0000u32.wrapping_sub(x.to_bits()));
@@ -112,9 +112,14 @@ pub fn silu(x: f32) -> f32 {
 /// finite number, so that nothing times it stays nothing.
 #[inline(always)]
 pub fn inverse_root(sum: f32) -> f32 {
+    if sum > LARGEST_SUM { 0.0 } else { inverse_root_of_any(sum) }
+}
+
+/// The same for every finite sum.
+#[inline(always)]
+pub(crate) fn inverse_root_of_any(sum: f32) -> f32 {
     let seed = f32::from_bits(0x5f30_0000u32.wrapping_sub(sum.to_bits() >> 1));
-    let root = seed * polynomial(Lanes::neg_mul_add(sum * seed, seed, 1.0), INVERSE_ROOT);
-    if sum > LARGEST_SUM { 0.0 } else { root }
+    seed * polynomial(Lanes::neg_mul_add(sum * seed, seed, 1.0), INVERSE_ROOT)
 }
 
 #[cfg(test)]

@@ -28,6 +28,9 @@ pub(super) fn clean(module: &Module, text: &str) -> String {
                 if kernel.threads > 0 {
                     bounds += &format!(".maxntid {}, 1, 1\n", kernel.threads);
                 }
+                if kernel.in_clusters {
+                    bounds += ".explicitcluster\n";
+                }
                 if kernel.blocks > 0 {
                     bounds += &format!(".minnctapersm {}\n", kernel.blocks);
                 }

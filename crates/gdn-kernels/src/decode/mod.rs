@@ -26,6 +26,7 @@
 pub mod args;
 mod conv;
 pub mod element;
+pub mod few;
 mod inputs;
 mod norm;
 mod plain;

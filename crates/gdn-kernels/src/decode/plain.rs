@@ -54,12 +54,12 @@ pub(super) type Inputs = [[u32; TAPS - 1]; 2];
 
 impl Channel {
     #[inline(always)]
-    fn x_at(&self, t: u32) -> u64 {
+    pub(super) fn x_at(&self, t: u32) -> u64 {
         self.x + far(true, u64::from(t), self.row_stride)
     }
 
     #[inline(always)]
-    fn taps_at(&self, args: &Args) -> u64 {
+    pub(super) fn taps_at(&self, args: &Args) -> u64 {
         args.conv_weight.address + far(true, self.channel, args.conv_weight.strides[0])
     }
 }
@@ -178,7 +178,7 @@ impl<G: Machine> Block<'_, G> {
     /// # Safety
     /// As [`super::run`].
     #[inline(always)]
-    unsafe fn ask_windows(&self, pair: &Pair, slot: u64) -> Inputs {
+    pub(super) unsafe fn ask_windows(&self, pair: &Pair, slot: u64) -> Inputs {
         let of_column = self.args.conv_state.strides[2];
         pair.channels.map(|channel| {
             let mut inputs = [0; TAPS - 1];

@@ -108,6 +108,15 @@ pub trait Hopper: Gpu {
     /// `at` is a multiple of 16 within shared memory. The words were written by this thread or before a
     /// barrier that both passed, or are sent.
     unsafe fn receive16(&self, at: u32) -> super::Bytes16;
+    /// [`Hopper::receive16`] of the 16 words at `at`, which are looked at side by side.
+    ///
+    /// # Safety
+    /// That of [`Hopper::receive16`], for so many.
+    #[inline(always)]
+    unsafe fn receive64(&self, at: u32) -> [super::Bytes16; 4] {
+        // SAFETY: the caller's promise.
+        [0, 16, 32, 48].map(|place| unsafe { self.receive16(at + place) })
+    }
 }
 
 /// A word that was not sent yet.

@@ -8,6 +8,7 @@ use gdn_kernels::{
     decode::{
         NARROW, PLAIN, PLAIN_TOKENS, WIDE,
         args::{self, Args, Strided, Vector},
+        few,
     },
     split::Divisor,
 };
@@ -483,7 +484,8 @@ impl Job {
             WIDE
         };
         let keeps_each = matches!(kept_state.kind, args::EACH | args::EACH_IN);
-        let work = Work { groups, ratio, dv, tokens: t, keeps_each };
+        let is_usual = few::takes(layer.l2norm_eps, layer.norm_eps, layer.scale);
+        let work = Work { groups, ratio, dv, tokens: t, keeps_each, is_usual };
         let (choice, share) = Choice::all(number(state.kind), kind, dk, &work, &profile)
             .find_map(|choice| Share::new(choice, &work, &profile).map(|share| (choice, share)))
             .ok_or_else(too_many)?;

@@ -3,7 +3,8 @@
 use gdn_kernels::{
     decode::{
         NARROW, PLAIN, PLAIN_TOKENS, WARP_ROWS, WIDE,
-        args::{BF16, Room, RoomFor},
+        args::{BF16, F16, Room, RoomFor},
+        few,
     },
     modules::{DECODE_SHARED, Target, decode_large_warps, decode_warps},
 };
@@ -29,6 +30,8 @@ pub(crate) struct Profile {
     /// and whether pieces are larger where there are several tokens, which is else so where there is enough to do for
     /// all.
     pub(crate) large_pieces: Option<bool>,
+    /// Whether the kernel for few blocks is taken wherever it can be; else it is where it is known to be the best.
+    pub(crate) few: Option<bool>,
 }
 
 impl Profile {
@@ -42,6 +45,7 @@ impl Profile {
         steps: None,
         one_by_one: false,
         large_pieces: None,
+        few: None,
     };
 
     pub(crate) fn of(gpu: &Gpu) -> Self {
@@ -56,6 +60,7 @@ impl Profile {
             steps: None,
             one_by_one: false,
             large_pieces: None,
+            few: None,
         }
     }
 }
@@ -90,17 +95,19 @@ pub(super) struct Choice {
     sum_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
+    /// Rows of a block, for the kernels for few blocks; 0 for all others.
+    block_rows: u32,
 }
 
 /// Of rows of f32, or of 16 bits as if they were, with two stages of a piece.
 const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
     let piece_rows = if columns > 128 { 4 } else { 8 };
     let landing = 2 * piece_rows * columns * bytes;
-    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing }
+    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing, block_rows: 0 }
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, sum_rows: 2, landing: 0 }
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, sum_rows: 2, landing: 0, block_rows: 0 }
 }
 
 /// Of several tokens with rows of bf16, and the same with larger pieces: fewer instructions a row, and fewer warps.
@@ -108,6 +115,25 @@ const fn narrow(name: &'static str) -> Choice {
 const SMALL: Choice = wide(PLAIN_TOKENS, "gdn_decode_bf16_128_tokens", 128, 2);
 const LARGE: Choice =
     Choice { name: "gdn_decode_bf16_128_tokens_large", piece_rows: 16, landing: 2 * SMALL.landing, ..SMALL };
+
+/// For few blocks of so many rows of a v head, with the bits of those for plain calls.
+const fn few(name: &'static str, rows: u32, bytes: u32) -> Choice {
+    Choice { block_rows: rows, ..wide(PLAIN, name, few::HEAD, bytes) }
+}
+
+/// With states of f32, and of bf16.
+const FEWS: [[Choice; 3]; 2] = [
+    [
+        few("gdn_decode_f32_few_32", 32, 4),
+        few("gdn_decode_f32_few_64", 64, 4),
+        few("gdn_decode_f32_few_128", 128, 4),
+    ],
+    [
+        few("gdn_decode_bf16_few_32", 32, 2),
+        few("gdn_decode_bf16_few_64", 64, 2),
+        few("gdn_decode_bf16_few_128", 128, 2),
+    ],
+];
 
 /// For states of f32, f16 and bf16: those for plain calls, those by the columns of a row, and the one for
 /// rows of any strides.
@@ -177,8 +203,37 @@ impl Choice {
             WIDE => kind != NARROW && choice.columns >= dk,
             _ => true,
         };
+        let can_be_few = kind == PLAIN && dtype != F16 && dk == few::HEAD;
+        let few = if can_be_few { Self::few(dtype, work, profile) } else { None };
         let dtype = dtype as usize;
-        PLAINS[dtype].iter().chain(&WIDES[dtype]).chain(&NARROWS[dtype..=dtype]).filter(is_for)
+        few.into_iter()
+            .chain(PLAINS[dtype].iter().chain(&WIDES[dtype]).chain(&NARROWS[dtype..=dtype]).filter(is_for))
+    }
+
+    /// The kernel for few blocks, where that is worth it.
+    fn few(dtype: u32, work: &Work, profile: &Profile) -> Option<&'static Self> {
+        let fews = &FEWS[usize::from(dtype == BF16)];
+        let share = |choice: &Self| Share::few(choice, work, profile);
+        if profile.cluster.is_some() || profile.few == Some(false) {
+            let is_wanted =
+                |share: Share| profile.few == Some(true) && profile.cluster == Some(share.cluster);
+            return fews.iter().find(|choice| share(choice).is_some_and(is_wanted));
+        }
+        let blocks = |choice: &Self| share(choice).map(|share| u64::from(work.groups * share.cluster));
+        let at_most = |choice: &Self, of_two: u64| {
+            blocks(choice).is_some_and(|blocks| blocks * 2 <= u64::from(profile.multiprocessors) * of_two)
+        };
+        // TODO by what is measured
+        let [small, middle, large] = fews;
+        if at_most(small, 1) {
+            Some(small)
+        } else if at_most(middle, 2) {
+            Some(middle)
+        } else if at_most(large, 2) {
+            Some(large)
+        } else {
+            None
+        }
     }
 
     /// Whether larger pieces are worth their registers: where they leave as many warps on a multiprocessor, where
@@ -245,6 +300,8 @@ pub(super) struct Work {
     pub(super) tokens: u32,
     /// Whether the states after all tokens are kept.
     pub(super) keeps_each: bool,
+    /// Whether the norms' epsilons and the query's scale are what the kernels for few blocks take: all that there is.
+    pub(super) is_usual: bool,
 }
 
 impl Work {
@@ -260,6 +317,9 @@ impl Share {
     pub(super) fn new(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
         if choice.kind == NARROW {
             return Self::in_passes(choice, work, profile);
+        }
+        if choice.block_rows > 0 {
+            return Self::few(choice, work, profile);
         }
         let last = Self::full(choice, work, profile)?;
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
@@ -429,6 +489,28 @@ impl Share {
         (warps <= most_warps && room.bytes <= profile.most_shared).then_some(share)
     }
 
+    /// A v head a block, or so many of its rows as the kernel says; `None` where that cannot be.
+    fn few(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
+        let cluster = work.ratio * (few::HEAD / choice.block_rows);
+        let steps = choice.block_rows / (few::ROW_WARPS * choice.piece_rows);
+        if cluster == 1 || work.dv != few::HEAD || !work.is_usual {
+            return None;
+        }
+        let share = Self::of(choice, work, profile, [cluster, steps], true)?;
+        let of = RoomFor {
+            tokens: 1,
+            padded: choice.columns,
+            sum_rows: choice.sum_rows,
+            dv: few::HEAD,
+            heads: 1,
+            block_rows: choice.block_rows,
+            warps: few::ROW_WARPS,
+            landing: choice.landing * 2,
+            blocks: cluster,
+        };
+        Some(Self { warps: few::WARPS, room: Room::new(of), ..share })
+    }
+
     /// One block a key head, with v heads as many at a time as have room.
     fn in_passes(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
         let most_steps = FULL_ROWS / choice.piece_rows;
@@ -464,7 +546,7 @@ mod tests {
             ..Profile::LEAST
         };
         let share = |[ratio, groups, tokens]: [u32; 3], keeps_each, dtype| {
-            let work = Work { groups, ratio, dv: 128, tokens, keeps_each };
+            let work = Work { groups, ratio, dv: 128, tokens, keeps_each, is_usual: true };
             let kind = if tokens > 1 { PLAIN_TOKENS } else { PLAIN };
             let choice = Choice::all(dtype, kind, 128, &work, &h100).next().unwrap();
             let Share { cluster, steps, warps, .. } = Share::new(choice, &work, &h100).unwrap();

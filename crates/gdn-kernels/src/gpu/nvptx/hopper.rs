@@ -4,6 +4,8 @@
 use core::arch::asm;
 
 use super::{Nvptx, Shared};
+#[cfg(sm_90)]
+use crate::gpu::EMPTY;
 #[cfg(not(sm_90))]
 use crate::gpu::Gpu;
 use crate::gpu::{Bytes16, Hopper};
@@ -30,6 +32,22 @@ impl<S: Shared> Nvptx<S> {
                 out(reg32) address, in(reg32) self.shared(at), in(reg32) rank, options(pure, nomem, nostack));
         }
         address
+    }
+
+    /// 16 bytes as they are now, which another block may be writing.
+    ///
+    /// # Safety
+    /// They are in shared memory, at a multiple of 16.
+    #[inline(always)]
+    #[cfg(sm_90)]
+    unsafe fn look16(&self, at: u32) -> Bytes16 {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("ld.volatile.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.shared(at), options(nostack));
+        }
+        Bytes16([a, b, c, d])
     }
 }
 
@@ -287,5 +305,21 @@ impl<S: Shared> Hopper for Nvptx<S> {
                 options(nostack));
         }
         Bytes16([a, b, c, d])
+    }
+
+    #[cfg(sm_90)]
+    #[inline(always)]
+    unsafe fn receive64(&self, at: u32) -> [Bytes16; 4] {
+        // SAFETY: the caller's promise.
+        let look = |place: u32| unsafe { self.look16(at + place) };
+        loop {
+            let all = [look(0), look(16), look(32), look(48)];
+            let is_empty = all
+                .iter()
+                .fold(false, |any, Bytes16(four)| four.iter().fold(any, |any, word| any | (*word == EMPTY)));
+            if !is_empty {
+                return all;
+            }
+        }
     }
 }

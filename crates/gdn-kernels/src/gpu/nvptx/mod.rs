@@ -12,10 +12,7 @@ mod tensor_core;
 mod warp;
 mod wgmma;
 
-use core::{
-    arch::{asm, global_asm},
-    marker::PhantomData,
-};
+use core::arch::{asm, global_asm};
 
 use super::{Bytes16, Gpu};
 
@@ -24,16 +21,24 @@ global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
 
 /// Where a kernel's shared memory begins.
 pub(crate) trait Shared {
+    /// Works it out.
+    fn find() -> Self;
     /// In the address space of shared memory.
-    fn base() -> u32;
+    fn base(&self) -> u32;
 }
 
 /// As much as the launch says.
+#[allow(dead_code, reason = "a build is of one op")]
 pub(crate) struct Dynamic;
 
 impl Shared for Dynamic {
     #[inline(always)]
-    fn base() -> u32 {
+    fn find() -> Self {
+        Self
+    }
+
+    #[inline(always)]
+    fn base(&self) -> u32 {
         let base: u32;
         // SAFETY: the address of what is declared above.
         unsafe {
@@ -43,19 +48,47 @@ impl Shared for Dynamic {
     }
 }
 
+/// The same, held in a register: where blocks are in clusters the assembler works it out at each access.
+#[allow(dead_code, reason = "as above")]
+pub(crate) struct InRegister(u32);
+
+impl Shared for InRegister {
+    #[inline(always)]
+    fn find() -> Self {
+        let base: u32;
+        // SAFETY: the address of what is declared above, and y of the block, which is 0: the assembler does not know that.
+        unsafe {
+            asm!(
+                "{{",
+                "\t.reg .b32 zero;",
+                "\tmov.u32 zero, %ctaid.y;",
+                "\tmov.u32 {0}, dynamic_shared;",
+                "\tadd.u32 {0}, {0}, zero;",
+                "\t}}",
+                out(reg32) base, options(nomem, nostack));
+        }
+        Self(base)
+    }
+
+    #[inline(always)]
+    fn base(&self) -> u32 {
+        self.0
+    }
+}
+
 /// The thread that asks.
-pub(crate) struct Nvptx<S>(PhantomData<S>);
+pub(crate) struct Nvptx<S>(S);
 
 impl<S: Shared> Nvptx<S> {
     #[inline(always)]
     pub(crate) fn new() -> Self {
-        Self(PhantomData)
+        Self(S::find())
     }
 
     /// Where byte `at` of shared memory is.
     #[inline(always)]
     fn shared(&self, at: u32) -> u32 {
-        S::base().wrapping_add(at)
+        self.0.base().wrapping_add(at)
     }
 }
 

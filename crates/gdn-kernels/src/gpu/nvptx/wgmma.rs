@@ -65,7 +65,7 @@ macro_rules! sizes {
                 b: Operand,
                 add: bool,
             ) {
-                let (a, b, add) = (a.descriptor(S::base()), b.descriptor(S::base()), u32::from(add));
+                let (a, b, add) = (a.descriptor(self.0.base()), b.descriptor(self.0.base()), u32::from(add));
                 match REGISTERS {
                     $($registers => {
                         // SAFETY: as many registers as `REGISTERS` says.
@@ -90,7 +90,7 @@ macro_rules! sizes {
                 b: Operand,
                 add: bool,
             ) {
-                let (a, b, add) = (a.words[k16], b.descriptor(S::base()), u32::from(add));
+                let (a, b, add) = (a.words[k16], b.descriptor(self.0.base()), u32::from(add));
                 match REGISTERS {
                     $($registers => {
                         // SAFETY: as many registers as `REGISTERS` says.

@@ -37,7 +37,18 @@ pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
         steps: Some(steps),
         one_by_one,
         large_pieces: None,
+        few: None,
     }
+}
+
+/// By the kernel for few blocks, in clusters of so many, where it can be.
+fn few(cluster: u32) -> Profile {
+    Profile { few: Some(true), ..profile(cluster, 1, false) }
+}
+
+/// Whether heads are such as that kernel takes, as it is in plain calls of one token.
+fn are_few(heads: [usize; 4]) -> bool {
+    heads[2..] == [128, 128]
 }
 
 /// Of a device that has little to do, and chooses for itself.
@@ -58,10 +69,13 @@ fn check(options: &Options, form: Form, sequences: usize, tokens: usize, run: &m
     let mut first = before.clone();
     first.decode_by(|call| run(call, profile(1, 8, false)));
     first.check(&before, &what);
-    for (cluster, steps, one_by_one) in [(1, 2, true), (4, 1, false), (8, 4, true)] {
+    let others = [(1, 2, true), (4, 1, false), (8, 4, true)];
+    let others = others.map(|(cluster, steps, one_by_one)| profile(cluster, steps, one_by_one));
+    let of_few = are_few(options.heads).then(|| (2..=8).map(few));
+    for profile in others.into_iter().chain(of_few.into_iter().flatten()) {
         let mut other = before.clone();
-        other.decode_by(|call| run(call, profile(cluster, steps, one_by_one)));
-        assert!(results(&first) == results(&other), "{what}: {cluster} blocks give other bits");
+        other.decode_by(|call| run(call, profile));
+        assert!(results(&first) == results(&other), "{what}: {profile:?} gives other bits");
     }
 }
 
@@ -109,6 +123,13 @@ pub(super) fn oracle(run: &mut Run<'_>) {
         }
         for packing in [Packing::Interleaved, Packing::Contiguous] {
             check(&Options { packing, ..plain([2, 4, 64, 64]) }, form, 1, 1, run);
+        }
+        // Those that the kernel for few blocks takes.
+        for heads in [[1, 1, 128, 128], [2, 4, 128, 128], [1, 3, 128, 128], [1, 4, 128, 128]] {
+            check(&plain(heads), form, 2, 1, run);
+        }
+        for inputs in Inputs::ALL {
+            check(&Options { inputs, gate: Gate::Sigmoid, ..plain([1, 2, 128, 128]) }, form, 1, 1, run);
         }
         for inputs in Inputs::ALL {
             let tokens = if state_dtype == Dtype::F32 { 3 } else { 1 };
@@ -191,6 +212,14 @@ impl Kept {
         Self::of(&options, form, true, tokens)
     }
 
+    /// The same of heads that the kernel for few blocks takes.
+    fn few(state_dtype: Dtype) -> Self {
+        let bf16 = Dtype::BF16;
+        let form = Form { out_dtype: bf16, conv_dtype: bf16, state_dtype, ..Form::default() };
+        let options = Options { dtype: bf16, weight_dtype: bf16, ..Options::new([1, 2, 128, 128]) };
+        Self::of(&options, form, true, 1)
+    }
+
     fn of(options: &Options, form: Form, is_plain: bool, tokens: usize) -> Self {
         let Form { state_order, state_dtype, conv_dtype, .. } = form;
         let mut batch = Batch::new(options, form, &[tokens; 2]);
@@ -259,7 +288,7 @@ pub(super) fn contracts(run: &mut Run<'_>) {
         let error = relative(&got, &cpu);
         assert!(error <= bound(&cpu, dtype), "{what} is off the CPU's by {error:.2e}");
     }
-    let mut check = |what: &str, before: Kept, way: usize| {
+    let mut check = |what: &str, before: Kept, way: usize, others: &[Profile]| {
         let (mut cpu, mut first) = (before.clone(), before.clone());
         cpu.run(way, |call| decode(call, &Cpu::new().threads(1)).unwrap());
         first.run(way, |call| run(call, profile(1, 8, false)));
@@ -270,23 +299,25 @@ pub(super) fn contracts(run: &mut Run<'_>) {
         same(&recurrent, &first.batch.recurrent, &cpu.batch.recurrent, &before.batch.recurrent);
         same(&states, &first.states, &cpu.states, &before.states);
         same(&windows, &first.windows, &cpu.windows, &before.windows);
-        for (cluster, steps) in [(4, 2), (8, 1), (2, 1)] {
+        for profile in others {
             let mut other = before.clone();
-            other.run(way, |call| run(call, profile(cluster, steps, true)));
+            other.run(way, |call| run(call, *profile));
             assert!(
                 results(&first.batch) == results(&other.batch)
                     && first.states.bytes == other.states.bytes
                     && first.windows.bytes == other.windows.bytes,
-                "{what}: {cluster} blocks give other bits"
+                "{what}: {profile:?} gives other bits"
             );
         }
     };
+    let others = [(4, 2), (8, 1), (2, 1)].map(|(cluster, steps)| profile(cluster, steps, true));
     for (state_order, state_dtype) in [([2, 3], Dtype::F32), ([3, 2], Dtype::F32)] {
         for way in 0..=6 {
             let more_columns = if way == 6 { [TOKENS - 1, TOKENS + 1] } else { [0, 2] };
             for more_columns in more_columns {
                 let before = Kept::new(state_order, state_dtype, more_columns);
-                check(&format!("way {way}, {state_order:?}, {more_columns} more columns"), before, way);
+                let what = format!("way {way}, {state_order:?}, {more_columns} more columns");
+                check(&what, before, way, &others);
             }
         }
     }
@@ -294,8 +325,10 @@ pub(super) fn contracts(run: &mut Run<'_>) {
         for way in 0..=5 {
             for tokens in [1, TOKENS] {
                 let what = format!("way {way}, plain, {state_dtype}, {tokens} tokens");
-                check(&what, Kept::plain(state_dtype, tokens), way);
+                check(&what, Kept::plain(state_dtype, tokens), way, &others);
             }
+            let what = format!("way {way}, few, {state_dtype}");
+            check(&what, Kept::few(state_dtype), way, &[2, 4, 8].map(few));
         }
     }
 }
@@ -428,22 +461,28 @@ pub(super) fn many_sequences(count: usize, run: &mut Run<'_>) {
 pub(super) fn slots_that_are_not_there(run: &mut Run<'_>) {
     let plain = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new([2, 4, 64, 32]) };
     let plain_form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
-    for (options, form) in [(Options::new([2, 4, 24, 40]), Form::default()), (plain, plain_form)] {
+    let of_few = Options { dtype: Dtype::BF16, weight_dtype: Dtype::BF16, ..Options::new([1, 2, 128, 128]) };
+    let layers = [
+        (Options::new([2, 4, 24, 40]), Form::default(), 2, profile(2, 1, false)),
+        (plain, plain_form, 2, profile(2, 1, false)),
+        (of_few, plain_form, 1, few(4)),
+    ];
+    for (options, form, tokens, profile) in layers {
         // A pad_slot_id that no i32 has is nobody's slot.
         for pad_slot_id in [-1, 0, 1 << 32] {
             for wrong in [-1, -7, pad_slot_id, 6, 1 << 30] {
                 if i32::try_from(wrong).is_err() {
                     continue;
                 }
-                let mut before = Batch::new(&options, Form { pad_slot_id, ..form }, &[2; 4]);
+                let mut before = Batch::new(&options, Form { pad_slot_id, ..form }, &[tokens; 4]);
                 before.slots = vec![3, wrong, 1, wrong];
-                for t in [2, 3, 6, 7] {
+                for t in (0..4 * tokens).filter(|t| t / tokens % 2 == 1) {
                     for f in 0..before.setup.mixed_qkvz.sizes[1] {
                         before.setup.mixed_qkvz.set([t, f], f64::NAN);
                     }
                 }
                 let mut after = before.clone();
-                after.decode_by(|call| run(call, profile(2, 1, false)));
+                after.decode_by(|call| run(call, profile));
                 // For the check these are padding.
                 after.slots = vec![3, -1, 1, -1];
                 after.check(&before, &format!("slot {wrong}, padding {pad_slot_id}"));
