@@ -7,7 +7,9 @@
 Every subject is first held to float64. Each is then captured in a CUDA graph of calls on slots of their own, together larger than the
 second-level cache; graphs are replayed in turns, and a figure is the median over the turns, in microseconds a call. SGLang's files are
 loaded from where they are; what they import of the rest of SGLang is stood in for, and its kernels are launched as it launches them on this device.
-FlashInfer is left out where it cannot be imported. A recurrence alone begins with the convolution's results and ends before the norm.
+FlashInfer is left out where it cannot be imported. gdn is launched programmatically, each call behind another one that lets it start
+early. A GEMM lets nobody: for few sequences gdn and SGLang's chain are measured behind the layer's own, too (torch.mm, a hidden size of
+2048), as what they add to the time of that GEMM alone. A recurrence alone begins with the convolution's results and ends before the norm.
 """
 
 import argparse
@@ -39,6 +41,11 @@ MOST_TOKENS = 4
 #: How many sequences are held to float64.
 CHECKED = 4
 COPY = "copy of the states"
+#: The layer's hidden size where a GEMM comes before, and how many sequences there are then at most.
+HIDDEN = 2048
+MOST_BEHIND = 16
+GEMM = "GEMM alone"
+BEHIND = ", behind a GEMM"
 
 
 class Peer(StandIns):
@@ -219,6 +226,20 @@ def copies(case):
     return {f"{COPY}, {how}": lambda i, one=one: one(part(case.state, i), part(other, i)) for how, one in found.items()}
 
 
+def behind_gemm(case, run):
+    """The projection that comes before a call in a layer, into the tensor that the call reads, and the call."""
+    features = case.qkvz.shape[1]
+    weight = torch.empty(HIDDEN, features, device="cuda", dtype=torch.bfloat16).normal_(std=HIDDEN**-0.5)
+    hidden = torch.randn(case.batch, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    qkvz, _ = case.packed(1)
+
+    def both(i):
+        torch.mm(hidden, weight, out=qkvz)
+        return run(i)
+
+    return both
+
+
 def subjects(case, sglang, flashinfer):
     """By name: what runs, and what it is held to in float64."""
     found = {"gdn": (ours(case), lambda: case.exact(1))}
@@ -230,6 +251,11 @@ def subjects(case, sglang, flashinfer):
         found["SGLang's recurrence"] = sglang_recurrence(case, sglang), case.exact_recurrence
     if flashinfer:
         found["FlashInfer's recurrence"] = flashinfer_recurrence(case, flashinfer), case.exact_recurrence
+    if case.batch <= MOST_BEHIND:
+        # A call reads what the GEMM writes: there is no float64 for that here, and the call alone was held to it.
+        chains = [name for name in found if name == "gdn" or "launches" in name]
+        found |= {name + BEHIND: (behind_gemm(case, found[name][0]), None) for name in chains}
+        found[GEMM] = behind_gemm(case, lambda i: None), None
     return found | {name: (run, None) for name, run in copies(case).items()}
 
 
@@ -258,7 +284,9 @@ def measure(case, sglang, flashinfer, turns):
             graphs[name] = graph_of(lambda run=run, turn=turn: run(next(turn)), case.calls)
         except Exception as failed:  # a peer that does not run is said so, and the others go on
             print(f"{name}: {type(failed).__name__}: {str(failed)[:300]}", flush=True)
-    return {name: (took, *results[name]) for name, took in medians(graphs, turns, case.calls).items()}
+    took = medians(graphs, turns, case.calls)
+    added = lambda name: took[name] - (took[GEMM] if name.endswith(BEHIND) else 0)
+    return {name: (added(name), *results[name]) for name in took}
 
 
 def share_of_copy(case, figures):
@@ -275,7 +303,7 @@ def bars(rows):
             groups.setdefault(f"{heads}, {state}, B = {batch}", {})[subject] = float(micros)
     for figures in groups.values():
         best = min((name for name in figures if name.startswith(COPY)), key=figures.get, default=None)
-        for name in [name for name in figures if (name.startswith(COPY) and name != best) or "tokens" in name]:
+        for name in [name for name in figures if (name.startswith(COPY) and name != best) or "tokens" in name or "GEMM" in name]:
             del figures[name]
     return groups
 

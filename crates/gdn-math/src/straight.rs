@@ -30,9 +30,9 @@ fn quotient(a: f32, b: f32) -> f32 {
     let inverse = if b == f32::INFINITY { 0.0 } else { inverse };
     let first = a * inverse;
     let rest = fused(-b, first, a);
-    // Of what is infinite there is no rest.
+    // Of what is infinite or 0 there is no rest.
     let last = fused(rest, inverse, first);
-    if rest.is_nan() { first } else { last }
+    if rest.abs() > 0.0 { last } else { first }
 }
 
 /// The root of `x`.

@@ -505,7 +505,7 @@ impl Share {
             heads: 1,
             block_rows: choice.block_rows,
             warps: few::ROW_WARPS,
-            landing: choice.landing * 2,
+            landing: choice.landing,
             blocks: cluster,
         };
         Some(Self { warps: few::WARPS, room: Room::new(of), ..share })

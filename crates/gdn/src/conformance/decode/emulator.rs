@@ -94,7 +94,7 @@ fn emulate_in(
 fn the_oracle_on_the_emulator() {
     let mut seen = std::collections::BTreeSet::new();
     cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
-    assert_eq!(seen.len(), 21, "{seen:?}");
+    assert_eq!(seen.len(), 27, "{seen:?}");
 }
 
 #[test]
