@@ -18,6 +18,7 @@ import csv
 import datetime
 import importlib.util
 import itertools
+import math
 import sys
 import types
 from pathlib import Path
@@ -285,7 +286,7 @@ def measure(case, sglang, flashinfer, turns):
         except Exception as failed:  # a peer that does not run is said so, and the others go on
             print(f"{name}: {type(failed).__name__}: {str(failed)[:300]}", flush=True)
     took = medians(graphs, turns, case.calls)
-    added = lambda name: took[name] - (took[GEMM] if name.endswith(BEHIND) else 0)
+    added = lambda name: took[name] - (took.get(GEMM, math.nan) if name.endswith(BEHIND) else 0)
     return {name: (added(name), *results[name]) for name in took}
 
 

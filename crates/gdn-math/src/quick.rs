@@ -112,7 +112,8 @@ pub fn silu(x: f32) -> f32 {
 /// finite number, so that nothing times it stays nothing.
 #[inline(always)]
 pub fn inverse_root(sum: f32) -> f32 {
-    if sum > LARGEST_SUM { 0.0 } else { inverse_root_of_any(sum) }
+    let root = inverse_root_of_any(sum);
+    if sum > LARGEST_SUM { 0.0 } else { root }
 }
 
 /// The same for every finite sum.

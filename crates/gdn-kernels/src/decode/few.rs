@@ -5,7 +5,9 @@
 //! The last warps have the channels, the first one the gates, the first ones the rows of S, and the last ones the norm.
 //! So the warps of the norm, which have few rows of S or none, know their gate before the outputs come.
 //!
-//! Results have the bits of the kernels that `run` of `mod.rs` is.
+//! Results have the bits of the other kernels. The window of the convolution is no race for the reason that `mod.rs` gives:
+//! the first block of a cluster writes it behind the cluster's second barrier, at which each block arrives when it has read it.
+//! Each barrier is reached at one place of the code.
 
 use gdn_math::{Lanes, Straight, element::f32_of_bf16, layer as math, special::exp};
 
@@ -36,6 +38,7 @@ const QK_PAIRS: u32 = HEAD / 32;
 const SUMS: u32 = HEAD / 8;
 
 /// Whether a layer's numbers are such as the quotients and roots here are right for ([`Straight`]): all that there is.
+#[inline(always)]
 pub fn takes(l2norm_eps: f32, norm_eps: f32, scale: f32) -> bool {
     let is_usual = |eps: f32| (1e-30..1.0).contains(&eps);
     is_usual(l2norm_eps) && is_usual(norm_eps) && (1e-9..1e9).contains(&scale)

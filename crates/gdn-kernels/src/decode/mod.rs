@@ -9,6 +9,9 @@
 //! (`inputs.rs`: a lane is two channels), the rows of S (`rows.rs`), the gated norm (`norm.rs`: a thread is a
 //! row).
 //!
+//! That is [`run`] here. Plain calls of few blocks have a kernel of their own (`few.rs`), which goes the same way with
+//! hardly a loop or a branch, and gives the same bits.
+//!
 //! **The window of the convolution.** R v heads share the 2 * DK channels of their key head. Where one block
 //! does them all, each channel's window is read by one thread and written by that same thread: there is
 //! nobody to race with. Where a cluster does, its blocks all read the window, and the first one writes it

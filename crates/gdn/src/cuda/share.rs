@@ -219,21 +219,15 @@ impl Choice {
                 |share: Share| profile.few == Some(true) && profile.cluster == Some(share.cluster);
             return fews.iter().find(|choice| share(choice).is_some_and(is_wanted));
         }
-        let blocks = |choice: &Self| share(choice).map(|share| u64::from(work.groups * share.cluster));
-        let at_most = |choice: &Self, of_two: u64| {
-            blocks(choice).is_some_and(|blocks| blocks * 2 <= u64::from(profile.multiprocessors) * of_two)
+        let multiprocessors = u64::from(profile.multiprocessors);
+        // So many tenths of a block for each multiprocessor, at most.
+        let at_most = |choice: &Self, tenths: u64| {
+            let blocks = share(choice).map(|share| u64::from(work.groups * share.cluster));
+            blocks.is_some_and(|blocks| blocks * 10 <= multiprocessors * tenths)
         };
-        // TODO by what is measured
-        let [small, middle, large] = fews;
-        if at_most(small, 1) {
-            Some(small)
-        } else if at_most(middle, 2) {
-            Some(middle)
-        } else if at_most(large, 2) {
-            Some(large)
-        } else {
-            None
-        }
+        // Of 32, 64 and 128 rows a block. With states of bf16, which are faster to move, what each block does once weighs more.
+        let most = if dtype == BF16 { [5, 15, 15] } else { [5, 10, 20] };
+        fews.iter().zip(most).find(|(choice, tenths)| at_most(choice, *tenths)).map(|(choice, _)| choice)
     }
 
     /// Whether larger pieces are worth their registers: where they leave as many warps on a multiprocessor, where
@@ -534,17 +528,60 @@ mod tests {
 
     use super::*;
 
-    /// What was the best of what was measured on an H100, by key heads of all sequences: blocks of a cluster, pieces of a
-    /// warp, warps.
+    const H100: Profile = Profile {
+        multiprocessors: 132,
+        most_cluster: 8,
+        target: Target::Sm90,
+        most_shared: DECODE_SHARED,
+        ..Profile::LEAST
+    };
+
+    /// Which kernel for few blocks was the best of what was measured on an H100, by key heads of all sequences: its blocks of
+    /// a cluster, and rows of a block, with states of f32 and of bf16.
+    #[test]
+    fn few_blocks_are_chosen_as_was_measured() {
+        let cases = [
+            (1, 16, Some((4, 32)), Some((4, 32))),
+            (1, 32, Some((2, 64)), Some((2, 64))),
+            (1, 64, Some((2, 64)), Some((2, 64))),
+            (1, 128, None, None),
+            (2, 4, Some((8, 32)), Some((8, 32))),
+            (2, 8, Some((8, 32)), Some((8, 32))),
+            (2, 16, Some((4, 64)), Some((4, 64))),
+            (2, 32, Some((4, 64)), Some((4, 64))),
+            (2, 48, Some((2, 128)), Some((4, 64))),
+            (2, 64, Some((2, 128)), Some((2, 128))),
+            (2, 96, Some((2, 128)), Some((2, 128))),
+            (2, 128, Some((2, 128)), None),
+            (2, 256, None, None),
+            (3, 16, Some((6, 64)), Some((6, 64))),
+            (3, 32, Some((3, 128)), Some((6, 64))),
+            (3, 64, Some((3, 128)), Some((3, 128))),
+            (3, 256, None, None),
+        ];
+        let all = |dtype, [ratio, groups, tokens]: [u32; 3], is_usual| {
+            let work = Work { groups, ratio, dv: 128, tokens, keeps_each: false, is_usual };
+            let choice = Choice::all(dtype, PLAIN, 128, &work, &H100).next().unwrap();
+            let share = Share::new(choice, &work, &H100).unwrap();
+            (choice.block_rows > 0).then_some((share.cluster, share.block_rows))
+        };
+        for (ratio, groups, f32, bf16) in cases {
+            for (dtype, expected) in [(F32, f32), (BF16, bf16)] {
+                assert_eq!(all(dtype, [ratio, groups, 1], true), expected, "{ratio}, {groups}, {dtype}");
+                assert_eq!(all(dtype, [ratio, groups, 1], false), None);
+            }
+        }
+        // Where there are no clusters there are no such kernels.
+        let work = Work { groups: 16, ratio: 2, dv: 128, tokens: 1, keeps_each: false, is_usual: true };
+        let choice = Choice::all(F32, PLAIN, 128, &work, &Profile::LEAST).next().unwrap();
+        assert_eq!(choice.block_rows, 0);
+    }
+
+    /// What was the best of what was measured on an H100 without them, by key heads of all sequences: blocks of a cluster,
+    /// pieces of a warp, warps.
     #[test]
     fn an_h100_is_filled_as_was_measured() {
-        let h100 = Profile {
-            multiprocessors: 132,
-            most_cluster: 8,
-            target: Target::Sm90,
-            most_shared: DECODE_SHARED,
-            ..Profile::LEAST
-        };
+        let h100 = Profile { few: Some(false), ..H100 };
         let share = |[ratio, groups, tokens]: [u32; 3], keeps_each, dtype| {
             let work = Work { groups, ratio, dv: 128, tokens, keeps_each, is_usual: true };
             let kind = if tokens > 1 { PLAIN_TOKENS } else { PLAIN };
