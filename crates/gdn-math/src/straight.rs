@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "a minute: every f32"]
+    #[ignore = "minutes: every f32"]
     fn every_f32() {
         check(0..=u32::MAX);
     }

@@ -17,6 +17,7 @@ use super::{
     conv::{TAPS, Windows},
     element::{far, number, shared, store_bf16},
     inputs::Pair,
+    norm::{add_four, added_up},
     plain::Inputs,
     rows::{Held, Machine, Place, Token},
     slots::Read,
@@ -346,8 +347,7 @@ impl<G: Machine> Block<'_, G> {
     /// What the thread's row of the norm is multiplied with, out of the bits of the norm's weight and of z.
     #[inline(always)]
     fn factors(&self, [weight, z]: [u16; 2]) -> Factors {
-        let gate = if self.args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
-        let Straight(gate) = math::gate_factor(Straight(f32_of_bf16(z)), gate);
+        let Straight(gate) = math::gate_factor(Straight(f32_of_bf16(z)), self.gate());
         Factors { weight: f32_of_bf16(weight), gate }
     }
 
@@ -365,14 +365,10 @@ impl<G: Machine> Block<'_, G> {
             let o = shared(*gpu, room.o + row * 4);
             let fours = gpu.receive64(room.sums);
             let mut sums = [0.0; 4];
-            for Bytes16(four) in fours {
-                let mut i = 0;
-                while i < 4 {
-                    sums[i] += f32::from_bits(four[i]);
-                    i += 1;
-                }
+            for four in fours {
+                add_four(&mut sums, four);
             }
-            let sum = Straight((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            let sum = Straight(added_up(sums));
             // A quotient by a power of two is a product.
             let mean = sum.times(Straight(1.0 / HEAD as f32));
             let Straight(scale) = math::rms_scale(mean, Straight(1.0), Straight(args.norm_eps));

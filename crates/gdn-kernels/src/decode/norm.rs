@@ -62,7 +62,29 @@ fn dtype<H: Held>(dtype: u32) -> u32 {
     if H::PLAIN { args::BF16 } else { dtype }
 }
 
+/// Adds four sums of squares to those before.
+#[inline(always)]
+pub(super) fn add_four(sums: &mut [f32; 4], Bytes16(four): Bytes16) {
+    let mut i = 0;
+    while i < 4 {
+        sums[i] += f32::from_bits(four[i]);
+        i += 1;
+    }
+}
+
+/// All of them, in the order that every kernel has.
+#[inline(always)]
+pub(super) fn added_up(sums: [f32; 4]) -> f32 {
+    (sums[0] + sums[1]) + (sums[2] + sums[3])
+}
+
 impl<G: Machine> Block<'_, G> {
+    /// What z goes through.
+    #[inline(always)]
+    pub(super) fn gate(&self) -> math::Gate {
+        if self.args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid }
+    }
+
     /// The thread's first row of a pass, which may not be there. The last warp, which has the fewest rows of
     /// S, has the first.
     #[inline(always)]
@@ -117,7 +139,7 @@ impl<G: Machine> Block<'_, G> {
         // One word is held where two would be.
         let bits = if H::PLAIN { bits.packed().unpacked() } else { bits };
         let RowBits([weight, z]) = bits;
-        let gate = if args.sigmoid == 0 { math::Gate::Silu } else { math::Gate::Sigmoid };
+        let gate = self.gate();
         let weight = number(*gpu, dtype::<H>(args.norm_weight.dtype), weight);
         let gate = math::gate_factor(number(*gpu, dtype::<H>(args.z.dtype), z), gate);
         Ready { weight, gate, ..place }
@@ -179,15 +201,10 @@ impl<G: Machine> Block<'_, G> {
                 let mut sums = [0.0; 4];
                 let mut piece = 0;
                 while piece < room.head_sums {
-                    let Bytes16(four) = gpu.receive16(now.sums + piece);
-                    let mut i = 0;
-                    while i < 4 {
-                        sums[i] += f32::from_bits(four[i]);
-                        i += 1;
-                    }
+                    add_four(&mut sums, gpu.receive16(now.sums + piece));
                     piece += 16;
                 }
-                let sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+                let sum = added_up(sums);
                 let scale = math::rms_scale(sum, args.dv as f32, args.norm_eps);
                 let y = math::gated_by(shared(gpu, now.o), scale, now.weight, now.gate);
                 if H::PLAIN {

@@ -192,14 +192,8 @@ impl<'a> States<'a> {
                 }
             }
             for (rows, products) in [(&*group.k, &mut *self.kk), (&*group.q, &mut *self.qk)] {
-                let (a, b) = (rows.as_ptr(), self.k_transposed.as_ptr());
-                for first in (0..CHUNK - REST).step_by(M) {
-                    square::<L, M>(a.add(first * row), row, b, dk, &mut products[first * CHUNK..]);
-                }
-                if REST > 0 {
-                    let first = CHUNK - REST;
-                    square::<L, REST>(a.add(first * row), row, b, dk, &mut products[first * CHUNK..]);
-                }
+                let b = self.k_transposed.as_ptr();
+                square::<L, M, REST>(rows.as_ptr(), row, b, |_| dk, products);
             }
             for r in 0..ratio {
                 let computed = self.panels(r);
@@ -270,16 +264,9 @@ impl<'a> States<'a> {
                     }
                 }
             }
+            // Of a triangle rows have as many numbers as there are rows up to them.
             let (a, b) = (self.p.as_ptr(), self.inverse.as_ptr());
-            for first in (0..CHUNK - REST).step_by(M) {
-                let products = &mut self.p_inverse[first * CHUNK..];
-                square::<L, M>(a.add(first * CHUNK), CHUNK, b, first + M, products);
-            }
-            if REST > 0 {
-                let first = CHUNK - REST;
-                let products = &mut self.p_inverse[first * CHUNK..];
-                square::<L, REST>(a.add(first * CHUNK), CHUNK, b, CHUNK, products);
-            }
+            square::<L, M, REST>(a, CHUNK, b, |end| end, self.p_inverse);
             self.from_start[CHUNK - 1]
         }
     }
@@ -473,12 +460,39 @@ struct Panel {
     state: *mut f32,
 }
 
-/// M rows of a product of [`CHUNK`] columns: of a, `a_row` f32 apart, and `depth` rows of b.
+/// `products = a b`, [`CHUNK`] rows and columns, M rows at a time and then REST: rows of a are `a_row` f32 apart, and of b
+/// as many rows count as `depth` says for rows of a that end there.
 ///
 /// # Safety
 /// a and b are readable; the machine has L's instruction set.
 #[inline(always)]
-unsafe fn square<L: Register, const M: usize>(
+unsafe fn square<L: Register, const M: usize, const REST: usize>(
+    a: *const f32,
+    a_row: usize,
+    b: *const f32,
+    depth: impl Fn(usize) -> usize,
+    products: &mut [f32],
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        for first in (0..CHUNK - REST).step_by(M) {
+            let products = &mut products[first * CHUNK..];
+            square_rows::<L, M>(a.add(first * a_row), a_row, b, depth(first + M), products);
+        }
+        if REST > 0 {
+            let first = CHUNK - REST;
+            let products = &mut products[first * CHUNK..];
+            square_rows::<L, REST>(a.add(first * a_row), a_row, b, depth(CHUNK), products);
+        }
+    }
+}
+
+/// M rows of [`square`]: of a, `a_row` f32 apart, and `depth` rows of b.
+///
+/// # Safety
+/// a and b are readable; the machine has L's instruction set.
+#[inline(always)]
+unsafe fn square_rows<L: Register, const M: usize>(
     a: *const f32,
     a_row: usize,
     b: *const f32,

@@ -31,7 +31,7 @@ fn kernel(job: &Job, gpu: &Thread<'_>) {
         gdn_decode_bf16_64_plain gdn_decode_bf16_96_plain gdn_decode_bf16_128_plain gdn_decode_bf16_256_plain
         gdn_decode_f32_64_tokens gdn_decode_f32_96_tokens gdn_decode_f32_128_tokens gdn_decode_f32_256_tokens
         gdn_decode_bf16_64_tokens gdn_decode_bf16_96_tokens gdn_decode_bf16_128_tokens gdn_decode_bf16_256_tokens
-        gdn_decode_bf16_128_tokens_large 
+        gdn_decode_bf16_128_tokens_large
         gdn_decode_f32_few_32 gdn_decode_f32_few_64 gdn_decode_f32_few_128
         gdn_decode_bf16_few_32 gdn_decode_bf16_few_64 gdn_decode_bf16_few_128
         gdn_decode_f16_64 gdn_decode_f16_128 gdn_decode_f16_256 gdn_decode_f16_narrow
