@@ -34,7 +34,9 @@ macro_rules! kernels {
 
         /// # Safety
         /// The emulator checks every access.
+        // Inlined, so that it is compiled where it is run and nowhere else: all of them take minutes.
         #[cfg(feature = "emulator")]
+        #[inline]
         pub unsafe fn $name(gpu: &crate::emulator::Thread<'_>, args: &$args) {
             // SAFETY: the emulator checks every access.
             unsafe { $run(gpu, args) }

@@ -7,7 +7,7 @@ use gdn_math::special::exp;
 use super::{
     Cpu,
     lanes::{Bf16, F16, F32, Register, WIDEST, for_isa},
-    recurrence::{Place, Recurrence, arrange, scratch_len},
+    recurrence::{Place, Recurrence, arrange, recurrence, scratch_len},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
     stages::{Group, Widths, at, clear, for_dtype, in_head, step},
@@ -142,12 +142,13 @@ fn go(plan: &Plan<*mut u8>, cpu: &Cpu) -> Result<(), ArgumentError> {
     let threads = cpu.chosen_threads(bytes);
     let (hk, rows) = (heads.num_k_heads(), heads.ratio() * heads.head_v_dim());
     let run = for_isa!(cpu.chosen_isa(), run(task: &Task<'_>, memory: &mut [f32]));
+    let recurrence = recurrence(cpu.chosen_isa(), plan.recurrent.state.kind);
     let scratch_len = Widths::new(&plan.tokens, plan.tokens_per_sequence, WIDEST).scratch(&plan.tokens)
         + scratch_len(heads.head_k_dim());
     let sent = &Sent::new(&raw const *plan);
     let work = |head: usize, sequences: Range<usize>, step: Step| {
         // SAFETY: the plan lives until all tasks have ended.
-        let task = Task { plan: unsafe { &*sent.get() }, head, sequences, step };
+        let task = Task { plan: unsafe { &*sent.get() }, recurrence, head, sequences, step };
         // SAFETY: `for_isa` looked at the machine. Tasks have no rows of a key head of a sequence in common,
         // the plan was checked, and so were its slots.
         scratch::with(scratch_len, |memory| unsafe { run(&task, memory) });
@@ -186,6 +187,8 @@ const TASKS_PER_THREAD: usize = 32;
 /// One key head of some sequences.
 struct Task<'a> {
     plan: &'a Plan<*mut u8>,
+    /// Of the same instruction set, for the plan's states.
+    recurrence: unsafe fn(&Recurrence, bool),
     head: usize,
     sequences: Range<usize>,
     step: Step,
@@ -291,7 +294,7 @@ impl Read {
 /// machine has L's instruction set.
 #[inline(always)]
 unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
-    let Task { plan, head, ref sequences, ref step } = *task;
+    let Task { plan, recurrence, head, ref sequences, ref step } = *task;
     let (tokens, t) = (&plan.tokens, plan.tokens_per_sequence);
     let heads = tokens.layer.heads();
     let (dk, all_rows) = (heads.head_k_dim(), 0..heads.ratio() * heads.head_v_dim());
@@ -333,7 +336,7 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
                 group.prefetch::<L>(&plan.conv.state, next, rows.end);
             }
             if let Some(rows) = computed {
-                recur::<L>(plan, &mut group, r, read, unkept, rows);
+                recur::<L>(plan, recurrence, &mut group, r, read, unkept, rows);
             }
             if let Step::Slice(slice, outputs) = step {
                 group.put_outputs(*outputs, rows.start, t, slice);
@@ -391,6 +394,7 @@ unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, 
 #[inline(always)]
 unsafe fn recur<L: Register>(
     plan: &Plan<*mut u8>,
+    recurrence: unsafe fn(&Recurrence, bool),
     group: &mut Group<'_>,
     sequence: usize,
     read: Read,
@@ -450,6 +454,6 @@ unsafe fn recur<L: Register>(
             }
         }
         // SAFETY: the caller's promises.
-        for_dtype!(state.kind, E => unsafe { head.run::<L, E>(by_rows) });
+        unsafe { recurrence(&head, by_rows) };
     }
 }

@@ -190,17 +190,15 @@ unsafe fn run<L: Register, const M: usize, const N: usize, const REST: usize>(
             let n = CHUNK.min(end - row);
             let next = group.upcoming(row..row + n, row + n < end);
             group.take_inputs::<L>(row, n);
-            match part {
-                Step::All => {
-                    group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N, REST>(&mut group, next);
-                }
-                Step::Slice(rows, outputs) => {
-                    group.prepare::<L>(row, n);
-                    states.chunk::<L, M, N, REST>(&mut group, next);
-                    group.put_outputs(*outputs, row, n, rows);
-                }
-                Step::Rest(outputs) => group.take_outputs(*outputs, row, n),
+            // In one place of the code, as all of a chunk is compiled into each.
+            if let Step::Rest(outputs) = part {
+                group.take_outputs(*outputs, row, n);
+            } else {
+                group.prepare::<L>(row, n);
+                states.chunk::<L, M, N, REST>(&mut group, next);
+            }
+            if let Step::Slice(rows, outputs) = part {
+                group.put_outputs(*outputs, row, n, rows);
             }
             if is_whole {
                 group.finish::<L>(row, n);

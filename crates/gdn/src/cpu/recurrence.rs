@@ -6,10 +6,12 @@ use std::ops::Range;
 use gdn_math::layer as math;
 
 use super::{
-    lanes::{Element, F32, Register, WIDEST},
+    Isa,
+    lanes::{Bf16, Element, F16, F32, Register, WIDEST, for_isa},
     scratch::padded,
+    stages::for_dtype,
 };
-use crate::decode::MAX_TOKENS;
+use crate::{decode::MAX_TOKENS, dtype::Dtype};
 
 /// Bytes of an ordinary page of memory, past which a processor does not look ahead by itself: the next page's
 /// first line is asked for at the start of each.
@@ -80,13 +82,28 @@ pub(super) struct Recurrence {
     pub(super) to: [Place; MAX_TOKENS],
 }
 
+/// What computes all tokens, of a state of that dtype with DK dense (`true`) or DV dense. It is safe to call where
+/// all that the fields say is there.
+///
+/// A function by itself for each dtype: as a part of decode's, compiling that one took most of the crate's time.
+pub(super) fn recurrence(isa: Isa, dtype: Dtype) -> unsafe fn(&Recurrence, bool) {
+    for_dtype!(dtype, E => {
+        #[inline(always)]
+        unsafe fn run<L: Register>(head: &Recurrence, by_rows: bool) {
+            // SAFETY: the caller's promises.
+            unsafe { head.run::<L, E>(by_rows) }
+        }
+        for_isa!(isa, run(head: &Recurrence, by_rows: bool))
+    })
+}
+
 impl Recurrence {
     /// Computes all tokens, of a state with DK dense (`by_rows`) or DV dense.
     ///
     /// # Safety
     /// All that the fields say is there, states of elements E; the machine has L's instruction set.
     #[inline(always)]
-    pub(super) unsafe fn run<L: Register, E: Element>(&self, by_rows: bool) {
+    unsafe fn run<L: Register, E: Element>(&self, by_rows: bool) {
         let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
