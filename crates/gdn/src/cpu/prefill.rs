@@ -190,7 +190,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize, const REST: usize>(
             let n = CHUNK.min(end - row);
             let next = group.upcoming(row..row + n, row + n < end);
             group.take_inputs::<L>(row, n);
-            // In one place of the code, as all of a chunk is compiled into each.
+            // One call for both: all of a chunk is compiled into each place that calls it.
             if let Step::Rest(outputs) = part {
                 group.take_outputs(*outputs, row, n);
             } else {
