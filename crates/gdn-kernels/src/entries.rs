@@ -3,7 +3,7 @@
 // A build for the device is of one op.
 #[allow(unused_imports)]
 use crate::{
-    decode::{self, NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE, args::Args as DecodeArgs, element::F32},
+    decode::{self, BULK, NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE, args::Args as DecodeArgs, element::F32},
     gpu::{Bf16, F16, K_MAJOR, OTHER_MAJOR},
     prefill::{
         self,
@@ -114,14 +114,15 @@ kernels! { "decode":
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
 }
 
-// Of few blocks, by the dtype of the state and a block's rows of it.
+// Of few blocks, by the dtype of the state and a block's rows of it; one of 128 with as many warps for rows as there can be.
 kernels! { "decode_few":
-    gdn_decode_f32_few_32(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 1>;
-    gdn_decode_f32_few_64(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 2>;
-    gdn_decode_f32_few_128(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 4>;
-    gdn_decode_bf16_few_32(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 1>;
-    gdn_decode_bf16_few_64(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 2>;
-    gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, PLAIN>, 4>;
+    gdn_decode_f32_few_32(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, BULK>, 4, 1, 1>;
+    gdn_decode_f32_few_64(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, BULK>, 4, 2, 1>;
+    gdn_decode_f32_few_128(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 4, 4, 4>;
+    gdn_decode_bf16_few_32(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 1, 1>;
+    gdn_decode_bf16_few_64(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 2, 1>;
+    gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 4, 1>;
+    gdn_decode_bf16_few_128_warps(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 8, 2, 2>;
 }
 
 // The convolution by the numbers that a head has at most, the scan by those of a key, and by the tiles of S that are

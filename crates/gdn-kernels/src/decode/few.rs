@@ -19,7 +19,7 @@ use super::{
     inputs::Pair,
     norm::{add_four, added_up},
     plain::Inputs,
-    rows::{Held, Machine, Place, Token},
+    rows::{BULK, Held, Machine, Place, Token, bulk_landing},
     slots::Read,
 };
 use crate::gpu::{Bytes16, EMPTY};
@@ -27,10 +27,10 @@ use crate::gpu::{Bytes16, EMPTY};
 /// DK and DV.
 pub const HEAD: u32 = 128;
 
-/// Warps of a block, and those of them that have rows of S, each as many.
-pub const WARPS: u32 = 6;
-/// See [`WARPS`].
-pub const ROW_WARPS: u32 = 4;
+/// Warps of a block of which so many have rows of S, each as many.
+pub const fn warps(row_warps: u32) -> u32 {
+    if row_warps > 6 { row_warps } else { 6 }
+}
 
 /// Pairs of channels of a query and a key.
 const QK_PAIRS: u32 = HEAD / 32;
@@ -44,6 +44,10 @@ pub fn takes(l2norm_eps: f32, norm_eps: f32, scale: f32) -> bool {
     let is_usual = |eps: f32| (1e-30..1.0).contains(&eps);
     is_usual(l2norm_eps) && is_usual(norm_eps) && (1e-9..1e9).contains(&scale)
 }
+
+/// Rows of S of a block that are asked to come near before the kernel before is done. More of them hold up what else is asked
+/// for, where that kernel lets nobody start early.
+const NEAR: u32 = 64;
 
 /// The barrier between the rows of S and the norm, for the warps that have one of them.
 const OUTPUTS: u32 = 1;
@@ -67,6 +71,9 @@ struct Role {
     has_least: bool,
     has_rows: bool,
     has_norm: bool,
+    /// It says that the block has read its windows: the first warp without rows of S, or where all have some, the first one,
+    /// which has no row of the norm, behind its rows.
+    says_read: bool,
     /// Threads that have rows of S or of the norm.
     at_outputs: u32,
 }
@@ -77,13 +84,17 @@ struct Factors {
     gate: f32,
 }
 
-/// The kernel: `H` holds the rows of the state, and a warp has so many pieces of them, one after the other.
+/// The kernel: `H` holds the rows of the state, so many warps have some, each so many pieces one after the other. Where these
+/// come by bulk copies, so many are sent for at first, and the others when the inputs of the convolution are there.
 ///
 /// # Safety
-/// As [`super::run`], with more than one block a cluster, of [`WARPS`] warps each, and one v head a block, or some of its
-/// rows: as many as [`ROW_WARPS`] warps have; DK and DV are [`HEAD`], and of the layer's numbers [`takes`] says yes.
+/// As [`super::run`], with more than one block a cluster, of [`warps`] warps each, and one v head a block, or some of its
+/// rows: as many as its warps have; DK and DV are [`HEAD`], and of the layer's numbers [`takes`] says yes.
 #[inline(always)]
-pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
+pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST: u32>(
+    gpu: &impl Machine,
+    args: &Args,
+) {
     gpu.let_next_start();
     let [number, ..] = gpu.block();
     let block = Block::new::<H>(gpu, args, number, [args.cluster, args.num_k_heads]);
@@ -91,8 +102,8 @@ pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
     unsafe {
         // Which slot it will be the kernel before may still change: this is for hints.
         let first = Read::peek(gpu, args, block.sequence);
-        let pass = block.pass_few::<H, PIECES>();
-        let role = block.role(&pass);
+        let pass = block.pass_few(ROW_WARPS * PIECES * H::PIECE);
+        let role = block.role(&pass, ROW_WARPS);
         if role.has_least {
             // The sums of squares that others send are empty. Behind the wait for this they are, and the others have begun.
             if gpu.lane() < SUMS {
@@ -102,10 +113,11 @@ pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
         } else {
             gpu.cluster_arrive_relaxed();
         }
-        let place = block.place_few::<H, PIECES>(&pass);
+        let place = block.place_few::<H, ROW_WARPS, PIECES>(&pass);
         let mut rows = H::aim(gpu, args, &place);
+        rows.ready(gpu);
         let aim = block.aim_few::<H>(&pass, &role);
-        block.bring_few_near(&rows, &aim, first);
+        block.bring_few_near(&rows, &aim, first, NEAR / (ROW_WARPS * H::PIECE));
         gpu.wait_for_previous();
         // All that is read is asked for before any of it is used, and what is needed first comes first.
         let index = Read::ask(gpu, args, block.sequence);
@@ -120,7 +132,12 @@ pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
             return;
         };
         let windows = block.ask_windows(&aim.pair, far(true, read.conv as u64, args.conv_state.strides[0]));
-        rows.begin(gpu, args, args.state.address + far(true, read.recurrent as u64, args.state.strides[0]));
+        rows.begin(
+            gpu,
+            args,
+            args.state.address + far(true, read.recurrent as u64, args.state.strides[0]),
+            FIRST,
+        );
         // The others' sums are empty, and they have begun.
         gpu.cluster_wait();
         let (c, kept) = convolved(x, taps, windows);
@@ -131,12 +148,13 @@ pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
         if role.has_gates {
             block.put_few_gates(&read, gates);
         }
+        rows.begin_rest(gpu, FIRST);
         gpu.barrier();
-        // The block has read all its windows, says a warp that waits a while for that and has no rows of S.
-        if gpu.thread() / 32 == ROW_WARPS {
-            gpu.cluster_arrive();
-        } else {
+        // The block has read all its windows. One warp says so for all, and waits a while for that.
+        if !role.says_read {
             gpu.cluster_arrive_relaxed();
+        } else if !role.has_rows {
+            gpu.cluster_arrive();
         }
         let mut factors = Factors { weight: 0.0, gate: 0.0 };
         let mut to = 0;
@@ -158,6 +176,9 @@ pub unsafe fn run<H: Held, const PIECES: u32>(gpu: &impl Machine, args: &Args) {
                 factors = block.factors(row);
             }
             block.norm_row(&pass, &factors);
+        }
+        if role.says_read && role.has_rows {
+            gpu.cluster_arrive();
         }
         // All blocks of the cluster have read their windows.
         gpu.cluster_wait();
@@ -192,42 +213,43 @@ fn convolved(x: [u16; 2], taps: [u64; 2], windows: Inputs) -> ([f32; 2], [[f32; 
 }
 
 impl<G: Machine> Block<'_, G> {
-    /// What the block does: a v head, or so many of its rows as its warps have.
+    /// What the block does: so many rows of a v head.
     #[inline(always)]
-    fn pass_few<H: Held, const PIECES: u32>(&self) -> Pass {
+    fn pass_few(&self, rows: u32) -> Pass {
         let (first, part) = self.args.head_blocks.divide(self.rank);
-        let rows = ROW_WARPS * PIECES * H::PIECE;
         Pass { first, heads: 1, start: part * rows, rows, with_qk: true }
     }
 
     /// The warp's rows of S, if it has some.
     #[inline(always)]
-    fn place_few<H: Held, const PIECES: u32>(&self, pass: &Pass) -> Place {
+    fn place_few<H: Held, const ROW_WARPS: u32, const PIECES: u32>(&self, pass: &Pass) -> Place {
         let warp = self.gpu.thread() / 32;
         let rows = PIECES * H::PIECE;
+        let landing = if H::KIND == BULK { bulk_landing(PIECES, H::PIECE_BYTES) } else { H::LANDING };
         Place {
             head: self.head * self.args.ratio + pass.first,
             start: pass.start + warp * rows,
             len: if warp < ROW_WARPS { rows } else { 0 },
-            landing: self.room.landing + warp * H::LANDING,
+            landing: self.room.landing + warp * landing,
         }
     }
 
     /// What this warp has.
     #[inline(always)]
-    fn role(&self, pass: &Pass) -> Role {
-        let warp = self.gpu.thread() / 32;
+    fn role(&self, pass: &Pass, row_warps: u32) -> Role {
+        let (warp, warps) = (self.gpu.thread() / 32, warps(row_warps));
         let pairs = QK_PAIRS + pass.rows.div_ceil(64);
         let of_norm = pass.rows / 32;
-        let has_pair = warp + pairs >= WARPS;
+        let has_pair = warp + pairs >= warps;
         Role {
-            pair: if has_pair { warp + pairs - WARPS } else { 0 },
+            pair: if has_pair { warp + pairs - warps } else { 0 },
             has_pair,
             has_gates: warp == 0,
-            has_least: warp + 1 == WARPS,
-            has_rows: warp < ROW_WARPS,
-            has_norm: warp + of_norm >= WARPS,
-            at_outputs: (ROW_WARPS + of_norm).min(WARPS) * 32,
+            has_least: warp + 1 == warps,
+            has_rows: warp < row_warps,
+            has_norm: warp + of_norm >= warps,
+            says_read: warp == row_warps % warps,
+            at_outputs: (row_warps + of_norm).min(warps) * 32,
         }
     }
 
@@ -248,7 +270,7 @@ impl<G: Machine> Block<'_, G> {
     /// Asks that what the lane begins with come near, before the kernel before this one is done. A hint: what
     /// that one writes is seen all the same.
     #[inline(always)]
-    fn bring_few_near<H: Held>(&self, rows: &H, aim: &Aim, first: i64) {
+    fn bring_few_near<H: Held>(&self, rows: &H, aim: &Aim, first: i64, pieces: u32) {
         let Self { gpu, args, .. } = self;
         let gpu = *gpu;
         for channel in aim.pair.channels {
@@ -257,10 +279,8 @@ impl<G: Machine> Block<'_, G> {
         }
         aim.gates.into_iter().chain(aim.row).for_each(|at| gpu.bring_near(at));
         if let Some(read) = Read::by(args, first) {
-            rows.bring_near(
-                gpu,
-                args.state.address + far(true, read.recurrent as u64, args.state.strides[0]),
-            );
+            let state = args.state.address + far(true, read.recurrent as u64, args.state.strides[0]);
+            rows.bring_near(gpu, state, pieces);
             let slot = far(true, read.conv as u64, args.conv_state.strides[0]);
             for channel in aim.pair.channels {
                 gpu.bring_near(channel.window + slot);

@@ -38,7 +38,7 @@ mod slots;
 
 use gdn_math::layer as math;
 
-pub use self::rows::{NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE};
+pub use self::rows::{BULK, NARROW, PLAIN, PLAIN_TOKENS, Rows, WIDE, bulk_landing};
 use self::{
     args::{Args, Field, GROUPS, Room},
     conv::Windows,
@@ -292,7 +292,7 @@ impl<'a, G: rows::Machine> Block<'a, G> {
             let state = args.state.address + far(H::WIDE, read.recurrent as u64, args.state.strides[0]);
             // What comes in order comes first that is needed first.
             let inputs = if H::PLAIN { self.ask_first_windows(read, aim) } else { plain::Inputs::default() };
-            rows.begin(gpu, args, state);
+            rows.begin(gpu, args, state, 0);
             if pass.with_qk && self.blocks > 1 {
                 // The others' sums are empty, and they have begun.
                 gpu.cluster_wait();

@@ -109,6 +109,7 @@ impl<G: Machine> Block<'_, G> {
             rows.bring_near(
                 gpu,
                 args.state.address + far(true, read.recurrent as u64, args.state.strides[0]),
+                0,
             );
             let slot = far(true, read.conv as u64, args.conv_state.strides[0]);
             if aim.has_pair {

@@ -66,6 +66,9 @@ pub const WIDE: u32 = 1;
 pub const PLAIN: u32 = 2;
 /// The same but for several tokens.
 pub const PLAIN_TOKENS: u32 = 3;
+/// As [`PLAIN`], and the rows of a v head lie one behind the other, here and in shared memory, where a warp's pieces come by
+/// bulk copies: no lane spends instructions on them, and all have room. For `few.rs`, which orders how many are on their way.
+pub const BULK: u32 = 4;
 
 /// How a warp holds rows. All lanes come to each of these functions together.
 pub trait Held: Sized {
@@ -76,28 +79,42 @@ pub trait Held: Sized {
     const PARTS: u32;
     /// Numbers of a query or key, with the zeros behind it.
     const PADDED: u32;
-    /// Bytes of shared memory in which a warp's pieces land.
+    /// Bytes of a piece.
+    const PIECE_BYTES: u32;
+    /// Bytes of shared memory in which a warp's pieces land: of [`BULK`] ones [`bulk_landing`] says how many.
     const LANDING: u32;
-    /// [`NARROW`], [`WIDE`], [`PLAIN`] or [`PLAIN_TOKENS`].
+    /// [`NARROW`], [`WIDE`], [`PLAIN`], [`PLAIN_TOKENS`] or [`BULK`].
     const KIND: u32;
     /// Whether this is any but a [`NARROW`] one.
     const WIDE: bool = Self::KIND != NARROW;
-    /// Whether this is a [`PLAIN`] or [`PLAIN_TOKENS`] one.
+    /// Whether this is a [`PLAIN`], [`PLAIN_TOKENS`] or [`BULK`] one.
     const PLAIN: bool = Self::KIND >= PLAIN;
     /// Whether there is one token.
-    const ONE: bool = Self::KIND == PLAIN;
+    const ONE: bool = Self::KIND == PLAIN || Self::KIND == BULK;
 
     /// Works out where the rows are in a slot. Nothing is touched.
     fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
 
-    /// Asks that the first pieces, of the slot at `state`, come near.
-    fn bring_near(&self, gpu: &impl Machine, state: u64);
+    /// Makes what copies arrive at. Other lanes may wait for them behind a barrier.
+    ///
+    /// # Safety
+    /// As [`Held::begin`].
+    unsafe fn ready(&self, gpu: &impl Machine);
 
-    /// Begins to read the first pieces, of the slot at `state`.
+    /// Asks that the first pieces, of the slot at `state`, come near: of [`BULK`] ones so many.
+    fn bring_near(&self, gpu: &impl Machine, state: u64, pieces: u32);
+
+    /// Begins to read the first pieces, of the slot at `state`: of [`BULK`] ones so many.
     ///
     /// # Safety
     /// The rows are there, and the shared memory is the warp's alone.
-    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64);
+    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64, pieces: u32);
+
+    /// Begins to read the [`BULK`] pieces from number `first` on; others are read as they are taken.
+    ///
+    /// # Safety
+    /// As [`Held::begin`], after it.
+    unsafe fn begin_rest(&self, gpu: &impl Machine, first: u32);
 
     /// Piece `step`, into registers. Pieces are taken in order.
     ///
@@ -121,6 +138,11 @@ pub trait Held: Sized {
     unsafe fn keep(&mut self, gpu: &impl Machine, args: &Args, step: u32, to: u64, more: bool);
 }
 
+/// Bytes of shared memory in which so many pieces land by bulk copies, with an mbarrier behind them for each.
+pub const fn bulk_landing(pieces: u32, piece_bytes: u32) -> u32 {
+    pieces * piece_bytes + (pieces * 8).next_multiple_of(16)
+}
+
 /// The delta rule for a row: its output, and what it adds to the state for each number of the key. `of_k` and
 /// `of_q` are the row's products with the key and the query, before the token. The row that the token leaves
 /// is `decay * S + added * k`, so its product with the query needs no second look at it.
@@ -136,7 +158,7 @@ fn output_and_added(token: &Token, of_k: f32, of_q: f32, v: f32) -> (f32, f32) {
 ///
 /// But for [`NARROW`] ones, V columns are 16 bytes that lie dense in memory at a multiple of 16; a piece is
 /// then on its way to shared memory while the one before it is computed, and no lane touches there what is
-/// another one's.
+/// another one's. [`BULK`] ones lie there as in memory.
 pub struct Rows<E, const LANES: u32, const V: usize, const CHUNKS: usize, const ROWS: usize, const KIND: u32>
 {
     len: u32,
@@ -149,6 +171,8 @@ pub struct Rows<E, const LANES: u32, const V: usize, const CHUNKS: usize, const 
     to: u64,
     /// Where the lane's part of a piece lands.
     landing: u32,
+    /// Of [`BULK`] ones, the mbarrier of the first piece.
+    landed: u32,
     s: [[[f32; V]; CHUNKS]; ROWS],
     element: PhantomData<E>,
 }
@@ -158,7 +182,9 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
 {
     /// Rows of the warp side by side.
     const GROUPS: u32 = 32 / LANES;
-    const STAGE: u32 = (ROWS * CHUNKS) as u32 * 512;
+    /// From a lane's chunk to its next one in shared memory, and from its row.
+    const OF_CHUNK: u32 = if KIND == BULK { LANES * 16 } else { 512 };
+    const OF_ROW: u32 = CHUNKS as u32 * 512;
 
     /// Whether the lane's `n`th row of a piece is there.
     #[inline(always)]
@@ -184,7 +210,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     /// As [`Held::begin`].
     #[inline(always)]
     unsafe fn send_for(&self, gpu: &impl Machine, args: &Args, step: u32) {
-        let stage = self.landing + step % STAGES * Self::STAGE;
+        let stage = self.landing + step % STAGES * Self::PIECE_BYTES;
         let is_there = step * Self::PIECE < self.len;
         let mut n = 0;
         while is_there && n < ROWS {
@@ -195,7 +221,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                 // SAFETY: the caller's promise; nothing is read of what is not there.
                 unsafe {
                     gpu.copy16(
-                        stage + (n * CHUNKS + c) as u32 * 512,
+                        stage + n as u32 * Self::OF_ROW + c as u32 * Self::OF_CHUNK,
                         from + u64::from(c as u32 * LANES * 16),
                         there,
                     );
@@ -205,6 +231,27 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             n += 1;
         }
         gpu.commit_copies();
+    }
+
+    /// Begins to copy a piece by one lane, if there is one more.
+    ///
+    /// # Safety
+    /// As [`Held::begin`].
+    #[inline(always)]
+    unsafe fn bulk(&self, gpu: &impl Machine, step: u32) {
+        if gpu.lane() == 0 && step * Self::PIECE < self.len {
+            let (before, landed) = (step * Self::PIECE_BYTES, self.landed + step * 8);
+            // SAFETY: the caller's promise; the lane made the mbarrier, and the first row is its own.
+            unsafe {
+                gpu.mbarrier_arrive_expect(landed, Self::PIECE_BYTES);
+                gpu.bulk_copy(
+                    self.landing + before,
+                    self.from + u64::from(before),
+                    Self::PIECE_BYTES,
+                    landed,
+                );
+            }
+        }
     }
 
     /// The lane's columns of a query or key.
@@ -248,7 +295,8 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     const PIECE: u32 = Self::GROUPS * ROWS as u32;
     const PARTS: u32 = if ROWS > 2 { 2 } else { 1 };
     const PADDED: u32 = LANES * (V * CHUNKS) as u32;
-    const LANDING: u32 = if Self::WIDE { STAGES * Self::STAGE } else { 0 };
+    const PIECE_BYTES: u32 = (ROWS * CHUNKS) as u32 * 512;
+    const LANDING: u32 = if Self::WIDE { STAGES * Self::PIECE_BYTES } else { 0 };
     const KIND: u32 = KIND;
 
     #[inline(always)]
@@ -267,15 +315,41 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             of_row,
             of_column,
             to: at([to_head, to_row, to_column]),
-            landing: place.landing + gpu.lane() * 16,
+            landing: place.landing
+                + if KIND == BULK {
+                    (gpu.lane() / LANES * CHUNKS as u32 * LANES + gpu.lane() % LANES) * 16
+                } else {
+                    gpu.lane() * 16
+                },
+            landed: place.landing + place.len / Self::PIECE * Self::PIECE_BYTES,
             s: [[[0.0; V]; CHUNKS]; ROWS],
             element: PhantomData,
         }
     }
 
     #[inline(always)]
-    fn bring_near(&self, gpu: &impl Machine, state: u64) {
+    unsafe fn ready(&self, gpu: &impl Machine) {
+        if KIND == BULK && gpu.lane() == 0 {
+            let mut step = 0;
+            while step * Self::PIECE < self.len {
+                // SAFETY: the caller's promise.
+                unsafe { gpu.mbarrier_init(self.landed + step * 8, 1) }
+                step += 1;
+            }
+            gpu.mbarrier_fence();
+        }
+    }
+
+    #[inline(always)]
+    fn bring_near(&self, gpu: &impl Machine, state: u64, pieces: u32) {
         let mut step = 0;
+        if KIND == BULK {
+            // The first lane's row is the warp's first.
+            if gpu.lane() == 0 && self.len > 0 {
+                gpu.bring_bulk_near(state + self.from, pieces * Self::PIECE_BYTES);
+            }
+            return;
+        }
         while step < STAGES && step * Self::PIECE < self.len {
             let mut n = 0;
             while n < ROWS {
@@ -292,10 +366,15 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     }
 
     #[inline(always)]
-    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64) {
+    unsafe fn begin(&mut self, gpu: &impl Machine, args: &Args, state: u64, pieces: u32) {
         self.from += state;
         let mut step = 0;
-        while Self::WIDE && step < STAGES {
+        while KIND == BULK && step < pieces {
+            // SAFETY: the caller's promise.
+            unsafe { self.bulk(gpu, step) }
+            step += 1;
+        }
+        while KIND != BULK && Self::WIDE && step < STAGES {
             // SAFETY: the caller's promise.
             unsafe { self.send_for(gpu, args, step) }
             step += 1;
@@ -303,11 +382,24 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     }
 
     #[inline(always)]
+    unsafe fn begin_rest(&self, gpu: &impl Machine, first: u32) {
+        let mut step = first;
+        while KIND == BULK && step * Self::PIECE < self.len {
+            // SAFETY: the caller's promise.
+            unsafe { self.bulk(gpu, step) }
+            step += 1;
+        }
+    }
+
+    #[inline(always)]
     unsafe fn take(&mut self, gpu: &impl Machine, args: &Args, step: u32) {
-        if Self::WIDE {
+        if KIND == BULK {
+            // SAFETY: the caller's promise.
+            unsafe { gpu.mbarrier_wait(self.landed + step * 8, 0) }
+        } else if Self::WIDE {
             gpu.wait_copies::<{ STAGES - 1 }>();
         }
-        let stage = self.landing + step % STAGES * Self::STAGE;
+        let stage = self.landing + if KIND == BULK { step } else { step % STAGES } * Self::PIECE_BYTES;
         let of_column = gpu.unforeseen(self.of_column);
         let mut n = 0;
         while n < ROWS {
@@ -316,7 +408,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
                 // SAFETY: what the lane sent for has landed; elsewhere the caller's promise.
                 unsafe {
                     let bytes = if Self::WIDE {
-                        Bytes16::load_shared(gpu, stage + (n * CHUNKS + c) as u32 * 512)
+                        Bytes16::load_shared(gpu, stage + n as u32 * Self::OF_ROW + c as u32 * Self::OF_CHUNK)
                     } else {
                         Bytes16([0; 4])
                     };
@@ -339,7 +431,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             }
             n += 1;
         }
-        if Self::WIDE {
+        if Self::WIDE && KIND != BULK {
             // SAFETY: the caller's promise; the stage was read above.
             unsafe { self.send_for(gpu, args, step + STAGES) }
         }

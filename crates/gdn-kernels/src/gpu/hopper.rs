@@ -40,6 +40,9 @@ pub trait Hopper: Gpu {
     /// `to`, `from` and `bytes` are multiples of 16, source and destination are there, there is an mbarrier,
     /// and until its phase has ended nobody touches the destination or writes the source.
     unsafe fn bulk_copy(&self, to: u32, from: u64, bytes: u32, mbarrier: u32);
+    /// Asks that the `bytes` bytes of global memory at `from`, multiples of 16 both, come near. A hint: nothing is read, and
+    /// where there is nothing it does no harm.
+    fn bring_bulk_near(&self, from: u64, bytes: u32);
     /// Begins to copy `bytes` bytes from shared to global memory, in a group of this thread's.
     ///
     /// # Safety

@@ -166,6 +166,29 @@ fn misused_mbarriers_and_bulk_copies_are_found() {
                 }
                 gpu.mbarrier_wait(0, 1);
             }),
+            // A state that is written while its bytes are still to be read, by others than who has them copied.
+            ("has read, with no barrier between|has written, with no barrier between", |b, gpu| unsafe {
+                mbarrier(gpu, 1);
+                if gpu.thread() == 0 {
+                    gpu.mbarrier_arrive_expect(0, 16);
+                    gpu.bulk_copy(128, b.state, 16, 0);
+                } else if gpu.thread() == 1 {
+                    gpu.store4(b.state, 1);
+                }
+                gpu.mbarrier_wait(0, 0);
+            }),
+            // One that was written before, of which who has it copied does not know.
+            ("has written, with no barrier between|has read, with no barrier between", |b, gpu| unsafe {
+                mbarrier(gpu, 1);
+                if gpu.thread() == 40 {
+                    gpu.store4(b.state, 1);
+                } else if gpu.thread() == 0 {
+                    gpu.mbarrier_arrive_expect(0, 16);
+                    gpu.bulk_copy(128, b.state, 16, 0);
+                }
+                gpu.mbarrier_wait(0, 0);
+            }),
+            ("no multiples of 16", |b, gpu| gpu.bring_bulk_near(b.state + 8, 16)),
             ("without a fence_async", |b, gpu| unsafe {
                 gpu.store_shared4(gpu.thread() * 4, 1);
                 gpu.barrier();
@@ -208,6 +231,16 @@ fn misused_mbarriers_and_bulk_copies_are_found() {
                 gpu.mbarrier_wait(0, phase % 2);
                 let _ = gpu.load_shared4(128);
                 gpu.barrier();
+            }
+            // Who waits for a copy may write where it came from.
+            if gpu.thread() == 0 {
+                gpu.bring_bulk_near(b.state, 16);
+                gpu.mbarrier_arrive_expect(0, 16);
+                gpu.bulk_copy(128, b.state, 16, 0);
+            }
+            gpu.mbarrier_wait(0, 1);
+            if (8..12).contains(&gpu.thread()) {
+                gpu.store4(b.state + u64::from(gpu.thread() - 8) * 4, 1);
             }
         }],
     );

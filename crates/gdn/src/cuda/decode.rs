@@ -484,7 +484,8 @@ impl Job {
             WIDE
         };
         let keeps_each = matches!(kept_state.kind, args::EACH | args::EACH_IN);
-        let is_usual = few::takes(layer.l2norm_eps, layer.norm_eps, layer.scale);
+        let is_usual = few::takes(layer.l2norm_eps, layer.norm_eps, layer.scale)
+            && read.strides[2] == u64::from(dk) * state.kind.size() as u64;
         let work = Work { groups, ratio, dv, tokens: t, keeps_each, is_usual };
         let (choice, share) = Choice::all(number(state.kind), kind, dk, &work, &profile)
             .find_map(|choice| Share::new(choice, &work, &profile).map(|share| (choice, share)))

@@ -4,7 +4,7 @@ use gdn_kernels::{
     decode::{
         NARROW, PLAIN, PLAIN_TOKENS, WARP_ROWS, WIDE,
         args::{BF16, F16, Room, RoomFor},
-        few,
+        bulk_landing, few,
     },
     modules::{DECODE_SHARED, Target, decode_large_warps, decode_warps},
 };
@@ -95,19 +95,29 @@ pub(super) struct Choice {
     sum_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
-    /// Rows of a block, for the kernels for few blocks; 0 for all others.
+    /// Rows of a block, and those of its warps that have some, for the kernels for few blocks; 0 for all others.
     block_rows: u32,
+    row_warps: u32,
 }
 
 /// Of rows of f32, or of 16 bits as if they were, with two stages of a piece.
 const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
     let piece_rows = if columns > 128 { 4 } else { 8 };
     let landing = 2 * piece_rows * columns * bytes;
-    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing, block_rows: 0 }
+    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing, block_rows: 0, row_warps: 0 }
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, sum_rows: 2, landing: 0, block_rows: 0 }
+    Choice {
+        name,
+        kind: NARROW,
+        columns: 256,
+        piece_rows: 2,
+        sum_rows: 2,
+        landing: 0,
+        block_rows: 0,
+        row_warps: 0,
+    }
 }
 
 /// Of several tokens with rows of bf16, and the same with larger pieces: fewer instructions a row, and fewer warps.
@@ -116,22 +126,28 @@ const SMALL: Choice = wide(PLAIN_TOKENS, "gdn_decode_bf16_128_tokens", 128, 2);
 const LARGE: Choice =
     Choice { name: "gdn_decode_bf16_128_tokens_large", piece_rows: 16, landing: 2 * SMALL.landing, ..SMALL };
 
-/// For few blocks of so many rows of a v head, with the bits of those for plain calls.
-const fn few(name: &'static str, rows: u32, bytes: u32) -> Choice {
-    Choice { block_rows: rows, ..wide(PLAIN, name, few::HEAD, bytes) }
+/// For few blocks of so many rows of a v head, which so many warps have, with the bits of those for plain calls.
+const fn few(name: &'static str, [rows, row_warps]: [u32; 2], bytes: u32) -> Choice {
+    let choice = wide(PLAIN, name, few::HEAD, bytes);
+    let pieces = rows / row_warps / choice.piece_rows;
+    let landing = bulk_landing(pieces, choice.piece_rows * few::HEAD * bytes);
+    Choice { block_rows: rows, row_warps, landing, ..choice }
 }
 
-/// With states of f32, and of bf16.
-const FEWS: [[Choice; 3]; 2] = [
-    [
-        few("gdn_decode_f32_few_32", 32, 4),
-        few("gdn_decode_f32_few_64", 64, 4),
-        few("gdn_decode_f32_few_128", 128, 4),
+/// With states of f32, and of bf16, and for each how many blocks there may be: so many tenths of the multiprocessors.
+const FEWS: [&[(Choice, u64)]; 2] = [
+    &[
+        (few("gdn_decode_f32_few_32", [32, 4], 4), 5),
+        (few("gdn_decode_f32_few_64", [64, 4], 4), 10),
+        // Its rows do not come by bulk copies: all of them on their way at once are slower.
+        (Choice { block_rows: 128, row_warps: 4, ..wide(PLAIN, "gdn_decode_f32_few_128", few::HEAD, 4) }, 20),
     ],
-    [
-        few("gdn_decode_bf16_few_32", 32, 2),
-        few("gdn_decode_bf16_few_64", 64, 2),
-        few("gdn_decode_bf16_few_128", 128, 2),
+    // States of bf16 are faster to move, so what each block does once weighs more.
+    &[
+        (few("gdn_decode_bf16_few_32", [32, 4], 2), 5),
+        (few("gdn_decode_bf16_few_64", [64, 4], 2), 15),
+        (few("gdn_decode_bf16_few_128_warps", [128, 8], 2), 10),
+        (few("gdn_decode_bf16_few_128", [128, 4], 2), 15),
     ],
 ];
 
@@ -212,22 +228,21 @@ impl Choice {
 
     /// The kernel for few blocks, where that is worth it.
     fn few(dtype: u32, work: &Work, profile: &Profile) -> Option<&'static Self> {
-        let fews = &FEWS[usize::from(dtype == BF16)];
+        let fews = FEWS[usize::from(dtype == BF16)];
         let share = |choice: &Self| Share::few(choice, work, profile);
         if profile.cluster.is_some() || profile.few == Some(false) {
-            let is_wanted =
-                |share: Share| profile.few == Some(true) && profile.cluster == Some(share.cluster);
-            return fews.iter().find(|choice| share(choice).is_some_and(is_wanted));
+            let is_wanted = |share: Share| {
+                profile.few == Some(true)
+                    && profile.cluster == Some(share.cluster)
+                    && profile.steps.is_none_or(|steps| steps == share.steps)
+            };
+            return fews.iter().map(|(choice, _)| choice).find(|choice| share(choice).is_some_and(is_wanted));
         }
-        let multiprocessors = u64::from(profile.multiprocessors);
-        // So many tenths of a block for each multiprocessor, at most.
         let at_most = |choice: &Self, tenths: u64| {
             let blocks = share(choice).map(|share| u64::from(work.groups * share.cluster));
-            blocks.is_some_and(|blocks| blocks * 10 <= multiprocessors * tenths)
+            blocks.is_some_and(|blocks| blocks * 10 <= u64::from(profile.multiprocessors) * tenths)
         };
-        // Of 32, 64 and 128 rows a block. With states of bf16, which are faster to move, what each block does once weighs more.
-        let most = if dtype == BF16 { [5, 15, 15] } else { [5, 10, 20] };
-        fews.iter().zip(most).find(|(choice, tenths)| at_most(choice, *tenths)).map(|(choice, _)| choice)
+        fews.iter().find(|(choice, tenths)| at_most(choice, *tenths)).map(|(choice, _)| choice)
     }
 
     /// Whether larger pieces are worth their registers: where they leave as many warps on a multiprocessor, where
@@ -294,7 +309,8 @@ pub(super) struct Work {
     pub(super) tokens: u32,
     /// Whether the states after all tokens are kept.
     pub(super) keeps_each: bool,
-    /// Whether the norms' epsilons and the query's scale are what the kernels for few blocks take: all that there is.
+    /// Whether the norms' epsilons and the query's scale are what the kernels for few blocks take, and the rows of a v head's
+    /// state lie one behind the other: all that there is.
     pub(super) is_usual: bool,
 }
 
@@ -486,7 +502,7 @@ impl Share {
     /// A v head a block, or so many of its rows as the kernel says; `None` where that cannot be.
     fn few(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
         let cluster = work.ratio * (few::HEAD / choice.block_rows);
-        let steps = choice.block_rows / (few::ROW_WARPS * choice.piece_rows);
+        let steps = choice.block_rows / (choice.row_warps * choice.piece_rows);
         if cluster == 1 || work.dv != few::HEAD || !work.is_usual {
             return None;
         }
@@ -498,11 +514,11 @@ impl Share {
             dv: few::HEAD,
             heads: 1,
             block_rows: choice.block_rows,
-            warps: few::ROW_WARPS,
+            warps: choice.row_warps,
             landing: choice.landing,
             blocks: cluster,
         };
-        Some(Self { warps: few::WARPS, room: Room::new(of), ..share })
+        Some(Self { warps: few::warps(choice.row_warps), room: Room::new(of), ..share })
     }
 
     /// One block a key head, with v heads as many at a time as have room.

@@ -90,7 +90,8 @@ impl Hopper for Thread<'_> {
     unsafe fn bulk_copy(&self, to: u32, from: u64, bytes: u32, mbarrier: u32) {
         // Looked at now, read when it lands.
         let mut value = vec![0; bytes as usize];
-        if let Err(why) = self.cluster.memory.load(&self.cluster.who(self.id), from, 16, &mut value) {
+        let known = self.cluster.clocks.borrow().sum_of(self.id);
+        if let Err(why) = self.cluster.engine_reads(&known, from, &mut value) {
             self.wrong("copies", bytes as usize, from, &why);
         }
         let mut shared = self.cluster.blocks[self.block].shared.borrow_mut();
@@ -106,8 +107,16 @@ impl Hopper for Thread<'_> {
         if let Err(why) = shared.set_out(&clocks, self.id, to, bytes as usize, 16) {
             self.wrong_shared(Act::Store, bytes as usize, to, &why)
         }
-        let flight = Flight { block: self.block, thread: self.id, to, from, bytes, mbarrier };
+        let flight = Flight { block: self.block, thread: self.id, to, from, bytes, mbarrier, known };
         self.cluster.flights.borrow_mut().push(flight);
+    }
+
+    fn bring_bulk_near(&self, from: u64, bytes: u32) {
+        assert!(
+            bytes > 0 && (from | u64::from(bytes)).is_multiple_of(16),
+            "{} asks for {bytes} bytes at {from:#x}, no multiples of 16",
+            self.name()
+        );
     }
 
     unsafe fn bulk_store(&self, to: u64, from: u32, bytes: u32) {

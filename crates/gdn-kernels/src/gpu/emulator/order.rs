@@ -4,7 +4,7 @@
 //! arrival). What it knows of each other thread is that one's stamp at the time. Two touches of a place, one
 //! of them a write, race unless the later thread knew of the earlier touch.
 
-use std::{boxed::Box, format, rc::Rc, string::String, vec, vec::Vec};
+use std::{boxed::Box, cell::RefCell, format, rc::Rc, string::String, vec, vec::Vec};
 
 /// Something a thread of a cluster did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,28 @@ impl Clocks {
     /// The engine's number.
     pub(super) fn engine(&self) -> usize {
         self.threads.len() - 1
+    }
+
+    /// What a thread knows and did: what it sets to work comes after that.
+    pub(super) fn sum_of(&self, thread: usize) -> Known {
+        let clock = &self.threads[thread];
+        let mut known = Rc::clone(&clock.known);
+        Rc::make_mut(&mut known)[thread] = clock.now;
+        known
+    }
+
+    /// The engine works for somebody who knew this, and tells nobody of it: what it reads is its own doing, of which
+    /// those know that wait until it is done.
+    pub(super) fn engine_works_for<T>(of: &RefCell<Self>, known: &Known, work: impl FnOnce() -> T) -> T {
+        let replace = |known| {
+            let mut clocks = of.borrow_mut();
+            let engine = clocks.engine();
+            std::mem::replace(&mut clocks.threads[engine].known, known)
+        };
+        let before = replace(Rc::clone(known));
+        let done = work();
+        replace(before);
+        done
     }
 
     /// What a thread does now.

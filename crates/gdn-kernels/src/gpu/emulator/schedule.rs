@@ -113,6 +113,8 @@ pub(super) struct Flight {
     pub(super) from: u64,
     pub(super) bytes: u32,
     pub(super) mbarrier: u32,
+    /// What the thread knew and did.
+    pub(super) known: Known,
 }
 
 /// A block as it runs.
@@ -305,6 +307,12 @@ impl<'a> Cluster<'a> {
         true
     }
 
+    /// What the engine reads of global memory for a thread that knew this when it set it to work.
+    pub(super) fn engine_reads(&self, known: &Known, from: u64, value: &mut [u8]) -> Result<(), String> {
+        let engine = self.who(self.clocks.borrow().engine());
+        Clocks::engine_works_for(&self.clocks, known, || self.memory.load(&engine, from, 16, value))
+    }
+
     /// Lands a bulk copy, one at random. Whether there was one.
     fn land_one(&self) -> bool {
         let flight = {
@@ -315,9 +323,9 @@ impl<'a> Cluster<'a> {
             let i = self.random.borrow_mut().below(flights.len());
             flights.swap_remove(i)
         };
-        let Flight { block, thread, to, from, bytes, mbarrier } = flight;
+        let Flight { block, thread, to, from, bytes, mbarrier, known } = flight;
         let mut value = vec![0; bytes as usize];
-        if let Err(why) = self.memory.load(&self.who(thread), from, 16, &mut value) {
+        if let Err(why) = self.engine_reads(&known, from, &mut value) {
             panic!("a bulk copy of {} reads {bytes} bytes at {from:#x}: {why}", self.name(thread));
         }
         let (mut shared, mut clocks) = (self.blocks[block].shared.borrow_mut(), self.clocks.borrow_mut());

@@ -111,6 +111,14 @@ impl<S: Shared> Hopper for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn bring_bulk_near(&self, from: u64, bytes: u32) {
+        // SAFETY: a hint.
+        unsafe {
+            asm!("cp.async.bulk.prefetch.L2.global [{}], {};", in(reg64) from, in(reg32) bytes, options(nostack));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bulk_store(&self, to: u64, from: u32, bytes: u32) {
         // SAFETY: as above.
         unsafe {

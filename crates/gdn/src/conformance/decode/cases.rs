@@ -43,7 +43,12 @@ pub(super) fn profile(cluster: u32, steps: u32, one_by_one: bool) -> Profile {
 
 /// By the kernel for few blocks, in clusters of so many, where it can be.
 fn few(cluster: u32) -> Profile {
-    Profile { few: Some(true), ..profile(cluster, 1, false) }
+    Profile { few: Some(true), steps: None, ..profile(cluster, 1, false) }
+}
+
+/// The same of warps with four pieces each, of which there are others with fewer.
+fn few_of_four(cluster: u32) -> Profile {
+    Profile { steps: Some(4), ..few(cluster) }
 }
 
 /// Whether heads are such as that kernel takes, as it is in plain calls of one token.
@@ -71,7 +76,7 @@ fn check(options: &Options, form: Form, sequences: usize, tokens: usize, run: &m
     first.check(&before, &what);
     let others = [(1, 2, true), (4, 1, false), (8, 4, true)];
     let others = others.map(|(cluster, steps, one_by_one)| profile(cluster, steps, one_by_one));
-    let of_few = are_few(options.heads).then(|| (2..=8).map(few));
+    let of_few = are_few(options.heads).then(|| (2..=8).map(few).chain((2..=4).map(few_of_four)));
     for profile in others.into_iter().chain(of_few.into_iter().flatten()) {
         let mut other = before.clone();
         other.decode_by(|call| run(call, profile));
@@ -328,7 +333,16 @@ pub(super) fn contracts(run: &mut Run<'_>) {
                 check(&what, Kept::plain(state_dtype, tokens), way, &others);
             }
             let what = format!("way {way}, few, {state_dtype}");
-            check(&what, Kept::few(state_dtype), way, &[2, 4, 8].map(few));
+            check(&what, Kept::few(state_dtype), way, &[few(2), few_of_four(2), few(4), few(8)]);
+        }
+        // Heads need not lie side by side for that kernel. Rows must: else another one does it.
+        for gaps in [[0, 8, 0, 0], [0, 0, 8, 0]] {
+            let mut apart = Kept::few(state_dtype);
+            let (sizes, mut random) = (apart.batch.recurrent.sizes, Random(7));
+            apart.batch.recurrent =
+                Memory::poisoned(state_dtype, sizes, [0, 1, 2, 3], gaps, 0).fill(|_| random.normal() * 0.3);
+            let what = format!("few, {state_dtype}, gaps {gaps:?}");
+            check(&what, apart, 0, &[few(2), few_of_four(2), few(4), few(8)]);
         }
     }
 }

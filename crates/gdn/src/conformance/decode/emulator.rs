@@ -33,7 +33,7 @@ fn kernel(job: &Job, gpu: &Thread<'_>) {
         gdn_decode_bf16_64_tokens gdn_decode_bf16_96_tokens gdn_decode_bf16_128_tokens gdn_decode_bf16_256_tokens
         gdn_decode_bf16_128_tokens_large
         gdn_decode_f32_few_32 gdn_decode_f32_few_64 gdn_decode_f32_few_128
-        gdn_decode_bf16_few_32 gdn_decode_bf16_few_64 gdn_decode_bf16_few_128
+        gdn_decode_bf16_few_32 gdn_decode_bf16_few_64 gdn_decode_bf16_few_128 gdn_decode_bf16_few_128_warps
         gdn_decode_f16_64 gdn_decode_f16_128 gdn_decode_f16_256 gdn_decode_f16_narrow
         gdn_decode_bf16_64 gdn_decode_bf16_128 gdn_decode_bf16_256 gdn_decode_bf16_narrow);
 }
@@ -94,7 +94,7 @@ fn emulate_in(
 fn the_oracle_on_the_emulator() {
     let mut seen = std::collections::BTreeSet::new();
     cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
-    assert_eq!(seen.len(), 27, "{seen:?}");
+    assert_eq!(seen.len(), 28, "{seen:?}");
 }
 
 #[test]
