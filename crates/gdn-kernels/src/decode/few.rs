@@ -71,9 +71,6 @@ struct Role {
     has_least: bool,
     has_rows: bool,
     has_norm: bool,
-    /// It says that the block has read its windows: the first warp without rows of S, or where all have some, the first one,
-    /// which has no row of the norm, behind its rows.
-    says_read: bool,
     /// Threads that have rows of S or of the norm.
     at_outputs: u32,
 }
@@ -96,6 +93,7 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
     args: &Args,
 ) {
     gpu.let_next_start();
+    let all_have_rows = ROW_WARPS == warps(ROW_WARPS);
     let [number, ..] = gpu.block();
     let block = Block::new::<H>(gpu, args, number, [args.cluster, args.num_k_heads]);
     // SAFETY: the caller's promises.
@@ -114,10 +112,10 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
             gpu.cluster_arrive_relaxed();
         }
         let place = block.place_few::<H, ROW_WARPS, PIECES>(&pass);
+        H::ready::<PIECES>(gpu, &place);
         let mut rows = H::aim(gpu, args, &place);
-        rows.ready(gpu);
         let aim = block.aim_few::<H>(&pass, &role);
-        block.bring_few_near(&rows, &aim, first, NEAR / (ROW_WARPS * H::PIECE));
+        block.bring_few_near(&rows, &aim, first, (NEAR / (ROW_WARPS * H::PIECE)).min(PIECES));
         gpu.wait_for_previous();
         // All that is read is asked for before any of it is used, and what is needed first comes first.
         let index = Read::ask(gpu, args, block.sequence);
@@ -150,10 +148,12 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
         }
         rows.begin_rest(gpu, FIRST);
         gpu.barrier();
-        // The block has read all its windows. One warp says so for all, and waits a while for that.
-        if !role.says_read {
+        // The block has read all its windows. One warp says so for all, and waits a while for that: the first without rows of S,
+        // or where all have some the first one, which has no row of the norm, behind its rows.
+        let teller = if all_have_rows { 0 } else { ROW_WARPS };
+        if gpu.thread() / 32 != teller {
             gpu.cluster_arrive_relaxed();
-        } else if !role.has_rows {
+        } else if !all_have_rows {
             gpu.cluster_arrive();
         }
         let mut factors = Factors { weight: 0.0, gate: 0.0 };
@@ -177,7 +177,7 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
             }
             block.norm_row(&pass, &factors);
         }
-        if role.says_read && role.has_rows {
+        if all_have_rows && gpu.thread() / 32 == 0 {
             gpu.cluster_arrive();
         }
         // All blocks of the cluster have read their windows.
@@ -248,7 +248,6 @@ impl<G: Machine> Block<'_, G> {
             has_least: warp + 1 == warps,
             has_rows: warp < row_warps,
             has_norm: warp + of_norm >= warps,
-            says_read: warp == row_warps % warps,
             at_outputs: (row_warps + of_norm).min(warps) * 32,
         }
     }

@@ -95,11 +95,11 @@ pub trait Held: Sized {
     /// Works out where the rows are in a slot. Nothing is touched.
     fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
 
-    /// Makes what copies arrive at. Other lanes may wait for them behind a barrier.
+    /// Makes what so many [`BULK`] pieces arrive at, if the warp has rows. Its other lanes may wait there behind a barrier.
     ///
     /// # Safety
     /// As [`Held::begin`].
-    unsafe fn ready(&self, gpu: &impl Machine);
+    unsafe fn ready<const PIECES: u32>(gpu: &impl Machine, place: &Place);
 
     /// Asks that the first pieces, of the slot at `state`, come near: of [`BULK`] ones so many.
     fn bring_near(&self, gpu: &impl Machine, state: u64, pieces: u32);
@@ -328,12 +328,12 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     }
 
     #[inline(always)]
-    unsafe fn ready(&self, gpu: &impl Machine) {
-        if KIND == BULK && gpu.lane() == 0 {
+    unsafe fn ready<const PIECES: u32>(gpu: &impl Machine, place: &Place) {
+        if KIND == BULK && place.len > 0 && gpu.lane() == 0 {
             let mut step = 0;
-            while step * Self::PIECE < self.len {
+            while step < PIECES {
                 // SAFETY: the caller's promise.
-                unsafe { gpu.mbarrier_init(self.landed + step * 8, 1) }
+                unsafe { gpu.mbarrier_init(place.landing + PIECES * Self::PIECE_BYTES + step * 8, 1) }
                 step += 1;
             }
             gpu.mbarrier_fence();
