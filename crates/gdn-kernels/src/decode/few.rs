@@ -112,7 +112,9 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
             gpu.cluster_arrive_relaxed();
         }
         let place = block.place_few::<H, ROW_WARPS, PIECES>(&pass);
-        H::ready::<PIECES>(gpu, &place);
+        if H::KIND == BULK && role.has_rows {
+            H::ready::<PIECES>(gpu, &place);
+        }
         let mut rows = H::aim(gpu, args, &place);
         let aim = block.aim_few::<H>(&pass, &role);
         block.bring_few_near(&rows, &aim, first, (NEAR / (ROW_WARPS * H::PIECE)).min(PIECES));

@@ -95,7 +95,7 @@ pub trait Held: Sized {
     /// Works out where the rows are in a slot. Nothing is touched.
     fn aim(gpu: &impl Machine, args: &Args, place: &Place) -> Self;
 
-    /// Makes what so many [`BULK`] pieces arrive at, if the warp has rows. Its other lanes may wait there behind a barrier.
+    /// Makes what so many [`BULK`] pieces of a warp that has rows arrive at. Its other lanes may wait there behind a barrier.
     ///
     /// # Safety
     /// As [`Held::begin`].
@@ -329,7 +329,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
 
     #[inline(always)]
     unsafe fn ready<const PIECES: u32>(gpu: &impl Machine, place: &Place) {
-        if KIND == BULK && place.len > 0 && gpu.lane() == 0 {
+        if gpu.lane() == 0 {
             let mut step = 0;
             while step < PIECES {
                 // SAFETY: the caller's promise.
