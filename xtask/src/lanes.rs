@@ -14,11 +14,13 @@ use anyhow::{Context, bail};
 
 use crate::shell::SKIPPED;
 
-/// What is to be run under a name, and what it shares with no other step at the same time.
+/// What is to be run under a name, what it shares with no other step at the same time, and the step that must have passed
+/// before.
 #[derive(Clone, Copy)]
 pub(crate) struct Step {
     pub(crate) name: &'static str,
     pub(crate) uses: Option<&'static str>,
+    pub(crate) after: Option<&'static str>,
 }
 
 /// What the lanes know of each other.
@@ -26,6 +28,7 @@ pub(crate) struct Step {
 struct State {
     waiting: Vec<Step>,
     in_use: HashSet<&'static str>,
+    passed: HashSet<&'static str>,
     /// With what they said.
     failed: Vec<(&'static str, String)>,
     skipped: Vec<String>,
@@ -34,7 +37,10 @@ struct State {
 impl State {
     /// The first step that waits for nobody.
     fn next(&mut self) -> Option<Step> {
-        let free = |step: &Step| step.uses.is_none_or(|what| !self.in_use.contains(what));
+        let free = |step: &Step| {
+            step.uses.is_none_or(|what| !self.in_use.contains(what))
+                && step.after.is_none_or(|other| self.passed.contains(other))
+        };
         let at = self.waiting.iter().position(free)?;
         let step = self.waiting.remove(at);
         self.in_use.extend(step.uses);
@@ -72,6 +78,7 @@ pub(crate) fn run(
         loop {
             let mut all: MutexGuard<'_, State> = lock();
             let step = loop {
+                // A step that waits for one that failed waits for ever.
                 if all.waiting.is_empty() || !all.failed.is_empty() {
                     return;
                 }
@@ -95,7 +102,9 @@ pub(crate) fn run(
             }
             println!("== {}: {how} in {:.0} s\n", step.name, began.elapsed().as_secs_f64());
             all.skipped.extend(text.lines().filter_map(|line| line.strip_prefix(SKIPPED)).map(str::to_owned));
-            if !passed {
+            if passed {
+                all.passed.insert(step.name);
+            } else {
                 all.failed.push((step.name, text));
             }
             changed.notify_all();
@@ -125,7 +134,7 @@ mod tests {
 
     #[test]
     fn what_is_used_by_one_step_waits_in_others() {
-        let step = |name, uses| Step { name, uses };
+        let step = |name, uses| Step { name, uses, after: None };
         let waiting = vec![step("clippy", Some("debug")), step("tests", Some("debug")), step("Miri", None)];
         let mut state = State { waiting, ..State::default() };
         let mut next = || state.next().map(|step| step.name);
@@ -136,13 +145,30 @@ mod tests {
     }
 
     #[test]
+    fn a_step_behind_another_one_waits_until_that_has_passed() {
+        let step = |name, after| Step { name, uses: None, after };
+        let waiting = vec![step("vLLM", Some("Python")), step("Python", None), step("Miri", None)];
+        let mut state = State { waiting, ..State::default() };
+        let mut next = || state.next().map(|step| step.name);
+        assert_eq!([next(), next(), next()], [Some("Python"), Some("Miri"), None]);
+        state.passed.insert("Python");
+        assert_eq!(state.next().map(|step| step.name), Some("vLLM"));
+        // And is not waited for where that failed.
+        let steps = vec![step("--no-such-flag", None), step("behind it", Some("--no-such-flag"))];
+        let failed = run(steps, 2, |name| vec![name.to_owned()]).unwrap_err();
+        assert_eq!(failed.to_string(), "--no-such-flag failed; not started: behind it");
+    }
+
+    #[test]
     fn a_step_that_fails_is_named_and_the_rest_is_not_started() {
         // This program's own tests stand in for steps: of a name that none has, none is run, and all pass.
         let steps = ["--no-such-flag", "there is no such test"];
-        let failed = run(steps.map(|name| Step { name, uses: None }).into(), 1, |name| vec![name.to_owned()]);
+        let failed = run(steps.map(|name| Step { name, uses: None, after: None }).into(), 1, |name| {
+            vec![name.to_owned()]
+        });
         let said = failed.unwrap_err().to_string();
         assert_eq!(said, "--no-such-flag failed; not started: there is no such test");
-        let passes = vec![Step { name: "there is no such test", uses: Some("it") }; 3];
+        let passes = vec![Step { name: "there is no such test", uses: Some("it"), after: None }; 3];
         assert_eq!(run(passes, 2, |name| vec![name.to_owned()]).unwrap(), Vec::<String>::new());
     }
 }

@@ -5,7 +5,6 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -21,16 +20,18 @@ const REQUIREMENTS: &str = "python/tests/requirements.txt";
 /// Where an environment has its packages.
 const SITE: &str = "lib/python3.11/site-packages";
 
-/// Builds the wheel, installs it, and runs the package's tests.
+/// Whether there is a wheel for this machine.
+const HAS_WHEEL: bool = cfg!(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")));
+
+/// Runs the package's tests.
 ///
 /// # Errors
-/// What pip, maturin or the tests say.
-pub(crate) fn test() -> anyhow::Result<()> {
-    if !cfg!(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))) {
+/// What the tests say.
+pub(crate) fn test(environment: &Environment) -> anyhow::Result<()> {
+    if !HAS_WHEEL {
         skip("the Python package: its wheel is built for Linux");
         return Ok(());
     }
-    let environment = installed()?;
     run(&mut environment.python(&["-m", "ruff", "check", "python"]))?;
     run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
     run_fetching(&mut environment.python(&["python/tests/peers.py"]))?;
@@ -45,20 +46,29 @@ pub(crate) fn test() -> anyhow::Result<()> {
     run(doctest.current_dir(target()))
 }
 
-/// The environment of the tests, with the package in it as it is now: built once in a process.
+/// Makes the environment of the tests, builds the wheel of the package as it is now, and installs it.
 ///
 /// # Errors
 /// What pip or maturin say.
-pub(crate) fn installed() -> anyhow::Result<Environment> {
-    static BUILT: Mutex<bool> = Mutex::new(false);
-    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    let environment = Environment::ready(&target().join("python/environment"), REQUIREMENTS)?;
-    if !*built {
-        let wheel = environment.build(&target().join("python/wheels"))?;
-        println!("python: {}", wheel.display());
-        run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
-        *built = true;
+pub(crate) fn install() -> anyhow::Result<Environment> {
+    if !HAS_WHEEL {
+        return installed();
     }
+    let environment = Environment::ready(&target().join("python/environment"), REQUIREMENTS)?;
+    let wheel = environment.build(&target().join("python/wheels"))?;
+    println!("python: {}", wheel.display());
+    run(environment.pip(&["--force-reinstall", "--no-deps"]).arg(&wheel))?;
+    Ok(environment)
+}
+
+/// The environment as [`install`] left it.
+///
+/// # Errors
+/// It is not there.
+pub(crate) fn installed() -> anyhow::Result<Environment> {
+    let environment = Environment { folder: target().join("python/environment") };
+    let is_there = !HAS_WHEEL || environment.folder.join("bin/python").exists();
+    ensure!(is_there, "{} has no environment yet", environment.folder.display());
     Ok(environment)
 }
 

@@ -31,6 +31,7 @@ pub(crate) struct Args {
     step: Option<String>,
 }
 
+const ENVIRONMENT: &str = "an environment with the Python package";
 const PYTHON: &str = "the Python package";
 const ENGINES: &str = "a whole vLLM on the CPU";
 
@@ -40,6 +41,8 @@ struct Step<'a> {
     /// What no other step that uses it may run beside: a folder of builds, which cargo locks, or an
     /// environment.
     uses: Option<&'static str>,
+    /// The step that must have passed before.
+    after: Option<&'static str>,
     run: Box<dyn Fn() -> anyhow::Result<()> + 'a>,
 }
 
@@ -48,7 +51,12 @@ fn step<'a>(
     uses: Option<&'static str>,
     run: impl Fn() -> anyhow::Result<()> + 'a,
 ) -> Step<'a> {
-    Step { name, uses, run: Box::new(run) }
+    Step { name, uses, after: None, run: Box::new(run) }
+}
+
+/// A step that finds what [`ENVIRONMENT`] has made, and changes nothing there.
+fn in_environment<'a>(name: &'static str, run: impl Fn() -> anyhow::Result<()> + 'a) -> Step<'a> {
+    Step { after: Some(ENVIRONMENT), ..step(name, None, run) }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -64,11 +72,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         step("tests", Some("debug"), || shell::run(&mut cargo(&["test", "--workspace"]))),
     ];
     // The longest first, so that no lane is left with one of them at the end.
-    let slow: [Step<'_>; 11] = [
-        step(PYTHON, Some("python"), python::test),
+    let slow: [Step<'_>; 12] = [
+        step(ENVIRONMENT, None, || python::install().map(|_| ())),
+        in_environment(PYTHON, || python::test(&python::installed()?)),
+        in_environment(ENGINES, || engines::run_in(&python::installed()?, &[])),
         step("tests under the address sanitizer", None, memory::sanitizer),
         step("fuzzing", None, || fuzz::run_all(args.fuzz_seconds)),
-        step(ENGINES, Some("python"), || engines::run(&[])),
         step("tests on an emulated 64-bit Arm", None, neon::test),
         step("the PTX of the kernels", None, kernels),
         step("tests in Miri", None, memory::miri),
@@ -85,12 +94,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let step = steps.find(|step| step.name == name).with_context(|| format!("no step is '{name}'"))?;
         return (step.run)();
     }
-    let chosen = |name: &str| {
-        let skipped = args.no_python && [PYTHON, ENGINES].contains(&name);
-        !skipped && args.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
+    let is_chosen = |step: &&Step<'_>| {
+        let skipped = args.no_python && [ENVIRONMENT, PYTHON, ENGINES].contains(&step.name);
+        !skipped && args.only.as_ref().is_none_or(|part| step.name.contains(part.as_str()))
     };
-    let steps = quick.iter().chain(slow.iter().filter(|_| !args.quick)).filter(|step| chosen(step.name));
-    let steps: Vec<_> = steps.collect();
+    let all = || quick.iter().chain(slow.iter().filter(|_| !args.quick));
+    let wanted: Vec<_> = all().filter(is_chosen).flat_map(|step| [Some(step.name), step.after]).collect();
+    let steps: Vec<_> = all().filter(|step| wanted.contains(&Some(step.name))).collect();
     let began = Instant::now();
     let skipped = match steps[..] {
         [] => {
@@ -103,7 +113,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             shell::skipped()
         }
         _ => {
-            let steps = steps.iter().map(|step| lanes::Step { name: step.name, uses: step.uses });
+            let steps =
+                steps.iter().map(|&&Step { name, uses, after, .. }| lanes::Step { name, uses, after });
             let seconds = args.fuzz_seconds.to_string();
             lanes::run(steps.collect(), usize::from(args.lanes), |name| {
                 ["test", "--fuzz-seconds", &seconds, "--step", name].map(str::to_owned).into()
@@ -114,7 +125,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         println!("\nskipped (--quick): {}", slow.map(|step| step.name).join(", "));
     }
     if args.no_python && !args.quick {
-        println!("\nskipped (--no-python): {PYTHON}, {ENGINES}");
+        println!("\nskipped (--no-python): {ENVIRONMENT}, {PYTHON}, {ENGINES}");
     }
     if let Some(part) = &args.only {
         println!("\nonly '{part}' was run");

@@ -153,9 +153,12 @@ pub(super) fn code(module: &Module, code: &[Function]) -> Result<()> {
     Ok(())
 }
 
-/// What ptxas is asked for.
-pub(super) fn gpus(target: Target) -> &'static [&'static str] {
-    match target {
+/// What ptxas is asked for: the GPUs that a module of `table` is loaded on. From 9.0 on that is the one for 9.0 where there is
+/// one of that op.
+pub(super) fn gpus(module: &Module, table: &[Module]) -> &'static [&'static str] {
+    let has_other = table.iter().any(|other| other.op == module.op && other.target == Target::Sm90);
+    match module.target {
+        Target::Sm80 if has_other => &["sm_80", "sm_86", "sm_89"],
         Target::Sm80 => &["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],
         Target::Sm90 => &["sm_90", "sm_100", "sm_120"],
         Target::Sm90a => &["sm_90a"],

@@ -3,7 +3,7 @@
 //! Needed are a rustc that knows `nvptx64-nvidia-cuda` and the source of `core` of the very same version.
 //! Plain calls of rustc make core, compiler_builtins and the crates of device code; unstable features are
 //! opened for these alone. What comes out is cleaned of comments and of the panic handler, held against what
-//! a driver can load, assembled by ptxas for every GPU there is to be had, and held to what the table of
+//! a driver can load, assembled by ptxas for every GPU that it is loaded on, and held to what the table of
 //! kernels says of it (`crates/gdn-kernels/src/modules.rs`). Where the table asks for machine code too, what ptxas
 //! made is kept beside it.
 
@@ -161,7 +161,7 @@ impl Build<'_> {
     fn checked(&self, module: &Module, file: &str) -> Result<String> {
         let text = self.made(module, file, true)?;
         gates::text(module, &text)?;
-        for gpu in gates::gpus(module.target) {
+        for gpu in gates::gpus(module, MODULES) {
             let code = self.tools.assemble(&self.dir.join(file), gpu)?;
             gates::code(module, &code).with_context(|| format!("for {gpu}"))?;
         }
@@ -183,7 +183,7 @@ impl Build<'_> {
             PROBES.iter().find(|module| module.op == "convergence").context("the probe of convergence")?;
         let file = "left-to-itself.ptx";
         let text = self.made(module, file, false)?;
-        let code = self.tools.assemble(&self.dir.join(file), gates::gpus(module.target)[0])?;
+        let code = self.tools.assemble(&self.dir.join(file), gates::gpus(module, MODULES)[0])?;
         let mut in_code = 0;
         for kernel in module.kernels() {
             let Err(found) = gates::collectives_in_text(kernel, &text) else {
