@@ -587,6 +587,12 @@ mod tests {
                 assert_eq!(all(dtype, [ratio, groups, 1], false), None);
             }
         }
+        // Of 128 rows of bf16 eight warps have some where each multiprocessor has one such block, else four.
+        for (groups, warps) in [(64, 8), (96, 6)] {
+            let work = Work { groups, ratio: 2, dv: 128, tokens: 1, keeps_each: false, is_usual: true };
+            let choice = Choice::all(BF16, PLAIN, 128, &work, &H100).next().unwrap();
+            assert_eq!(Share::new(choice, &work, &H100).unwrap().warps, warps, "{groups}");
+        }
         // Where there are no clusters there are no such kernels.
         let work = Work { groups: 16, ratio: 2, dv: 128, tokens: 1, keeps_each: false, is_usual: true };
         let choice = Choice::all(F32, PLAIN, 128, &work, &Profile::LEAST).next().unwrap();
