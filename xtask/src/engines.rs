@@ -13,19 +13,15 @@ const REQUIREMENTS: &str = "python/engines/requirements.txt";
 /// vLLM and Inductor compile with it while they run.
 const COMPILER: &str = "g++";
 
-/// Installs the package, and runs python/engines, with arguments for pytest.
+/// Runs python/engines, with arguments for pytest, over the environment with the package, which it does not change and asks
+/// for where it can run.
 ///
 /// # Errors
 /// A test that fails, or something that could not be installed.
-pub(crate) fn run(pytest: &[String]) -> anyhow::Result<()> {
-    run_in(&python::install()?, pytest)
-}
-
-/// Runs python/engines beside `below`, the environment with the package, which it does not change.
-///
-/// # Errors
-/// As [`run`].
-pub(crate) fn run_in(below: &python::Environment, pytest: &[String]) -> anyhow::Result<()> {
+pub(crate) fn run(
+    below: impl FnOnce() -> anyhow::Result<python::Environment>,
+    pytest: &[String],
+) -> anyhow::Result<()> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64", target_env = "gnu")) {
         skip("a whole vLLM on the CPU: its wheel is for x86-64 Linux");
         return Ok(());
@@ -36,6 +32,7 @@ pub(crate) fn run_in(below: &python::Environment, pytest: &[String]) -> anyhow::
         skip(format!("a whole vLLM on the CPU: {COMPILER} is not here: {why:#}"));
         return Ok(());
     }
+    let below = below()?;
     let environment = match below.over("vllm", REQUIREMENTS) {
         Err(why) if !below.reaches_the_index() => {
             skip(format!("a whole vLLM on the CPU: pip cannot reach its index: {why:#}"));

@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Task::Ptx { check, only } => ptx::run(check, only.as_deref()),
         Task::Examples => examples::run(),
         Task::Ascend { pytest } => ascend::run(&pytest),
-        Task::Engines { pytest } => engines::run(&pytest),
+        Task::Engines { pytest } => engines::run(python::install, &pytest),
     };
     // Without a backtrace, whatever the environment asks for: it is of this program, not of what failed, and
     // would stand below what did.

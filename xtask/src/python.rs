@@ -23,15 +23,27 @@ const SITE: &str = "lib/python3.11/site-packages";
 /// Whether there is a wheel for this machine.
 const HAS_WHEEL: bool = cfg!(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")));
 
-/// Runs the package's tests.
+/// [`install`], where there is a wheel; else it says that there is none.
+///
+/// # Errors
+/// As [`install`].
+pub(crate) fn make() -> anyhow::Result<()> {
+    if HAS_WHEEL {
+        return install().map(drop);
+    }
+    skip("the Python package: its wheel is built for Linux");
+    Ok(())
+}
+
+/// Runs the package's tests in the environment that [`make`] has made, if there is one.
 ///
 /// # Errors
 /// What the tests say.
-pub(crate) fn test(environment: &Environment) -> anyhow::Result<()> {
+pub(crate) fn test() -> anyhow::Result<()> {
     if !HAS_WHEEL {
-        skip("the Python package: its wheel is built for Linux");
         return Ok(());
     }
+    let environment = installed()?;
     run(&mut environment.python(&["-m", "ruff", "check", "python"]))?;
     run(&mut environment.python(&["-m", "ruff", "format", "--check", "python"]))?;
     run_fetching(&mut environment.python(&["python/tests/peers.py"]))?;
@@ -51,9 +63,6 @@ pub(crate) fn test(environment: &Environment) -> anyhow::Result<()> {
 /// # Errors
 /// What pip or maturin say.
 pub(crate) fn install() -> anyhow::Result<Environment> {
-    if !HAS_WHEEL {
-        return installed();
-    }
     let environment = Environment::ready(&target().join("python/environment"), REQUIREMENTS)?;
     let wheel = environment.build(&target().join("python/wheels"))?;
     println!("python: {}", wheel.display());
@@ -67,7 +76,7 @@ pub(crate) fn install() -> anyhow::Result<Environment> {
 /// It is not there.
 pub(crate) fn installed() -> anyhow::Result<Environment> {
     let environment = Environment { folder: target().join("python/environment") };
-    let is_there = !HAS_WHEEL || environment.folder.join("bin/python").exists();
+    let is_there = environment.folder.join("bin/python").exists();
     ensure!(is_there, "{} has no environment yet", environment.folder.display());
     Ok(environment)
 }

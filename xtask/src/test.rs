@@ -73,9 +73,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     ];
     // The longest first, so that no lane is left with one of them at the end.
     let slow: [Step<'_>; 12] = [
-        step(ENVIRONMENT, None, || python::install().map(|_| ())),
-        in_environment(PYTHON, || python::test(&python::installed()?)),
-        in_environment(ENGINES, || engines::run_in(&python::installed()?, &[])),
+        step(ENVIRONMENT, None, python::make),
+        in_environment(PYTHON, python::test),
+        in_environment(ENGINES, || engines::run(python::installed, &[])),
         step("tests under the address sanitizer", None, memory::sanitizer),
         step("fuzzing", None, || fuzz::run_all(args.fuzz_seconds)),
         step("tests on an emulated 64-bit Arm", None, neon::test),
