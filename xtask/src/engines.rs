@@ -43,5 +43,5 @@ pub(crate) fn run(
     let mut tests = environment.python(&["-m", "pytest", "--quiet", "-rs", "--durations=5"]);
     tests.args(["-p", "no:cacheprovider", "--rootdir", ".", "."]).args(pytest);
     tests.current_dir(root().join("python/engines"));
-    run_to_end(tests.env("PYTHONDONTWRITEBYTECODE", "1"))
+    run_to_end(&mut tests)
 }

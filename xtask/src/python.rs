@@ -160,7 +160,8 @@ impl Environment {
 
     fn pip(&self, args: &[&str]) -> Command {
         let mut pip = self.python(&["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-        pip.args(args);
+        // Most of 6 GB of packages is never imported; Python compiles what is, once.
+        pip.arg("--no-compile").args(args);
         pip
     }
 

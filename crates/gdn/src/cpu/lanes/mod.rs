@@ -132,13 +132,13 @@ macro_rules! for_isa {
         [$($avx512:tt)*], [$($avx2:tt)*], [$($neon:tt)*], [$($scalar:tt)*],
         ($($name:ident: $type:ty),*)
     ) => {{
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(any(fuzzing, without_avx512))))]
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
         unsafe fn avx512($($name: $type),*) {
             // SAFETY: the caller's promises.
             unsafe { $function::<$crate::cpu::lanes::F32x16 $($avx512)*>($($name),*) }
         }
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($name: $type),*) {
             // SAFETY: the caller's promises.
@@ -156,9 +156,9 @@ macro_rules! for_isa {
         }
         let isa: $crate::cpu::Isa = $isa;
         let function: unsafe fn($($type),*) = match isa {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(any(fuzzing, without_avx512))))]
             $crate::cpu::Isa::Avx512 if isa.is_available() => avx512,
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
             $crate::cpu::Isa::Avx2 if isa.is_available() => avx2,
             #[cfg(target_arch = "aarch64")]
             $crate::cpu::Isa::Neon if isa.is_available() => neon,
