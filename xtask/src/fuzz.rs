@@ -15,11 +15,13 @@ use crate::{
     shell::{apt_install, cargo, command, has, root, run, skip},
 };
 
-/// What cargo-fuzz passes to the compiler: edges, comparisons and stack depth are reported to libFuzzer.
+/// What cargo-fuzz passes to the compiler: edges, comparisons and stack depth are reported to libFuzzer. And
+/// what the library leaves out.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-sanitizer-coverage-stack-depth --cfg fuzzing \
-    -Cllvm-args=-simplifycfg-branch-fold-threshold=0 -Zsanitizer=address -Cdebug-assertions -Coverflow-checks";
+    -Cllvm-args=-simplifycfg-branch-fold-threshold=0 -Zsanitizer=address -Cdebug-assertions -Coverflow-checks \
+    --cfg without_avx2 --cfg without_avx512";
 
 /// Each target for so many seconds: those that are given any bytes beside each other, then that of files that
 /// are valid but for a few changes, on every core.
@@ -37,7 +39,8 @@ pub(crate) fn run_all(seconds: u32) -> anyhow::Result<()> {
     let target = root().join("fuzz/target");
     let mut build = cargo(&["build", "--release", "--manifest-path", "fuzz/Cargo.toml", "--target", HOST]);
     build.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", FLAGS).env("CARGO_TARGET_DIR", &target);
-    // Most of their time goes into files. What makes the kernels fast would take longer than they run.
+    // Most of their time goes into files. What makes the kernels fast would take longer than they run; so
+    // would code for wide registers.
     build.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
     run(&mut build)?;
     let fuzzer = |name: &str| -> anyhow::Result<Command> {

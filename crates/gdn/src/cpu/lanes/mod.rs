@@ -1,17 +1,17 @@
 //! Registers of f32: [`Register`] is [`Lanes`] that go to memory and come from it. A file an instruction set.
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(without_avx2)))]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(without_avx512)))]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
 mod together;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(without_avx2)))]
 pub(super) use avx2::F32x8;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(without_avx512)))]
 pub(super) use avx512::F32x16;
 use gdn_math::Lanes;
 #[cfg(target_arch = "aarch64")]
@@ -115,7 +115,8 @@ pub(super) fn turned<L: Register>(mut registers: [L; WIDEST]) -> [L; WIDEST] {
 }
 
 /// A function that is generic over a [`Register`], compiled for the instruction set `$isa`, or for the scalar
-/// one where this machine does not have it. With `tiled` it is generic over the rows and registers, too, of a
+/// one where this machine does not have it. (Chores that would compile for minutes what they do not run leave
+/// it out: `--cfg without_avx512`, and `--cfg without_avx2`.) With `tiled` it is generic over the rows and registers, too, of a
 /// tile that a matrix product holds, with operands no more than there are registers; and over the rows that such
 /// tiles leave of [`CHUNK`](crate::CHUNK).
 macro_rules! for_isa {
@@ -132,13 +133,13 @@ macro_rules! for_isa {
         [$($avx512:tt)*], [$($avx2:tt)*], [$($neon:tt)*], [$($scalar:tt)*],
         ($($name:ident: $type:ty),*)
     ) => {{
-        #[cfg(all(target_arch = "x86_64", not(any(fuzzing, without_avx512))))]
+        #[cfg(all(target_arch = "x86_64", not(without_avx512)))]
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
         unsafe fn avx512($($name: $type),*) {
             // SAFETY: the caller's promises.
             unsafe { $function::<$crate::cpu::lanes::F32x16 $($avx512)*>($($name),*) }
         }
-        #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+        #[cfg(all(target_arch = "x86_64", not(without_avx2)))]
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($name: $type),*) {
             // SAFETY: the caller's promises.
@@ -156,9 +157,9 @@ macro_rules! for_isa {
         }
         let isa: $crate::cpu::Isa = $isa;
         let function: unsafe fn($($type),*) = match isa {
-            #[cfg(all(target_arch = "x86_64", not(any(fuzzing, without_avx512))))]
+            #[cfg(all(target_arch = "x86_64", not(without_avx512)))]
             $crate::cpu::Isa::Avx512 if isa.is_available() => avx512,
-            #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+            #[cfg(all(target_arch = "x86_64", not(without_avx2)))]
             $crate::cpu::Isa::Avx2 if isa.is_available() => avx2,
             #[cfg(target_arch = "aarch64")]
             $crate::cpu::Isa::Neon if isa.is_available() => neon,
