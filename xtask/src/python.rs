@@ -17,6 +17,8 @@ const PYTHON: &str = "3.11";
 const PLATFORM: &str = "manylinux_2_28";
 /// Every package that is installed, with the hashes of its files.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
+/// What installs them.
+const UV: &str = "python/uv.txt";
 /// Where an environment has its packages.
 const SITE: &str = "lib/python3.11/site-packages";
 
@@ -128,12 +130,13 @@ impl Environment {
                 ensure!(make()?.success(), "{python} makes no virtual environment");
             }
         }
-        run_fetching(&mut environment.pip(&[
-            "--require-hashes",
-            "--no-deps",
-            "--requirement",
-            requirements,
-        ]))?;
+        let listed = |list| ["--require-hashes", "--no-deps", "--requirement", list];
+        run_fetching(&mut environment.pip(&listed(UV)))?;
+        if let Err(why) = environment.uv(&listed(requirements)) {
+            // It reads no settings of pip's, where another index may be named.
+            println!("{why:#}; pip is asked");
+            run_fetching(&mut environment.pip(&listed(requirements)))?;
+        }
         fs::write(&installed, wanted)?;
         Ok(environment)
     }
@@ -156,6 +159,16 @@ impl Environment {
         let mut python = self.program("python");
         python.args(args);
         python
+    }
+
+    /// Installs packages by uv, in a fifth of the processor's time that pip takes for 6 GB.
+    fn uv(&self, args: &[&str]) -> anyhow::Result<()> {
+        // It unpacks there and links: nothing is there twice.
+        let cache = self.folder.join("uv");
+        let mut uv = self.program("uv");
+        uv.args(["pip", "install", "--quiet", "--python"]).arg(self.folder.join("bin/python"));
+        run(uv.args(args).arg("--cache-dir").arg(&cache))?;
+        fs::remove_dir_all(&cache).with_context(|| cache.display().to_string())
     }
 
     fn pip(&self, args: &[&str]) -> Command {
