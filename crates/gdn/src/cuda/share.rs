@@ -1,5 +1,7 @@
 //! How a decode's work is shared out among blocks and warps, and by which kernel it is done.
 
+use std::ops::RangeInclusive;
+
 use gdn_kernels::{
     decode::{
         NARROW, PLAIN, PLAIN_TOKENS, WARP_ROWS, WIDE,
@@ -134,20 +136,24 @@ const fn few(name: &'static str, [rows, row_warps]: [u32; 2], bytes: u32) -> Cho
     Choice { block_rows: rows, row_warps, landing, ..choice }
 }
 
-/// With states of f32, and of bf16, and for each how many blocks there may be: so many tenths of the multiprocessors.
-const FEWS: [&[(Choice, u64)]; 2] = [
+/// With states of f32, and of bf16, and for each how many blocks there may be, in tenths of the multiprocessors: few, or
+/// somewhat more than the rows that the other kernels hold at a time. Their last blocks would have the device to themselves.
+const FEWS: [&[(Choice, &[RangeInclusive<u64>])]; 2] = [
     &[
-        (few("gdn_decode_f32_few_32", [32, 4], 4), 5),
-        (few("gdn_decode_f32_few_64", [64, 4], 4), 10),
+        (few("gdn_decode_f32_few_32", [32, 4], 4), &[0..=5]),
+        (few("gdn_decode_f32_few_64", [64, 4], 4), &[0..=10]),
         // Its rows do not come by bulk copies: all of them on their way at once are slower.
-        (Choice { block_rows: 128, row_warps: 4, ..wide(PLAIN, "gdn_decode_f32_few_128", few::HEAD, 4) }, 20),
+        (
+            Choice { block_rows: 128, row_warps: 4, ..wide(PLAIN, "gdn_decode_f32_few_128", few::HEAD, 4) },
+            &[0..=20, 40..=55],
+        ),
     ],
     // States of bf16 are faster to move, so what each block does once weighs more.
     &[
-        (few("gdn_decode_bf16_few_32", [32, 4], 2), 5),
-        (few("gdn_decode_bf16_few_64", [64, 4], 2), 15),
-        (few("gdn_decode_bf16_few_128_warps", [128, 8], 2), 10),
-        (few("gdn_decode_bf16_few_128", [128, 4], 2), 15),
+        (few("gdn_decode_bf16_few_32", [32, 4], 2), &[0..=5]),
+        (few("gdn_decode_bf16_few_64", [64, 4], 2), &[0..=15]),
+        (few("gdn_decode_bf16_few_128_warps", [128, 8], 2), &[0..=10]),
+        (few("gdn_decode_bf16_few_128", [128, 4], 2), &[0..=17, 40..=51]),
     ],
 ];
 
@@ -238,11 +244,16 @@ impl Choice {
             };
             return fews.iter().map(|(choice, _)| choice).find(|choice| share(choice).is_some_and(is_wanted));
         }
-        let at_most = |choice: &Self, tenths: u64| {
-            let blocks = share(choice).map(|share| u64::from(work.groups * share.cluster));
-            blocks.is_some_and(|blocks| blocks * 10 <= u64::from(profile.multiprocessors) * tenths)
+        let multiprocessors = u64::from(profile.multiprocessors);
+        let are_so_many = |choice: &Self, tenths: &RangeInclusive<u64>| {
+            let blocks = share(choice).map(|share| u64::from(work.groups) * u64::from(share.cluster));
+            let range = tenths.start() * multiprocessors..=tenths.end() * multiprocessors;
+            blocks.is_some_and(|blocks| range.contains(&(blocks * 10)))
         };
-        fews.iter().find(|(choice, tenths)| at_most(choice, *tenths)).map(|(choice, _)| choice)
+        let fits = |(choice, ranges): &&(Self, &[RangeInclusive<u64>])| {
+            ranges.iter().any(|tenths| are_so_many(choice, tenths))
+        };
+        fews.iter().find(fits).map(|(choice, _)| choice)
     }
 
     /// Whether larger pieces are worth their registers: where they leave as many warps on a multiprocessor, where
@@ -561,6 +572,7 @@ mod tests {
             (1, 32, Some((2, 64)), Some((2, 64))),
             (1, 64, Some((2, 64)), Some((2, 64))),
             (1, 128, None, None),
+            (1, 600, None, None),
             (2, 4, Some((8, 32)), Some((8, 32))),
             (2, 8, Some((8, 32)), Some((8, 32))),
             (2, 16, Some((4, 64)), Some((4, 64))),
@@ -568,11 +580,20 @@ mod tests {
             (2, 48, Some((2, 128)), Some((4, 64))),
             (2, 64, Some((2, 128)), Some((2, 128))),
             (2, 96, Some((2, 128)), Some((2, 128))),
+            (2, 112, Some((2, 128)), Some((2, 128))),
             (2, 128, Some((2, 128)), None),
             (2, 256, None, None),
+            (2, 272, Some((2, 128)), Some((2, 128))),
+            (2, 336, Some((2, 128)), Some((2, 128))),
+            (2, 352, Some((2, 128)), None),
+            (2, 384, None, None),
             (3, 16, Some((6, 64)), Some((6, 64))),
             (3, 32, Some((3, 128)), Some((6, 64))),
             (3, 64, Some((3, 128)), Some((3, 128))),
+            (3, 160, None, None),
+            (3, 176, Some((3, 128)), Some((3, 128))),
+            (3, 224, Some((3, 128)), Some((3, 128))),
+            (3, 240, Some((3, 128)), None),
             (3, 256, None, None),
         ];
         let all = |dtype, [ratio, groups, tokens]: [u32; 3], is_usual| {
