@@ -136,9 +136,12 @@ const fn few(name: &'static str, [rows, row_warps]: [u32; 2], bytes: u32) -> Cho
     Choice { block_rows: rows, row_warps, landing, ..choice }
 }
 
-/// With states of f32, and of bf16, and for each how many blocks there may be, in tenths of the multiprocessors: few, or
-/// somewhat more than the rows that the other kernels hold at a time. Their last blocks would have the device to themselves.
-const FEWS: [&[(Choice, &[RangeInclusive<u64>])]; 2] = [
+/// Numbers of blocks, in tenths of the multiprocessors.
+type Tenths = [RangeInclusive<u64>];
+
+/// With states of f32, and of bf16, and for each how many blocks there may be: few, or somewhat more than the rows that
+/// the other kernels hold at a time. Their last blocks would have the device to themselves.
+const FEWS: [&[(Choice, &Tenths)]; 2] = [
     &[
         (few("gdn_decode_f32_few_32", [32, 4], 4), &[0..=5]),
         (few("gdn_decode_f32_few_64", [64, 4], 4), &[0..=10]),
@@ -250,9 +253,8 @@ impl Choice {
             let range = tenths.start() * multiprocessors..=tenths.end() * multiprocessors;
             blocks.is_some_and(|blocks| range.contains(&(blocks * 10)))
         };
-        let fits = |(choice, ranges): &&(Self, &[RangeInclusive<u64>])| {
-            ranges.iter().any(|tenths| are_so_many(choice, tenths))
-        };
+        let fits =
+            |(choice, ranges): &&(Self, &Tenths)| ranges.iter().any(|tenths| are_so_many(choice, tenths));
         fews.iter().find(fits).map(|(choice, _)| choice)
     }
 
