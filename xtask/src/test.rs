@@ -20,9 +20,8 @@ pub(crate) struct Args {
     /// Only the steps whose names have this in them
     #[arg(long, value_name = "PART")]
     only: Option<String>,
-    /// How many steps run beside each other. Most of them keep two cores busy for a part of their time only, and wait for
-    /// a network for another
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    /// How many steps run beside each other. Most of them keep two cores busy for a part of their time only
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
     lanes: u16,
     /// Seconds for each fuzz target
     #[arg(long, default_value_t = 40)]
