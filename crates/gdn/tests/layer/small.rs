@@ -8,7 +8,12 @@ use crate::{
     setup::Options,
 };
 
+/// Every dtype in both orders of its states; in Miri, which takes minutes, each in one of them.
 fn forms() -> impl Iterator<Item = (Options, Form)> {
+    all_forms().enumerate().filter(|(i, _)| !cfg!(miri) || i % 4 == 0 || i % 4 == 3).map(|(_, form)| form)
+}
+
+fn all_forms() -> impl Iterator<Item = (Options, Form)> {
     let dtypes = [(Dtype::F32, Dtype::F32), (Dtype::BF16, Dtype::BF16), (Dtype::F16, Dtype::F16)];
     dtypes.into_iter().zip(Packing::ALL.into_iter().cycle()).flat_map(|((dtype, state_dtype), packing)| {
         [([2, 3], [1, 2]), ([3, 2], [2, 1])].into_iter().enumerate().map(
