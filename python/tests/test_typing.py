@@ -41,7 +41,7 @@ def test_use(tmp_path):
 
 
 def test_stubs(tmp_path):
-    """Names and parameters. What PyTorch's are is not looked up: reading it takes a minute."""
+    """Names and parameters. What PyTorch's are is not looked up: reading it takes half a minute."""
     (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
     command = [sys.executable, "-m", "mypy.stubtest", "gdn._gdn", "--ignore-missing-stub"]
     command += ["--mypy-config-file", "mypy.ini"]

@@ -33,7 +33,7 @@ pub(crate) fn sanitizer() -> anyhow::Result<()> {
         return Ok(());
     }
     let mut tests = cargo(&[&["test", "--target", HOST], &LIBRARY[..], &["--test", "repack"]].concat());
-    // What this processor cannot run is not compiled: wide registers, each access checked, take a minute.
+    // What this processor cannot run is not compiled: wide registers take long, with each access checked.
     #[cfg(target_arch = "x86_64")]
     let without = if std::arch::is_x86_feature_detected!("avx512f") { "" } else { " --cfg without_avx512" };
     #[cfg(not(target_arch = "x86_64"))]

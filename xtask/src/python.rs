@@ -161,14 +161,17 @@ impl Environment {
         python
     }
 
-    /// Installs packages by uv, in a fifth of the processor's time that pip takes for 6 GB.
+    /// Installs packages by uv, which takes far less of a processor's time than pip for 6 GB.
     fn uv(&self, args: &[&str]) -> anyhow::Result<()> {
         // It unpacks there and links: nothing is there twice.
         let cache = self.folder.join("uv");
         let mut uv = self.program("uv");
         uv.args(["pip", "install", "--quiet", "--python"]).arg(self.folder.join("bin/python"));
-        run(uv.args(args).arg("--cache-dir").arg(&cache))?;
-        fs::remove_dir_all(&cache).with_context(|| cache.display().to_string())
+        let done = run(uv.args(args).arg("--cache-dir").arg(&cache));
+        if cache.exists() {
+            fs::remove_dir_all(&cache).with_context(|| cache.display().to_string())?;
+        }
+        done
     }
 
     fn pip(&self, args: &[&str]) -> Command {

@@ -139,8 +139,8 @@ const fn few(name: &'static str, [rows, row_warps]: [u32; 2], bytes: u32) -> Cho
 /// Numbers of blocks, in tenths of the multiprocessors.
 type Tenths = [RangeInclusive<u64>];
 
-/// With states of f32, and of bf16, and for each how many blocks there may be: few, or somewhat more than the rows that
-/// the other kernels hold at a time. Their last blocks would have the device to themselves.
+/// With states of f32, and of bf16, and for each how many blocks there may be: few, or somewhat more than four for each
+/// multiprocessor, where the time of the other kernels jumps.
 const FEWS: [&[(Choice, &Tenths)]; 2] = [
     &[
         (few("gdn_decode_f32_few_32", [32, 4], 4), &[0..=5]),
@@ -248,13 +248,15 @@ impl Choice {
             return fews.iter().map(|(choice, _)| choice).find(|choice| share(choice).is_some_and(is_wanted));
         }
         let multiprocessors = u64::from(profile.multiprocessors);
-        let are_so_many = |choice: &Self, tenths: &RangeInclusive<u64>| {
-            let blocks = share(choice).map(|share| u64::from(work.groups) * u64::from(share.cluster));
-            let range = tenths.start() * multiprocessors..=tenths.end() * multiprocessors;
-            blocks.is_some_and(|blocks| range.contains(&(blocks * 10)))
+        let fits = |(choice, ranges): &&(Self, &Tenths)| {
+            share(choice).is_some_and(|share| {
+                let tenths = 10 * u64::from(work.groups) * u64::from(share.cluster);
+                let has = |range: &RangeInclusive<u64>| {
+                    (range.start() * multiprocessors..=range.end() * multiprocessors).contains(&tenths)
+                };
+                ranges.iter().any(has)
+            })
         };
-        let fits =
-            |(choice, ranges): &&(Self, &Tenths)| ranges.iter().any(|tenths| are_so_many(choice, tenths));
         fews.iter().find(fits).map(|(choice, _)| choice)
     }
 
