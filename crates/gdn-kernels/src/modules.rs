@@ -364,7 +364,7 @@ const PREFILL: &[&[Kernel]] = &[
     &[
         Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_128").threads(128) },
         Kernel { blocks: 4, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
-        Kernel { blocks: 3, ..prefill("gdn_prefill_norm", 256) },
+        Kernel { blocks: 4, ..prefill("gdn_prefill_norm", 256) },
     ],
     &[Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_256").threads(128) }],
     &[Kernel { blocks: 6, ..Kernel::new("gdn_prefill_convolve_any").threads(64) }],

@@ -616,8 +616,14 @@ pub const fn state_row(dk: u32) -> u32 {
     (dk + 8) * 4
 }
 
-/// Bytes of shared memory of a block of the norm: outputs, what they are multiplied with, weights.
+/// Bytes of a token's gates in shared memory: those of two tokens side by side lie in other banks.
+#[inline(always)]
+pub const fn gates_row(dv: u32) -> u32 {
+    if dv.is_multiple_of(64) { dv * 2 + 64 } else { dv * 2 }
+}
+
+/// Bytes of shared memory of a block of the norm: outputs, what they are multiplied with, weights, gates.
 #[inline(always)]
 pub const fn norm_bytes(dv: u32) -> u32 {
-    dv * (CHUNK * 2 + 8)
+    dv * (CHUNK * 2 + 8) + CHUNK * gates_row(dv)
 }

@@ -46,8 +46,8 @@ struct Block<'a, G> {
 /// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits
 /// each and are read 16 bytes at a time, there are four taps, which are read together, and no bias.
 ///
-/// It waits for no kernel before it: it is the first of a call, or of a window of several, which are launched
-/// the ordinary way.
+/// It waits for no kernel before it: it is the first of a call, or of a window. That of a second window may run
+/// beside the preparation of the first, whose inputs and outputs it has no part in.
 ///
 /// # Safety
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.

@@ -194,13 +194,18 @@ impl Eight {
         // SAFETY: the caller's promise.
         unsafe {
             if dtype != F32 && wide == 2 {
-                let Bytes16([a, b, c, d]) = gpu.load16(address);
-                return Self([a, b, c, d, 0, 0, 0, 0]);
+                return Self::of(gpu.load16(address));
             }
             let [a, b, c, d] = load4(gpu, dtype, address, stride, wide != 0);
             let [e, f, g, h] = load4(gpu, dtype, address + 4 * stride, stride, wide != 0);
             Self([a, b, c, d, e, f, g, h].map(f32::to_bits))
         }
+    }
+
+    /// Eight of two bytes each that lie side by side, as they are.
+    #[inline(always)]
+    pub(super) fn of(Bytes16([a, b, c, d]): Bytes16) -> Self {
+        Self([a, b, c, d, 0, 0, 0, 0])
     }
 
     /// Their numbers, with what they were read with.

@@ -2,12 +2,13 @@
 //!
 //! Outputs lie transposed in scratch, a row for each column of `out`. `ldmatrix` turns them: as which rows
 //! make a matrix is free to choose, a lane gets eight columns of a token that lie side by side, and its gates
-//! and results are 16 bytes.
+//! and results are 16 bytes. Gates come through shared memory as well: registers for them would leave a
+//! multiprocessor room for fewer blocks.
 
 use gdn_math::{Lanes, layer as math, quick};
 
 use super::{
-    args::{Args, CHUNK, THREADS},
+    args::{Args, CHUNK, THREADS, gates_row},
     element::{Eight, of_vector, size, store8},
     sequence::Sequence,
 };
@@ -15,9 +16,8 @@ use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
 
 /// Bytes of a row of outputs: 16 for each warp.
 const ROW: u32 = THREADS / 32 * 16;
-/// Columns that four lanes get at a time, and how often with what is loaded ahead.
+/// Columns that four lanes get at a time.
 const COLUMNS: u32 = 32;
-const AHEAD: usize = 4;
 
 /// Where a warp's 16 bytes of a row lie: those of a matrix all in other banks.
 #[inline(always)]
@@ -31,12 +31,14 @@ fn place(row: u32, warp: u32) -> u32 {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    let (chunk, head) = args.num_v_heads.divide(gpu.block()[0]);
+    // From the window's last chunk to its first: what the scan wrote last, the second-level cache has.
+    let (chunk, head) = args.num_v_heads.divide(gpu.blocks()[0] - 1 - gpu.block()[0]);
     let (warp, lane, dv) = (gpu.thread() / 32, gpu.lane(), args.dv);
     let of_head = u64::from(chunk * args.num_v_heads.get() + head);
-    // What rows are multiplied with, then the weights.
+    // What rows are multiplied with, then the weights, then the gates.
     let scales = dv * ROW;
     let weights = scales + dv * 4;
+    let gates = weights + dv * 4;
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
@@ -52,26 +54,22 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let (key_head, within) = args.ratio.divide(head);
         let element = u64::from(size(args.z.dtype));
         let [of_row, of_out_head, of_column] = args.out.strides;
-        // The columns of step `i` for the lane.
+        // The columns of step `i` for the lane, and their gates.
         let column = |i: u32| i * COLUMNS + lane % 4 * 8;
-        // All are asked for before the first is looked at.
-        let mut gates = [Eight::default(); AHEAD];
-        let load = |gates: &mut [Eight; AHEAD], first: u32| {
-            let z = args.z.address
-                + gpu.unforeseen(row) * args.z.row_stride
-                + u64::from(key_head) * args.z.head_step
-                + u64::from(within * dv) * element;
-            let mut n = 0;
-            while n < AHEAD {
-                let column = column(first + n as u32);
-                if is_there && has_token && column < dv {
-                    let at = z + u64::from(column) * element;
-                    gates[n] = Eight::load(gpu, args.z.dtype, at, element, args.wide_z);
-                }
-                n += 1;
+        let z = args.z.address
+            + row * args.z.row_stride
+            + u64::from(key_head) * args.z.head_step
+            + u64::from(within * dv) * element;
+        let gates_at = |i: u32| gates + token * gates_row(dv) + column(i) * 2;
+        // A lane copies its own.
+        let is_copied = args.wide_z == 2 && element == 2;
+        if is_there && has_token && is_copied {
+            let mut i = 0;
+            while i * COLUMNS < dv {
+                gpu.copy16(gates_at(i), z + u64::from(column(i) * 2), true);
+                i += 1;
             }
-        };
-        load(&mut gates, 0);
+        }
         // What is above the scan has no part in.
         gpu.wait_for_previous();
         if is_there {
@@ -130,36 +128,32 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         }
         // Worked out here: there are no registers to have it at hand before.
         let to = args.out.address + gpu.unforeseen(row) * of_row + u64::from(head) * of_out_head;
-        let mut first = 0;
-        while first * COLUMNS < dv {
-            if first > 0 {
-                load(&mut gates, first);
-            }
-            let mut n = 0;
-            while n < AHEAD {
-                let i = first + n as u32;
-                if i * COLUMNS < dv {
-                    let mut y = [0.0; 8];
-                    if is_there {
-                        let o = outputs(i);
-                        let weights = eight(gpu, weights + column(i) * 4);
-                        let gates = gates[n].numbers(gpu, args.z.dtype, args.wide_z);
-                        let mut m = 0;
-                        while m < 8 {
-                            let z = gates[m];
-                            let gate = if args.sigmoid == 0 { quick::silu(z) } else { quick::sigmoid(z) };
-                            y[m] = o[m] * scale * weights[m] * gate;
-                            m += 1;
-                        }
-                    }
-                    if has_token {
-                        let to = to + u64::from(column(i)) * of_column;
-                        store8(gpu, args.out.dtype, to, of_column, args.wide_out, y);
-                    }
+        let mut i = 0;
+        while i * COLUMNS < dv {
+            let mut y = [0.0; 8];
+            if is_there {
+                let o = outputs(i);
+                let weights = eight(gpu, weights + column(i) * 4);
+                let z = if !has_token {
+                    Eight::default()
+                } else if is_copied {
+                    Eight::of(gpu.load_shared16(gates_at(i)))
+                } else {
+                    Eight::load(gpu, args.z.dtype, z + u64::from(column(i)) * element, element, args.wide_z)
+                };
+                let z = z.numbers(gpu, args.z.dtype, args.wide_z);
+                let mut n = 0;
+                while n < 8 {
+                    let gate = if args.sigmoid == 0 { quick::silu(z[n]) } else { quick::sigmoid(z[n]) };
+                    y[n] = o[n] * scale * weights[n] * gate;
+                    n += 1;
                 }
-                n += 1;
             }
-            first += AHEAD as u32;
+            if has_token {
+                let to = to + u64::from(column(i)) * of_column;
+                store8(gpu, args.out.dtype, to, of_column, args.wide_out, y);
+            }
+            i += 1;
         }
     }
 }

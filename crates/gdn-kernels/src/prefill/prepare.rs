@@ -61,7 +61,8 @@ struct Block<'a, G> {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
-    let (chunk, head) = args.num_k_heads.divide(gpu.block()[0]);
+    // From the window's last chunk to its first: what the convolution wrote last, the second-level cache has.
+    let (chunk, head) = args.num_k_heads.divide(gpu.blocks()[0] - 1 - gpu.block()[0]);
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let found = Sequence::of_chunk(gpu, args, args.first_chunk + chunk);

@@ -10,7 +10,7 @@ use gdn_kernels::{
     split::Divisor,
 };
 
-use super::scratch::{PREFILL_CHUNK, chunks, memory};
+use super::scratch::{PREFILL_CHUNK, SOME_BLOCKS, chunks, memory};
 use crate::{
     argument::{ArgumentError, Because},
     cuda::{
@@ -134,6 +134,8 @@ pub(crate) struct Step {
     pub(crate) blocks: u32,
     pub(crate) threads: u32,
     pub(crate) shared: u32,
+    /// Blocks that run side by side.
+    cluster: u32,
 }
 
 impl Step {
@@ -141,8 +143,8 @@ impl Step {
     /// That of [`Gpu::launch`], for a step of a job in its order.
     pub(crate) unsafe fn launch(self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
         let function = gpu.kernels.kernel(gpu.context(), self.kernel)?;
-        let Self { blocks, threads, shared, args, .. } = self;
-        let launch = Launch { function, blocks: [blocks, 1, 1], threads, shared, cluster: 1 };
+        let Self { blocks, threads, shared, cluster, args, .. } = self;
+        let launch = Launch { function, blocks: [blocks, 1, 1], threads, shared, cluster };
         // SAFETY: the kernels take one `Args`; the caller's promise.
         unsafe { gpu.launch(launch, args, stream) }
     }
@@ -375,6 +377,7 @@ impl Job {
             blocks: all_heads,
             threads: convolve_threads,
             shared: 0,
+            cluster: 1,
         };
         let prepare = Step {
             kernel: "gdn_prefill_prepare",
@@ -382,6 +385,7 @@ impl Job {
             blocks: hk as u32,
             threads: PREPARE_THREADS,
             shared: PrepareRoom::new(dk, ratio as u32).bytes,
+            cluster: 1,
         };
         let kernel = match (dk, by_group) {
             (64, false) => "gdn_prefill_scan_64",
@@ -395,13 +399,17 @@ impl Job {
         };
         let shared = room(rows, by_group, stages);
         let threads = if by_group { GROUP_THREADS } else { threads };
-        let scan = Step { kernel, args, blocks: scan_blocks, threads, shared };
+        // A block of the scan takes up to a sixth longer beside another kernel's on the other multiprocessor of
+        // its pair than beside one of its own kind. Two of a cluster get such a pair.
+        let cluster = if by_group && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
+        let scan = Step { kernel, args, blocks: scan_blocks, threads, shared, cluster };
         let norm = Step {
             kernel: "gdn_prefill_norm",
             args,
             blocks: hv as u32,
             threads: THREADS,
             shared: norm_bytes(dv),
+            cluster: 1,
         };
         let states = grids.map(|grids| {
             grids.map(|Grid { kernel, blocks, threads, shared }| Step {
@@ -410,6 +418,7 @@ impl Job {
                 blocks,
                 threads,
                 shared,
+                cluster: 1,
             })
         });
         for step in [convolve, prepare, scan, norm].into_iter().chain(states.into_iter().flatten()) {
@@ -467,6 +476,20 @@ impl Job {
         }
     }
 
+    /// Whether a stage may begin before the last one on the caller's stream is done. The first begins when all
+    /// before it is done. Where all are on one stream, each waits for what the one before writes. Where scans are
+    /// on another, a preparation does, and a convolution needs nothing of a preparation: of scans that take most
+    /// of the device it had better come before them, beside others it would only keep them out.
+    fn may_overlap(&self, last: Option<Stage>, stage: Stage) -> bool {
+        match (last, stage) {
+            (None, _) => false,
+            _ if self.window >= self.chunks => true,
+            (Some(Stage::Convolve), Stage::Prepare) => true,
+            (Some(Stage::Prepare), Stage::Convolve) => self.scan.blocks as usize > SOME_BLOCKS,
+            _ => false,
+        }
+    }
+
     /// Launches all: where there are several windows, their scans on a stream beside the caller's.
     ///
     /// # Safety
@@ -475,14 +498,17 @@ impl Job {
         let sides = &gpu.kernels.sides;
         let side =
             if self.window < self.chunks { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };
-        // The first kernel begins when all before it is done. The others, where they are on one stream, may begin
-        // earlier, and wait for what the one before writes.
         let ordinary = gpu.clone().programmatic(false);
         let mut launched = Ok(());
-        for (i, (stage, step)) in self.steps().enumerate() {
-            let gpu = if i == 0 || side.is_some() { &ordinary } else { gpu };
+        // On the caller's stream.
+        let mut last = None;
+        for (stage, step) in self.steps() {
+            let gpu = if self.may_overlap(last, stage) { gpu } else { &ordinary };
             // SAFETY: the caller's promise.
             launched = unsafe { stage.launch(step, gpu, stream, side.as_ref()) };
+            if side.is_none() || !matches!(stage, Stage::States(_) | Stage::Scan(_)) {
+                last = Some(stage);
+            }
             if launched.is_err() {
                 break;
             }

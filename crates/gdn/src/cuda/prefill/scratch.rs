@@ -12,7 +12,7 @@ use crate::{
 pub const PREFILL_CHUNK: usize = CHUNK as usize;
 
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
-const MOST_SCRATCH: usize = 512 << 20;
+const MOST_SCRATCH: usize = 1 << 30;
 
 /// One sequence alone goes in two windows, where its chunks times the blocks of 64 rows of S are so many: with
 /// fewer, more launches cost more than the scan hides of the others.
@@ -20,17 +20,20 @@ const FEWEST: usize = 1024;
 /// Of more blocks than [`FEW_BLOCKS`] it takes more, and of more than [`SOME_BLOCKS`], which leave few
 /// multiprocessors to the kernels beside them, still more.
 const FEWEST_OF_SOME: usize = 3072;
-const FEWEST_OF_MANY: usize = 12288;
-const SOME_BLOCKS: usize = 64;
+const FEWEST_OF_MANY: usize = 6144;
+pub(super) const SOME_BLOCKS: usize = 64;
 /// So many leave them none.
 const ALL_BLOCKS: usize = 128;
 /// So few leave them most: there a long sequence goes in up to four windows, each of so many chunks times blocks.
 const FEW_BLOCKS: usize = 32;
 const MOST_WINDOWS: usize = 4;
 const OF_A_WINDOW: usize = 2048;
+/// Of two windows the first is larger, of eight parts so many: the second's convolution and preparation run beside
+/// the first's scan, which leaves them half of the device or less.
+const OF_EIGHT: usize = 5;
 
 /// Bytes of scratch memory that prefill of `num_tokens` tokens of `num_sequences` sequences takes on a GPU:
-/// some 25 KB a token for heads 16/32 of 128, and 512 MiB and two states at most.
+/// some 25 KB a token for heads 16/32 of 128, and 1 GiB and two states at most.
 pub fn prefill_scratch_bytes(layer: &Layer, num_tokens: usize, num_sequences: usize) -> usize {
     let bytes = [Cutting::Never, Cutting::ByHeads].map(|cutting| {
         let (.., bytes) = memory(layer, 0, [num_tokens, num_sequences], None, cutting);
@@ -73,23 +76,35 @@ fn window(layer: &Layer, chunks: usize, num_sequences: usize, segments: Option<&
         of_one += placed.place_bytes.div_ceil(u64::from(segments.shortest.get()));
     }
     let of_one = usize::try_from(of_one).unwrap_or(usize::MAX).max(1);
-    let windows = if num_sequences == 1 && segments.is_none() { windows(layer, chunks) } else { 1 };
-    let most =
-        if windows == 1 && chunks <= MOST_SCRATCH / of_one { chunks } else { MOST_SCRATCH / 2 / of_one };
-    chunks.div_ceil(windows).min(most).max(1)
+    let window = if num_sequences == 1 && segments.is_none() { window_of_one(layer, chunks) } else { chunks };
+    let room = MOST_SCRATCH / of_one;
+    if window + second(chunks, window) <= room {
+        return window.max(1);
+    }
+    chunks.div_ceil(chunks.div_ceil((room / 2).max(1))).max(1)
 }
 
-/// The windows of one sequence, as is fastest.
-fn windows(layer: &Layer, chunks: usize) -> usize {
+/// Chunks of a window of one sequence, as is fastest.
+fn window_of_one(layer: &Layer, chunks: usize) -> usize {
     let heads = layer.heads();
     let blocks = heads.num_v_heads().saturating_mul(heads.head_v_dim()).div_ceil(64);
     let all = chunks.saturating_mul(blocks);
     match blocks {
-        ..=FEW_BLOCKS if all >= FEWEST => (all / OF_A_WINDOW).clamp(2, MOST_WINDOWS),
-        ..=SOME_BLOCKS if all >= FEWEST_OF_SOME => 2,
-        ..ALL_BLOCKS if all >= FEWEST_OF_MANY => 2,
-        _ => 1,
+        ..=FEW_BLOCKS if all >= FEWEST => chunks.div_ceil((all / OF_A_WINDOW).clamp(2, MOST_WINDOWS)),
+        ..=SOME_BLOCKS if all >= FEWEST_OF_SOME => larger(chunks),
+        ..ALL_BLOCKS if all >= FEWEST_OF_MANY => larger(chunks),
+        _ => chunks,
     }
+}
+
+/// Chunks of the first of two windows.
+fn larger(chunks: usize) -> usize {
+    chunks - chunks / 8 * (8 - OF_EIGHT)
+}
+
+/// Chunks of the second window, and the most of any with an odd number.
+fn second(chunks: usize, window: usize) -> usize {
+    (chunks - window.min(chunks)).min(window)
 }
 
 /// Scratch memory of a window.
@@ -101,19 +116,19 @@ fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
 }
 
 /// The scratch memory of windows that follow one another, and the bytes of all. Where there are several
-/// windows, the next one is made while one is scanned, so they take turns. The states that go on from one to
-/// the next come last.
+/// windows, the next one is made while one is scanned, so two take turns. The states that go on from one to the
+/// next come last.
 pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
+    let bytes = |slot: Scratch, at: u64| slot.carry[0] - at;
     let first = slot(layer, at, window);
-    let (bytes, state) = (first.carry[0] - at, first.carry[1] - first.carry[0]);
-    let count = if window < chunks { 2 } else { 1 };
-    let second = slot(layer, at + (count - 1) * bytes, window);
-    let carry = at + count * bytes;
-    let carry = [carry, carry + state];
-    (
-        [Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..second }],
-        count * bytes + 2 * state,
-    )
+    let (state, mut end) = (first.carry[1] - first.carry[0], at + bytes(first, at));
+    let mut other = first;
+    if window < chunks {
+        other = slot(layer, end, second(chunks, window));
+        end += bytes(other, end);
+    }
+    let carry = [end, end + state];
+    ([Scratch { carry, ..first }, Scratch { carry: [carry[1], carry[0]], ..other }], end - at + 2 * state)
 }
 
 #[cfg(test)]
@@ -140,8 +155,10 @@ mod tests {
             ([4, 8, 128, 128], 8192, 2),
             ([4, 8, 128, 128], 32768, 4),
             ([8, 16, 128, 128], 32768, 4),
-            ([16, 48, 128, 128], 4096, 1),
-            ([16, 48, 128, 128], 8192, 2),
+            ([16, 48, 128, 128], 2048, 1),
+            ([16, 48, 128, 128], 4096, 2),
+            ([16, 32, 128, 128], 32768, 2),
+            ([16, 32, 128, 128], 65536, 4),
             ([16, 64, 128, 128], 8192, 1),
         ] {
             let count = |num_sequences| {
