@@ -8,7 +8,7 @@
 use gdn_math::{Lanes, layer as math, quick};
 
 use super::{
-    args::{Args, CHUNK, THREADS, gates_row},
+    args::{Args, BF16, CHUNK, F16, F32, THREADS, gates_row},
     element::{Eight, of_vector, size, store8},
     sequence::Sequence,
 };
@@ -31,14 +31,39 @@ fn place(row: u32, warp: u32) -> u32 {
 /// The arguments describe tensors that are there, and the grid and shared memory were made for them.
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
+    let is_of_two =
+        args.z.dtype == args.out.dtype && args.wide_z == 2 && args.wide_out == 2 && args.dv == 128;
+    // SAFETY: the caller's promises; what a form takes as known is so.
+    unsafe {
+        if is_of_two && args.z.dtype == BF16 {
+            block::<BF16, 128, G>(gpu, args);
+        } else if is_of_two && args.z.dtype == F16 {
+            block::<F16, 128, G>(gpu, args);
+        } else {
+            block::<F32, 0, G>(gpu, args);
+        }
+    }
+}
+
+/// A block's part. Where `DTYPE` is not f32, gates and results are of that dtype and are moved 16 bytes at a
+/// time, and rows have `DV` columns; otherwise all of that is as the arguments say.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn block<const DTYPE: u32, const DV: u32, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
+    let is_known = DTYPE != F32;
+    let dv = if is_known { DV } else { args.dv };
+    let [of_z, of_out] = if is_known { [DTYPE; 2] } else { [args.z.dtype, args.out.dtype] };
+    let [wide_z, wide_out] = if is_known { [2; 2] } else { [args.wide_z, args.wide_out] };
     // From the window's last chunk to its first: what the scan wrote last, the second-level cache has.
     let (chunk, head) = args.num_v_heads.divide(gpu.blocks()[0] - 1 - gpu.block()[0]);
-    let (warp, lane, dv) = (gpu.thread() / 32, gpu.lane(), args.dv);
+    let (warp, lane) = (gpu.thread() / 32, gpu.lane());
     let of_head = u64::from(chunk * args.num_v_heads.get() + head);
-    // What rows are multiplied with, then the weights, then the gates.
+    // What rows are multiplied with, then the same times the weights, then the gates.
     let scales = dv * ROW;
-    let weights = scales + dv * 4;
-    let gates = weights + dv * 4;
+    let weighted = scales + dv * 4;
+    let gates = weighted + dv * 4;
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
@@ -52,7 +77,7 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let has_token = token < tokens;
         let row = sequence.start + before + u64::from(token);
         let (key_head, within) = args.ratio.divide(head);
-        let element = u64::from(size(args.z.dtype));
+        let element = u64::from(size(of_z));
         let [of_row, of_out_head, of_column] = args.out.strides;
         // The columns of step `i` for the lane, and their gates.
         let column = |i: u32| i * COLUMNS + lane % 4 * 8;
@@ -62,7 +87,7 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
             + u64::from(within * dv) * element;
         let gates_at = |i: u32| gates + token * gates_row(dv) + column(i) * 2;
         // A lane copies its own.
-        let is_copied = args.wide_z == 2 && element == 2;
+        let is_copied = wide_z == 2 && element == 2;
         if is_there && has_token && is_copied {
             let mut i = 0;
             while i * COLUMNS < dv {
@@ -83,32 +108,28 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
             }
             if gpu.thread() < dv {
                 let i = gpu.thread();
-                let scale =
-                    gpu.load4(args.scratch.out_scales + of_head * u64::from(dv * 4) + u64::from(i * 4));
-                gpu.store_shared4(scales + i * 4, scale);
-                gpu.store_shared4(weights + i * 4, of_vector(gpu, &args.norm_weight, i).to_bits());
+                let at = args.scratch.out_scales + of_head * u64::from(dv * 4) + u64::from(i * 4);
+                let scale = f32::from_bits(gpu.load4(at));
+                let weight = of_vector(gpu, &args.norm_weight, i);
+                gpu.store_shared4(scales + i * 4, scale.to_bits());
+                gpu.store_shared4(weighted + i * 4, (scale * weight).to_bits());
             }
             gpu.commit_copies();
         }
         gpu.wait_copies::<0>();
         gpu.barrier();
-        // Eight columns of the lane's token.
-        let outputs = |i: u32| {
+        // Eight columns of the lane's token, times what `at` has for columns.
+        let outputs = |i: u32, at: u32| {
             let (matrix, line) = (lane / 8, lane % 8);
             let row = i * COLUMNS + line / 2 * 8 + matrix * 2 + line % 2;
             let words = gpu.load_matrix4::<true>(place(row, warp));
+            let factors = eight(gpu, at + column(i) * 4);
             let mut o = [0.0f32; 8];
             let mut n = 0;
             while n < 8 {
                 let [low, high] = gpu.unpack_f16(words[n / 2]);
-                (o[n], o[n + 1]) = (low, high);
+                (o[n], o[n + 1]) = (low * factors[n], high * factors[n + 1]);
                 n += 2;
-            }
-            let scales = eight(gpu, scales + column(i) * 4);
-            let mut n = 0;
-            while n < 8 {
-                o[n] *= scales[n];
-                n += 1;
             }
             o
         };
@@ -116,7 +137,7 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         if is_there {
             let (mut sum, mut i) = (0.0, 0);
             while i * COLUMNS < dv {
-                let o = outputs(i);
+                let o = outputs(i, scales);
                 let mut n = 0;
                 while n < 8 {
                     sum = Lanes::mul_add(o[n], o[n], sum);
@@ -132,26 +153,25 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         while i * COLUMNS < dv {
             let mut y = [0.0; 8];
             if is_there {
-                let o = outputs(i);
-                let weights = eight(gpu, weights + column(i) * 4);
+                let o = outputs(i, weighted);
                 let z = if !has_token {
                     Eight::default()
                 } else if is_copied {
                     Eight::of(gpu.load_shared16(gates_at(i)))
                 } else {
-                    Eight::load(gpu, args.z.dtype, z + u64::from(column(i)) * element, element, args.wide_z)
+                    Eight::load(gpu, of_z, z + u64::from(column(i)) * element, element, wide_z)
                 };
-                let z = z.numbers(gpu, args.z.dtype, args.wide_z);
+                let z = z.numbers(gpu, of_z, wide_z);
                 let mut n = 0;
                 while n < 8 {
                     let gate = if args.sigmoid == 0 { quick::silu(z[n]) } else { quick::sigmoid(z[n]) };
-                    y[n] = o[n] * scale * weights[n] * gate;
+                    y[n] = o[n] * scale * gate;
                     n += 1;
                 }
             }
             if has_token {
                 let to = to + u64::from(column(i)) * of_column;
-                store8(gpu, args.out.dtype, to, of_column, args.wide_out, y);
+                store8(gpu, of_out, to, of_column, wide_out, y);
             }
             i += 1;
         }

@@ -179,7 +179,6 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         // SAFETY: the caller's promise.
         let part = unsafe { part(gpu, args) };
         gpu.wait_for_previous();
-        gpu.let_next_start();
         if !part.is_there {
             return None;
         }

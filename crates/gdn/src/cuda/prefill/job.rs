@@ -401,7 +401,7 @@ impl Job {
         let threads = if by_group { GROUP_THREADS } else { threads };
         // A block of the scan takes up to a sixth longer beside another kernel's on the other multiprocessor of
         // its pair than beside one of its own kind. Two of a cluster get such a pair.
-        let cluster = if by_group && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
+        let cluster = if by_group && window < chunks && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
         let scan = Step { kernel, args, blocks: scan_blocks, threads, shared, cluster };
         let norm = Step {
             kernel: "gdn_prefill_norm",
