@@ -114,6 +114,11 @@ fn the_scan_is_chosen_by_layer_and_device() {
 }
 
 #[test]
+fn what_runs_beside_a_scan_is_chosen_by_layer_and_window() {
+    cases::windows();
+}
+
+#[test]
 fn fading_states_on_the_emulator() {
     cases::fading_states(&mut |call, profile| {
         emulate(call, profile);

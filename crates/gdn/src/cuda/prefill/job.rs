@@ -135,7 +135,7 @@ pub(crate) struct Step {
     pub(crate) threads: u32,
     pub(crate) shared: u32,
     /// Blocks that run side by side.
-    cluster: u32,
+    pub(crate) cluster: u32,
 }
 
 impl Step {
@@ -476,18 +476,35 @@ impl Job {
         }
     }
 
-    /// Whether a stage may begin before the last one on the caller's stream is done. The first begins when all
-    /// before it is done. Where all are on one stream, each waits for what the one before writes. Where scans are
-    /// on another, a preparation does, and a convolution needs nothing of a preparation: of scans that take most
-    /// of the device it had better come before them, beside others it would only keep them out.
+    /// The same, and whether each may begin before the last one on the caller's stream is done.
+    pub(crate) fn launches(&self) -> impl Iterator<Item = (Stage, Step, bool)> + '_ {
+        let mut last = None;
+        self.steps().map(move |(stage, step)| {
+            let early = self.may_overlap(last, stage);
+            if !(self.has_side() && matches!(stage, Stage::States(_) | Stage::Scan(_))) {
+                last = Some(stage);
+            }
+            (stage, step, early)
+        })
+    }
+
+    /// The first begins when all before it is done. Where all are on one stream, each waits for what the one
+    /// before writes. Where scans are on another, a preparation does, and a convolution needs nothing of a
+    /// preparation: it had better come before scans that take most of the device, which wait for all of it to be
+    /// free, and not before others, which it would keep out.
     fn may_overlap(&self, last: Option<Stage>, stage: Stage) -> bool {
         match (last, stage) {
             (None, _) => false,
-            _ if self.window >= self.chunks => true,
+            _ if !self.has_side() => true,
             (Some(Stage::Convolve), Stage::Prepare) => true,
             (Some(Stage::Prepare), Stage::Convolve) => self.scan.blocks as usize > SOME_BLOCKS,
             _ => false,
         }
+    }
+
+    /// Whether scans go on a stream beside the caller's.
+    fn has_side(&self) -> bool {
+        self.window < self.chunks
     }
 
     /// Launches all: where there are several windows, their scans on a stream beside the caller's.
@@ -496,19 +513,13 @@ impl Job {
     /// That of [`Gpu::launch`], for the memory of the arguments.
     pub(super) unsafe fn launch(&self, gpu: &Gpu, stream: CUstream) -> Result<(), CudaError> {
         let sides = &gpu.kernels.sides;
-        let side =
-            if self.window < self.chunks { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };
+        let side = if self.has_side() { Some(sides.take(gpu.info().ordinal, stream)?) } else { None };
         let ordinary = gpu.clone().programmatic(false);
         let mut launched = Ok(());
-        // On the caller's stream.
-        let mut last = None;
-        for (stage, step) in self.steps() {
-            let gpu = if self.may_overlap(last, stage) { gpu } else { &ordinary };
+        for (stage, step, early) in self.launches() {
+            let gpu = if early { gpu } else { &ordinary };
             // SAFETY: the caller's promise.
             launched = unsafe { stage.launch(step, gpu, stream, side.as_ref()) };
-            if side.is_none() || !matches!(stage, Stage::States(_) | Stage::Scan(_)) {
-                last = Some(stage);
-            }
             if launched.is_err() {
                 break;
             }
