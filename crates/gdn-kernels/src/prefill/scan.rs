@@ -178,9 +178,8 @@ impl<'a, const BY_GROUP: bool, G: TensorCore + AsyncCopy> Block<'a, BY_GROUP, G>
         let room = ScanRoom::new(args.dk, rows / SLICE, BY_GROUP);
         // SAFETY: the caller's promise.
         let part = unsafe { part(gpu, args) };
-        // The next kernel's blocks begin when all of this one's are done: those that began before would all be on
-        // the multiprocessors that the scan leaves free, and the others would have nothing to do in the end.
         gpu.wait_for_previous();
+        gpu.let_next_start();
         if !part.is_there {
             return None;
         }

@@ -35,6 +35,11 @@ const MOST_BY_GROUP: u32 = 128;
 /// Threads of the convolution that a multiprocessor has registers for.
 const CONVOLVE_ROOM: u64 = 512;
 
+/// Blocks of the norm that it has registers for.
+const NORM_ROOM: u64 = 4;
+/// Bytes of shared memory of which a block cannot make use.
+const RESERVED: u32 = 1024;
+
 /// Whether prefill on a GPU takes a layer: DK and DV of 64, 96, 128, 192 or 256, a `conv_width` of at most 4, a
 /// `beta_scale` from 0 to 2 (a larger one lets the delta rule grow without bound).
 ///
@@ -165,6 +170,7 @@ pub(crate) struct Job {
     states: Option<[Step; 2]>,
     scan: Step,
     norm: Step,
+    early_norm: bool,
 }
 
 /// Four elements of `size` bytes each can be read at once where all of these are multiples of them.
@@ -403,12 +409,18 @@ impl Job {
         // its pair than beside one of its own kind. Two of a cluster get such a pair.
         let cluster = if by_group && window < chunks && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
         let scan = Step { kernel, args, blocks: scan_blocks, threads, shared, cluster };
+        // Where all blocks of the norm find room at once they may begin early, but on the multiprocessors that the
+        // scan leaves free no more of them than on any when they are shared out: the others would have nothing to
+        // do in the end.
+        let of_one = (u64::from(chunks) * hv as u64).div_ceil(u64::from(profile.multiprocessors.max(1)));
+        let early_norm = window >= chunks && of_one <= NORM_ROOM;
+        let least = if early_norm { (profile.shared / of_one as u32 - RESERVED) & !15 } else { 0 };
         let norm = Step {
             kernel: "gdn_prefill_norm",
             args,
             blocks: hv as u32,
             threads: THREADS,
-            shared: norm_bytes(dv),
+            shared: norm_bytes(dv).max(least),
             cluster: 1,
         };
         let states = grids.map(|grids| {
@@ -431,7 +443,7 @@ impl Job {
                 return Err(ArgumentError::Value { argument: "layout", got, expected }.into());
             }
         }
-        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, states, scan, norm }))
+        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, states, scan, norm, early_norm }))
     }
 
     /// The windows' launches, in an order in which each finds done what it needs. A window's norm comes
@@ -489,12 +501,13 @@ impl Job {
     }
 
     /// The first begins when all before it is done. Where all are on one stream, each waits for what the one
-    /// before writes. Where scans are on another, a preparation does, and a convolution needs nothing of a
+    /// before writes; a norm of many blocks had better begin when the scan is done. Where scans are on another, a preparation does, and a convolution needs nothing of a
     /// preparation: it had better come before scans that take most of the device, which wait for all of it to be
     /// free, and not before others, which it would keep out.
     fn may_overlap(&self, last: Option<Stage>, stage: Stage) -> bool {
         match (last, stage) {
             (None, _) => false,
+            (_, Stage::Norm(_)) => self.early_norm,
             _ if !self.has_side() => true,
             (Some(Stage::Convolve), Stage::Prepare) => true,
             (Some(Stage::Prepare), Stage::Convolve) => self.scan.blocks as usize > SOME_BLOCKS,
