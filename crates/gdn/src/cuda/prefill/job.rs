@@ -501,9 +501,10 @@ impl Job {
     }
 
     /// The first begins when all before it is done. Where all are on one stream, each waits for what the one
-    /// before writes; a norm of many blocks had better begin when the scan is done. Where scans are on another, a preparation does, and a convolution needs nothing of a
-    /// preparation: it had better come before scans that take most of the device, which wait for all of it to be
-    /// free, and not before others, which it would keep out.
+    /// before writes; a norm of many blocks had better begin when the scan is done. Where scans are on another,
+    /// a preparation waits so, too, and a convolution needs nothing of a preparation: it had better come before
+    /// scans that take most of the device, which wait for all of it to be free, and not before others, which it
+    /// would keep out.
     fn may_overlap(&self, last: Option<Stage>, stage: Stage) -> bool {
         match (last, stage) {
             (None, _) => false,
