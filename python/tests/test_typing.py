@@ -22,8 +22,15 @@ gdn.split(array, array, 2, 4, 8, "sixteen")
 """
 
 
-def test_use(tmp_path):
-    (tmp_path / "use.py").write_text(USE)
+@pytest.fixture
+def without_torch(tmp_path):
+    """A folder where mypy does not look up what PyTorch's names are: reading it takes half a minute."""
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
+    return tmp_path
+
+
+def test_use(without_torch):
+    (without_torch / "use.py").write_text(USE)
     command = [
         sys.executable,
         "-m",
@@ -31,19 +38,18 @@ def test_use(tmp_path):
         "--strict",
         "--follow-imports=silent",
         "--cache-dir",
-        str(tmp_path),
+        str(without_torch),
         "use.py",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=without_torch)
     assert "Found 1 error" in done.stdout and 'use.py:12: error: Argument 6 to "split"' in done.stdout, (
         done.stdout
     )
 
 
-def test_stubs(tmp_path):
-    """Names and parameters. What PyTorch's are is not looked up: reading it takes half a minute."""
-    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")
+def test_stubs(without_torch):
+    """Names and parameters."""
     command = [sys.executable, "-m", "mypy.stubtest", "gdn._gdn", "--ignore-missing-stub"]
     command += ["--mypy-config-file", "mypy.ini"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=without_torch)
     assert done.returncode == 0, done.stdout + done.stderr

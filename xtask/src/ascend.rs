@@ -67,11 +67,12 @@ fn install(folder: &Path) -> anyhow::Result<PathBuf> {
     Ok(site)
 }
 
-/// The Python package with its part in Rust, unoptimised: of it only the planner is used.
+/// The Python package with its part in Rust, as it is compiled soonest: of it only the planner is used.
 fn stage(target: &Path, folder: &Path) -> anyhow::Result<PathBuf> {
-    let unoptimised = ["gdn", "gdn-math"].map(|name| format!("profile.dev.package.{name}.opt-level=0"));
+    let how = ["gdn.opt-level=0", "gdn-math.opt-level=0", "gdn.debug=0"]
+        .map(|one| format!("profile.dev.package.{one}"));
     let mut build = cargo(&["build", "--package", "gdn-python"]);
-    build.args(unoptimised.iter().flat_map(|one| ["--config", one]));
+    build.args(how.iter().flat_map(|one| ["--config", one]));
     run_to_end(&mut build)?;
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;

@@ -48,7 +48,7 @@ fn installed() -> anyhow::Result<String> {
     if !has(&installed) {
         // Unoptimised, it is built in a quarter of the time and checks in seconds all the same.
         let mut install = cargo(&["install", "cargo-deny", "--version", CARGO_DENY, "--debug", "--root"]);
-        run(install.arg(&tools))?;
+        run(install.arg(&tools).env("CARGO_PROFILE_DEV_DEBUG", "0"))?;
     }
     Ok(installed)
 }

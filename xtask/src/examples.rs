@@ -34,6 +34,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let candle = |args: &[&str]| {
         let mut cargo = cargo(args);
         cargo.current_dir(root().join("examples/candle")).env("CARGO_TARGET_DIR", target_dir.join("candle"));
+        cargo.env("CARGO_PROFILE_DEV_DEBUG", "0");
         cargo
     };
     run_to_end(&mut candle(&["run", "--bin", "layer"]))?;

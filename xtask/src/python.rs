@@ -151,6 +151,11 @@ impl Environment {
             program.env("PATH", paths);
         }
         program.env("VIRTUAL_ENV", &self.folder).env_remove("PYTHONPATH").env_remove("PYTHONHOME");
+        // Dozens of tests begin a process that imports PyTorch, which takes twice as long where its source is
+        // compiled anew.
+        program
+            .env_remove("PYTHONDONTWRITEBYTECODE")
+            .env("PYTHONPYCACHEPREFIX", self.folder.join("bytecode"));
         program
     }
 
