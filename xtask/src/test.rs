@@ -24,7 +24,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
     lanes: u16,
     /// Seconds for each fuzz target
-    #[arg(long, default_value_t = 40)]
+    #[arg(long, default_value_t = 30)]
     fuzz_seconds: u32,
     /// The step of that very name, as one of several that run beside each other
     #[arg(long, hide = true)]
