@@ -398,3 +398,128 @@ fn a_launch_reads_what_the_one_before_wrote() {
     }));
     assert!(reads_its_own.unwrap_err().downcast_ref::<String>().unwrap().contains("only written"));
 }
+
+/// Two launches, each of two blocks of a warp, of the same memory; then one that is beside or behind them.
+fn of_three(third: impl Fn(&Launch) -> Launch, kernels: [Kernel; 3]) -> Option<String> {
+    let (buffers, launch) = (Buffers::new(), Launch::new([2, 1, 1], 64));
+    let run = || {
+        let [first, second, last] = kernels;
+        run_in_step(&buffers.memory, launch, |gpu| first(&buffers, gpu));
+        run_in_step(&buffers.memory, launch.early(1), |gpu| second(&buffers, gpu));
+        run_in_step(&buffers.memory, third(&launch), |gpu| last(&buffers, gpu));
+    };
+    let payload = catch_unwind(AssertUnwindSafe(run)).err()?;
+    payload.downcast_ref::<String>().cloned()
+}
+
+/// Where a thread has four bytes to itself.
+fn own(gpu: &Thread<'_>) -> u64 {
+    let [block, ..] = gpu.block();
+    u64::from(block * gpu.threads() + gpu.thread()) * 4
+}
+
+fn read(gpu: &Thread<'_>, at: u64) {
+    let _ = unsafe { gpu.load4(at) };
+}
+
+#[test]
+fn what_a_launch_before_still_does_is_found() {
+    const NOTHING: Kernel = |_, gpu| gpu.wait_for_previous();
+    const WRITES: Kernel = |b, gpu| unsafe { gpu.store4(b.scratch + own(gpu), 1) };
+    const READS: Kernel = |b, gpu| read(gpu, b.state + own(gpu));
+    const WAITS_AND_READS: Kernel = |b, gpu| {
+        gpu.wait_for_previous();
+        read(gpu, b.scratch + own(gpu));
+    };
+    let early = |launch: &Launch| launch.early(1);
+    let last = |launch: &Launch| *launch;
+    let (is_written, is_read) =
+        ("which a launch before has written that may still run", "which a launch before has read that may");
+    let wrong: [(&str, [Kernel; 2]); 5] = [
+        (
+            is_written,
+            [WRITES, |b, gpu| {
+                read(gpu, b.scratch + own(gpu));
+                gpu.wait_for_previous();
+            }],
+        ),
+        (is_written, [WRITES, |b, gpu| unsafe { gpu.store4(b.scratch + own(gpu), 2) }]),
+        (is_read, [READS, |b, gpu| unsafe { gpu.store4(b.state + own(gpu), 2) }]),
+        // Which several have read.
+        (
+            is_read,
+            [
+                |b, gpu| read(gpu, b.state),
+                |b, gpu| {
+                    if own(gpu) == 0 {
+                        unsafe { gpu.store4(b.state, 2) };
+                    }
+                },
+            ],
+        ),
+        // Another thread has waited, and nothing says so.
+        (
+            is_written,
+            [WRITES, |b, gpu| {
+                if gpu.thread() == 0 {
+                    gpu.wait_for_previous();
+                } else {
+                    read(gpu, b.scratch + own(gpu));
+                }
+            }],
+        ),
+    ];
+    for (part, [first, second]) in wrong {
+        let found = of_three(last, [first, second, NOTHING]).unwrap_or_else(|| panic!("expected: {part}"));
+        assert!(found.contains(part), "{found}\nexpected: {part}");
+    }
+    let right: [[Kernel; 3]; 4] = [
+        [WRITES, WAITS_AND_READS, WAITS_AND_READS],
+        [READS, |b, gpu| read(gpu, b.state + own(gpu)), NOTHING],
+        [
+            WRITES,
+            |b, gpu| {
+                if gpu.thread() == 0 {
+                    gpu.wait_for_previous();
+                }
+                gpu.barrier();
+                read(gpu, b.scratch + own(gpu));
+            },
+            NOTHING,
+        ],
+        // Who lets the next launch start when it has waited itself.
+        [
+            WRITES,
+            |_, gpu| {
+                gpu.wait_for_previous();
+                gpu.let_next_start();
+            },
+            |b, gpu| read(gpu, b.scratch + own(gpu)),
+        ],
+    ];
+    for (i, kernels) in right.into_iter().enumerate() {
+        assert_eq!(of_three(early, kernels), None, "kernel {i}");
+    }
+    // The second launch lets the third start, and then waits for the first; or it does not wait at all.
+    let lets: Kernel = |_, gpu| {
+        gpu.let_next_start();
+        gpu.wait_for_previous();
+    };
+    let reads: Kernel = |b, gpu| read(gpu, b.scratch + own(gpu));
+    let waits_not: Kernel = |_, gpu| {
+        let [block, ..] = gpu.block();
+        if block == 0 {
+            gpu.wait_for_previous();
+        }
+    };
+    assert_eq!(of_three(early, [WRITES, lets, WAITS_AND_READS]), None);
+    assert_eq!(of_three(last, [WRITES, waits_not, reads]), None);
+    for (second, third) in [(lets, reads), (waits_not, WAITS_AND_READS)] {
+        assert!(of_three(early, [WRITES, second, third]).unwrap().contains(is_written));
+    }
+    // On another stream.
+    assert!(
+        of_three(|launch| launch.beside(2), [WRITES, NOTHING, WAITS_AND_READS]).unwrap().contains(is_written)
+    );
+    assert_eq!(of_three(|launch| launch.beside(1), [WRITES, NOTHING, WAITS_AND_READS]), None);
+}

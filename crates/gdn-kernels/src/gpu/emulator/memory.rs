@@ -1,9 +1,12 @@
 //! Global memory: buffers at addresses of their own, which are no addresses of the host.
 
-use core::cell::{Cell, RefCell};
+use core::{
+    cell::{Cell, OnceCell, RefCell},
+    ops::Range,
+};
 use std::{format, string::String, vec, vec::Vec};
 
-use super::order::{Clocks, Touches};
+use super::order::{Clocks, Touches, Waits};
 
 /// What fills a buffer before anything is stored to it.
 pub const POISON: u8 = 0xA5;
@@ -17,8 +20,39 @@ pub struct Memory {
     last: Cell<usize>,
     /// Clusters that have run.
     clusters: Cell<u32>,
-    /// The first one of this launch.
-    first: Cell<u32>,
+    launches: RefCell<Vec<Past>>,
+    beside: RefCell<Beside>,
+}
+
+/// A launch, as later ones know it.
+struct Past {
+    /// Its first cluster.
+    first: u32,
+    /// Launches that may still run when it begins and are done when it has waited.
+    at_first: Vec<usize>,
+    /// Those that may still run when it is done, as it began early behind one that did not wait for them.
+    left: Vec<usize>,
+    /// Whether each block has waited in the end, and before it lets the next launch start.
+    has_waited: bool,
+    lets_late: bool,
+}
+
+/// The clusters of launches before that may still run, those of a launch in one range.
+#[derive(Default)]
+struct Beside {
+    /// The first cluster of the launch that all this is for.
+    first: u32,
+    always: Vec<Range<u32>>,
+    /// Until one waits for them.
+    at_first: Vec<Range<u32>>,
+}
+
+impl Beside {
+    /// Whether what a cluster did may not be done yet, as one sees it who has waited or has not.
+    fn may_run(&self, cluster: u32, has_waited: impl FnOnce() -> bool) -> bool {
+        let has = |ranges: &[Range<u32>]| ranges.iter().any(|range| range.contains(&cluster));
+        cluster < self.first && (has(&self.always) || has(&self.at_first) && !has_waited())
+    }
 }
 
 /// Rows of bytes, and nothing between them: the gap between two rows belongs to nobody and takes no memory.
@@ -67,6 +101,7 @@ pub(super) struct Who<'a> {
     pub(super) cluster: u32,
     pub(super) thread: usize,
     pub(super) clocks: &'a RefCell<Clocks>,
+    pub(super) waits: &'a RefCell<Waits>,
 }
 
 /// How the bytes of a buffer lie.
@@ -109,15 +144,23 @@ impl Buffer {
         bytes: usize,
         write: bool,
         who: &Who<'_>,
-        first: u32,
+        beside: &Beside,
     ) -> Result<(), String> {
         let Kind::State { touched, .. } = &mut self.kind else { return Ok(()) };
         if bytes < 2 {
             return Err(String::from("a byte of a state, which is touched by two bytes or more"));
         }
-        let clocks = who.clocks.borrow();
+        let (clocks, waits, first) = (who.clocks.borrow(), who.waits.borrow(), beside.first);
+        let known = OnceCell::new();
+        let has_waited = || *known.get_or_init(|| waits.known_to(&clocks, who.thread));
         for touched in &mut touched[start / 2..(start + bytes) / 2] {
-            // What launches before did is done.
+            if beside.may_run(touched.writer, has_waited) {
+                return Err(String::from("which a launch before has written that may still run"));
+            }
+            if write && beside.may_run(touched.reader, has_waited) {
+                return Err(String::from("which a launch before has read that may still run"));
+            }
+            // What other launches before did is done.
             if touched.writer < first {
                 touched.writer = NOBODY;
                 touched.by.forget_write();
@@ -224,17 +267,45 @@ impl Memory {
         (buffer.bytes.clone(), buffer.stored.iter().map(|stored| u8::from(*stored != NEVER)).collect())
     }
 
-    /// A launch begins.
-    pub(super) fn begin(&self) {
+    /// A launch begins, see [`Launch::beside`](super::Launch::beside) and [`Launch::early`](super::Launch::early).
+    pub(super) fn begin(&self, beside: u64, early: usize) {
+        let (mut launches, first) = (self.launches.borrow_mut(), self.clusters.get());
         for buffer in &mut *self.buffers.borrow_mut() {
             buffer.stored.iter_mut().for_each(|stored| *stored = (*stored).min(BEFORE));
             let Kind::State { touched, .. } = &mut buffer.kind else { continue };
+            // One of several stands for their launch, which is the last one.
             for touched in touched.iter_mut().filter(|touched| touched.reader == SEVERAL) {
-                touched.reader = NOBODY;
-                touched.by.forget_reads();
+                touched.reader = first - 1;
             }
         }
-        self.first.set(self.clusters.get());
+        let number = launches.len();
+        let (mut at_first, mut left) = (Vec::new(), Vec::new());
+        if early > 0 {
+            let before = &launches[number - early];
+            at_first.push(number - early);
+            left.extend(&before.left);
+            if !before.lets_late {
+                at_first.extend(&before.at_first);
+            }
+            if !before.has_waited {
+                left.extend(&before.at_first);
+            }
+        }
+        launches.push(Past { first, at_first, left, has_waited: true, lets_late: true });
+        let clusters = |launch: usize| launches[launch].first..launches[launch + 1].first;
+        let Past { at_first, left, .. } = &launches[number];
+        let beside = (0..64.min(number)).filter(|i| beside >> i & 1 == 1).map(|i| number - 1 - i);
+        let always = beside.chain(left.iter().copied()).map(clusters).collect();
+        let at_first = at_first.iter().copied().map(clusters).collect();
+        *self.beside.borrow_mut() = Beside { first, always, at_first };
+    }
+
+    /// A block of this launch ends, or lets the next launch start, and has not waited for the one before.
+    pub(super) fn has_not_waited(&self, is_end: bool) {
+        if let Some(launch) = self.launches.borrow_mut().last_mut() {
+            launch.lets_late = false;
+            launch.has_waited &= !is_end;
+        }
     }
 
     /// The number of a cluster that begins.
@@ -267,7 +338,7 @@ impl Memory {
 
     /// Reads bytes. Else why they must not be read.
     pub(super) fn load(&self, who: &Who<'_>, at: u64, align: u64, value: &mut [u8]) -> Result<(), String> {
-        let first = self.first.get();
+        let beside = self.beside.borrow();
         self.access(at, value.len(), align, |buffer, start| {
             let range = start..start + value.len();
             let stored = &buffer.stored[range.clone()];
@@ -279,7 +350,7 @@ impl Memory {
                 }
                 _ => {}
             }
-            buffer.touch(start, value.len(), false, who, first)?;
+            buffer.touch(start, value.len(), false, who, &beside)?;
             value.copy_from_slice(&buffer.bytes[range]);
             Ok(())
         })
@@ -287,7 +358,7 @@ impl Memory {
 
     /// Writes bytes. Else why they must not be written.
     pub(super) fn store(&self, who: &Who<'_>, at: u64, align: u64, value: &[u8]) -> Result<(), String> {
-        let first = self.first.get();
+        let beside = self.beside.borrow();
         self.access(at, value.len(), align, |buffer, start| {
             let range = start..start + value.len();
             let again = buffer.stored[range.clone()].contains(&NOW);
@@ -302,7 +373,7 @@ impl Memory {
                     return Err(String::from("of another value than was stored already"));
                 }
             }
-            buffer.touch(start, value.len(), true, who, first)?;
+            buffer.touch(start, value.len(), true, who, &beside)?;
             if again && matches!(buffer.kind, Kind::State { once: true, .. }) {
                 return Err(String::from("of a byte that was stored already"));
             }

@@ -9,6 +9,8 @@
 //! - a byte of a state that one block writes and another one touches: blocks run in any order, here in a
 //!   random one that [`Launch::seed`] chooses;
 //! - a race: two threads touch the same memory, one of them writes, and no barrier orders the two;
+//! - a touch of memory that an earlier launch writes, or a write to what it reads, where that launch may still run:
+//!   beside this one ([`Launch::beside`]), or until [`Gpu::wait_for_previous`] ([`Launch::early`]);
 //! - a touch of memory to which an asynchronous copy is on its way, or a write to memory that a product or a
 //!   bulk store still reads; copies land as late as the waits allow;
 //! - a barrier, shuffle, product or mbarrier that threads wait at in vain.
@@ -64,12 +66,16 @@ pub struct Launch {
     pub cluster: u32,
     /// Chooses the order in which blocks run and threads take turns.
     pub seed: u64,
+    /// See [`Launch::beside`].
+    pub beside: u64,
+    /// See [`Launch::early`].
+    pub early: usize,
 }
 
 impl Launch {
     /// Without shared memory and clusters.
     pub const fn new(blocks: [u32; 3], threads: u32) -> Self {
-        Self { blocks, threads, shared_bytes: 0, cluster: 1, seed: 0 }
+        Self { blocks, threads, shared_bytes: 0, cluster: 1, seed: 0, beside: 0, early: 0 }
     }
 
     /// With so much shared memory a block.
@@ -90,6 +96,21 @@ impl Launch {
         Self { seed, ..self }
     }
 
+    /// While launches before it may still run, as on another stream: bit i is the launch i + 1 before. What they did
+    /// to states and scratch is followed as far as nobody has touched it since.
+    #[must_use]
+    pub const fn beside(self, beside: u64) -> Self {
+        Self { beside, ..self }
+    }
+
+    /// Early: the launch so many before, which is the one before on its stream, lets it start
+    /// ([`Gpu::let_next_start`]). What that one did is done for a thread that has waited
+    /// ([`Gpu::wait_for_previous`]), or knows of one that has; so is what it has waited for itself. 0: not early.
+    #[must_use]
+    pub const fn early(self, early: usize) -> Self {
+        Self { early, ..self }
+    }
+
     /// Runs every cluster, in a random order.
     fn each_cluster(&self, memory: &Memory, mut act: impl FnMut(&Cluster<'_>)) {
         let Self { blocks: [x, y, z], threads, shared_bytes, cluster, .. } = *self;
@@ -99,7 +120,7 @@ impl Launch {
         assert!(shared_bytes <= 227 << 10, "{shared_bytes} bytes of shared memory, there are 227 KiB");
         assert!((1..=8).contains(&cluster), "{cluster} blocks in a cluster, there can be 1 to 8");
         assert!(x.is_multiple_of(cluster), "{x} blocks are not made of clusters of {cluster}");
-        memory.begin();
+        memory.begin(self.beside, self.early);
         let across = u64::from(x / cluster);
         let mut order: Vec<u64> = (0..across * u64::from(y) * u64::from(z)).collect();
         Random::new(self.seed).shuffle(&mut order);
@@ -109,6 +130,7 @@ impl Launch {
             let (z, y) = (row / u64::from(y), row % u64::from(y));
             state.restart([i as u32 * cluster, y as u32, z as u32]);
             act(&state);
+            state.ends();
         }
     }
 }
@@ -241,9 +263,16 @@ impl Gpu for Thread<'_> {
         self.cluster.arrive_at(self.id, number, threads);
     }
 
-    fn let_next_start(&self) {}
+    fn let_next_start(&self) {
+        let Cluster { memory, clocks, waits, .. } = self.cluster;
+        if !waits.borrow().known_to(&clocks.borrow(), self.id) {
+            memory.has_not_waited(false);
+        }
+    }
 
-    fn wait_for_previous(&self) {}
+    fn wait_for_previous(&self) {
+        self.cluster.waits.borrow_mut().add(&self.cluster.clocks.borrow(), self.id);
+    }
 
     fn f32_of_f16(&self, bits: u16) -> f32 {
         element::f32_of_f16(bits)

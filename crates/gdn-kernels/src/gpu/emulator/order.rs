@@ -190,6 +190,33 @@ impl Clocks {
     }
 }
 
+/// Which threads have waited for the launch before.
+#[derive(Default)]
+pub(super) struct Waits {
+    events: Vec<Event>,
+}
+
+impl Waits {
+    pub(super) fn reset(&mut self) {
+        self.events.clear();
+    }
+
+    /// A thread waits.
+    pub(super) fn add(&mut self, clocks: &Clocks, thread: usize) {
+        self.events.push(clocks.event(thread));
+    }
+
+    /// Whether one of these threads has waited.
+    pub(super) fn any_of(&self, threads: core::ops::Range<usize>) -> bool {
+        self.events.iter().any(|event| threads.contains(&usize::from(event.thread)))
+    }
+
+    /// Whether a thread has waited, or knows of one that has.
+    pub(super) fn known_to(&self, clocks: &Clocks, thread: usize) -> bool {
+        self.events.iter().any(|event| clocks.knows(thread, *event))
+    }
+}
+
 /// A thread at a barrier that it does not stay at.
 pub(super) struct Arrival {
     thread: usize,

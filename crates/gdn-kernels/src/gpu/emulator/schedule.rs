@@ -12,7 +12,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder, stack::DefaultStack};
 use super::{
     Launch, Thread, WARP,
     memory::{Memory, Who},
-    order::{Arrival, Clocks, Known},
+    order::{Arrival, Clocks, Known, Waits},
     shared::Shared,
     wgmma::Products,
 };
@@ -154,6 +154,7 @@ pub(super) struct Cluster<'a> {
     /// Its number, of all that ever ran.
     pub(super) number: u32,
     pub(super) clocks: RefCell<Clocks>,
+    pub(super) waits: RefCell<Waits>,
     /// By blocks and barriers.
     ahead: RefCell<Vec<Ahead>>,
     pub(super) flights: RefCell<Vec<Flight>>,
@@ -178,6 +179,7 @@ impl<'a> Cluster<'a> {
             blocks: (0..launch.cluster).map(block).collect(),
             number: 0,
             clocks: RefCell::new(Clocks::new(all)),
+            waits: RefCell::default(),
             ahead: RefCell::new((0..launch.cluster as usize * BARRIERS).map(|_| Ahead::default()).collect()),
             flights: RefCell::default(),
             gathering: RefCell::new(Gathering::new(all)),
@@ -190,6 +192,7 @@ impl<'a> Cluster<'a> {
     pub(super) fn restart(&mut self, [x, y, z]: [u32; 3]) {
         self.number = self.memory.next_cluster();
         self.clocks.get_mut().reset();
+        self.waits.get_mut().reset();
         self.ahead.get_mut().iter_mut().for_each(|ahead| *ahead = Ahead::default());
         self.flights.get_mut().clear();
         *self.gathering.get_mut() = Gathering::new(self.running.get_mut().len());
@@ -202,7 +205,15 @@ impl<'a> Cluster<'a> {
     }
 
     pub(super) fn who(&self, thread: usize) -> Who<'_> {
-        Who { cluster: self.number, thread, clocks: &self.clocks }
+        Who { cluster: self.number, thread, clocks: &self.clocks, waits: &self.waits }
+    }
+
+    /// All threads have returned.
+    pub(super) fn ends(&self) {
+        let mut blocks = (0..self.blocks.len()).map(|i| i * self.threads()..(i + 1) * self.threads());
+        if !blocks.all(|threads| self.waits.borrow().any_of(threads)) {
+            self.memory.has_not_waited(true);
+        }
     }
 
     fn threads(&self) -> usize {

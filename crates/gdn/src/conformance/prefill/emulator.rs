@@ -7,7 +7,7 @@ use gdn_kernels::{
 
 use super::{Access, Call, cases, extents, moved, segments, setup::Options};
 use crate::{
-    cuda::prefill::job::{Job, Profile, Step},
+    cuda::prefill::job::{Job, Profile, Stage, Step},
     dtype::Dtype,
     prefill::Plan,
     view::DeviceAddress,
@@ -30,6 +30,36 @@ fn kernel(step: &Step, gpu: &Thread<'_>) {
         gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
         gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128
         gdn_prefill_transition_group_64 gdn_prefill_transition_group_96 gdn_prefill_transition_group_128);
+}
+
+/// The launches of a job so far, as far as they matter to what may run beside the next one.
+#[derive(Default)]
+struct Streams {
+    /// Those on the stream beside the caller's since the last scan that was waited for: of each its window, or the one
+    /// that it makes states for.
+    beside: Vec<(usize, u32)>,
+    windows: u32,
+    /// The last one on the caller's.
+    last: usize,
+}
+
+impl Streams {
+    /// What [`Launch::beside`](emulator::Launch::beside) and [`Launch::early`](emulator::Launch::early) are of launch `i`.
+    fn next(&mut self, i: usize, on_side: bool, (stage, early): (Stage, bool)) -> (u64, usize) {
+        if on_side {
+            assert!(!early, "{stage:?}");
+            self.beside.push((i, self.windows));
+            self.windows += u32::from(matches!(stage, Stage::Scan(_)));
+            return (0, 0);
+        }
+        if let Stage::Norm(w) = stage {
+            self.beside.retain(|(_, of)| *of > w);
+        }
+        let beside = self.beside.iter().fold(0, |bits, (j, _)| bits | 1 << (i - j - 1));
+        let early = if early { i - self.last } else { 0 };
+        self.last = i;
+        (beside, early)
+    }
 }
 
 /// Runs a call on the emulator. The kernels that it took.
@@ -60,10 +90,12 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
     else {
         return Vec::new();
     };
-    let mut kernels = Vec::new();
-    for (i, (_, step)) in job.steps().enumerate() {
+    let (mut kernels, mut streams) = (Vec::new(), Streams::default());
+    for (i, (stage, step, early)) in job.launches().enumerate() {
+        let (beside, early) = streams.next(i, job.is_on_side(stage), (stage, early));
         let launch = emulator::Launch::new([step.blocks, 1, 1], step.threads).shared(step.shared);
-        emulator::run_in_step(&memory, launch.seed(i as u64 * 31 + 7), |gpu| kernel(&step, gpu));
+        let launch = launch.seed(i as u64 * 31 + 7).beside(beside).early(early);
+        emulator::run_in_step(&memory, launch, |gpu| kernel(&step, gpu));
         kernels.push(step.kernel);
     }
     for (extent, address) in placed.iter().filter(|(extent, _)| extent.access != Access::Reads) {

@@ -493,7 +493,7 @@ impl Job {
         let mut last = None;
         self.steps().map(move |(stage, step)| {
             let early = self.may_overlap(last, stage);
-            if !(self.has_side() && matches!(stage, Stage::States(_) | Stage::Scan(_))) {
+            if !self.is_on_side(stage) {
                 last = Some(stage);
             }
             (stage, step, early)
@@ -519,6 +519,11 @@ impl Job {
     /// Whether scans go on a stream beside the caller's.
     fn has_side(&self) -> bool {
         self.window < self.chunks
+    }
+
+    /// Whether a launch goes there.
+    pub(crate) fn is_on_side(&self, stage: Stage) -> bool {
+        self.has_side() && matches!(stage, Stage::States(_) | Stage::Scan(_))
     }
 
     /// Launches all: where there are several windows, their scans on a stream beside the caller's.
