@@ -350,6 +350,9 @@ impl Share {
         if let (Some(cluster), Some(steps)) = (profile.cluster, profile.steps) {
             return Self::of(choice, work, profile, [cluster, steps], true).or(Some(last));
         }
+        if let Some(share) = Self::of_few_tokens(choice, work, profile) {
+            return Some(share);
+        }
         if work.groups > profile.multiprocessors {
             return Some(last);
         }
@@ -368,6 +371,45 @@ impl Share {
             }
         }
         Some(best)
+    }
+
+    /// What was fastest on an H100 with two to four tokens, of which the last state is kept, and heads of 128
+    /// (`docs/gpu-kernels.md`), where it is none of what is taken otherwise.
+    fn of_few_tokens(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
+        let &Work { groups, ratio, dv, tokens, keeps_each, .. } = work;
+        let is_of_128 = choice.kind == PLAIN_TOKENS && choice.columns == 128 && dv == 128;
+        if !is_of_128 || keeps_each || !(2..=4).contains(&tokens) {
+            return None;
+        }
+        // Key heads, in tenths of the multiprocessors.
+        let within = |from: u32, to: u32| {
+            let of = |tenths: u32| u64::from(tenths) * u64::from(profile.multiprocessors);
+            (of(from) + 1..=of(to)).contains(&(10 * u64::from(groups)))
+        };
+        let steps = FULL_ROWS / choice.piece_rows;
+        let of = |cluster, steps| Self::of(choice, work, profile, [cluster, steps], true);
+        if choice.is_small() {
+            // Two v heads in half of the warps: four blocks have room at once and not two, where that is one round less.
+            if ratio == 2 && tokens > 2 && within(30, 40) && choice.name == SMALL.name {
+                return of(1, 2 * steps);
+            }
+        } else {
+            // A block for each v head. Where there are fewer of them it loses behind a GEMM.
+            let are_apart = match (ratio, tokens) {
+                (2, 2 | 3) => within(21, 30),
+                (3, 2) => within(20, 30) || within(40, 50),
+                (4, 2) => within(21, 40),
+                _ => false,
+            };
+            if are_apart {
+                return of(ratio, steps);
+            }
+        }
+        // A block of twice the warps, one at a time: the third round of these, or the fifth, takes less than half of one
+        // of two blocks with half of the warps.
+        let is_third = within(20, 30) && (ratio == 3 || ratio == 4 && (tokens == 2 || !choice.is_small()));
+        let is_fifth = within(40, 47) && (ratio == 3 || ratio == 4 && tokens > 2 && !choice.is_small());
+        if is_third || is_fifth { of(1, steps) } else { None }
     }
 
     /// How good it is to do all at once in such shares; `None` where they would not fit.
@@ -690,6 +732,31 @@ mod tests {
         for (ratio, groups, f32, bf16_rows) in four {
             assert_eq!(share([ratio, groups, 4], false, F32), (8, f32), "{ratio}, {groups}");
             assert_eq!(share([ratio, groups, 4], false, BF16).0, bf16_rows, "{ratio}, {groups}");
+        }
+        // Blocks, pieces and warps by tokens, of f32 and of bf16.
+        let few = [
+            (2, 256, 3, [1, 4, 8], [1, 4, 8]),
+            (2, 288, 3, [2, 4, 7], [1, 4, 8]),
+            (2, 384, 2, [2, 4, 7], [1, 4, 8]),
+            (2, 400, 3, [1, 4, 8], [1, 8, 4]),
+            (2, 528, 4, [1, 4, 8], [1, 8, 4]),
+            (2, 544, 4, [1, 4, 8], [1, 4, 8]),
+            (3, 256, 2, [1, 8, 6], [1, 4, 6]),
+            (3, 272, 2, [3, 4, 7], [1, 2, 12]),
+            (3, 272, 4, [1, 4, 12], [1, 2, 12]),
+            (3, 384, 3, [1, 4, 12], [1, 2, 12]),
+            (3, 400, 4, [1, 8, 6], [1, 4, 6]),
+            (3, 608, 4, [1, 4, 12], [1, 2, 12]),
+            (3, 640, 4, [1, 8, 6], [1, 4, 6]),
+            (4, 320, 2, [4, 4, 7], [1, 4, 16]),
+            (4, 320, 3, [1, 4, 16], [1, 8, 8]),
+            (4, 560, 4, [1, 4, 16], [1, 8, 8]),
+        ];
+        for (ratio, groups, tokens, f32, bf16) in few {
+            for (dtype, expected) in [(F32, f32), (BF16, bf16)] {
+                let (_, got) = share([ratio, groups, tokens], false, dtype);
+                assert_eq!(got, expected, "{ratio}, {groups}, {tokens} tokens, {dtype}");
+            }
         }
         // States are kept after each token: bf16 gains nothing by more rows a warp (144 us with 4 pieces, 156 with 8 at
         // 1024), and three v heads by larger pieces (205 us in place of 220 at 1024).
