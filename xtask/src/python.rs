@@ -52,7 +52,8 @@ pub(crate) fn test() -> anyhow::Result<()> {
     // From its own folder, so that `import gdn` finds what is installed and not the sources.
     let mut pytest = environment.program("pytest");
     pytest.args(["-q", "-rs", "--durations=5"]).current_dir(root().join("python"));
-    run(pytest.env("OMP_NUM_THREADS", "2"))?;
+    // Threads of PyTorch that wait would keep a core from the steps beside this one.
+    run(pytest.env("OMP_NUM_THREADS", "2").env("OMP_WAIT_POLICY", "passive"))?;
     let mut doctest = environment.python(&[
         "-c",
         "import doctest, gdn, sys; sys.exit(doctest.testmod(gdn, optionflags=doctest.ELLIPSIS).failed)",
