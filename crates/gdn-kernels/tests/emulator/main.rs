@@ -34,8 +34,12 @@ impl Buffers {
 /// The sentence that a kernel is stopped with; `None` where it runs to its end.
 fn sentence(launch: Launch, kernel: impl Fn(&Buffers, &Thread<'_>) + Copy) -> Option<String> {
     let buffers = Buffers::new();
-    let step = || run_in_step(&buffers.memory, launch, |gpu| kernel(&buffers, gpu));
-    let payload = catch_unwind(AssertUnwindSafe(step)).err()?;
+    said(|| run_in_step(&buffers.memory, launch, |gpu| kernel(&buffers, gpu)))
+}
+
+/// What stops it.
+fn said(run: impl FnOnce()) -> Option<String> {
+    let payload = catch_unwind(AssertUnwindSafe(run)).err()?;
     let text = payload.downcast_ref::<String>().cloned();
     Some(text.or_else(|| payload.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap())
 }
@@ -399,17 +403,16 @@ fn a_launch_reads_what_the_one_before_wrote() {
     assert!(reads_its_own.unwrap_err().downcast_ref::<String>().unwrap().contains("only written"));
 }
 
-/// Two launches, each of two blocks of a warp, of the same memory; then one that is beside or behind them.
-fn of_three(third: impl Fn(&Launch) -> Launch, kernels: [Kernel; 3]) -> Option<String> {
-    let (buffers, launch) = (Buffers::new(), Launch::new([2, 1, 1], 64));
-    let run = || {
-        let [first, second, last] = kernels;
-        run_in_step(&buffers.memory, launch, |gpu| first(&buffers, gpu));
-        run_in_step(&buffers.memory, launch.early(1), |gpu| second(&buffers, gpu));
-        run_in_step(&buffers.memory, third(&launch), |gpu| last(&buffers, gpu));
-    };
-    let payload = catch_unwind(AssertUnwindSafe(run)).err()?;
-    payload.downcast_ref::<String>().cloned()
+const TWO_BLOCKS: Launch = Launch::new([2, 1, 1], 64);
+
+/// What stops three launches of the same memory, of which the second begins early.
+fn of_three(third: Launch, [first, second, last]: [Kernel; 3]) -> Option<String> {
+    let buffers = Buffers::new();
+    said(|| {
+        run_in_step(&buffers.memory, TWO_BLOCKS, |gpu| first(&buffers, gpu));
+        run_in_step(&buffers.memory, TWO_BLOCKS.early(1), |gpu| second(&buffers, gpu));
+        run_in_step(&buffers.memory, third, |gpu| last(&buffers, gpu));
+    })
 }
 
 /// Where a thread has four bytes to itself.
@@ -431,8 +434,7 @@ fn what_a_launch_before_still_does_is_found() {
         gpu.wait_for_previous();
         read(gpu, b.scratch + own(gpu));
     };
-    let early = |launch: &Launch| launch.early(1);
-    let last = |launch: &Launch| *launch;
+    let early = TWO_BLOCKS.early(1);
     let (is_written, is_read) =
         ("which a launch before has written that may still run", "which a launch before has read that may");
     let wrong: [(&str, [Kernel; 2]); 5] = [
@@ -470,7 +472,8 @@ fn what_a_launch_before_still_does_is_found() {
         ),
     ];
     for (part, [first, second]) in wrong {
-        let found = of_three(last, [first, second, NOTHING]).unwrap_or_else(|| panic!("expected: {part}"));
+        let found =
+            of_three(TWO_BLOCKS, [first, second, NOTHING]).unwrap_or_else(|| panic!("expected: {part}"));
         assert!(found.contains(part), "{found}\nexpected: {part}");
     }
     let right: [[Kernel; 3]; 4] = [
@@ -513,13 +516,11 @@ fn what_a_launch_before_still_does_is_found() {
         }
     };
     assert_eq!(of_three(early, [WRITES, lets, WAITS_AND_READS]), None);
-    assert_eq!(of_three(last, [WRITES, waits_not, reads]), None);
+    assert_eq!(of_three(TWO_BLOCKS, [WRITES, waits_not, reads]), None);
     for (second, third) in [(lets, reads), (waits_not, WAITS_AND_READS)] {
         assert!(of_three(early, [WRITES, second, third]).unwrap().contains(is_written));
     }
     // On another stream.
-    assert!(
-        of_three(|launch| launch.beside(2), [WRITES, NOTHING, WAITS_AND_READS]).unwrap().contains(is_written)
-    );
-    assert_eq!(of_three(|launch| launch.beside(1), [WRITES, NOTHING, WAITS_AND_READS]), None);
+    assert!(of_three(TWO_BLOCKS.beside(2), [WRITES, NOTHING, WAITS_AND_READS]).unwrap().contains(is_written));
+    assert_eq!(of_three(TWO_BLOCKS.beside(1), [WRITES, NOTHING, WAITS_AND_READS]), None);
 }

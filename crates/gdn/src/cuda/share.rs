@@ -381,7 +381,7 @@ impl Share {
         if !is_of_128 || keeps_each || !(2..=4).contains(&tokens) {
             return None;
         }
-        // Key heads, in tenths of the multiprocessors.
+        // Whether key heads are more than so many tenths of the multiprocessors, and at most so many.
         let within = |from: u32, to: u32| {
             let of = |tenths: u32| u64::from(tenths) * u64::from(profile.multiprocessors);
             (of(from) + 1..=of(to)).contains(&(10 * u64::from(groups)))
@@ -389,7 +389,7 @@ impl Share {
         let steps = FULL_ROWS / choice.piece_rows;
         let of = |cluster, steps| Self::of(choice, work, profile, [cluster, steps], true);
         if choice.is_small() {
-            // Two v heads in half of the warps: four blocks have room at once and not two, where that is one round less.
+            // Two v heads in half of the warps, so that four blocks have room at once and not two.
             if ratio == 2 && tokens > 2 && within(30, 40) && choice.name == SMALL.name {
                 return of(1, 2 * steps);
             }
