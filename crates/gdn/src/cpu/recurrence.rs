@@ -13,9 +13,14 @@ use super::{
 };
 use crate::{decode::MAX_TOKENS, dtype::Dtype};
 
-/// Bytes of an ordinary page of memory, past which a processor does not look ahead by itself: the next page's
-/// first line is asked for at the start of each.
-const PAGE: usize = 4096;
+/// How many bytes ahead lines of a state are asked for: a page of memory, past which a processor does not look by
+/// itself.
+const AHEAD: usize = 4096;
+/// Bytes of a cache's line.
+const LINE: usize = 64;
+
+/// Registers of a row that stays in them, of the 32 of AVX-512, beside those of its key and its query.
+const HELD: usize = 8;
 
 /// Registers of columns that are computed side by side: a whole row of a usual head, where it can be, as
 /// memory is brought fastest in its order.
@@ -107,7 +112,9 @@ impl Recurrence {
         let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
-            if by_rows {
+            if by_rows && E::BYTES == 4 && L::LEN == WIDEST && self.dk == HELD * L::LEN {
+                self.held_rows::<L, E>(start..end);
+            } else if by_rows {
                 let side_by_side = if E::BYTES == 4 { 2 } else { 4 };
                 let last = end - (end - start) % side_by_side;
                 if E::BYTES == 4 {
@@ -137,6 +144,73 @@ impl Recurrence {
         }
     }
 
+    /// Rows of a state of f32 whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded
+    /// before its first token and stays.
+    #[inline(always)]
+    unsafe fn held_rows<L: Register, E: Element>(&self, rows: Range<usize>) {
+        // SAFETY: the caller's promises.
+        unsafe {
+            if self.num_tokens == 1 {
+                let k = load::<L, F32, HELD>(self.k.cast());
+                let q = load::<L, F32, HELD>(self.q.cast());
+                for row in rows {
+                    let mut s = self.held::<L, E>(row);
+                    self.held_row::<L, E>(row, 0, &mut s, k, q);
+                }
+            } else {
+                for row in rows {
+                    let mut s = self.held::<L, E>(row);
+                    for t in 0..self.num_tokens {
+                        let k = load::<L, F32, HELD>(self.k.add(t * self.dk).cast());
+                        let q = load::<L, F32, HELD>(self.q.add(t * self.dk).cast());
+                        self.held_row::<L, E>(row, t, &mut s, k, q);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A row before the first token.
+    #[inline(always)]
+    unsafe fn held<L: Register, E: Element>(&self, row: usize) -> [L; HELD] {
+        let at = self.from.row(row);
+        prefetch::<L>(at, HELD * L::LEN * E::BYTES);
+        // SAFETY: the caller's promises.
+        unsafe { load::<L, E, HELD>(at) }
+    }
+
+    /// A token of a row that is held.
+    #[inline(always)]
+    unsafe fn held_row<L: Register, E: Element>(
+        &self,
+        row: usize,
+        t: usize,
+        s: &mut [L; HELD],
+        k: [L; HELD],
+        q: [L; HELD],
+    ) {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let (v, o) = (self.v.add(t * self.v_width + row), self.o.add(t * self.v_width + row));
+            let mut sums = [L::zero(); 2];
+            for i in 0..HELD {
+                sums[i % 2] = s[i].mul_add(k[i], sums[i % 2]);
+            }
+            let sum = sums[0].plus(sums[1]).sum();
+            let correction = math::correction(self.beta[t], *v, self.decay[t] * sum);
+            let (decay, correction) = (s[0].splat(self.decay[t]), s[0].splat(correction));
+            let mut sums = [L::zero(); 2];
+            for i in 0..HELD {
+                s[i] = k[i].mul_add(correction, s[i].times(decay));
+                sums[i % 2] = s[i].mul_add(q[i], sums[i % 2]);
+            }
+            if !self.to[t].is_scratch {
+                store::<L, E, HELD, false>(*s, self.to[t].row(row));
+            }
+            *o = sums[0].plus(sums[1]).sum();
+        }
+    }
+
     /// Rows of a state whose DK is dense, N of them side by side, as many times as there are such.
     #[inline(always)]
     unsafe fn all_rows<L: Register, E: Element, const N: usize>(&self, rows: Range<usize>) {
@@ -153,8 +227,13 @@ impl Recurrence {
                 if i < steps {
                     let (row, t) = (i / self.num_tokens * N, i % self.num_tokens);
                     let at = self.from.row(rows.start + row);
-                    if t == 0 && at.addr() % PAGE < N * self.from.step {
-                        L::prefetch(at.wrapping_add(PAGE));
+                    if t == 0 && E::BYTES < 4 {
+                        for n in 0..N {
+                            prefetch::<L>(at.wrapping_add(n * self.from.step), self.dk * E::BYTES);
+                        }
+                    } else if t == 0 && at.addr() % AHEAD < N * self.from.step {
+                        // More of them take more time than they save.
+                        prefetch::<L>(at, LINE);
                     }
                     corrections = self.correct_rows::<L, E, N>(rows.start + row, t);
                 }
@@ -359,6 +438,14 @@ impl Recurrence {
             let o = self.o.add(t * self.v_width + first);
             store::<L, F32, N, false>(restored::<L, E, N>(sums), o.cast());
         }
+    }
+}
+
+/// Asks for what lies [`AHEAD`] of so many bytes, which may be anything.
+#[inline(always)]
+fn prefetch<L: Register>(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(LINE) {
+        L::prefetch(at.wrapping_add(AHEAD + line));
     }
 }
 
