@@ -112,7 +112,8 @@ impl Recurrence {
         let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
-            if by_rows && E::BYTES == 4 && L::LEN == WIDEST && self.dk == HELD * L::LEN {
+            let is_held = L::LEN == WIDEST && self.dk == HELD * L::LEN;
+            if by_rows && is_held && (E::BYTES == 4 || self.num_tokens == 1) {
                 self.held_rows::<L, E>(start..end);
             } else if by_rows {
                 let side_by_side = if E::BYTES == 4 { 2 } else { 4 };
@@ -144,30 +145,53 @@ impl Recurrence {
         }
     }
 
-    /// Rows of a state of f32 whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded
-    /// before its first token and stays.
+    /// Rows of a state whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded before
+    /// its first token and stays; of 16 bits, for one token, as it would have to be rounded between them.
     #[inline(always)]
-    unsafe fn held_rows<L: Register, E: Element>(&self, rows: Range<usize>) {
+    unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>) {
         // SAFETY: the caller's promises.
         unsafe {
-            if self.num_tokens == 1 {
-                let k = load::<L, F32, HELD>(self.k.cast());
-                let q = load::<L, F32, HELD>(self.q.cast());
+            let k = self.held_input::<L>(self.k, 0);
+            if E::BYTES < 4 {
+                // A row waits for the sum of its correction, and the one before is changed meanwhile. That leaves
+                // no registers for the query.
+                let Some(mut row) = rows.next() else { return };
+                let mut s = self.held::<L, E>(row);
+                let mut correction = self.correct_held::<L>(row, 0, s, k);
+                for next in rows {
+                    let next_s = self.held::<L, E>(next);
+                    let next_correction = self.correct_held::<L>(next, 0, next_s, k);
+                    let q = self.held_input::<L>(self.q, 0);
+                    self.update_held::<L, E>(row, 0, &mut s, k, q, correction);
+                    (row, s, correction) = (next, next_s, next_correction);
+                }
+                let q = self.held_input::<L>(self.q, 0);
+                self.update_held::<L, E>(row, 0, &mut s, k, q, correction);
+            } else if self.num_tokens == 1 {
+                let q = self.held_input::<L>(self.q, 0);
                 for row in rows {
                     let mut s = self.held::<L, E>(row);
-                    self.held_row::<L, E>(row, 0, &mut s, k, q);
+                    let correction = self.correct_held::<L>(row, 0, s, k);
+                    self.update_held::<L, E>(row, 0, &mut s, k, q, correction);
                 }
             } else {
                 for row in rows {
                     let mut s = self.held::<L, E>(row);
                     for t in 0..self.num_tokens {
-                        let k = load::<L, F32, HELD>(self.k.add(t * self.dk).cast());
-                        let q = load::<L, F32, HELD>(self.q.add(t * self.dk).cast());
-                        self.held_row::<L, E>(row, t, &mut s, k, q);
+                        let (k, q) = (self.held_input::<L>(self.k, t), self.held_input::<L>(self.q, t));
+                        let correction = self.correct_held::<L>(row, t, s, k);
+                        self.update_held::<L, E>(row, t, &mut s, k, q, correction);
                     }
                 }
             }
         }
+    }
+
+    /// A token's key or query.
+    #[inline(always)]
+    unsafe fn held_input<L: Register>(&self, rows: *const f32, t: usize) -> [L; HELD] {
+        // SAFETY: the caller's promises.
+        unsafe { load::<L, F32, HELD>(rows.add(t * self.dk).cast()) }
     }
 
     /// A row before the first token.
@@ -179,35 +203,47 @@ impl Recurrence {
         unsafe { load::<L, E, HELD>(at) }
     }
 
-    /// A token of a row that is held.
+    /// The correction of a row that is held for a token.
     #[inline(always)]
-    unsafe fn held_row<L: Register, E: Element>(
+    unsafe fn correct_held<L: Register>(&self, row: usize, t: usize, s: [L; HELD], k: [L; HELD]) -> f32 {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut sums = [L::zero(); 2];
+            for i in 0..HELD {
+                sums[i % 2] = s[i].mul_add(k[i], sums[i % 2]);
+            }
+            let sum = self.decay[t] * sums[0].plus(sums[1]).sum();
+            math::correction(self.beta[t], *self.v.add(t * self.v_width + row), sum)
+        }
+    }
+
+    /// A row that is held after a token, to memory as well, and its output.
+    #[inline(always)]
+    unsafe fn update_held<L: Register, E: Element>(
         &self,
         row: usize,
         t: usize,
         s: &mut [L; HELD],
         k: [L; HELD],
         q: [L; HELD],
+        correction: f32,
     ) {
+        let to = self.to[t];
         // SAFETY: the caller's promises.
         unsafe {
-            let (v, o) = (self.v.add(t * self.v_width + row), self.o.add(t * self.v_width + row));
+            let (decay, change) = (s[0].splat(self.decay[t]), s[0].splat(correction));
             let mut sums = [L::zero(); 2];
             for i in 0..HELD {
-                sums[i % 2] = s[i].mul_add(k[i], sums[i % 2]);
-            }
-            let sum = sums[0].plus(sums[1]).sum();
-            let correction = math::correction(self.beta[t], *v, self.decay[t] * sum);
-            let (decay, correction) = (s[0].splat(self.decay[t]), s[0].splat(correction));
-            let mut sums = [L::zero(); 2];
-            for i in 0..HELD {
-                s[i] = k[i].mul_add(correction, s[i].times(decay));
+                s[i] = k[i].mul_add(change, s[i].times(decay));
                 sums[i % 2] = s[i].mul_add(q[i], sums[i % 2]);
             }
-            if !self.to[t].is_scratch {
-                store::<L, E, HELD, false>(*s, self.to[t].row(row));
+            // Numbers, as in `update_rows`.
+            if correction.is_finite() || !E::NAN_TAKES_TIME {
+                store::<L, E, HELD, true>(*s, to.row(row));
+            } else {
+                store::<L, E, HELD, false>(*s, to.row(row));
             }
-            *o = sums[0].plus(sums[1]).sum();
+            *self.o.add(t * self.v_width + row) = sums[0].plus(sums[1]).sum();
         }
     }
 
