@@ -88,7 +88,7 @@ fn states_of_every_dtype_in_both_orders() {
 fn what_is_not_finite_stays_so_in_its_row_of_the_state() {
     for state_dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
         for state_order in [[2, 3], [3, 2]] {
-            for (heads, (isa, cpu)) in [[1, 2, 64, 64], [1, 2, 80, 48]]
+            for (heads, (isa, cpu)) in [[1, 2, 128, 128], [1, 2, 64, 64], [1, 2, 80, 48]]
                 .into_iter()
                 .flat_map(|heads| every_isa().map(move |isa| (heads, isa)))
             {
@@ -109,6 +109,31 @@ fn what_is_not_finite_stays_so_in_its_row_of_the_state() {
                         (1, 5) => assert!(got.is_nan(), "{what}"),
                         (1, 22) | (0, 41) => assert!(!got.is_finite(), "{what}"),
                         _ => assert_eq!(got, right, "{what}"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rounding may carry out of such a number.
+#[test]
+fn what_is_no_number_whatever_its_bits_stays_none_in_a_row_of_the_state() {
+    let row = 41;
+    for state_dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        for state_order in [[2, 3], [3, 2]] {
+            for heads in [[1, 1, 128, 128], [1, 1, 80, 48]] {
+                let options = Options { packed: false, ..Options::new(heads) };
+                let form = Form { state_dtype, state_order, ..Form::default() };
+                let mut before = Batch::new(&options, form, &[1]);
+                let slot = before.slots[0] as usize;
+                before.setup.mixed_qkv.set([0, 2 * heads[2] + row], f64::from_bits(u64::MAX >> 1));
+                for (isa, cpu) in every_isa() {
+                    let mut after = before.clone();
+                    after.decode(&cpu);
+                    for place @ [_, _, i, _] in after.recurrent.places().filter(|place| place[0] == slot) {
+                        let got = after.recurrent.get(place);
+                        assert_eq!(got.is_nan(), i == row, "{got} at {place:?}, {isa}, {heads:?}, {form:?}");
                     }
                 }
             }
