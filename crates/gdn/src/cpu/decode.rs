@@ -7,10 +7,10 @@ use gdn_math::special::exp;
 use super::{
     Cpu,
     lanes::{Bf16, F16, F32, Register, WIDEST, for_isa},
-    recurrence::{Place, Recurrence, arrange, recurrence, scratch_len},
+    recurrence::{Place, Recur, Recurrence, arrange, recurrence, scratch_len},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
-    stages::{Group, Widths, at, clear, for_dtype, in_head, step},
+    stages::{Group, Widths, ahead::Upcoming, at, clear, for_dtype, in_head, step},
     threads::{Sent, slices},
 };
 use crate::{
@@ -188,7 +188,7 @@ const TASKS_PER_THREAD: usize = 32;
 struct Task<'a> {
     plan: &'a Plan<*mut u8>,
     /// Of the same instruction set, for the plan's states.
-    recurrence: unsafe fn(&Recurrence, bool),
+    recurrence: Recur,
     head: usize,
     sequences: Range<usize>,
     step: Step,
@@ -331,12 +331,17 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
             if !matches!(step, Step::Slice(..)) {
                 keep_window::<L>(plan, &mut group, r, read);
             }
-            // The delta rule takes longer than memory does to bring what the next sequence begins with.
-            if let Some(next) = (r + 1 < sequences.end).then(|| plan.slots.slot(r + 1, 0)).flatten() {
-                group.prefetch::<L>(&plan.conv.state, next, rows.end);
-            }
             if let Some(rows) = computed {
-                recur::<L>(plan, recurrence, &mut group, r, read, unkept, rows);
+                // The delta rule takes longer than memory does to bring what comes next: the next sequence, or the
+                // next key head.
+                let next_head = r + 1 == sequences.end;
+                let next = if next_head { sequences.start } else { r + 1 };
+                let slot = plan.slots.slot(next, 0).filter(|_| !next_head || head + 1 < heads.num_k_heads());
+                let upcoming = match slot {
+                    Some(slot) => group.beginning(&plan.conv.state, slot, next * t, next_head),
+                    None => Upcoming::none(),
+                };
+                recur::<L>(plan, recurrence, &mut group, r, read, unkept, rows, upcoming);
             }
             if let Step::Slice(slice, outputs) = step {
                 group.put_outputs(*outputs, rows.start, t, slice);
@@ -387,19 +392,22 @@ unsafe fn keep_window<L: Register>(plan: &Plan<*mut u8>, group: &mut Group<'_>, 
     }
 }
 
-/// The delta rule, for some of the R * DV rows of the value heads' states.
+/// The delta rule, for some of the R * DV rows of the value heads' states. What is `upcoming` is brought near
+/// meanwhile.
 ///
 /// # Safety
 /// As [`run`], for one sequence, whose tokens are prepared.
+#[allow(clippy::too_many_arguments, reason = "one call, of parts of a task")]
 #[inline(always)]
 unsafe fn recur<L: Register>(
     plan: &Plan<*mut u8>,
-    recurrence: unsafe fn(&Recurrence, bool),
+    recurrence: Recur,
     group: &mut Group<'_>,
     sequence: usize,
     read: Read,
     unkept: &mut [f32],
     rows: &Range<usize>,
+    mut upcoming: Upcoming,
 ) {
     let heads = plan.tokens.layer.heads();
     let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
@@ -414,6 +422,7 @@ unsafe fn recur<L: Register>(
             for_dtype!(state.kind, E => unsafe { arrange::<L, E>(row, dk) });
         }
     }
+    let lines = upcoming.lines().div_ceil(rows.len().max(1));
     for j in 0..ratio {
         let (h, rows) = (group.head() * ratio + j, in_head(rows, j, dv));
         if rows.is_empty() {
@@ -437,6 +446,7 @@ unsafe fn recur<L: Register>(
             beta: [0.0; MAX_TOKENS],
             from: place(read.recurrent),
             to: [Place::scratch(unkept, dk, by_rows); MAX_TOKENS],
+            lines,
         };
         let gates = j * padded(t);
         for i in 0..t {
@@ -454,6 +464,6 @@ unsafe fn recur<L: Register>(
             }
         }
         // SAFETY: the caller's promises.
-        unsafe { recurrence(&head, by_rows) };
+        unsafe { recurrence(&head, by_rows, &mut upcoming) };
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Isa,
     lanes::{Bf16, Element, F16, F32, Register, WIDEST, for_isa},
     scratch::padded,
-    stages::for_dtype,
+    stages::{ahead::Upcoming, for_dtype},
 };
 use crate::{decode::MAX_TOKENS, dtype::Dtype};
 
@@ -85,20 +85,25 @@ pub(super) struct Recurrence {
     pub(super) from: Place,
     /// The state after each token.
     pub(super) to: [Place; MAX_TOKENS],
+    /// Lines of what is upcoming to be asked for with each row.
+    pub(super) lines: usize,
 }
 
-/// What computes all tokens, of a state of that dtype with DK dense (`true`) or DV dense. It is safe to call where
-/// all that the fields say is there.
+/// The delta rule, of a state with DK dense (`true`) or DV dense; what is upcoming is asked for meanwhile. It is safe
+/// to call where all that the fields say is there.
+pub(super) type Recur = unsafe fn(&Recurrence, bool, &mut Upcoming);
+
+/// What computes all tokens, of a state of that dtype.
 ///
 /// A function by itself for each dtype: as a part of decode's, compiling that one took most of the crate's time.
-pub(super) fn recurrence(isa: Isa, dtype: Dtype) -> unsafe fn(&Recurrence, bool) {
+pub(super) fn recurrence(isa: Isa, dtype: Dtype) -> Recur {
     for_dtype!(dtype, E => {
         #[inline(always)]
-        unsafe fn run<L: Register>(head: &Recurrence, by_rows: bool) {
+        unsafe fn run<L: Register>(head: &Recurrence, by_rows: bool, upcoming: &mut Upcoming) {
             // SAFETY: the caller's promises.
-            unsafe { head.run::<L, E>(by_rows) }
+            unsafe { head.run::<L, E>(by_rows, upcoming) }
         }
-        for_isa!(isa, run(head: &Recurrence, by_rows: bool))
+        for_isa!(isa, run(head: &Recurrence, by_rows: bool, upcoming: &mut Upcoming))
     })
 }
 
@@ -108,38 +113,38 @@ impl Recurrence {
     /// # Safety
     /// All that the fields say is there, states of elements E; the machine has L's instruction set.
     #[inline(always)]
-    unsafe fn run<L: Register, E: Element>(&self, by_rows: bool) {
+    unsafe fn run<L: Register, E: Element>(&self, by_rows: bool, upcoming: &mut Upcoming) {
         let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
             let is_held = L::LEN == WIDEST && self.dk == HELD * L::LEN;
             if by_rows && is_held && (E::BYTES == 4 || self.num_tokens == 1) {
-                self.held_rows::<L, E>(start..end);
+                self.held_rows::<L, E>(start..end, upcoming);
             } else if by_rows {
                 let side_by_side = if E::BYTES == 4 { 2 } else { 4 };
                 let last = end - (end - start) % side_by_side;
                 if E::BYTES == 4 {
-                    self.all_rows::<L, E, 2>(start..last);
+                    self.all_rows::<L, E, 2>(start..last, upcoming);
                 } else {
-                    self.all_rows::<L, E, 4>(start..last);
+                    self.all_rows::<L, E, 4>(start..last, upcoming);
                 }
-                self.all_rows::<L, E, 1>(last..end);
+                self.all_rows::<L, E, 1>(last..end, upcoming);
             } else {
                 let mut column = start;
                 while column + COLUMNS * L::LEN <= end {
-                    self.columns::<L, E, COLUMNS>(column);
+                    self.columns::<L, E, COLUMNS>(column, upcoming);
                     column += COLUMNS * L::LEN;
                 }
                 while column + FEWER_COLUMNS * L::LEN <= end {
-                    self.columns::<L, E, FEWER_COLUMNS>(column);
+                    self.columns::<L, E, FEWER_COLUMNS>(column, upcoming);
                     column += FEWER_COLUMNS * L::LEN;
                 }
                 while column + L::LEN <= end {
-                    self.columns::<L, E, 1>(column);
+                    self.columns::<L, E, 1>(column, upcoming);
                     column += L::LEN;
                 }
                 for column in column..end {
-                    self.columns::<f32, E, 1>(column);
+                    self.columns::<f32, E, 1>(column, upcoming);
                 }
             }
         }
@@ -148,7 +153,7 @@ impl Recurrence {
     /// Rows of a state whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded before
     /// its first token and stays; of 16 bits, for one token, as it would have to be rounded between them.
     #[inline(always)]
-    unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>) {
+    unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>, upcoming: &mut Upcoming) {
         // SAFETY: the caller's promises.
         unsafe {
             let k = self.held_input::<L>(self.k, 0);
@@ -159,6 +164,7 @@ impl Recurrence {
                 let mut s = self.held::<L, E>(row);
                 let mut correction = self.correct_held::<L>(row, 0, s, k);
                 for next in rows {
+                    upcoming.bring::<L>(self.lines);
                     let next_s = self.held::<L, E>(next);
                     let next_correction = self.correct_held::<L>(next, 0, next_s, k);
                     let q = self.held_input::<L>(self.q, 0);
@@ -170,12 +176,14 @@ impl Recurrence {
             } else if self.num_tokens == 1 {
                 let q = self.held_input::<L>(self.q, 0);
                 for row in rows {
+                    upcoming.bring::<L>(self.lines);
                     let mut s = self.held::<L, E>(row);
                     let correction = self.correct_held::<L>(row, 0, s, k);
                     self.update_held::<L, E>(row, 0, &mut s, k, q, correction);
                 }
             } else {
                 for row in rows {
+                    upcoming.bring::<L>(self.lines);
                     let mut s = self.held::<L, E>(row);
                     for t in 0..self.num_tokens {
                         let (k, q) = (self.held_input::<L>(self.k, t), self.held_input::<L>(self.q, t));
@@ -249,7 +257,11 @@ impl Recurrence {
 
     /// Rows of a state whose DK is dense, N of them side by side, as many times as there are such.
     #[inline(always)]
-    unsafe fn all_rows<L: Register, E: Element, const N: usize>(&self, rows: Range<usize>) {
+    unsafe fn all_rows<L: Register, E: Element, const N: usize>(
+        &self,
+        rows: Range<usize>,
+        upcoming: &mut Upcoming,
+    ) {
         let steps = rows.len() / N * self.num_tokens;
         // Rows wait for the sums of their corrections, unless other rows' are computed before they are
         // changed. In f32 that costs more than it gains: states of no cache are brought fastest in the order
@@ -263,6 +275,9 @@ impl Recurrence {
                 if i < steps {
                     let (row, t) = (i / self.num_tokens * N, i % self.num_tokens);
                     let at = self.from.row(rows.start + row);
+                    if t == 0 {
+                        upcoming.bring::<L>(N * self.lines);
+                    }
                     if t == 0 && E::BYTES < 4 {
                         for n in 0..N {
                             prefetch::<L>(at.wrapping_add(n * self.from.step), self.dk * E::BYTES);
@@ -411,7 +426,7 @@ impl Recurrence {
 
     /// Some columns of a state whose DV is dense, N registers of them.
     #[inline(always)]
-    unsafe fn columns<L: Register, E: Element, const N: usize>(&self, first: usize) {
+    unsafe fn columns<L: Register, E: Element, const N: usize>(&self, first: usize, upcoming: &mut Upcoming) {
         // SAFETY: the caller's promises.
         unsafe {
             for t in 0..self.num_tokens {
@@ -437,9 +452,9 @@ impl Recurrence {
                 }
                 // As for rows: where the total is a number, all are.
                 if !E::NAN_TAKES_TIME || total.sum().is_finite() {
-                    self.store_columns::<L, E, N, true>(first, t, corrections);
+                    self.store_columns::<L, E, N, true>(first, t, corrections, upcoming);
                 } else {
-                    self.store_columns::<L, E, N, false>(first, t, corrections);
+                    self.store_columns::<L, E, N, false>(first, t, corrections, upcoming);
                 }
             }
         }
@@ -452,6 +467,7 @@ impl Recurrence {
         first: usize,
         t: usize,
         corrections: [L; N],
+        upcoming: &mut Upcoming,
     ) {
         // SAFETY: the caller's promises.
         unsafe {
@@ -461,6 +477,7 @@ impl Recurrence {
             let decay = L::zero().splat(self.decay[t]);
             let mut sums = [L::zero(); N];
             for i in 0..self.dk {
+                upcoming.bring::<L>(self.lines);
                 let (key, query) = (decay.splat(*k.add(i)), decay.splat(*q.add(i)));
                 let mut s = load::<L, E, N>(src.add(i * from.step));
                 for (s, correction) in s.iter_mut().zip(corrections) {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{
-    Group,
+    Group, Part,
     elements::{at, step},
     features,
 };
@@ -17,13 +17,17 @@ use crate::{
 /// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has
 /// none left for what it reads now.
 pub(in crate::cpu) struct Upcoming {
-    stretches: [Stretch; 5],
+    stretches: [Stretch; MOST],
+    num_stretches: usize,
     num_rows: usize,
     /// The line that comes next.
     row: usize,
     stretch: usize,
     offset: usize,
 }
+
+/// Stretches that there may be.
+const MOST: usize = 11;
 
 /// Some bytes of each row.
 #[derive(Clone, Copy)]
@@ -33,10 +37,33 @@ struct Stretch {
     step: usize,
 }
 
+impl Stretch {
+    /// Of one row alone.
+    fn alone(at: *const u8, bytes: usize) -> Self {
+        let before = at.addr() % LINE;
+        Self { at: at.wrapping_sub(before), bytes: before + bytes, step: 0 }
+    }
+}
+
 impl Upcoming {
+    /// Nothing.
+    pub(in crate::cpu) fn none() -> Self {
+        Self::of([], 0)
+    }
+
+    fn of<const N: usize>(stretches: [Stretch; N], num_rows: usize) -> Self {
+        let mut all = [Stretch::alone(std::ptr::null(), 0); MOST];
+        all[..N].copy_from_slice(&stretches);
+        Self { stretches: all, num_stretches: N, num_rows, row: 0, stretch: 0, offset: 0 }
+    }
+
     /// How many there are, at least.
     pub(in crate::cpu) fn lines(&self) -> usize {
-        self.num_rows * self.stretches.iter().map(|stretch| stretch.bytes.div_ceil(LINE)).sum::<usize>()
+        self.num_rows
+            * self.stretches[..self.num_stretches]
+                .iter()
+                .map(|stretch| stretch.bytes.div_ceil(LINE))
+                .sum::<usize>()
     }
 
     /// Has so many of them brought near.
@@ -54,7 +81,7 @@ impl Upcoming {
             if self.offset >= stretch.bytes {
                 self.offset = 0;
                 self.stretch += 1;
-                if self.stretch == self.stretches.len() {
+                if self.stretch == self.num_stretches {
                     self.stretch = 0;
                     self.row += 1;
                 }
@@ -64,26 +91,36 @@ impl Upcoming {
 }
 
 impl Group<'_> {
-    /// Has what a sequence begins with brought near: its window of `conv_state`, where channels lie side by
-    /// side, and its first row of the projections.
-    #[inline(always)]
-    pub(in crate::cpu) fn prefetch<L: Register>(
+    /// What a sequence begins with: its window of `conv_state`, where channels lie side by side, and its first row
+    /// of the projections and of `out`. Of the `next_head` its weights, too, where they lie so.
+    pub(in crate::cpu) fn beginning(
         &self,
         state: &Operand<*mut u8, Dtype, 3>,
         slot: usize,
         row: usize,
-    ) {
-        let lines = |start: *const u8, bytes: usize| {
-            for offset in (0..bytes + LINE - 1).step_by(LINE) {
-                L::prefetch(start.wrapping_add(offset));
-            }
+        next_head: bool,
+    ) -> Upcoming {
+        let (weight, out) = (&self.tokens.conv_weight, &self.tokens.out);
+        let (heads, head) = (self.tokens.layer.heads(), self.head + usize::from(next_head));
+        let channel = |part: &Part<'_>| part.channel + if next_head { part.len } else { 0 };
+        let [taps_q, taps_k, taps_v] = self.parts.each_ref().map(|part| {
+            let is_dense = step(weight, 0) <= weight.sizes[1] * weight.kind.size();
+            let bytes = if next_head && is_dense { part.len * step(weight, 0) } else { 0 };
+            Stretch::alone(at(weight, [channel(part), 0]), bytes)
+        });
+        let [window_q, window_k, window_v] = self.parts.each_ref().map(|part| {
+            let is_dense = step(state, 1) <= state.sizes[2] * state.kind.size();
+            let bytes = if is_dense { part.len * step(state, 1) } else { 0 };
+            Stretch::alone(at(state, [slot, channel(part), 0]), bytes)
+        });
+        let input = |field: &Field<*mut u8>, len: usize| {
+            Stretch::alone(features(field, head, row), len * field.dtype.size())
         };
-        for part in &self.parts {
-            lines(at(state, [slot, part.channel, 0]), part.len * step(state, 1));
-            lines(features(&part.field, self.head, row), part.len * part.field.dtype.size());
-        }
-        let z = &self.tokens.z;
-        lines(features(z, self.head, row), self.parts[2].len * z.dtype.size());
+        let [q, k, v] = self.parts.each_ref().map(|part| input(&part.field, part.len));
+        let z = input(&self.tokens.z, self.parts[2].len);
+        let bytes = heads.ratio() * heads.head_v_dim() * out.kind.size();
+        let written = Stretch::alone(at(out, [row, head * heads.ratio(), 0]), bytes);
+        Upcoming::of([taps_q, taps_k, taps_v, window_q, window_k, window_v, q, k, v, z, written], 1)
     }
 
     /// What some rows end with, their z and their `out`; and the inputs of as many rows after them, where there
@@ -105,12 +142,6 @@ impl Group<'_> {
             bytes: if step(out, 1) == head { heads.ratio() * head } else { head },
             step: step(out, 0),
         };
-        Upcoming {
-            stretches: [stretch(&self.tokens.z, rows.start, self.parts[2].len), written, q, k, v],
-            num_rows: rows.len(),
-            row: 0,
-            stretch: 0,
-            offset: 0,
-        }
+        Upcoming::of([stretch(&self.tokens.z, rows.start, self.parts[2].len), written, q, k, v], rows.len())
     }
 }
