@@ -23,7 +23,7 @@ use gdn_math::{layer as math, special::exp};
 use super::{
     lanes::{Bf16, Element, F16, F32, Register, WIDEST, turned},
     scratch::{Pieces, padded},
-    stages::{Group, ahead::Upcoming, at, for_dtype, in_head, step},
+    stages::{Group, ahead::NextChunk, at, for_dtype, in_head, step},
 };
 use crate::{dtype::Dtype, prefill::CHUNK, tensor::Operand};
 
@@ -171,7 +171,7 @@ impl<'a> States<'a> {
     pub(super) unsafe fn chunk<L: Register, const M: usize, const N: usize, const REST: usize>(
         &mut self,
         group: &mut Group<'_>,
-        mut next: Upcoming,
+        mut next: NextChunk,
     ) {
         const { assert!(CHUNK % M == REST) };
         let Lens { dk, panels, panel, ratio, .. } = self.lens;
@@ -281,7 +281,7 @@ impl<'a> States<'a> {
         group: &mut Group<'_>,
         panel: Panel,
         decay: f32,
-        (next, lines): (&mut Upcoming, usize),
+        (next, lines): (&mut NextChunk, usize),
     ) {
         let (dk, width, state) = (self.lens.dk, N * L::LEN, panel.state);
         // SAFETY: the caller's promises; rows of the scratch memory.

@@ -10,7 +10,7 @@ use super::{
     recurrence::{Place, Recur, Recurrence, arrange, recurrence, scratch_len},
     scratch::{self, Pieces, padded},
     slots::{Named, Uses},
-    stages::{Group, Widths, ahead::Upcoming, at, clear, for_dtype, in_head, step},
+    stages::{Group, Widths, ahead::Beginning, at, clear, for_dtype, in_head, step},
     threads::{Sent, slices},
 };
 use crate::{
@@ -339,7 +339,7 @@ unsafe fn run<L: Register>(task: &Task<'_>, memory: &mut [f32]) {
                 let slot = plan.slots.slot(next, 0).filter(|_| !next_head || head + 1 < heads.num_k_heads());
                 let upcoming = match slot {
                     Some(slot) => group.beginning(&plan.conv.state, slot, next * t, next_head),
-                    None => Upcoming::none(),
+                    None => Beginning::none(),
                 };
                 recur::<L>(plan, recurrence, &mut group, r, read, unkept, rows, upcoming);
             }
@@ -407,7 +407,7 @@ unsafe fn recur<L: Register>(
     read: Read,
     unkept: &mut [f32],
     rows: &Range<usize>,
-    mut upcoming: Upcoming,
+    mut upcoming: Beginning,
 ) {
     let heads = plan.tokens.layer.heads();
     let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());

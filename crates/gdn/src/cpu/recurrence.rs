@@ -9,7 +9,7 @@ use super::{
     Isa,
     lanes::{Bf16, Element, F16, F32, Register, WIDEST, for_isa},
     scratch::padded,
-    stages::{ahead::Upcoming, for_dtype},
+    stages::{ahead::Beginning, for_dtype},
 };
 use crate::{decode::MAX_TOKENS, dtype::Dtype};
 
@@ -91,7 +91,7 @@ pub(super) struct Recurrence {
 
 /// The delta rule, of a state with DK dense (`true`) or DV dense; what is upcoming is asked for meanwhile. It is safe
 /// to call where all that the fields say is there.
-pub(super) type Recur = unsafe fn(&Recurrence, bool, &mut Upcoming);
+pub(super) type Recur = unsafe fn(&Recurrence, bool, &mut Beginning);
 
 /// What computes all tokens, of a state of that dtype.
 ///
@@ -99,11 +99,11 @@ pub(super) type Recur = unsafe fn(&Recurrence, bool, &mut Upcoming);
 pub(super) fn recurrence(isa: Isa, dtype: Dtype) -> Recur {
     for_dtype!(dtype, E => {
         #[inline(always)]
-        unsafe fn run<L: Register>(head: &Recurrence, by_rows: bool, upcoming: &mut Upcoming) {
+        unsafe fn run<L: Register>(head: &Recurrence, by_rows: bool, upcoming: &mut Beginning) {
             // SAFETY: the caller's promises.
             unsafe { head.run::<L, E>(by_rows, upcoming) }
         }
-        for_isa!(isa, run(head: &Recurrence, by_rows: bool, upcoming: &mut Upcoming))
+        for_isa!(isa, run(head: &Recurrence, by_rows: bool, upcoming: &mut Beginning))
     })
 }
 
@@ -113,7 +113,7 @@ impl Recurrence {
     /// # Safety
     /// All that the fields say is there, states of elements E; the machine has L's instruction set.
     #[inline(always)]
-    unsafe fn run<L: Register, E: Element>(&self, by_rows: bool, upcoming: &mut Upcoming) {
+    unsafe fn run<L: Register, E: Element>(&self, by_rows: bool, upcoming: &mut Beginning) {
         let Range { start, end } = self.rows;
         // SAFETY: the caller's promises.
         unsafe {
@@ -153,7 +153,7 @@ impl Recurrence {
     /// Rows of a state whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded before
     /// its first token and stays; of 16 bits, for one token, as it would have to be rounded between them.
     #[inline(always)]
-    unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>, upcoming: &mut Upcoming) {
+    unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>, upcoming: &mut Beginning) {
         // SAFETY: the caller's promises.
         unsafe {
             let k = self.held_input::<L>(self.k, 0);
@@ -260,7 +260,7 @@ impl Recurrence {
     unsafe fn all_rows<L: Register, E: Element, const N: usize>(
         &self,
         rows: Range<usize>,
-        upcoming: &mut Upcoming,
+        upcoming: &mut Beginning,
     ) {
         let steps = rows.len() / N * self.num_tokens;
         // Rows wait for the sums of their corrections, unless other rows' are computed before they are
@@ -426,7 +426,11 @@ impl Recurrence {
 
     /// Some columns of a state whose DV is dense, N registers of them.
     #[inline(always)]
-    unsafe fn columns<L: Register, E: Element, const N: usize>(&self, first: usize, upcoming: &mut Upcoming) {
+    unsafe fn columns<L: Register, E: Element, const N: usize>(
+        &self,
+        first: usize,
+        upcoming: &mut Beginning,
+    ) {
         // SAFETY: the caller's promises.
         unsafe {
             for t in 0..self.num_tokens {
@@ -467,7 +471,7 @@ impl Recurrence {
         first: usize,
         t: usize,
         corrections: [L; N],
-        upcoming: &mut Upcoming,
+        upcoming: &mut Beginning,
     ) {
         // SAFETY: the caller's promises.
         unsafe {

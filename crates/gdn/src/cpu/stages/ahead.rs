@@ -16,9 +16,8 @@ use crate::{
 
 /// What is to be read soon, which is asked for a few lines at a time: a processor that waits for many has
 /// none left for what it reads now.
-pub(in crate::cpu) struct Upcoming {
-    stretches: [Stretch; MOST],
-    num_stretches: usize,
+pub(in crate::cpu) struct Upcoming<const N: usize> {
+    stretches: [Stretch; N],
     num_rows: usize,
     /// The line that comes next.
     row: usize,
@@ -26,8 +25,10 @@ pub(in crate::cpu) struct Upcoming {
     offset: usize,
 }
 
-/// Stretches that there may be.
-const MOST: usize = 11;
+/// What a sequence of decode begins with.
+pub(in crate::cpu) type Beginning = Upcoming<11>;
+/// What a chunk of prefill ends with, and the next one begins with.
+pub(in crate::cpu) type NextChunk = Upcoming<5>;
 
 /// Some bytes of each row.
 #[derive(Clone, Copy)]
@@ -45,25 +46,19 @@ impl Stretch {
     }
 }
 
-impl Upcoming {
+impl<const N: usize> Upcoming<N> {
     /// Nothing.
     pub(in crate::cpu) fn none() -> Self {
-        Self::of([], 0)
+        Self::of([Stretch::alone(std::ptr::null(), 0); N], 0)
     }
 
-    fn of<const N: usize>(stretches: [Stretch; N], num_rows: usize) -> Self {
-        let mut all = [Stretch::alone(std::ptr::null(), 0); MOST];
-        all[..N].copy_from_slice(&stretches);
-        Self { stretches: all, num_stretches: N, num_rows, row: 0, stretch: 0, offset: 0 }
+    fn of(stretches: [Stretch; N], num_rows: usize) -> Self {
+        Self { stretches, num_rows, row: 0, stretch: 0, offset: 0 }
     }
 
     /// How many there are, at least.
     pub(in crate::cpu) fn lines(&self) -> usize {
-        self.num_rows
-            * self.stretches[..self.num_stretches]
-                .iter()
-                .map(|stretch| stretch.bytes.div_ceil(LINE))
-                .sum::<usize>()
+        self.num_rows * self.stretches.iter().map(|stretch| stretch.bytes.div_ceil(LINE)).sum::<usize>()
     }
 
     /// Has so many of them brought near.
@@ -81,7 +76,7 @@ impl Upcoming {
             if self.offset >= stretch.bytes {
                 self.offset = 0;
                 self.stretch += 1;
-                if self.stretch == self.num_stretches {
+                if self.stretch == self.stretches.len() {
                     self.stretch = 0;
                     self.row += 1;
                 }
@@ -99,7 +94,7 @@ impl Group<'_> {
         slot: usize,
         row: usize,
         next_head: bool,
-    ) -> Upcoming {
+    ) -> Beginning {
         let (weight, out) = (&self.tokens.conv_weight, &self.tokens.out);
         let (heads, head) = (self.tokens.layer.heads(), self.head + usize::from(next_head));
         let channel = |part: &Part<'_>| part.channel + if next_head { part.len } else { 0 };
@@ -125,7 +120,7 @@ impl Group<'_> {
 
     /// What some rows end with, their z and their `out`; and the inputs of as many rows after them, where there
     /// are such.
-    pub(in crate::cpu) fn upcoming(&self, rows: Range<usize>, has_next: bool) -> Upcoming {
+    pub(in crate::cpu) fn upcoming(&self, rows: Range<usize>, has_next: bool) -> NextChunk {
         let stretch = |field: &Field<*mut u8>, row: usize, len: usize| Stretch {
             at: features(field, self.head, row),
             bytes: len * field.dtype.size(),
