@@ -151,7 +151,8 @@ impl Recurrence {
     }
 
     /// Rows of a state whose DK is dense and fills [`HELD`] registers, one after the other. Each is loaded before
-    /// its first token and stays; of 16 bits, for one token, as it would have to be rounded between them.
+    /// its first token and stays; of 16 bits, for one token, as it would have to be rounded between them. All sums
+    /// are in the order of [`all_rows`](Self::all_rows), which computes several tokens of 16-bit states.
     #[inline(always)]
     unsafe fn held_rows<L: Register, E: Element>(&self, mut rows: Range<usize>, upcoming: &mut Beginning) {
         // SAFETY: the caller's promises.
@@ -216,12 +217,12 @@ impl Recurrence {
     unsafe fn correct_held<L: Register>(&self, row: usize, t: usize, s: [L; HELD], k: [L; HELD]) -> f32 {
         // SAFETY: the caller's promises.
         unsafe {
-            let mut sums = [L::zero(); 2];
-            for i in 0..HELD {
-                sums[i % 2] = s[i].mul_add(k[i], sums[i % 2]);
+            let mut sum = L::zero();
+            for (s, k) in s.into_iter().zip(k) {
+                sum = s.mul_add(k, sum);
             }
-            let sum = self.decay[t] * sums[0].plus(sums[1]).sum();
-            math::correction(self.beta[t], *self.v.add(t * self.v_width + row), sum)
+            let v = *self.v.add(t * self.v_width + row);
+            math::correction(self.beta[t], v, self.decay[t] * sum.sum())
         }
     }
 
@@ -240,10 +241,10 @@ impl Recurrence {
         // SAFETY: the caller's promises.
         unsafe {
             let (decay, change) = (s[0].splat(self.decay[t]), s[0].splat(correction));
-            let mut sums = [L::zero(); 2];
-            for i in 0..HELD {
-                s[i] = k[i].mul_add(change, s[i].times(decay));
-                sums[i % 2] = s[i].mul_add(q[i], sums[i % 2]);
+            let mut sum = L::zero();
+            for ((s, k), q) in s.iter_mut().zip(k).zip(q) {
+                *s = k.mul_add(change, s.times(decay));
+                sum = s.mul_add(q, sum);
             }
             // Numbers, as in `update_rows`.
             if correction.is_finite() || !E::NAN_TAKES_TIME {
@@ -251,7 +252,7 @@ impl Recurrence {
             } else {
                 store::<L, E, HELD, false>(*s, to.row(row));
             }
-            *self.o.add(t * self.v_width + row) = sums[0].plus(sums[1]).sum();
+            *self.o.add(t * self.v_width + row) = sum.sum();
         }
     }
 

@@ -9,20 +9,28 @@ use crate::{
 };
 
 fn forms() -> impl Iterator<Item = (Options, Form)> {
-    [(Dtype::F32, Dtype::F32, [2, 3]), (Dtype::BF16, Dtype::F32, [3, 2]), (Dtype::F16, Dtype::BF16, [2, 3])]
-        .into_iter()
-        .map(|(dtype, state_dtype, state_order)| {
-            let options = Options { dtype, ba_dtype: dtype, ..Options::new([2, 4, 48, 40]) };
-            let form = Form {
-                out_dtype: dtype,
-                state_dtype,
-                conv_dtype: dtype,
-                state_order,
-                more_columns: 1,
-                ..Form::default()
-            };
-            (options, form)
-        })
+    // Rows of 128 have code of their own.
+    [
+        (48, Dtype::F32, Dtype::F32, [2, 3]),
+        (48, Dtype::BF16, Dtype::F32, [3, 2]),
+        (48, Dtype::F16, Dtype::BF16, [2, 3]),
+        (128, Dtype::F32, Dtype::F32, [2, 3]),
+        (128, Dtype::F32, Dtype::BF16, [2, 3]),
+        (128, Dtype::F32, Dtype::F16, [2, 3]),
+    ]
+    .into_iter()
+    .map(|(dk, dtype, state_dtype, state_order)| {
+        let options = Options { dtype, ba_dtype: dtype, ..Options::new([2, 4, dk, 40]) };
+        let form = Form {
+            out_dtype: dtype,
+            state_dtype,
+            conv_dtype: dtype,
+            state_order,
+            more_columns: 1,
+            ..Form::default()
+        };
+        (options, form)
+    })
 }
 
 /// Some tokens of the first sequence of a batch, alone, in slot 0, with the states that it has.
