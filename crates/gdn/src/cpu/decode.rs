@@ -422,7 +422,7 @@ unsafe fn recur<L: Register>(
             for_dtype!(state.kind, E => unsafe { arrange::<L, E>(row, dk) });
         }
     }
-    let lines = upcoming.lines().div_ceil(rows.len().max(1));
+    let lines = upcoming.lines().div_ceil(if by_rows { rows.len().max(1) } else { dk });
     for j in 0..ratio {
         let (h, rows) = (group.head() * ratio + j, in_head(rows, j, dv));
         if rows.is_empty() {

@@ -7,6 +7,7 @@ use gdn_math::layer as math;
 
 use super::{
     Isa,
+    copy::LINE,
     lanes::{Bf16, Element, F16, F32, Register, WIDEST, for_isa},
     scratch::padded,
     stages::{ahead::Beginning, for_dtype},
@@ -16,8 +17,6 @@ use crate::{decode::MAX_TOKENS, dtype::Dtype};
 /// How many bytes ahead lines of a state are asked for: a page of memory, past which a processor does not look by
 /// itself.
 const AHEAD: usize = 4096;
-/// Bytes of a cache's line.
-const LINE: usize = 64;
 
 /// Registers of a row that stays in them, of the 32 of AVX-512, beside those of its key and its query.
 const HELD: usize = 8;
@@ -85,7 +84,7 @@ pub(super) struct Recurrence {
     pub(super) from: Place,
     /// The state after each token.
     pub(super) to: [Place; MAX_TOKENS],
-    /// Lines of what is upcoming to be asked for with each row.
+    /// Lines of what is upcoming to be asked for with each row, or of columns with each of their DK numbers.
     pub(super) lines: usize,
 }
 
@@ -284,7 +283,7 @@ impl Recurrence {
                             prefetch::<L>(at.wrapping_add(n * self.from.step), self.dk * E::BYTES);
                         }
                     } else if t == 0 && at.addr() % AHEAD < N * self.from.step {
-                        // More of them take more time than they save.
+                        // In f32 more lines take more time than they save.
                         prefetch::<L>(at, LINE);
                     }
                     corrections = self.correct_rows::<L, E, N>(rows.start + row, t);
@@ -499,7 +498,7 @@ impl Recurrence {
     }
 }
 
-/// Asks for what lies [`AHEAD`] of so many bytes, which may be anything.
+/// Asks for as many bytes as there are from `at` on, [`AHEAD`] of them. Any address will do.
 #[inline(always)]
 fn prefetch<L: Register>(at: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(LINE) {

@@ -116,7 +116,7 @@ fn what_is_not_finite_stays_so_in_its_row_of_the_state() {
     }
 }
 
-/// Rounding may carry out of such a number.
+/// With all bits of its mantissa set, rounding to 16 bits as a number is rounded would make it -0.
 #[test]
 fn what_is_no_number_whatever_its_bits_stays_none_in_a_row_of_the_state() {
     let row = 41;

@@ -115,7 +115,7 @@ fn several_tokens_are_as_many_calls() {
             }
             let (got, conv, recurrent) = results(&at_once, 0);
             let (_, one_conv, one_recurrent) = results(&state, 0);
-            assert_eq!((got, conv, recurrent), (out, one_conv, one_recurrent), "{isa} {options:?}");
+            assert_eq!((got, conv, recurrent), (out, one_conv, one_recurrent), "{isa} {options:?} {form:?}");
         }
     }
 }

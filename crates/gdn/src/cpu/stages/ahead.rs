@@ -41,7 +41,7 @@ struct Stretch {
 impl Stretch {
     /// Of one row alone.
     fn alone(at: *const u8, bytes: usize) -> Self {
-        let before = at.addr() % LINE;
+        let before = if bytes > 0 { at.addr() % LINE } else { 0 };
         Self { at: at.wrapping_sub(before), bytes: before + bytes, step: 0 }
     }
 }
@@ -56,7 +56,7 @@ impl<const N: usize> Upcoming<N> {
         Self { stretches, num_rows, row: 0, stretch: 0, offset: 0 }
     }
 
-    /// How many there are, at least.
+    /// How many there are.
     pub(in crate::cpu) fn lines(&self) -> usize {
         self.num_rows * self.stretches.iter().map(|stretch| stretch.bytes.div_ceil(LINE)).sum::<usize>()
     }
@@ -65,15 +65,7 @@ impl<const N: usize> Upcoming<N> {
     #[inline(always)]
     pub(in crate::cpu) fn bring<L: Register>(&mut self, lines: usize) {
         for _ in 0..lines {
-            if self.row == self.num_rows {
-                return;
-            }
-            let stretch = self.stretches[self.stretch];
-            if self.offset < stretch.bytes {
-                L::prefetch(stretch.at.wrapping_add(self.row * stretch.step + self.offset));
-            }
-            self.offset += LINE;
-            if self.offset >= stretch.bytes {
+            while self.row < self.num_rows && self.offset >= self.stretches[self.stretch].bytes {
                 self.offset = 0;
                 self.stretch += 1;
                 if self.stretch == self.stretches.len() {
@@ -81,13 +73,19 @@ impl<const N: usize> Upcoming<N> {
                     self.row += 1;
                 }
             }
+            if self.row == self.num_rows {
+                return;
+            }
+            let stretch = self.stretches[self.stretch];
+            L::prefetch(stretch.at.wrapping_add(self.row * stretch.step + self.offset));
+            self.offset += LINE;
         }
     }
 }
 
 impl Group<'_> {
     /// What a sequence begins with: its window of `conv_state`, where channels lie side by side, and its first row
-    /// of the projections and of `out`. Of the `next_head` its weights, too, where they lie so.
+    /// of q, k, v, z and `out`. Of the `next_head` its taps, too, where they lie so.
     pub(in crate::cpu) fn beginning(
         &self,
         state: &Operand<*mut u8, Dtype, 3>,
@@ -113,8 +111,7 @@ impl Group<'_> {
         };
         let [q, k, v] = self.parts.each_ref().map(|part| input(&part.field, part.len));
         let z = input(&self.tokens.z, self.parts[2].len);
-        let bytes = heads.ratio() * heads.head_v_dim() * out.kind.size();
-        let written = Stretch::alone(at(out, [row, head * heads.ratio(), 0]), bytes);
+        let written = Stretch::alone(at(out, [row, head * heads.ratio(), 0]), self.written());
         Upcoming::of([taps_q, taps_k, taps_v, window_q, window_k, window_v, q, k, v, z, written], 1)
     }
 
@@ -131,12 +128,18 @@ impl Group<'_> {
             .each_ref()
             .map(|part| stretch(&part.field, rows.end, if has_next { part.len } else { 0 }));
         let (out, heads) = (&self.tokens.out, self.tokens.layer.heads());
-        let head = heads.head_v_dim() * out.kind.size();
         let written = Stretch {
             at: at(out, [rows.start, self.head * heads.ratio(), 0]),
-            bytes: if step(out, 1) == head { heads.ratio() * head } else { head },
+            bytes: self.written(),
             step: step(out, 0),
         };
         Upcoming::of([stretch(&self.tokens.z, rows.start, self.parts[2].len), written, q, k, v], rows.len())
+    }
+
+    /// Bytes of a row of `out` from the first value head on: all of them where they lie side by side.
+    fn written(&self) -> usize {
+        let (out, heads) = (&self.tokens.out, self.tokens.layer.heads());
+        let head = heads.head_v_dim() * out.kind.size();
+        if step(out, 1) == head { heads.ratio() * head } else { head }
     }
 }
