@@ -277,14 +277,14 @@ impl Recurrence {
                     let at = self.from.row(rows.start + row);
                     if t == 0 {
                         upcoming.bring::<L>(N * self.lines);
-                    }
-                    if t == 0 && E::BYTES < 4 {
-                        for n in 0..N {
-                            prefetch::<L>(at.wrapping_add(n * self.from.step), self.dk * E::BYTES);
+                        if E::BYTES < 4 {
+                            for n in 0..N {
+                                prefetch::<L>(at.wrapping_add(n * self.from.step), self.dk * E::BYTES);
+                            }
+                        } else if at.addr() % AHEAD < N * self.from.step {
+                            // In f32 more lines take more time than they save.
+                            prefetch::<L>(at, LINE);
                         }
-                    } else if t == 0 && at.addr() % AHEAD < N * self.from.step {
-                        // In f32 more lines take more time than they save.
-                        prefetch::<L>(at, LINE);
                     }
                     corrections = self.correct_rows::<L, E, N>(rows.start + row, t);
                 }
