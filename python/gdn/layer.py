@@ -244,7 +244,7 @@ class Layer:
             has_initial_state: ``[B]``, flags (bool, uint8 or whole numbers): a sequence without begins with zeros, whatever its slot
                 holds.
             checkpoint_every_n_tokens: Puts the state after so many tokens of a sequence, and after every multiple of them, into
-                ``state_checkpoints``; a multiple of 16, on a GPU of 64. 0 for no checkpoints.
+                ``state_checkpoints``; a multiple of 64. 0 for no checkpoints.
             checkpoint_starts: ``[B]``: where in ``state_checkpoints`` those of a sequence begin.
             state_checkpoints: ``[checkpoints, HV, DV, DK]`` with DK or DV dense.
             conv_checkpoints: ``[checkpoints, C, W - 1 or more]``: the last columns get the inputs of the convolution.

@@ -184,7 +184,7 @@ class Call:
             entries = [pick.choice([-1, 0, 1, 2, 8, 9]) for _ in range(pick.choice([batch, batch + 1]))]
             self.options[name] = torch.tensor(entries, dtype=torch.int32)
         if self.op == "prefill":
-            self.options["checkpoint_every_n_tokens"] = pick.choice([0, 16, 32, 24])
+            self.options["checkpoint_every_n_tokens"] = pick.choice([0, 64, 128, 16])
             self.options["segments"] = pick.choice([False, True])
 
     def changed(self, one):

@@ -41,9 +41,9 @@ def verify():
 
 def checkpoints():
     given = good("prefill")
-    qkvz, ba = ol.projections(64, ol.Numbers(HEADS), "packed")
-    given |= dict(qkvz=qkvz, ba=ba, out=torch.full((64, 4, 16), 7.0), cu=torch.tensor([0, 32, 48, 64]))
-    given |= dict(checkpoint_every_n_tokens=16, checkpoint_starts=torch.tensor([0, 2, 3]))
+    qkvz, ba = ol.projections(256, ol.Numbers(HEADS), "packed")
+    given |= dict(qkvz=qkvz, ba=ba, out=torch.full((256, 4, 16), 7.0), cu=torch.tensor([0, 128, 192, 256]))
+    given |= dict(checkpoint_every_n_tokens=64, checkpoint_starts=torch.tensor([0, 2, 3]))
     given |= dict(state_checkpoints=torch.full((4, 4, 16, 8), 7.0))
     return given | dict(conv_checkpoints=torch.full((4, C, 3), 7.0))
 
@@ -254,7 +254,7 @@ PREFILL = [
 CHECKPOINTS = [
     (
         lambda g: dict(checkpoint_every_n_tokens=17),
-        "checkpoint_every_n_tokens is 17, it must be a multiple of 16",
+        "checkpoint_every_n_tokens is 17, it must be a multiple of 64",
     ),
     (
         lambda g: dict(checkpoint_starts=torch.tensor([0, 2])),

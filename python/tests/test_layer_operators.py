@@ -31,7 +31,7 @@ def seed():
 def sample(op, overload="default", more=False):
     """The operator, its arguments and its keywords."""
     weights = ol.weights(HEADS)
-    rows = 40 if more and op == "prefill" else B
+    rows = 160 if more and op == "prefill" else B
     projections = ol.projections(rows, NUMBERS, "packed")
     if overload.startswith("unpacked"):
         projections = tuple(one.float() for one in ol.unpacked(projections, NUMBERS))
@@ -40,7 +40,7 @@ def sample(op, overload="default", more=False):
         states = (*states, torch.tensor([0, rows // 2, rows]))
         if more:
             options |= dict(state_indices=torch.tensor([2, 5]), has_initial_state=torch.tensor([True, False]))
-            options |= dict(checkpoint_every_n_tokens=16, checkpoint_starts=torch.tensor([0, 1]))
+            options |= dict(checkpoint_every_n_tokens=64, checkpoint_starts=torch.tensor([0, 1]))
             options |= dict(state_checkpoints=torch.zeros(4, 4, 8, 16), segments=True)
     elif more:
         states_of_each = torch.zeros(3, 1, 4, 16, 8).transpose(-1, -2)

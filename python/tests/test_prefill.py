@@ -143,9 +143,9 @@ def test_slots_padding_and_initial_states(door, index, flags):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_checkpoints(door):
-    heads, every = HEADS[0], 32
+    heads, every = HEADS[0], 64
     numbers, weights = ol.Numbers(heads), ol.weights(heads)
-    cu = [0, 70, 100, 164]
+    cu = [0, 140, 170, 298]
     projections = ol.projections(cu[-1], numbers, "packed")
     conv, state = ol.states(3, heads, "dense")
     before = conv.clone(), state.clone()
@@ -164,16 +164,16 @@ def test_checkpoints(door):
     assert states[rest].isnan().all() and windows[rest].isnan().all()
 
 
-@pytest.mark.parametrize("cut", [16, 32, 48])
+@pytest.mark.parametrize("cut", [64, 128])
 def test_cut_at_chunks_it_gives_the_same_bits(cut):
     numbers, weights = ol.Numbers(HEADS[2]), ol.weights(HEADS[2])
-    projections = ol.projections(70, numbers, "packed")
+    projections = ol.projections(140, numbers, "packed")
     conv, state = ol.states(1, HEADS[2], "dense")
     parts = conv.clone(), state.clone()
-    out = call("function", numbers, weights, projections, [0, 70], conv, state)
+    out = call("function", numbers, weights, projections, [0, 140], conv, state)
     first = call("function", numbers, weights, tuple(one[:cut] for one in projections), [0, cut], *parts)
     second = call(
-        "function", numbers, weights, tuple(one[cut:] for one in projections), [0, 70 - cut], *parts
+        "function", numbers, weights, tuple(one[cut:] for one in projections), [0, 140 - cut], *parts
     )
     assert torch.equal(torch.cat([first, second]), out)
     assert torch.equal(parts[0], conv) and torch.equal(parts[1], state)

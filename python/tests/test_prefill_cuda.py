@@ -399,7 +399,7 @@ def test_what_is_supported():
     assert reason(*given, checkpoint_every_n_tokens=64, **kept) is None
     assert (
         reason(*given, checkpoint_every_n_tokens=16, **kept)
-        == "checkpoint_every_n_tokens is 16, it must be a multiple of 64 on a GPU"
+        == "checkpoint_every_n_tokens is 16, it must be a multiple of 64, and at least that"
     )
     for heads, width, message in [
         ((1, 2, 32, 64), 4, "head_k_dim is 32, it must be 64, 96, 128, 192 or 256 on a GPU"),

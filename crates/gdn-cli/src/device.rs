@@ -116,15 +116,6 @@ impl Backend {
         }
     }
 
-    /// Prefill that is cut at a multiple of so many tokens has the same bits.
-    pub(crate) fn chunk(&self) -> usize {
-        match self {
-            Self::Cpu(_) => gdn::CHUNK,
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => cuda::PREFILL_CHUNK,
-        }
-    }
-
     /// Multiply-adds of a call of decode or prefill, about: enough for all of the device, and to make up for
     /// what a call costs beside, little enough to notice Ctrl-C and to move the progress bar.
     pub(crate) fn piece(&self) -> usize {

@@ -10,8 +10,9 @@ use crate::{
     view::Address,
 };
 
-/// The tokens of a chunk: [`prefill`](crate::prefill()) cut at any multiple of it gives the same bits.
-pub const CHUNK: usize = 16;
+/// The tokens of a chunk: on the CPU and on a GPU [`prefill`](crate::prefill()) cut at any multiple of it gives the same
+/// bits, and so far apart at least are [`Checkpoints`].
+pub const CHUNK: usize = 64;
 
 /// States inside a sequence, for prefix caching.
 #[derive(Debug)]

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, bail};
 use gdn::{
-    CHUNK, Cpu, Dtype, Layer, MAX_TOKENS,
-    cpu::{Stores, copy_bytes, multiply_add, silu},
+    Cpu, Dtype, Layer, MAX_TOKENS,
+    cpu::{PREFILL_BLOCK, Stores, copy_bytes, multiply_add, silu},
 };
 use serde_json::json;
 
@@ -52,7 +52,7 @@ medians over rounds in which the op and what it is measured against take turns.
 FLOPs: 6 * DK * DV for each token and value head, what every form of the delta rule takes at least (S k, \
 the correction of S, S q); all else counts as time lost. `peak` is the time that so many FLOPs take where \
 this machine, with the same instructions and as many threads, does fused multiply-adds in registers and \
-nothing else. The share is the peak's time over the op's. `floor` is what all multiply-adds of chunks of 16 \
+nothing else. The share is the peak's time over the op's. `floor` is what all multiply-adds of blocks of 16 \
 tokens, those of the convolution and `silu` of all features would take at the speed that each has alone.
 
 On a GPU the op is measured as decode is: beside a copy that reads and writes as many bytes as the op does \
@@ -370,15 +370,15 @@ fn measure_bytes(
     Ok(Record { case: source.case, threads, work: moved as f64, seconds, least_seconds, floor_seconds: None })
 }
 
-/// Multiply-adds of a prefill in chunks, at least, and numbers that it takes `silu` of. Beside the delta
+/// Multiply-adds of a prefill in blocks, at least, and numbers that it takes `silu` of. Beside the delta
 /// rule's own: `K K^T` and `Q K^T` for each key head, their triangles times two rows of each state, and the
 /// convolution.
 fn arithmetic(case: &Case, inputs: &Inputs<'_>) -> [usize; 2] {
     let Case { layer, batch, tokens, .. } = *case;
     let (heads, channels) = (layer.heads(), layer.conv_channels());
-    // Two triangles of a square of CHUNK, one of them with its diagonal, are the square itself.
-    let keys = heads.num_k_heads() * CHUNK * heads.head_k_dim();
-    let values = heads.num_v_heads() * CHUNK * heads.head_v_dim();
+    // Two triangles of a square of a block, one of them with its diagonal, are the square itself.
+    let keys = heads.num_k_heads() * PREFILL_BLOCK * heads.head_k_dim();
+    let values = heads.num_v_heads() * PREFILL_BLOCK * heads.head_v_dim();
     let rows = batch * tokens;
     [
         rows * (inputs.multiply_adds() + keys + values + channels * layer.conv_width),

@@ -3,7 +3,7 @@
 use std::{ops::Range, time::Instant};
 
 use anyhow::{Context, bail};
-use gdn::{Dtype, Layer, MAX_TOKENS, Shared, Weights};
+use gdn::{CHUNK, Dtype, Layer, MAX_TOKENS, Shared, Weights};
 
 use super::args::Args;
 use crate::{
@@ -290,7 +290,7 @@ impl<'a> Work<'a> {
     ) -> anyhow::Result<Vec<f64>> {
         let [out, conv_state, recurrent_state] = data else { unreachable!("three results were asked for") };
         let mut results = Results { out, conv_state, recurrent_state };
-        let pieces = self.pieces(piece, backend.chunk());
+        let pieces = self.pieces(piece);
         let mut progress = Progress::new((self.num_rows() * self.inputs.row_bytes()) as u64);
         let mut seconds = Vec::new();
         while seconds.is_empty() || (seconds.iter().sum::<f64>() < REPEATED_SECONDS && seconds.len() < 1001) {
@@ -321,10 +321,10 @@ impl<'a> Work<'a> {
 
     /// The calls of the op: sequences as long as they are not too much work together, and of a longer one
     /// some chunks at a time.
-    fn pieces(&self, multiply_adds: usize, chunk: usize) -> Vec<Piece> {
+    fn pieces(&self, multiply_adds: usize) -> Vec<Piece> {
         // Convolution, gates and norm take about as long as so many multiply-adds for each feature.
         let of_row = self.inputs.multiply_adds() + 32 * self.inputs.layer.heads().qkvz_features();
-        let most = (multiply_adds / of_row).max(1).next_multiple_of(chunk);
+        let most = (multiply_adds / of_row).max(1).next_multiple_of(CHUNK);
         let Inputs { dtype, conv_dtype, state_dtype, .. } = self.inputs;
         // Cut at a multiple of a chunk a sequence gives the same bits, where its states lose nothing between
         // the calls.
@@ -399,7 +399,7 @@ mod tests {
         let mut data: Vec<&mut [u8]> = blocks.iter_mut().map(Bytes::all_mut).collect();
         data.iter_mut().for_each(|data| data.fill(0xA5));
         work.run(&mut data, &Backend::Cpu(Cpu::new()), piece).unwrap();
-        (work.pieces(piece, gdn::CHUNK).len(), data.into_iter().map(|data| data.to_vec()).collect())
+        (work.pieces(piece).len(), data.into_iter().map(|data| data.to_vec()).collect())
     }
 
     #[test]

@@ -1,20 +1,31 @@
-//! A chunk of a prefill: [`CHUNK`] tokens at a time, as products of small matrices, on a state that stays in
+//! A chunk of a prefill: [`BLOCK`] tokens at a time, as products of small matrices, on a state that stays in
 //! the second-level cache.
 //!
-//! For a chunk of one value head, with G the decays' logs summed from the chunk's start and D_ij = G_i - G_j
+//! For a block of one value head, with G the decays' logs summed from the block's start and D_ij = G_i - G_j
 //! (summed from j + 1 to i, so that it keeps its precision however small G is; D <= 0):
 //!
 //! ```text
 //! X = beta * (V - e^G * K S^T)                    what each key finds in the state, corrected
 //! (I + strictLower(beta * e^D * K K^T)) U = X     corrections, less what those before have changed
 //! O = e^G * Q S^T + lower(e^D * Q K^T) U          outputs
-//! S = e^G_last * S + (e^D_last * U)^T K           the state after the chunk
+//! C = e^D_last * U                                what the block changes
+//! S = e^G_last * S + C^T K                        the state after it
 //! ```
 //!
 //! (Yang et al., "Gated Delta Networks", 2024, section 3.3, before W and U are formed.) The triangular matrix
 //! is inverted by substitution in f32, once a head; the rest is done for a panel of columns of S^T at a time,
-//! which stays in the first-level cache. A chunk takes 3 DK DV + (16 to 20) DV multiplications a token, where
+//! which stays in the first-level cache. A block takes 3 DK DV + (16 to 20) DV multiplications a token, where
 //! the recurrence takes 4 DK DV.
+//!
+//! A sequence that begins with zeros has no S for the whole of its first chunk: what its keys and queries would
+//! find in S they find in the keys and changes of the blocks before, in block b
+//!
+//! ```text
+//! K S^T = (..(K K_0^T C_0) * e^G_last1 + K K_1^T C_1) * e^G_last2 + .. + K K_(b-1)^T C_(b-1)
+//! ```
+//!
+//! where G_last1 is block 1's, and so on. That takes 32 b DV multiplications a token in place of 2 DK DV, and those of
+//! K K_i^T and Q K_i^T for each key head. S is formed once, at the chunk's end or the sequence's.
 
 use std::ops::Range;
 
@@ -26,6 +37,12 @@ use super::{
     stages::{Group, ahead::NextChunk, at, for_dtype, in_head, step},
 };
 use crate::{dtype::Dtype, prefill::CHUNK, tensor::Operand};
+
+/// Tokens that prefill multiplies at once.
+pub const BLOCK: usize = 16;
+
+/// Blocks of a chunk.
+const BLOCKS: usize = CHUNK / BLOCK;
 
 /// Lengths of the scratch memory of [`States`].
 #[derive(Clone, Copy)]
@@ -50,25 +67,34 @@ impl Lens {
 
     pub(super) fn scratch(&self) -> usize {
         self.ratio * self.state()
-            + padded(self.dk) * CHUNK
-            + 6 * CHUNK * CHUNK
-            + 2 * CHUNK
-            + 2 * CHUNK * self.panel
+            + BLOCKS * self.k_transposed()
+            + (2 * BLOCKS + 4) * BLOCK * BLOCK
+            + 2 * BLOCK
+            + self.ratio * BLOCKS
+            + (1 + self.ratio * self.panels * BLOCKS) * BLOCK * self.panel
+    }
+
+    fn k_transposed(&self) -> usize {
+        padded(self.dk) * BLOCK
     }
 }
 
-/// The states of a key head's value heads, and what a chunk needs beside them.
+/// The states of a key head's value heads, and what a block needs beside them.
 pub(super) struct States<'a> {
     lens: Lens,
     /// Those of the R * DV rows of the value heads' states that are computed.
     rows: Range<usize>,
-    /// Whether the states are zeros still, with which nothing need be multiplied.
+    /// Whether the states are zeros still: nothing need be multiplied with them, and nothing is in their
+    /// memory.
     are_zeros: bool,
+    /// Blocks whose changes are not in the states yet. None where these are no zeros.
+    pending: usize,
     /// `[R][panels][DK][panel]`: S^T.
     states: &'a mut [f32],
-    /// `[DK][CHUNK]`
+    /// `[BLOCKS][DK][BLOCK]`: the keys of blocks that are pending, then those of this one.
     k_transposed: &'a mut [f32],
-    /// `[CHUNK][CHUNK]` each: `K K^T` and `Q K^T`.
+    /// `[BLOCKS][BLOCK][BLOCK]` each: `K K^T` and `Q K^T` of this block's keys and queries, with the keys of blocks that
+    /// are pending and then with its own.
     kk: &'a mut [f32],
     qk: &'a mut [f32],
     /// `e^D * Q K^T`
@@ -82,16 +108,20 @@ pub(super) struct States<'a> {
     /// `e^G` of each token; `e^D` from each token to the last.
     from_start: &'a mut [f32],
     to_end: &'a mut [f32],
-    /// `[CHUNK][panel]` each: X, and `e^D_last * U`.
+    /// `[BLOCK][panel]`: X.
     x: &'a mut [f32],
-    u: &'a mut [f32],
+    /// `[R][panels][BLOCKS][BLOCK][panel]`: C of blocks that are pending, and of this one. Without any pending the first
+    /// panel's place serves all.
+    changes: &'a mut [f32],
+    /// `[R][BLOCKS]`: `e^G_last` of blocks that are pending, and of this one.
+    decays: &'a mut [f32],
 }
 
 /// The numbers of the lanes.
-static LANES: [f32; CHUNK] = {
-    let mut lanes = [0.0; CHUNK];
+static LANES: [f32; BLOCK] = {
+    let mut lanes = [0.0; BLOCK];
     let mut i = 0;
-    while i < CHUNK {
+    while i < BLOCK {
         lanes[i] = i as f32;
         i += 1;
     }
@@ -101,30 +131,32 @@ static LANES: [f32; CHUNK] = {
 impl<'a> States<'a> {
     /// States whose elements are left over from earlier calls.
     pub(super) fn new(lens: Lens, rows: Range<usize>, memory: &mut Pieces<'a>) -> Self {
-        let square = CHUNK * CHUNK;
-        let x = CHUNK * lens.panel;
+        let square = BLOCK * BLOCK;
+        let x = BLOCK * lens.panel;
         Self {
             lens,
             rows,
             are_zeros: false,
+            pending: 0,
             states: memory.take(lens.ratio * lens.state()),
-            k_transposed: memory.take(padded(lens.dk) * CHUNK),
-            kk: memory.take(square),
-            qk: memory.take(square),
+            k_transposed: memory.take(BLOCKS * lens.k_transposed()),
+            kk: memory.take(BLOCKS * square),
+            qk: memory.take(BLOCKS * square),
             p: memory.take(square),
             m: memory.take(square),
             inverse: memory.take(square),
             p_inverse: memory.take(square),
-            from_start: memory.take(CHUNK),
-            to_end: memory.take(CHUNK),
+            from_start: memory.take(BLOCK),
+            to_end: memory.take(BLOCK),
             x: memory.take(x),
-            u: memory.take(x),
+            changes: memory.take(lens.ratio * lens.panels * BLOCKS * x),
+            // Last: it may be no whole line.
+            decays: memory.take(lens.ratio * BLOCKS),
         }
     }
 
     /// Makes the states zeros.
     pub(super) fn clear(&mut self) {
-        self.states.fill(0.0);
         self.are_zeros = true;
     }
 
@@ -134,7 +166,8 @@ impl<'a> States<'a> {
         if rows.is_empty() { 0..0 } else { rows.start / self.lens.panel..rows.end.div_ceil(self.lens.panel) }
     }
 
-    /// Reads the states of value heads from `first` on out of a slot, or with `READ` false writes them there.
+    /// Reads the states of value heads from `first` on out of a slot, or with `READ` false writes them there:
+    /// as they are before the first block, or after a whole chunk or the sequence's last block.
     ///
     /// # Safety
     /// The slot can be read, or written; the machine has L's instruction set.
@@ -146,7 +179,12 @@ impl<'a> States<'a> {
         first: usize,
     ) {
         let Lens { dk, dv, panels, panel, ratio } = self.lens;
-        self.are_zeros &= !READ;
+        debug_assert_eq!(self.pending, 0, "the states are not formed");
+        if READ {
+            self.are_zeros = false;
+        } else if self.are_zeros {
+            self.states.fill(0.0);
+        }
         let steps = [step(state, 2), step(state, 3)];
         for r in 0..ratio {
             let memory = at(state, [slot, first + r, 0, 0]);
@@ -162,57 +200,70 @@ impl<'a> States<'a> {
         }
     }
 
-    /// One chunk of all heads: from `group`'s q, k, v and gates to its o. What comes `next` is brought
+    /// One block of all heads: from `group`'s q, k, v and gates to its o. What comes `next` is brought
     /// near meanwhile.
     ///
     /// # Safety
-    /// `group` has room for [`CHUNK`] tokens, all of which are prepared; the machine has L's instruction set.
+    /// `group` has room for [`BLOCK`] tokens, all of which are prepared; the machine has L's instruction set.
     #[inline(always)]
-    pub(super) unsafe fn chunk<L: Register, const M: usize, const N: usize, const REST: usize>(
+    pub(super) unsafe fn block<L: Register, const M: usize, const N: usize, const REST: usize>(
         &mut self,
         group: &mut Group<'_>,
         mut next: NextChunk,
+        is_last: bool,
     ) {
-        const { assert!(CHUNK % M == REST) };
+        const { assert!(BLOCK % M == REST) };
         let Lens { dk, panels, panel, ratio, .. } = self.lens;
         let row = padded(dk);
+        let forms_state = !self.are_zeros || self.pending + 1 == BLOCKS || is_last;
         let updates = (0..ratio).map(|r| self.panels(r).len()).sum::<usize>() * (dk / M);
         let lines = next.lines().div_ceil(updates.max(1));
         // SAFETY: the caller's promises; rows of the scratch memory, as long as they are said to be.
         unsafe {
+            let own = self.k_transposed[self.pending * self.lens.k_transposed()..].as_mut_ptr();
             for d in (0..row).step_by(L::LEN) {
-                for t in (0..CHUNK).step_by(L::LEN) {
+                for t in (0..BLOCK).step_by(L::LEN) {
                     let mut square = [L::zero(); WIDEST];
                     for (i, register) in square[..L::LEN].iter_mut().enumerate() {
                         *register = L::load(group.k.as_ptr().add((t + i) * row + d));
                     }
                     for (i, register) in turned(square)[..L::LEN].iter().enumerate() {
-                        register.store(self.k_transposed.as_mut_ptr().add((d + i) * CHUNK + t));
+                        register.store(own.add((d + i) * BLOCK + t));
                     }
                 }
             }
             for (rows, products) in [(&*group.k, &mut *self.kk), (&*group.q, &mut *self.qk)] {
-                let b = self.k_transposed.as_ptr();
-                square::<L, M, REST>(rows.as_ptr(), row, b, |_| dk, products);
+                for b in 0..=self.pending {
+                    let keys = self.k_transposed[b * self.lens.k_transposed()..].as_ptr();
+                    let products = &mut products[b * BLOCK * BLOCK..][..BLOCK * BLOCK];
+                    square::<L, M, REST>(rows.as_ptr(), row, keys, |_| dk, products);
+                }
             }
             for r in 0..ratio {
                 let computed = self.panels(r);
                 if computed.is_empty() {
                     continue;
                 }
-                let decay = self
-                    .gates::<L, M, REST>(&group.g[r * CHUNK..][..CHUNK], &group.beta[r * CHUNK..][..CHUNK]);
+                self.decays[r * BLOCKS + self.pending] = self
+                    .gates::<L, M, REST>(&group.g[r * BLOCK..][..BLOCK], &group.beta[r * BLOCK..][..BLOCK]);
                 for p in computed {
-                    let state = self.states[(r * panels + p) * dk * panel..][..dk * panel].as_mut_ptr();
-                    let place = Panel { r, column: r * group.head_width + p * panel, state };
-                    self.panel::<L, M, N, REST>(group, place, decay, (&mut next, lines));
+                    let place = r * panels + p;
+                    let state = self.states[place * dk * panel..][..dk * panel].as_mut_ptr();
+                    let kept = if self.are_zeros { place * BLOCKS * BLOCK * panel } else { 0 };
+                    let changes = self.changes[kept..].as_mut_ptr();
+                    let place = Panel { r, column: r * group.head_width + p * panel, state, changes };
+                    self.panel::<L, M, N, REST>(group, place, forms_state, (&mut next, lines));
                 }
             }
         }
-        self.are_zeros = false;
+        if forms_state {
+            (self.are_zeros, self.pending) = (false, 0);
+        } else {
+            self.pending += 1;
+        }
     }
 
-    /// What the gates of one head make of `K K^T` and `Q K^T`. Gives `e^G` of the whole chunk.
+    /// What the gates of one head make of `K K^T` and `Q K^T`. Gives `e^G_last`.
     ///
     /// # Safety
     /// The machine has L's instruction set.
@@ -222,6 +273,7 @@ impl<'a> States<'a> {
         g: &[f32],
         beta: &[f32],
     ) -> f32 {
+        let own = self.pending * BLOCK * BLOCK;
         // SAFETY: the caller's promise; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
@@ -230,93 +282,146 @@ impl<'a> States<'a> {
                 sum += g;
                 *sums = sum;
             }
-            for column in (0..CHUNK).step_by(L::LEN) {
+            for column in (0..BLOCK).step_by(L::LEN) {
                 let lane = L::load(LANES.as_ptr().add(column));
                 let mut differences = zero;
-                for i in 0..CHUNK {
-                    let (at, here) = (i * CHUNK + column, zero.splat(i as f32));
+                for i in 0..BLOCK {
+                    let (at, here) = (i * BLOCK + column, zero.splat(i as f32));
                     differences = here.if_greater(lane, differences.plus(zero.splat(g[i])), zero);
                     let decay = exp(differences);
-                    if i == CHUNK - 1 {
+                    if i == BLOCK - 1 {
                         decay.store(self.to_end.as_mut_ptr().add(column));
                     }
-                    let p = decay.times(L::load(self.qk.as_ptr().add(at)));
+                    let p = decay.times(L::load(self.qk.as_ptr().add(own + at)));
                     lane.if_greater(here, zero, p).store(self.p.as_mut_ptr().add(at));
-                    let m = decay.times(L::load(self.kk.as_ptr().add(at))).times(zero.splat(beta[i]));
+                    let m = decay.times(L::load(self.kk.as_ptr().add(own + at))).times(zero.splat(beta[i]));
                     here.if_greater(lane, m, zero).store(self.m.as_mut_ptr().add(at));
                 }
                 let at = self.from_start.as_mut_ptr().add(column);
                 exp(L::load(at)).store(at);
             }
-            for column in (0..CHUNK).step_by(L::LEN) {
+            for column in (0..BLOCK).step_by(L::LEN) {
                 let lane = L::load(LANES.as_ptr().add(column));
-                let mut rows = [zero; CHUNK];
+                let mut rows = [zero; BLOCK];
                 for (i, row) in rows.iter_mut().enumerate() {
                     // A row of the unit matrix.
                     let (above, below) = (zero.splat(i as f32 + 0.5), zero.splat(i as f32 - 0.5));
                     *row = above.if_greater(lane, lane.if_greater(below, zero.splat(1.0), zero), zero);
                 }
-                for j in 0..CHUNK {
+                for j in 0..BLOCK {
                     let done = rows[j];
-                    done.store(self.inverse.as_mut_ptr().add(j * CHUNK + column));
+                    done.store(self.inverse.as_mut_ptr().add(j * BLOCK + column));
                     for (i, row) in rows.iter_mut().enumerate().skip(j + 1) {
-                        *row = zero.splat(self.m[i * CHUNK + j]).neg_mul_add(done, *row);
+                        *row = zero.splat(self.m[i * BLOCK + j]).neg_mul_add(done, *row);
                     }
                 }
             }
             // Of a triangle rows have as many numbers as there are rows up to them.
             let (a, b) = (self.p.as_ptr(), self.inverse.as_ptr());
-            square::<L, M, REST>(a, CHUNK, b, |end| end, self.p_inverse);
-            self.from_start[CHUNK - 1]
+            square::<L, M, REST>(a, BLOCK, b, |end| end, self.p_inverse);
+            self.from_start[BLOCK - 1]
         }
     }
 
     /// One panel of one head. With each M rows of the state so many lines of what comes next are asked for.
     ///
     /// # Safety
-    /// As [`States::chunk`]; the panel's part of S^T is there.
+    /// As [`States::block`]; the panel's part of S^T is there, and its changes.
     #[inline(always)]
     unsafe fn panel<L: Register, const M: usize, const N: usize, const REST: usize>(
         &mut self,
         group: &mut Group<'_>,
         panel: Panel,
-        decay: f32,
+        forms_state: bool,
         (next, lines): (&mut NextChunk, usize),
     ) {
-        let (dk, width, state) = (self.lens.dk, N * L::LEN, panel.state);
+        let dk = self.lens.dk;
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
-            for first in (0..CHUNK - REST).step_by(M) {
+            for first in (0..BLOCK - REST).step_by(M) {
                 self.correct::<L, M, N>(group, panel, first);
             }
             if REST > 0 {
-                self.correct::<L, REST, N>(group, panel, CHUNK - REST);
+                self.correct::<L, REST, N>(group, panel, BLOCK - REST);
             }
-            for first in (0..CHUNK - REST).step_by(M) {
+            for first in (0..BLOCK - REST).step_by(M) {
                 self.put_out::<L, M, N>(group, panel, first);
             }
             if REST > 0 {
-                self.put_out::<L, REST, N>(group, panel, CHUNK - REST);
+                self.put_out::<L, REST, N>(group, panel, BLOCK - REST);
             }
-            for first in (0..CHUNK - REST).step_by(M) {
-                self.changes::<L, M, N>(first);
+            for first in (0..BLOCK - REST).step_by(M) {
+                self.change::<L, M, N>(panel, first);
             }
             if REST > 0 {
-                self.changes::<L, REST, N>(CHUNK - REST);
+                self.change::<L, REST, N>(panel, BLOCK - REST);
             }
-            let decay = L::zero().splat(decay);
+            if !forms_state {
+                next.bring::<L>(lines * (dk / M));
+                return;
+            }
+            let decay = L::zero().splat(self.decays[panel.r * BLOCKS + self.pending]);
             let mut first = 0;
             while first + M <= dk {
                 next.bring::<L>(lines);
-                self.update::<L, M, N>(state.add(first * width), first, decay);
+                self.update::<L, M, N>(panel, first, decay);
                 first += M;
             }
             while first + 2 <= dk {
-                self.update::<L, 2, N>(state.add(first * width), first, decay);
+                self.update::<L, 2, N>(panel, first, decay);
                 first += 2;
             }
             if first < dk {
-                self.update::<L, 1, N>(state.add(first * width), first, decay);
+                self.update::<L, 1, N>(panel, first, decay);
+            }
+        }
+    }
+
+    /// What M rows of keys or queries, from `first` on, find in the state: `tile` is zeros and becomes that. `squares`
+    /// are the rows' products with keys of blocks that are pending.
+    ///
+    /// # Safety
+    /// As [`States::panel`].
+    #[inline(always)]
+    unsafe fn find<L: Register, const M: usize, const N: usize>(
+        &self,
+        rows: &[f32],
+        squares: &[f32],
+        panel: Panel,
+        first: usize,
+        tile: &mut [[L; N]; M],
+    ) {
+        let (dk, width) = (self.lens.dk, N * L::LEN);
+        let row = padded(dk);
+        // SAFETY: the caller's promises; rows of the scratch memory.
+        unsafe {
+            if !self.are_zeros {
+                multiply(rows.as_ptr().add(first * row), row, panel.state, width, dk, tile);
+            }
+            for b in 0..self.pending {
+                let squares = squares.as_ptr().add((b * BLOCK + first) * BLOCK);
+                self.bring_forward(panel.r, b, tile);
+                multiply(squares, BLOCK, panel.changes.add(b * BLOCK * width), width, BLOCK, tile);
+            }
+        }
+    }
+
+    /// What was found in a state, or that state, after block b's decay.
+    ///
+    /// # Safety
+    /// The machine has L's instruction set.
+    #[inline(always)]
+    unsafe fn bring_forward<L: Register, const M: usize, const N: usize>(
+        &self,
+        r: usize,
+        b: usize,
+        tile: &mut [[L; N]; M],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let decay = L::zero().splat(self.decays[r * BLOCKS + b]);
+            for register in tile.as_flattened_mut() {
+                *register = decay.times(*register);
             }
         }
     }
@@ -329,28 +434,28 @@ impl<'a> States<'a> {
     unsafe fn correct<L: Register, const M: usize, const N: usize>(
         &mut self,
         group: &Group<'_>,
-        Panel { r, column, state }: Panel,
+        panel: Panel,
         first: usize,
     ) {
-        let (dk, width) = (self.lens.dk, N * L::LEN);
-        let row = padded(dk);
+        let width = N * L::LEN;
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
             let mut tile = [[zero; N]; M];
-            if self.are_zeros {
+            if self.are_zeros && self.pending == 0 {
                 // NaN for a key that is no number: its square is none either.
                 for (m, registers) in tile.iter_mut().enumerate() {
-                    *registers = [zero.splat(0.0 * self.kk[(first + m) * (CHUNK + 1)]); N];
+                    *registers = [zero.splat(0.0 * self.kk[(first + m) * (BLOCK + 1)]); N];
                 }
             } else {
-                multiply(group.k.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+                self.find(group.k, self.kk, panel, first, &mut tile);
             }
             for (m, registers) in tile.into_iter().enumerate() {
                 let t = first + m;
-                let (scale, beta) = (zero.splat(self.from_start[t]), zero.splat(group.beta[r * CHUNK + t]));
+                let (scale, beta) =
+                    (zero.splat(self.from_start[t]), zero.splat(group.beta[panel.r * BLOCK + t]));
                 for (n, register) in registers.into_iter().enumerate() {
-                    let v = L::load(group.v.as_ptr().add(t * group.v_width + column + n * L::LEN));
+                    let v = L::load(group.v.as_ptr().add(t * group.v_width + panel.column + n * L::LEN));
                     let x = math::correction(beta, v, scale.times(register));
                     x.store(self.x.as_mut_ptr().add(t * width + n * L::LEN));
                 }
@@ -366,17 +471,16 @@ impl<'a> States<'a> {
     unsafe fn put_out<L: Register, const M: usize, const N: usize>(
         &mut self,
         group: &mut Group<'_>,
-        Panel { column, state, .. }: Panel,
+        panel: Panel,
         first: usize,
     ) {
-        let (dk, width) = (self.lens.dk, N * L::LEN);
-        let row = padded(dk);
+        let width = N * L::LEN;
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
             let mut tile = [[zero; N]; M];
-            if !self.are_zeros {
-                multiply(group.q.as_ptr().add(first * row), row, state, width, dk, &mut tile);
+            if !self.are_zeros || self.pending > 0 {
+                self.find(group.q, self.qk, panel, first, &mut tile);
                 for (m, registers) in tile.iter_mut().enumerate() {
                     let scale = zero.splat(self.from_start[first + m]);
                     for register in registers {
@@ -384,10 +488,10 @@ impl<'a> States<'a> {
                     }
                 }
             }
-            let a = self.p_inverse.as_ptr().add(first * CHUNK);
-            multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+            let a = self.p_inverse.as_ptr().add(first * BLOCK);
+            multiply(a, BLOCK, self.x.as_ptr(), width, first + M, &mut tile);
             for (m, registers) in tile.into_iter().enumerate() {
-                let to = group.o.as_mut_ptr().add((first + m) * group.v_width + column);
+                let to = group.o.as_mut_ptr().add((first + m) * group.v_width + panel.column);
                 for (n, register) in registers.into_iter().enumerate() {
                     register.store(to.add(n * L::LEN));
                 }
@@ -395,51 +499,60 @@ impl<'a> States<'a> {
         }
     }
 
-    /// `e^D_last * U`, of M tokens from `first` on.
+    /// C, of M tokens from `first` on.
     ///
     /// # Safety
     /// As [`States::panel`].
     #[inline(always)]
-    unsafe fn changes<L: Register, const M: usize, const N: usize>(&mut self, first: usize) {
+    unsafe fn change<L: Register, const M: usize, const N: usize>(&mut self, panel: Panel, first: usize) {
         let width = N * L::LEN;
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
             let zero = L::zero();
             let mut tile = [[zero; N]; M];
-            let a = self.inverse.as_ptr().add(first * CHUNK);
-            multiply(a, CHUNK, self.x.as_ptr(), width, first + M, &mut tile);
+            let a = self.inverse.as_ptr().add(first * BLOCK);
+            multiply(a, BLOCK, self.x.as_ptr(), width, first + M, &mut tile);
+            let own = panel.changes.add((self.pending * BLOCK + first) * width);
             for (m, registers) in tile.into_iter().enumerate() {
                 let scale = zero.splat(self.to_end[first + m]);
                 for (n, register) in registers.into_iter().enumerate() {
-                    let to = self.u.as_mut_ptr().add((first + m) * width + n * L::LEN);
-                    scale.times(register).store(to);
+                    scale.times(register).store(own.add(m * width + n * L::LEN));
                 }
             }
         }
     }
 
-    /// `state = decay * state + k u`: M rows of the state, and of the transposed keys from `first` on.
+    /// M rows of the panel's part of S^T, from `first` on, after this block. `decay` is its `e^G_last`.
     ///
     /// # Safety
     /// As [`States::panel`]; the rows are there.
     #[inline(always)]
     unsafe fn update<L: Register, const M: usize, const N: usize>(
         &self,
-        state: *mut f32,
+        panel: Panel,
         first: usize,
         decay: L,
     ) {
         let width = N * L::LEN;
         // SAFETY: the caller's promises; rows of the scratch memory.
         unsafe {
+            let state = panel.state.add(first * width);
+            let keys = self.k_transposed.as_ptr().add(first * BLOCK);
             let mut tile = [[L::zero(); N]; M];
-            for (m, registers) in tile.iter_mut().enumerate() {
-                for (n, register) in registers.iter_mut().enumerate() {
-                    *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
+            if self.are_zeros {
+                for b in 0..=self.pending {
+                    let keys = keys.add(b * self.lens.k_transposed());
+                    self.bring_forward(panel.r, b, &mut tile);
+                    multiply(keys, BLOCK, panel.changes.add(b * BLOCK * width), width, BLOCK, &mut tile);
                 }
+            } else {
+                for (m, registers) in tile.iter_mut().enumerate() {
+                    for (n, register) in registers.iter_mut().enumerate() {
+                        *register = decay.times(L::load(state.add(m * width + n * L::LEN)));
+                    }
+                }
+                multiply(keys, BLOCK, panel.changes, width, BLOCK, &mut tile);
             }
-            let k = self.k_transposed.as_ptr().add(first * CHUNK);
-            multiply(k, CHUNK, self.u.as_ptr(), width, CHUNK, &mut tile);
             for (m, registers) in tile.into_iter().enumerate() {
                 for (n, register) in registers.into_iter().enumerate() {
                     register.store(state.add(m * width + n * L::LEN));
@@ -458,9 +571,11 @@ struct Panel {
     column: usize,
     /// `[DK][panel]`
     state: *mut f32,
+    /// `[BLOCKS][BLOCK][panel]`: C.
+    changes: *mut f32,
 }
 
-/// `products = a b`, [`CHUNK`] rows and columns, M rows at a time and then REST: rows of a are `a_row` f32 apart, and of b
+/// `products = a b`, [`BLOCK`] rows and columns, M rows at a time and then REST: rows of a are `a_row` f32 apart, and of b
 /// as many rows count as `depth` says for rows of a that end there.
 ///
 /// # Safety
@@ -475,14 +590,14 @@ unsafe fn square<L: Register, const M: usize, const REST: usize>(
 ) {
     // SAFETY: the caller's promises.
     unsafe {
-        for first in (0..CHUNK - REST).step_by(M) {
-            let products = &mut products[first * CHUNK..];
+        for first in (0..BLOCK - REST).step_by(M) {
+            let products = &mut products[first * BLOCK..];
             square_rows::<L, M>(a.add(first * a_row), a_row, b, depth(first + M), products);
         }
         if REST > 0 {
-            let first = CHUNK - REST;
-            let products = &mut products[first * CHUNK..];
-            square_rows::<L, REST>(a.add(first * a_row), a_row, b, depth(CHUNK), products);
+            let first = BLOCK - REST;
+            let products = &mut products[first * BLOCK..];
+            square_rows::<L, REST>(a.add(first * a_row), a_row, b, depth(BLOCK), products);
         }
     }
 }
@@ -499,14 +614,14 @@ unsafe fn square_rows<L: Register, const M: usize>(
     depth: usize,
     products: &mut [f32],
 ) {
-    let products = &mut products[..M * CHUNK];
-    for column in (0..CHUNK).step_by(L::LEN) {
+    let products = &mut products[..M * BLOCK];
+    for column in (0..BLOCK).step_by(L::LEN) {
         // SAFETY: the caller's promises; M rows of products.
         unsafe {
             let mut tile = [[L::zero()]; M];
-            multiply(a, a_row, b.add(column), CHUNK, depth, &mut tile);
+            multiply(a, a_row, b.add(column), BLOCK, depth, &mut tile);
             for (m, [row]) in tile.into_iter().enumerate() {
-                row.store(products.as_mut_ptr().add(m * CHUNK + column));
+                row.store(products.as_mut_ptr().add(m * BLOCK + column));
             }
         }
     }

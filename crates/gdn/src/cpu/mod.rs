@@ -22,6 +22,7 @@ use rayon::prelude::*;
 use self::copy::{Copier, LINE};
 
 pub use cache::{Cache, caches, last_level_bytes};
+pub use chunk::BLOCK as PREFILL_BLOCK;
 pub use decode::{CheckedDecode, decode};
 pub use isa::{Isa, IsaError};
 pub use peak::{multiply_add, silu};

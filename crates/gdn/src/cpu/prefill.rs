@@ -1,10 +1,10 @@
-//! Prefill on the CPU: a task takes a key head of a sequence, or some of its rows, through all its chunks.
+//! Prefill on the CPU: a task takes a key head of a sequence, or some of its rows, through all its tokens.
 
 use std::ops::Range;
 
 use super::{
     Cpu,
-    chunk::{Lens, States},
+    chunk::{BLOCK, Lens, States},
     lanes::{Register, for_isa},
     scratch::{self, Pieces},
     slots::{Named, Uses},
@@ -13,14 +13,14 @@ use super::{
 };
 use crate::{
     argument::ArgumentError,
-    prefill::{CHUNK, Plan, Prefill},
+    prefill::{Plan, Prefill},
     tensor::{Exclusive, Shared},
 };
 
 /// Computes the layer between its two GEMMs for all tokens of B sequences, and brings their states up to
 /// date.
 ///
-/// Sequences may have any length, 0 included. Cut at multiples of [`CHUNK`] tokens into several calls with
+/// Sequences may have any length, 0 included. Cut at multiples of [`CHUNK`](crate::CHUNK) tokens into several calls with
 /// f32 states, a sequence gives the same bits as in one, and its results do not depend on its batch, its slot
 /// or the threads. On the CPU wrong indices are errors too: `cu_seqlens` that does not ascend from 0 to N,
 /// slots past those there are, and a slot that two sequences have.
@@ -39,7 +39,7 @@ pub fn prefill(call: &mut Prefill<Shared<'_>, Exclusive<'_>>, cpu: &Cpu) -> Resu
     let run = for_isa!(cpu.chosen_isa(), tiled run(task: &Task<'_>, memory: &mut [f32]));
     let num_sequences = plan.slots.num_sequences;
     let lens = Lens::of(heads.head_k_dim(), heads.head_v_dim(), WIDEST_PANEL, heads.ratio());
-    let scratch_len = Widths::new(&plan.tokens, CHUNK, WIDEST_PANEL).scratch(&plan.tokens) + lens.scratch();
+    let scratch_len = Widths::new(&plan.tokens, BLOCK, WIDEST_PANEL).scratch(&plan.tokens) + lens.scratch();
     let sent = &Sent::new(&raw const plan);
     let share = |tasks: usize, task: &(dyn Fn(&'_ Plan<*mut u8>, usize) -> Task<'_> + Sync)| {
         cpu.share(tasks, bytes, |i| {
@@ -166,7 +166,7 @@ unsafe fn run<L: Register, const M: usize, const N: usize, const REST: usize>(
     let heads = tokens.layer.heads();
     let (dk, dv, ratio) = (heads.head_k_dim(), heads.head_v_dim(), heads.ratio());
     let panel = N * L::LEN;
-    let widths = Widths::new(tokens, CHUNK, panel);
+    let widths = Widths::new(tokens, BLOCK, panel);
     let rows = match part {
         Step::Slice(rows, _) => rows.clone(),
         Step::All => 0..ratio * dv,
@@ -187,15 +187,16 @@ unsafe fn run<L: Register, const M: usize, const N: usize, const REST: usize>(
         }
         let mut row = start;
         while row < end {
-            let n = CHUNK.min(end - row);
-            let next = group.upcoming(row..row + n, row + n < end);
+            let n = BLOCK.min(end - row);
+            let is_last = row + n == end;
+            let next = group.upcoming(row..row + n, !is_last);
             group.take_inputs::<L>(row, n);
-            // One call for both: all of a chunk is compiled into each place that calls it.
+            // One call for both: all of a block is compiled into each place that calls it.
             if let Step::Rest(outputs) = part {
                 group.take_outputs(*outputs, row, n);
             } else {
                 group.prepare::<L>(row, n);
-                states.chunk::<L, M, N, REST>(&mut group, next);
+                states.block::<L, M, N, REST>(&mut group, next, is_last);
             }
             if let Step::Slice(rows, outputs) = part {
                 group.put_outputs(*outputs, row, n, rows);

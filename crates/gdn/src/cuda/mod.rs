@@ -65,7 +65,7 @@ pub use cudarc;
 pub use decode::{DecodePlan, check_decode, decode, decode_supports};
 pub use device::{DeviceInfo, Gpu, devices};
 pub use error::CudaError;
-pub use prefill::{PREFILL_CHUNK, prefill, prefill_scratch_bytes, prefill_supports};
+pub use prefill::{prefill, prefill_scratch_bytes, prefill_supports};
 pub use slices::{Read, Write};
 pub use split::{merge, merge_host, split, split_host};
 pub use staged::{decode_host, prefill_host};

@@ -8,13 +8,18 @@ use crate::{
     setup::{Inputs, Options},
 };
 
-/// Runs sequences through prefill, and as many tokens of each through decode.
+/// Runs sequences through prefill, with the states that they have and with none, and as many tokens of each through
+/// decode.
 fn check(options: &Options, form: Form, lens: &[usize]) {
     for (isa, cpu) in every_isa() {
-        let before = Batch::new(options, form, lens);
-        let mut after = before.clone();
-        after.prefill(&cpu);
-        after.check(&before, &format!("prefill of {lens:?}, {isa}, {options:?}, {form:?}"));
+        let mut before = Batch::new(options, form, lens);
+        for flags in [None, Some(vec![0; lens.len()])] {
+            before.has_initial_state = flags;
+            let mut after = before.clone();
+            after.prefill(&cpu);
+            let flags = &before.has_initial_state;
+            after.check(&before, &format!("prefill of {lens:?}, {flags:?}, {isa}, {options:?}, {form:?}"));
+        }
         // A state of 16 bits is rounded after every token.
         let most = if form.state_dtype == Dtype::F32 { 3 } else { 1 };
         for tokens in 1..=most {
@@ -147,8 +152,9 @@ fn what_is_no_number_in_the_inputs_is_never_hidden() {
     let options = Options { packed: false, ..Options::new(heads) };
     // A channel of q, of k and of v.
     for channel in [3, 64 + 5, 128 + 70] {
-        for (has_initial_state, t) in [0, 1].into_iter().flat_map(|flag| [(flag, 2), (flag, 17)]) {
-            let mut before = Batch::new(&options, Form::default(), &[20]);
+        for (has_initial_state, t) in [(0, 2), (0, 17), (0, 40), (0, 66), (1, 2), (1, 17)] {
+            let tokens = if has_initial_state == 0 { 70 } else { 20 };
+            let mut before = Batch::new(&options, Form::default(), &[tokens]);
             before.has_initial_state = Some(vec![has_initial_state]);
             before.setup.mixed_qkv.set([t, channel], f64::NAN);
             let slot = before.slots[0] as usize;
@@ -157,7 +163,7 @@ fn what_is_no_number_in_the_inputs_is_never_hidden() {
             } else {
                 before.state(slot)
             };
-            let (out, states) = before.setup.exact(0..20, &state);
+            let (out, states) = before.setup.exact(0..tokens, &state);
             assert!(!out.iter().all(|x| !x.is_nan()));
             for (isa, cpu) in every_isa() {
                 let mut after = before.clone();
@@ -165,7 +171,7 @@ fn what_is_no_number_in_the_inputs_is_never_hidden() {
                 let got = after.state(slot);
                 let last = states.last().unwrap();
                 for (name, got, exact) in [
-                    ("out", &after.out_of(0..20), &out),
+                    ("out", &after.out_of(0..tokens), &out),
                     ("conv_state", &got.conv_state, &last.conv_state),
                     ("recurrent_state", &got.recurrent_state, &last.recurrent_state),
                 ] {
@@ -274,7 +280,7 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn any_layer(options in any_options(), form in any_form(), lens in prop::collection::vec(0usize..40, 0..4)) {
+    fn any_layer(options in any_options(), form in any_form(), lens in prop::collection::vec(0usize..80, 0..4)) {
         check(&options, form, &lens);
     }
 }

@@ -118,7 +118,8 @@ fn states_at_checkpoints() {
         for state_order in [[2, 3], [3, 2]] {
             let every = 2 * CHUNK;
             let form = Form { state_order, ..Form::default() };
-            let before = Batch::new(&Options::new(HEADS), form, &[31, 100, 0, 64]);
+            let mut before = Batch::new(&Options::new(HEADS), form, &[31, 280, 0, 256]);
+            before.has_initial_state = Some(vec![1, 0, 1, 1]);
             let [_, hv, dv, dk] = before.recurrent.sizes;
             let channels = before.conv.sizes[1];
             let mut states = Memory::poisoned(

@@ -216,11 +216,11 @@ fn prefill_says(
     sentence: &str,
     change: impl for<'a> FnOnce(&mut Prefill<Shared<'a>, Exclusive<'a>>, &'a Batch),
 ) {
-    let before = Batch::new(&Options::new(HEADS), Form::default(), &[20, 3]);
+    let before = Batch::new(&Options::new(HEADS), Form::default(), &[80, 3]);
     let (mut after, other) = (before.clone(), before.clone());
     let mut call = Prefill {
         layer: after.setup.layer,
-        cu_seqlens: indices(&[0, 20, 23], [3]),
+        cu_seqlens: indices(&[0, 80, 83], [3]),
         projections: after.setup.projections(),
         weights: after.setup.weights(),
         conv_state: Some(after.conv.view_mut()),
@@ -243,16 +243,16 @@ fn prefill() {
         call.cu_seqlens = indices(&[], [0])
     });
     prefill_says("cu_seqlens is 1 at [0], it must be 0 there", |call, _| {
-        call.cu_seqlens = indices(&[1, 20, 23], [3])
+        call.cu_seqlens = indices(&[1, 80, 83], [3])
     });
     prefill_says("cu_seqlens is 19 at [2], it must be at least the 20 before it", |call, _| {
         call.cu_seqlens = indices(&[0, 20, 19], [3]);
     });
-    prefill_says("cu_seqlens is 22 at [2], it must be 23, the number of rows, at the end", |call, _| {
+    prefill_says("cu_seqlens is 22 at [2], it must be 83, the number of rows, at the end", |call, _| {
         call.cu_seqlens = indices(&[0, 20, 22], [3]);
     });
     prefill_says("cu_seqlens is -5 at [1], it must be at least the 0 before it", |call, _| {
-        call.cu_seqlens = indices(&[0, -5, 23], [3]);
+        call.cu_seqlens = indices(&[0, -5, 83], [3]);
     });
     prefill_says("has_initial_state has 1 entries, 2 sequences need 2", |call, _| {
         call.has_initial_state = Some(indices(&[1], [1]));
@@ -263,17 +263,17 @@ fn prefill() {
         recurrent_states: tensor_mut(states),
         conv_states: None,
     };
-    prefill_says("checkpoints.every is 24, it must be a multiple of 16, and at least that", |call, _| {
-        call.checkpoints = Some(checkpoints(24, &[0, 0], [1, 2, 4, 8]));
+    prefill_says("checkpoints.every is 48, it must be a multiple of 64, and at least that", |call, _| {
+        call.checkpoints = Some(checkpoints(48, &[0, 0], [1, 2, 4, 8]));
     });
-    prefill_says("checkpoints.every is 0, it must be a multiple of 16, and at least that", |call, _| {
+    prefill_says("checkpoints.every is 0, it must be a multiple of 64, and at least that", |call, _| {
         call.checkpoints = Some(checkpoints(0, &[0, 0], [1, 2, 4, 8]));
     });
     prefill_says("checkpoints.starts[0] is 1, checkpoints.recurrent_states has 1 slots", |call, _| {
-        call.checkpoints = Some(checkpoints(16, &[1, 0], [1, 2, 4, 8]));
+        call.checkpoints = Some(checkpoints(64, &[1, 0], [1, 2, 4, 8]));
     });
     prefill_says("checkpoints.recurrent_states has 5 rows (DV), 1+2 heads of 8+4 need 4", |call, _| {
-        call.checkpoints = Some(checkpoints(16, &[0, 0], [1, 2, 5, 8]));
+        call.checkpoints = Some(checkpoints(64, &[0, 0], [1, 2, 5, 8]));
     });
 }
 

@@ -52,7 +52,7 @@ fn part(batch: &Batch, sequence: usize, tokens: std::ops::Range<usize>) -> Batch
                 .fill(|[_, h, i, j]| batch.recurrent.get([slot, h, i, j]))
         },
         out: Memory::dense(batch.out.dtype, [tokens.len(), hv, dv]),
-        has_initial_state: None,
+        has_initial_state: batch.has_initial_state.as_ref().map(|flags| vec![flags[sequence]]),
     }
 }
 
@@ -69,8 +69,11 @@ fn results(batch: &Batch, sequence: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
 fn a_sequence_does_not_depend_on_its_batch_its_slot_or_the_threads() {
     for (options, form) in forms() {
         for (isa, cpu) in every_isa() {
-            for (lens, is_prefill) in [(&[20, 1, 0, 37][..], true), (&[2; 5], false)] {
-                let before = Batch::new(&options, form, lens);
+            for (lens, is_prefill) in [(&[20, 1, 0, 37, 18][..], true), (&[2; 5], false)] {
+                let mut before = Batch::new(&options, form, lens);
+                if is_prefill {
+                    before.has_initial_state = Some(vec![0, 1, 1, 0, 1]);
+                }
                 let run = |batch: &mut Batch, cpu: &Cpu<'_>| {
                     if is_prefill { batch.prefill(cpu) } else { batch.decode(cpu) }
                 };
@@ -125,20 +128,29 @@ fn a_prefill_may_be_cut_at_multiples_of_the_chunk() {
     for (options, form) in forms().filter(|(_, form)| form.state_dtype == Dtype::F32) {
         // The inputs before a cut go through the state of the convolution, which has their dtype.
         for (isa, cpu) in every_isa() {
-            let before = Batch::new(&options, form, &[75]);
-            let mut whole = before.clone();
-            whole.prefill(&cpu);
-            for cut in [gdn::CHUNK, 4 * gdn::CHUNK] {
+            let tokens = 2 * gdn::CHUNK + 27;
+            let mut before = Batch::new(&options, form, &[tokens]);
+            for (flag, cut) in
+                [0, 1].into_iter().flat_map(|flag| [(flag, gdn::CHUNK), (flag, 2 * gdn::CHUNK)])
+            {
+                before.has_initial_state = Some(vec![flag]);
+                let mut whole = before.clone();
+                whole.prefill(&cpu);
                 let mut first = part(&before, 0, 0..cut);
                 first.prefill(&cpu);
-                let mut second = part(&before, 0, cut..75);
+                let mut second = part(&before, 0, cut..tokens);
+                second.has_initial_state = None;
                 (second.conv, second.recurrent) = (first.conv.clone(), first.recurrent.clone());
                 second.prefill(&cpu);
                 let mut out = first.out.all();
                 out.extend(second.out.all());
                 let (got, conv, recurrent) = results(&whole, 0);
                 let (_, cut_conv, cut_recurrent) = results(&second, 0);
-                assert_eq!((got, conv, recurrent), (out, cut_conv, cut_recurrent), "{isa} {options:?} {cut}");
+                assert_eq!(
+                    (got, conv, recurrent),
+                    (out, cut_conv, cut_recurrent),
+                    "{isa} {options:?} {flag} {cut}"
+                );
             }
         }
     }

@@ -20,14 +20,13 @@ use crate::{
     cuda::{
         Gpu,
         prefill::{
-            PREFILL_CHUNK,
             job::{Job, Profile, Stage, Step},
             run,
         },
         segments::{Cut, Cutting},
     },
     dtype::Dtype,
-    prefill::Plan,
+    prefill::{CHUNK, Plan},
     view::DeviceAddress,
 };
 
@@ -339,7 +338,7 @@ fn measure(gpu: &Gpu, heads: [usize; 4], lens: &[usize]) {
     let form = Form { out_dtype: Dtype::BF16, conv_dtype: Dtype::BF16, ..Form::default() };
     let mut batch = Batch::repeated(&options, form, lens, 64);
     batch.prefill_by(None, |call| {
-        let chunks = lens.iter().sum::<usize>() / PREFILL_CHUNK + lens.len();
+        let chunks = lens.iter().sum::<usize>() / CHUNK + lens.len();
         for (threads, windows) in [
             (None, None),
             (Some(128), Some(1)),

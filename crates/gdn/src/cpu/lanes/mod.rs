@@ -117,7 +117,7 @@ pub(super) fn turned<L: Register>(mut registers: [L; WIDEST]) -> [L; WIDEST] {
 /// A function that is generic over a [`Register`], compiled for the instruction set `$isa`, or for the scalar
 /// one where this machine does not have it. With `tiled` it is generic over the rows and registers, too, of a
 /// tile that a matrix product holds, with operands no more than there are registers; and over the rows that such
-/// tiles leave of [`CHUNK`](crate::CHUNK).
+/// tiles leave of [`PREFILL_BLOCK`](crate::cpu::PREFILL_BLOCK).
 ///
 /// Chores leave out what they would compile for long and not run: `--cfg without_avx512`, and `--cfg without_avx2` with it.
 macro_rules! for_isa {

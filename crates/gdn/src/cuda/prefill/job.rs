@@ -10,7 +10,7 @@ use gdn_kernels::{
     split::Divisor,
 };
 
-use super::scratch::{PREFILL_CHUNK, SOME_BLOCKS, chunks, memory};
+use super::scratch::{SOME_BLOCKS, chunks, memory};
 use crate::{
     argument::{ArgumentError, Because},
     cuda::{
@@ -22,7 +22,7 @@ use crate::{
         side::Side,
     },
     layer::{Gate, Layer},
-    prefill::Plan,
+    prefill::{CHUNK, Plan},
     view::DeviceAddress,
 };
 
@@ -203,15 +203,6 @@ impl Job {
         let layer = &tokens.layer;
         prefill_supports(layer)?;
         named(plan, aligned)?;
-        if let Some(kept) = plan.checkpoints.filter(|kept| !kept.every.is_multiple_of(PREFILL_CHUNK)) {
-            let expected = format!("a multiple of {PREFILL_CHUNK} on a GPU");
-            return Err(ArgumentError::Value {
-                argument: "checkpoints.every",
-                got: kept.every.to_string(),
-                expected,
-            }
-            .into());
-        }
         let chunks = chunks(tokens.num_tokens, num_sequences);
         let lens = [tokens.num_tokens, num_sequences];
         let (window, slots, mut segments, bytes) = memory(layer, at.0, lens, profile.window, profile.cutting);
@@ -351,7 +342,7 @@ impl Job {
             conv_slots: conv.map_or(0, |conv| conv.sizes[0] as i64),
             conv_columns: columns(conv.map(|conv| conv.sizes[2]))?,
             has_checkpoints: u32::from(kept.is_some()),
-            every: divisor(number(kept.map_or(1, |kept| kept.every / PREFILL_CHUNK))?)?,
+            every: divisor(number(kept.map_or(1, |kept| kept.every / CHUNK))?)?,
             state: state.map_or_else(no_tensor, strided),
             slots: state.map_or(0, |state| state.sizes[0] as i64),
             starts: kept.map_or_else(Indices::default, |kept| indices(Some(&kept.starts))),

@@ -6,10 +6,7 @@ pub(crate) mod scratch;
 use cudarc::driver::{DevicePtrMut, sys::CUstream};
 
 use self::job::{Job, Profile, named};
-pub use self::{
-    job::prefill_supports,
-    scratch::{PREFILL_CHUNK, prefill_scratch_bytes},
-};
+pub use self::{job::prefill_supports, scratch::prefill_scratch_bytes};
 use super::{
     device::Gpu,
     error::CudaError,
@@ -30,7 +27,7 @@ impl Gpu {
     /// may change between replays.
     ///
     /// Shapes, dtypes, strides and overlaps are checked as on the CPU; [`prefill_supports`] says which layers
-    /// are taken. `checkpoints.every` is a multiple of [`PREFILL_CHUNK`], and addresses are multiples of the
+    /// are taken. Addresses are multiples of the
     /// size of their elements. Indices are read by the kernels, which touch nothing outside the tensors
     /// whatever these say: entries of `cu_seqlens` are brought to 0 to N, a sequence whose slot is not there
     /// is skipped as if it were padding. Rows that belong to no sequence are not written; where two sequences
@@ -40,7 +37,7 @@ impl Gpu {
     /// row, so results may be some 5e-4 of their norm off the exact ones (6e-4 was the most seen of a v head;
     /// an ill-conditioned one as much as a change of the inputs by 2^-11 makes), before they are rounded to
     /// the dtypes of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot
-    /// and the neighbours, and cut at any multiple of [`PREFILL_CHUNK`] with f32 states.
+    /// and the neighbours, and cut at any multiple of [`CHUNK`](crate::CHUNK) with f32 states.
     /// [`Gpu::segments`] trades the last of these for the time of a long sequence of few heads.
     ///
     /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.

@@ -1,15 +1,14 @@
 //! The scratch memory of prefill on a GPU, and the windows of chunks that it is for.
 
-use gdn_kernels::prefill::args::{CHUNK, Scratch, Segments};
+use gdn_kernels::prefill::args::{Scratch, Segments};
 
 use crate::{
     cuda::segments::{self, Cutting},
     layer::Layer,
+    prefill::CHUNK,
 };
 
-/// The tokens of a chunk on a GPU: prefill cut at any multiple of it gives the same bits, but with
-/// [`Gpu::segments`](crate::cuda::Gpu::segments).
-pub const PREFILL_CHUNK: usize = CHUNK as usize;
+const _: () = assert!(CHUNK == gdn_kernels::prefill::args::CHUNK as usize);
 
 /// Scratch memory is for windows of so many chunks that two of them, or one alone, take no more than this.
 const MOST_SCRATCH: usize = 1 << 30;
@@ -63,7 +62,7 @@ pub(crate) fn memory(
 
 /// Chunks that there are at most: each sequence begins one.
 pub(super) fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
-    (num_tokens / PREFILL_CHUNK).saturating_add(num_sequences)
+    (num_tokens / CHUNK).saturating_add(num_sequences)
 }
 
 /// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
@@ -173,7 +172,7 @@ mod tests {
             }
         }
         let (window, ..) = memory(&layer([4, 8, 128, 128]), 0, [32768, 1], None, Cutting::ByHeads);
-        assert!(window > 32768 / PREFILL_CHUNK);
+        assert!(window > 32768 / CHUNK);
     }
 
     /// Two windows, or one, take what is allowed at most, but for a chunk and states.
