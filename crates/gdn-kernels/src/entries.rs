@@ -114,15 +114,14 @@ kernels! { "decode":
     gdn_decode_bf16_narrow(DecodeArgs) = decode::run::<Rows<Bf16, 16, 1, 16, 1, NARROW>>;
 }
 
-// Of few blocks, by the dtype of the state and a block's rows of it; one of 128 with as many warps for rows as there can be.
+// Of few blocks, by the dtype of the state and a block's rows of it.
 kernels! { "decode_few":
-    gdn_decode_f32_few_32(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, BULK>, 4, 1, 1>;
-    gdn_decode_f32_few_64(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, BULK>, 4, 2, 1>;
-    gdn_decode_f32_few_128(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 4, 4, 4>;
-    gdn_decode_bf16_few_32(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 1, 1>;
-    gdn_decode_bf16_few_64(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 2, 1>;
-    gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 4, 4, 1>;
-    gdn_decode_bf16_few_128_warps(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 8, 2, 2>;
+    gdn_decode_f32_few_32(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, BULK>, 1, 1>;
+    gdn_decode_f32_few_64(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 4, BULK>, 1, 1>;
+    gdn_decode_f32_few_128(DecodeArgs) shared held = decode::few::run::<Rows<F32, 8, 4, 4, 2, PLAIN>, 4, 4>;
+    gdn_decode_bf16_few_32(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 2, BULK>, 1, 1>;
+    gdn_decode_bf16_few_64(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 4, BULK>, 1, 1>;
+    gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 4, BULK>, 2, 2>;
 }
 
 // The convolution by the numbers that a head has at most, the scan by those of a key, and by the tiles of S that are

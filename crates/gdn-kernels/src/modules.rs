@@ -335,19 +335,18 @@ const fn families(kernels: &'static [[Kernel; 1]; DECODES]) -> [&'static [Kernel
 const DECODE_90: &[&[Kernel]] = &families(&DECODES_90);
 const DECODE_80: &[&[Kernel]] = &families(&DECODES_80);
 
-/// Two blocks fit on a multiprocessor: those of the next call begin beside those of this one.
-const fn decode_few(name: &'static str, warps: u32) -> Kernel {
-    Kernel { blocks: 2, in_clusters: true, ..decode(name, warps) }
+/// Of `decode::few::WARPS` warps. Two blocks fit on a multiprocessor: those of the next call begin beside those of this one.
+const fn decode_few(name: &'static str) -> Kernel {
+    Kernel { blocks: 2, in_clusters: true, ..decode(name, 6) }
 }
 
 const DECODE_FEW: &[&[Kernel]] = &[
-    &[decode_few("gdn_decode_f32_few_32", 6).wide(0, 8)],
-    &[decode_few("gdn_decode_f32_few_64", 6).wide(0, 16)],
-    &[decode_few("gdn_decode_f32_few_128", 6).wide(0, 32)],
-    &[decode_few("gdn_decode_bf16_few_32", 6).wide(0, 4)],
-    &[decode_few("gdn_decode_bf16_few_64", 6).wide(0, 8)],
-    &[decode_few("gdn_decode_bf16_few_128", 6).wide(0, 16)],
-    &[decode_few("gdn_decode_bf16_few_128_warps", 8).wide(0, 8)],
+    &[decode_few("gdn_decode_f32_few_32").wide(0, 8)],
+    &[decode_few("gdn_decode_f32_few_64").wide(0, 16)],
+    &[decode_few("gdn_decode_f32_few_128").wide(0, 32)],
+    &[decode_few("gdn_decode_bf16_few_32").wide(0, 4)],
+    &[decode_few("gdn_decode_bf16_few_64").wide(0, 8)],
+    &[decode_few("gdn_decode_bf16_few_128").wide(0, 16)],
 ];
 
 /// With as much shared memory as there is.

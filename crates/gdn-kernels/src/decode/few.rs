@@ -27,10 +27,10 @@ use crate::gpu::{Bytes16, EMPTY};
 /// DK and DV.
 pub const HEAD: u32 = 128;
 
-/// Warps of a block of which so many have rows of S, each as many.
-pub const fn warps(row_warps: u32) -> u32 {
-    if row_warps > 6 { row_warps } else { 6 }
-}
+/// Warps of a block, and those of them that have rows of S, each as many.
+pub const WARPS: u32 = 6;
+/// See [`WARPS`].
+pub const ROW_WARPS: u32 = 4;
 
 /// Pairs of channels of a query and a key.
 const QK_PAIRS: u32 = HEAD / 32;
@@ -81,19 +81,15 @@ struct Factors {
     gate: f32,
 }
 
-/// The kernel: `H` holds the rows of the state, so many warps have some, each so many pieces one after the other. Where these
-/// come by bulk copies, so many are sent for at first, and the others when the inputs of the convolution are there.
+/// The kernel: `H` holds the rows of the state, of which each warp that has some has so many pieces, one after the other. Where
+/// these come by bulk copies, so many are sent for at first, and the others when the inputs of the convolution are there.
 ///
 /// # Safety
-/// As [`super::run`], with more than one block a cluster, of [`warps`] warps each, and one v head a block, or some of its
+/// As [`super::run`], with more than one block a cluster, of [`WARPS`] warps each, and one v head a block, or some of its
 /// rows: as many as its warps have; DK and DV are [`HEAD`], and of the layer's numbers [`takes`] says yes.
 #[inline(always)]
-pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST: u32>(
-    gpu: &impl Machine,
-    args: &Args,
-) {
+pub unsafe fn run<H: Held, const PIECES: u32, const FIRST: u32>(gpu: &impl Machine, args: &Args) {
     gpu.let_next_start();
-    let all_have_rows = ROW_WARPS == warps(ROW_WARPS);
     let [number, ..] = gpu.block();
     let block = Block::new::<H>(gpu, args, number, [args.cluster, args.num_k_heads]);
     // SAFETY: the caller's promises.
@@ -101,7 +97,7 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
         // Which slot it will be the kernel before may still change: this is for hints.
         let first = Read::peek(gpu, args, block.sequence);
         let pass = block.pass_few(ROW_WARPS * PIECES * H::PIECE);
-        let role = block.role(&pass, ROW_WARPS);
+        let role = block.role(&pass);
         if role.has_least {
             // The sums of squares that others send are empty. Behind the wait for this they are, and the others have begun.
             if gpu.lane() < SUMS {
@@ -111,7 +107,7 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
         } else {
             gpu.cluster_arrive_relaxed();
         }
-        let place = block.place_few::<H, ROW_WARPS, PIECES>(&pass);
+        let place = block.place_few::<H, PIECES>(&pass);
         if H::KIND == BULK && role.has_rows {
             H::ready::<PIECES>(gpu, &place);
         }
@@ -150,13 +146,11 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
         }
         rows.begin_rest(gpu, FIRST);
         gpu.barrier();
-        // The block has read all its windows. One warp says so for all, and waits a while for that: the first without rows of S,
-        // or where all have some the first one, which has no row of the norm, behind its rows.
-        let teller = if all_have_rows { 0 } else { ROW_WARPS };
-        if gpu.thread() / 32 != teller {
-            gpu.cluster_arrive_relaxed();
-        } else if !all_have_rows {
+        // The block has read all its windows. One warp says so for all, and waits a while for that: the first without rows of S.
+        if gpu.thread() / 32 == ROW_WARPS {
             gpu.cluster_arrive();
+        } else {
+            gpu.cluster_arrive_relaxed();
         }
         let mut factors = Factors { weight: 0.0, gate: 0.0 };
         let mut to = 0;
@@ -178,9 +172,6 @@ pub unsafe fn run<H: Held, const ROW_WARPS: u32, const PIECES: u32, const FIRST:
                 factors = block.factors(row);
             }
             block.norm_row(&pass, &factors);
-        }
-        if all_have_rows && gpu.thread() / 32 == 0 {
-            gpu.cluster_arrive();
         }
         // All blocks of the cluster have read their windows.
         gpu.cluster_wait();
@@ -224,7 +215,7 @@ impl<G: Machine> Block<'_, G> {
 
     /// The warp's rows of S, if it has some.
     #[inline(always)]
-    fn place_few<H: Held, const ROW_WARPS: u32, const PIECES: u32>(&self, pass: &Pass) -> Place {
+    fn place_few<H: Held, const PIECES: u32>(&self, pass: &Pass) -> Place {
         let warp = self.gpu.thread() / 32;
         let rows = PIECES * H::PIECE;
         let landing = if H::KIND == BULK { bulk_landing(PIECES, H::PIECE_BYTES) } else { H::LANDING };
@@ -238,19 +229,19 @@ impl<G: Machine> Block<'_, G> {
 
     /// What this warp has.
     #[inline(always)]
-    fn role(&self, pass: &Pass, row_warps: u32) -> Role {
-        let (warp, warps) = (self.gpu.thread() / 32, warps(row_warps));
+    fn role(&self, pass: &Pass) -> Role {
+        let warp = self.gpu.thread() / 32;
         let pairs = QK_PAIRS + pass.rows.div_ceil(64);
         let of_norm = pass.rows / 32;
-        let has_pair = warp + pairs >= warps;
+        let has_pair = warp + pairs >= WARPS;
         Role {
-            pair: if has_pair { warp + pairs - warps } else { 0 },
+            pair: if has_pair { warp + pairs - WARPS } else { 0 },
             has_pair,
             has_gates: warp == 0,
-            has_least: warp + 1 == warps,
-            has_rows: warp < row_warps,
-            has_norm: warp + of_norm >= warps,
-            at_outputs: (row_warps + of_norm).min(warps) * 32,
+            has_least: warp + 1 == WARPS,
+            has_rows: warp < ROW_WARPS,
+            has_norm: warp + of_norm >= WARPS,
+            at_outputs: (ROW_WARPS + of_norm).min(WARPS) * 32,
         }
     }
 

@@ -186,6 +186,79 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
     const OF_CHUNK: u32 = if KIND == BULK { LANES * 16 } else { 512 };
     const OF_ROW: u32 = CHUNKS as u32 * 512;
 
+    /// Whether the lanes that hold rows share out these among them once products are added up, so that each works out one
+    /// row's output and addition, not all of them the same ones.
+    const PARTED: bool = ROWS == 4 || ROWS == 2 && (KIND == PLAIN || KIND == PLAIN_TOKENS);
+
+    /// [`Held::token`] from the lanes' own parts of the products with the key and the query on, where [`Self::PARTED`]. The same
+    /// numbers are added up in the same order, so the bits are the same.
+    ///
+    /// # Safety
+    /// As [`Held::token`].
+    #[inline(always)]
+    unsafe fn token_by_parts(
+        &mut self,
+        gpu: &impl Machine,
+        step: u32,
+        token: &Token,
+        k: &[[f32; V]; CHUNKS],
+        mut products: [[f32; 2]; ROWS],
+    ) -> [f32; 2] {
+        let lane = gpu.lane();
+        let sum = |own: f32, sent: f32, mask| own + f32::from_bits(gpu.shuffle_xor(sent.to_bits(), mask));
+        let (mut mask, mut rows) = (LANES / 2, ROWS);
+        // Half of the rows go to the lanes on the other side, and come from there.
+        while rows > 1 {
+            let (upper, half) = (lane & mask != 0, rows / 2);
+            let mut n = 0;
+            while n < half {
+                let (low, high) = (products[n], products[n + half]);
+                let (own, sent) = if upper { (high, low) } else { (low, high) };
+                products[n] = [sum(own[0], sent[0], mask), sum(own[1], sent[1], mask)];
+                n += 1;
+            }
+            (mask, rows) = (mask / 2, half);
+        }
+        let [of_k, of_q] = &mut products[0];
+        while mask > 0 {
+            (*of_k, *of_q) = (sum(*of_k, *of_k, mask), sum(*of_q, *of_q, mask));
+            mask /= 2;
+        }
+        // Neighbours that hold one row.
+        let each_row = LANES / ROWS as u32;
+        let own = lane % LANES / each_row;
+        let at = (step * Self::PIECE + own * Self::GROUPS + lane / LANES) * 4;
+        // SAFETY: the caller's promise.
+        let v = unsafe { shared(gpu, token.v + at) };
+        let (o, added) = output_and_added(token, *of_k, *of_q, v);
+        if lane.is_multiple_of(each_row) {
+            // SAFETY: the caller's promise.
+            unsafe { gpu.store_shared4(token.o + at, o.to_bits()) }
+        }
+        let mut n = 0;
+        while n < ROWS {
+            let from = lane / LANES * LANES + n as u32 * each_row;
+            let added = f32::from_bits(gpu.shuffle(added.to_bits(), from));
+            let s = &mut self.s[n];
+            each_number::<V, CHUNKS>(|c, x| {
+                s[c][x] = Lanes::mul_add(k[c][x], added, s[c][x] * token.decay);
+            });
+            n += 1;
+        }
+        // Two rows make a part.
+        let mut squares = sum(o * o, o * o, each_row);
+        let mut mask = LANES;
+        while mask < 32 {
+            squares = sum(squares, squares, mask);
+            mask *= 2;
+        }
+        if Self::PARTS == 1 {
+            return [squares, 0.0];
+        }
+        let other = f32::from_bits(gpu.shuffle_xor(squares.to_bits(), LANES / 2));
+        if lane & (LANES / 2) != 0 { [other, squares] } else { [squares, other] }
+    }
+
     /// Whether the lane's `n`th row of a piece is there.
     #[inline(always)]
     fn has(&self, gpu: &impl Machine, step: u32, n: usize) -> bool {
@@ -448,6 +521,10 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             products[n] = [dot(&self.s[n], &k), dot(&self.s[n], &q)];
             n += 1;
         }
+        if Self::PARTED {
+            // SAFETY: the caller's promise.
+            return unsafe { self.token_by_parts(gpu, step, token, &k, products) };
+        }
         let mut mask = LANES / 2;
         while mask > 0 {
             let mut n = 0;
@@ -468,7 +545,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             let v = unsafe { shared(gpu, token.v + at) };
             let (o, added) = output_and_added(token, products[n][0], products[n][1], v);
             let s = &mut self.s[n];
-            each::<V, CHUNKS>(|c, x| {
+            each_number::<V, CHUNKS>(|c, x| {
                 s[c][x] = Lanes::mul_add(k[c][x], added, s[c][x] * token.decay);
             });
             if self.has(gpu, step, n) && gpu.lane().is_multiple_of(LANES) {
@@ -534,7 +611,7 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
 #[inline(always)]
 fn dot<const V: usize, const CHUNKS: usize>(a: &[[f32; V]; CHUNKS], b: &[[f32; V]; CHUNKS]) -> f32 {
     let mut sums = [0.0; 4];
-    each::<V, CHUNKS>(|c, x| {
+    each_number::<V, CHUNKS>(|c, x| {
         let i = (c * V + x) % 4;
         sums[i] = Lanes::mul_add(a[c][x], b[c][x], sums[i]);
     });
@@ -543,7 +620,7 @@ fn dot<const V: usize, const CHUNKS: usize>(a: &[[f32; V]; CHUNKS], b: &[[f32; V
 
 /// Every column of a lane, in the order in which they are added up.
 #[inline(always)]
-fn each<const V: usize, const CHUNKS: usize>(mut f: impl FnMut(usize, usize)) {
+fn each_number<const V: usize, const CHUNKS: usize>(mut f: impl FnMut(usize, usize)) {
     let mut c = 0;
     while c < CHUNKS {
         let mut v = 0;

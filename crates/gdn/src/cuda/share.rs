@@ -97,29 +97,19 @@ pub(super) struct Choice {
     sum_rows: u32,
     /// Bytes of shared memory in which the pieces of a warp land: 0 for rows of any strides.
     landing: u32,
-    /// Rows of a block, and those of its warps that have some, for the kernels for few blocks; 0 for all others.
+    /// Rows of a block, for the kernels for few blocks; 0 for all others.
     block_rows: u32,
-    row_warps: u32,
 }
 
 /// Of rows of f32, or of 16 bits as if they were, with two stages of a piece.
 const fn wide(kind: u32, name: &'static str, columns: u32, bytes: u32) -> Choice {
     let piece_rows = if columns > 128 { 4 } else { 8 };
     let landing = 2 * piece_rows * columns * bytes;
-    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing, block_rows: 0, row_warps: 0 }
+    Choice { name, kind, columns, piece_rows, sum_rows: piece_rows, landing, block_rows: 0 }
 }
 
 const fn narrow(name: &'static str) -> Choice {
-    Choice {
-        name,
-        kind: NARROW,
-        columns: 256,
-        piece_rows: 2,
-        sum_rows: 2,
-        landing: 0,
-        block_rows: 0,
-        row_warps: 0,
-    }
+    Choice { name, kind: NARROW, columns: 256, piece_rows: 2, sum_rows: 2, landing: 0, block_rows: 0 }
 }
 
 /// Of several tokens with rows of bf16, and the same with larger pieces: fewer instructions a row, and fewer warps.
@@ -128,12 +118,11 @@ const SMALL: Choice = wide(PLAIN_TOKENS, "gdn_decode_bf16_128_tokens", 128, 2);
 const LARGE: Choice =
     Choice { name: "gdn_decode_bf16_128_tokens_large", piece_rows: 16, landing: 2 * SMALL.landing, ..SMALL };
 
-/// For few blocks of so many rows of a v head, which so many warps have, with the bits of those for plain calls.
-const fn few(name: &'static str, [rows, row_warps]: [u32; 2], bytes: u32) -> Choice {
-    let choice = wide(PLAIN, name, few::HEAD, bytes);
-    let pieces = rows / row_warps / choice.piece_rows;
-    let landing = bulk_landing(pieces, choice.piece_rows * few::HEAD * bytes);
-    Choice { block_rows: rows, row_warps, landing, ..choice }
+/// For few blocks of so many rows of a v head, in pieces of so many, with the bits of those for plain calls.
+const fn few(name: &'static str, [rows, piece_rows]: [u32; 2], bytes: u32) -> Choice {
+    let pieces = rows / few::ROW_WARPS / piece_rows;
+    let landing = bulk_landing(pieces, piece_rows * few::HEAD * bytes);
+    Choice { block_rows: rows, piece_rows, landing, ..wide(PLAIN, name, few::HEAD, bytes) }
 }
 
 /// Numbers of blocks, in tenths of the multiprocessors.
@@ -143,20 +132,19 @@ type Tenths = [RangeInclusive<u64>];
 /// multiprocessor, where the time of the other kernels jumps.
 const FEWS: [&[(Choice, &Tenths)]; 2] = [
     &[
-        (few("gdn_decode_f32_few_32", [32, 4], 4), &[0..=5]),
-        (few("gdn_decode_f32_few_64", [64, 4], 4), &[0..=10]),
+        (few("gdn_decode_f32_few_32", [32, 8], 4), &[0..=5]),
+        (few("gdn_decode_f32_few_64", [64, 16], 4), &[0..=15]),
         // Its rows do not come by bulk copies: all of them on their way at once are slower.
         (
-            Choice { block_rows: 128, row_warps: 4, ..wide(PLAIN, "gdn_decode_f32_few_128", few::HEAD, 4) },
+            Choice { block_rows: 128, ..wide(PLAIN, "gdn_decode_f32_few_128", few::HEAD, 4) },
             &[0..=20, 40..=55],
         ),
     ],
     // States of bf16 are faster to move, so what each block does once weighs more.
     &[
-        (few("gdn_decode_bf16_few_32", [32, 4], 2), &[0..=5]),
-        (few("gdn_decode_bf16_few_64", [64, 4], 2), &[0..=15]),
-        (few("gdn_decode_bf16_few_128_warps", [128, 8], 2), &[0..=10]),
-        (few("gdn_decode_bf16_few_128", [128, 4], 2), &[0..=17, 40..=51]),
+        (few("gdn_decode_bf16_few_32", [32, 8], 2), &[0..=3]),
+        (few("gdn_decode_bf16_few_64", [64, 16], 2), &[0..=15]),
+        (few("gdn_decode_bf16_few_128", [128, 16], 2), &[0..=17, 40..=51]),
     ],
 ];
 
@@ -559,7 +547,7 @@ impl Share {
     /// A v head a block, or so many of its rows as the kernel says; `None` where that cannot be.
     fn few(choice: &Choice, work: &Work, profile: &Profile) -> Option<Self> {
         let cluster = work.ratio * (few::HEAD / choice.block_rows);
-        let steps = choice.block_rows / (choice.row_warps * choice.piece_rows);
+        let steps = choice.block_rows / (few::ROW_WARPS * choice.piece_rows);
         if cluster == 1 || work.dv != few::HEAD || !work.is_usual {
             return None;
         }
@@ -571,11 +559,11 @@ impl Share {
             dv: few::HEAD,
             heads: 1,
             block_rows: choice.block_rows,
-            warps: choice.row_warps,
+            warps: few::ROW_WARPS,
             landing: choice.landing,
             blocks: cluster,
         };
-        Some(Self { warps: few::warps(choice.row_warps), room: Room::new(of), ..share })
+        Some(Self { warps: few::WARPS, room: Room::new(of), ..share })
     }
 
     /// One block a key head, with v heads as many at a time as have room.
@@ -614,16 +602,16 @@ mod tests {
     #[test]
     fn few_blocks_are_chosen_as_was_measured() {
         let cases = [
-            (1, 16, Some((4, 32)), Some((4, 32))),
+            (1, 16, Some((4, 32)), Some((2, 64))),
             (1, 32, Some((2, 64)), Some((2, 64))),
             (1, 64, Some((2, 64)), Some((2, 64))),
             (1, 128, None, None),
             (1, 600, None, None),
             (2, 4, Some((8, 32)), Some((8, 32))),
-            (2, 8, Some((8, 32)), Some((8, 32))),
+            (2, 8, Some((8, 32)), Some((4, 64))),
             (2, 16, Some((4, 64)), Some((4, 64))),
             (2, 32, Some((4, 64)), Some((4, 64))),
-            (2, 48, Some((2, 128)), Some((4, 64))),
+            (2, 48, Some((4, 64)), Some((4, 64))),
             (2, 64, Some((2, 128)), Some((2, 128))),
             (2, 96, Some((2, 128)), Some((2, 128))),
             (2, 112, Some((2, 128)), Some((2, 128))),
@@ -634,7 +622,7 @@ mod tests {
             (2, 352, Some((2, 128)), None),
             (2, 384, None, None),
             (3, 16, Some((6, 64)), Some((6, 64))),
-            (3, 32, Some((3, 128)), Some((6, 64))),
+            (3, 32, Some((6, 64)), Some((6, 64))),
             (3, 64, Some((3, 128)), Some((3, 128))),
             (3, 160, None, None),
             (3, 176, Some((3, 128)), Some((3, 128))),
@@ -653,12 +641,6 @@ mod tests {
                 assert_eq!(all(dtype, [ratio, groups, 1], true), expected, "{ratio}, {groups}, {dtype}");
                 assert_eq!(all(dtype, [ratio, groups, 1], false), None);
             }
-        }
-        // Of 128 rows of bf16 eight warps have some where each multiprocessor has one such block, else four.
-        for (groups, warps) in [(64, 8), (96, 6)] {
-            let work = Work { groups, ratio: 2, dv: 128, tokens: 1, keeps_each: false, is_usual: true };
-            let choice = Choice::all(BF16, PLAIN, 128, &work, &H100).next().unwrap();
-            assert_eq!(Share::new(choice, &work, &H100).unwrap().warps, warps, "{groups}");
         }
         // Where there are no clusters there are no such kernels.
         let work = Work { groups: 16, ratio: 2, dv: 128, tokens: 1, keeps_each: false, is_usual: true };
