@@ -188,15 +188,15 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
 
     /// Whether the lanes that hold rows share out these among them once products are added up, so that each works out one
     /// row's output and addition, not all of them the same ones.
-    const PARTED: bool = ROWS == 4 || ROWS == 2 && (KIND == PLAIN || KIND == PLAIN_TOKENS);
+    const SHARES_ROWS: bool = Self::PLAIN && (ROWS == 4 || ROWS == 2 && KIND != BULK);
 
-    /// [`Held::token`] from the lanes' own parts of the products with the key and the query on, where [`Self::PARTED`]. The same
+    /// [`Held::token`] from the lanes' own parts of the products with the key and the query on, where [`Self::SHARES_ROWS`]. The same
     /// numbers are added up in the same order, so the bits are the same.
     ///
     /// # Safety
     /// As [`Held::token`].
     #[inline(always)]
-    unsafe fn token_by_parts(
+    unsafe fn token_of_shared_rows(
         &mut self,
         gpu: &impl Machine,
         step: u32,
@@ -521,9 +521,9 @@ impl<E: Element, const LANES: u32, const V: usize, const CHUNKS: usize, const RO
             products[n] = [dot(&self.s[n], &k), dot(&self.s[n], &q)];
             n += 1;
         }
-        if Self::PARTED {
+        if Self::SHARES_ROWS {
             // SAFETY: the caller's promise.
-            return unsafe { self.token_by_parts(gpu, step, token, &k, products) };
+            return unsafe { self.token_of_shared_rows(gpu, step, token, &k, products) };
         }
         let mut mask = LANES / 2;
         while mask > 0 {
