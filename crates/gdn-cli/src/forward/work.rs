@@ -405,10 +405,10 @@ mod tests {
     #[test]
     fn pieces_give_the_same_bits_as_the_whole() {
         for (name, pieces) in [
-            ("batched-bf16-layer-more.safetensors", 10),
+            ("batched-bf16-layer-more.safetensors", 4),
             ("batched-bf16-layer-decode.safetensors", 1),
-            ("r1-f32-layer-more.safetensors", 5),
-            ("contiguous-r2-f16-layer.safetensors", 5),
+            ("r1-f32-layer-more.safetensors", 2),
+            ("contiguous-r2-f16-layer.safetensors", 2),
         ] {
             let (cut, whole) = (results(name, 0), results(name, usize::MAX));
             assert_eq!((cut.0, whole.0), (pieces, 1), "{name}");
