@@ -254,8 +254,6 @@ pub struct Args {
     pub num_v_heads: Divisor,
     /// By 2 HK + HV.
     pub all_heads: Divisor,
-    /// By the 16 bytes of a key.
-    pub key_words: Divisor,
     /// By the blocks of the scan for a v head.
     pub slices: Divisor,
     /// By DK.
@@ -272,6 +270,8 @@ pub struct Args {
     pub conv_width: u32,
     /// Chunks that the scan has in shared memory, 1 to 3.
     pub stages: u32,
+    /// Blocks of the preparation that find room at once, as far as one knows: a hint.
+    pub at_once: u32,
     /// Whether the gate is a sigmoid rather than a silu.
     pub sigmoid: u32,
     /// Whether rows of q, k, v, z and of the taps begin at multiples of four elements, and the taps are four
@@ -385,21 +385,21 @@ pub const DIAGONAL_ROW: u32 = SIDE * 4 + 16;
 /// Where things are in the shared memory of a block of the preparation, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct PrepareRoom {
-    /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
-    pub g: u32,
-    /// `[R][CHUNK]`, f32.
-    pub beta: u32,
     /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row, times [`RAISED`].
     pub to_rows: u32,
     /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its
     /// first row; of each row of blocks as many as are left of the diagonal.
     pub from_columns: u32,
-    /// `[CHUNK][DK, padded]`, f16.
+    /// As in [`Scratch::q`].
     pub q: u32,
     /// As `q`.
     pub k: u32,
     /// `[GROUP][PrepareRoom::HEAD]`, in the place of q and k.
     pub heads: u32,
+    /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
+    pub g: u32,
+    /// `[R][CHUNK]`, f32.
+    pub beta: u32,
     /// How many bytes all take.
     pub bytes: u32,
 }
@@ -418,17 +418,24 @@ impl PrepareRoom {
     /// Factors of the columns of a head.
     pub const COLUMNS: u32 = SIDES * (SIDES - 1) / 2 * SIDE;
 
+    /// Bytes of the keys of a chunk.
+    #[inline(always)]
+    pub const fn keys(dk: u32) -> u32 {
+        dk.div_ceil(CHUNK) * ATOM
+    }
+
     /// For keys of `dk` numbers, `ratio` v heads a key head.
     #[inline(always)]
     pub const fn new(dk: u32, ratio: u32) -> Self {
-        let beta = ratio * CHUNK * 4;
-        let to_rows = 2 * beta;
-        let from_columns = to_rows + GROUP * CHUNK * 4;
+        // What is the same for all layers comes first.
+        let from_columns = GROUP * CHUNK * 4;
         let q = from_columns + GROUP * Self::COLUMNS * 4;
-        let keys = CHUNK * padded(dk);
+        let keys = Self::keys(dk);
         let heads = (if ratio < GROUP { ratio } else { GROUP }) * Self::HEAD;
-        let most = if heads < 2 * keys { 2 * keys } else { heads };
-        Self { g: 0, beta, to_rows, from_columns, q, k: q + keys, heads: q, bytes: q + most }
+        let g = q + if heads < 2 * keys { 2 * keys } else { heads };
+        let beta = g + ratio * CHUNK * 4;
+        let bytes = beta + ratio * CHUNK * 4;
+        Self { to_rows: 0, from_columns, q, k: q + keys, heads: q, g, beta, bytes }
     }
 }
 

@@ -176,11 +176,6 @@ impl<G: TensorCore> Block<'_, G> {
             self.x() + u64::from(own) * u64::from(size(args.q.dtype)) + self.row(first) * args.q.row_stride;
         // SAFETY: as `run`.
         unsafe {
-            // Lanes without features have inputs and taps of 0.
-            let (mut taps, mut bias) = ([[0.0; TAPS as usize]; WIDTH as usize], [0.0; WIDTH as usize]);
-            if has {
-                (taps, bias) = self.weights::<FORM>(own);
-            }
             // Inputs that are on their way, and those of the tokens before: each token's is at its number.
             let mut coming = [[0; WIDTH as usize]; AHEAD as usize];
             let mut window = [[0.0f32; WIDTH as usize]; TAPS as usize];
@@ -194,7 +189,19 @@ impl<G: TensorCore> Block<'_, G> {
                 next += args.q.row_stride;
                 i += 1;
             }
-            if has && first < end {
+            // Those of the tokens before, too, come from further away than the weights: they are asked for first.
+            let all_before = self.before + u64::from(first) >= u64::from(TAPS - 1);
+            let mut before = [[0; WIDTH as usize]; TAPS as usize - 1];
+            if has && first < end && all_before {
+                before = [3, 2, 1].map(|back| self.input::<FORM>(x - back * args.q.row_stride));
+            }
+            // Lanes without features have inputs and taps of 0.
+            let (mut taps, mut bias) = ([[0.0; TAPS as usize]; WIDTH as usize], [0.0; WIDTH as usize]);
+            if has {
+                (taps, bias) = self.weights::<FORM>(own);
+            }
+            [window[0], window[1], window[2]] = before.map(|input| self.widened::<FORM>(input));
+            if has && first < end && !all_before {
                 self.fill_window::<FORM>(x, first, own, &mut window);
             }
             loop {
@@ -412,8 +419,8 @@ impl<G: TensorCore> Block<'_, G> {
         all
     }
 
-    /// The inputs before token `first` of the chunk, a token that is there and whose own are at `x`: of the
-    /// sequence's, or of its window.
+    /// The inputs before token `first` of the chunk, a token that is there and whose own are at `x`, where not all of
+    /// them are the sequence's: of those that are, or of its window.
     #[inline(always)]
     unsafe fn fill_window<const FORM: u32>(
         &self,
@@ -427,14 +434,6 @@ impl<G: TensorCore> Block<'_, G> {
         let row_stride = args.q.row_stride;
         // SAFETY: as `run`.
         unsafe {
-            if tokens_before >= u64::from(TAPS - 1) {
-                let input = |back: u64| self.input::<FORM>(x - back * row_stride);
-                let [a, b, c] = [input(3), input(2), input(1)];
-                window[0] = self.widened::<FORM>(a);
-                window[1] = self.widened::<FORM>(b);
-                window[2] = self.widened::<FORM>(c);
-                return;
-            }
             let state = &args.conv_state;
             let [of_slot, of_channel, of_column] = state.strides;
             let has_window = state.address != 0 && self.sequence.is_initial;

@@ -30,9 +30,6 @@ struct Inputs {
     b: [Element; 2],
     a_log: Element,
     dt_bias: Element,
-    /// Two f32.
-    k_squares: u64,
-    v_scales: u64,
 }
 
 /// Two f32 side by side.
@@ -74,21 +71,24 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
         let room = PrepareRoom::new(args.dk, args.ratio.get());
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
-        block.gates();
-        gpu.barrier();
+        let inputs = block.begin();
         // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to
         // keep the products there are no registers.
+        gpu.wait_copies::<0>();
+        gpu.barrier();
+        block.gates(inputs);
+        gpu.sync_warp();
         let mut first = 0;
-        while first < args.ratio.get() {
-            if first > 0 {
-                gpu.barrier();
-                block.fetch();
-            }
-            block.decays(first);
-            gpu.wait_copies::<0>();
-            gpu.barrier();
+        loop {
             block.group(first);
             first += GROUP;
+            if first >= args.ratio.get() {
+                break;
+            }
+            gpu.barrier();
+            block.fetch();
+            gpu.wait_copies::<0>();
+            gpu.barrier();
         }
     }
 }
@@ -107,26 +107,21 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         u64::from(self.chunk) * u64::from(self.args.num_v_heads.get()) + u64::from(self.head * ratio + h)
     }
 
-    /// Begins to copy q and k.
+    /// Begins to copy q and k, as they lie in scratch.
     #[inline(always)]
     unsafe fn fetch(&self) {
         let Self { gpu, args, room, .. } = self;
-        let atoms = args.dk.div_ceil(CHUNK) * ATOM;
-        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(atoms);
-        // A row's words go into the threads of a block without a rest.
-        let (mut row, word) = args.key_words.divide(gpu.thread());
-        let (rows, _) = args.key_words.divide(gpu.threads());
-        let mut to = row * padded(args.dk) + word * 16;
-        while row < CHUNK {
-            let at = Swizzle::Bytes128.place(word / 8 * ATOM + row * 128 + word % 8 * 16);
+        let bytes = PrepareRoom::keys(args.dk);
+        let head = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(bytes);
+        let mut at = gpu.thread() * 16;
+        while at < bytes {
             let from = head + u64::from(at);
             // SAFETY: as `run`.
             unsafe {
-                gpu.copy16(room.q + to, args.scratch.q + from, true);
-                gpu.copy16(room.k + to, args.scratch.k + from, true);
+                gpu.copy16(room.q + at, args.scratch.q + from, true);
+                gpu.copy16(room.k + at, args.scratch.k + from, true);
             }
-            row += rows;
-            to += rows * padded(args.dk);
+            at += gpu.threads() * 16;
         }
         gpu.commit_copies();
     }
@@ -155,48 +150,36 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 b: [one(&args.b, token), one(&args.b, token + 1)],
                 a_log: of_head(&args.A_log),
                 dt_bias: of_head(&args.dt_bias),
-                ..Inputs::default()
             }
         }
     }
 
-    /// What the convolution made.
+    /// Begins to copy q and k, and asks for what the gates of the warp's first v head are made of.
     #[inline(always)]
-    unsafe fn convolved(&self, h: u32, inputs: &mut Inputs) {
+    unsafe fn begin(&self) -> Inputs {
         let Self { gpu, args, .. } = self;
-        let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
-        let place = |row: u64| (row + u64::from(2 * gpu.lane())) * 4;
+        let h = gpu.thread() / 32;
         // SAFETY: as `run`.
         unsafe {
-            inputs.k_squares = gpu.load8(args.scratch.k_squares + place(key));
-            inputs.v_scales = gpu.load8(args.scratch.v_scales + place(self.v_head(h) * u64::from(CHUNK)));
-        }
-    }
-
-    /// Decays' logs, summed from the chunk's start, beta, and what the scan multiplies each token with; a
-    /// warp a v head. What lies past the sequence's end has no decay and no beta. Copies q and k meanwhile.
-    #[inline(always)]
-    unsafe fn gates(&self) {
-        let Self { gpu, args, room, .. } = self;
-        let (lane, mut h) = (gpu.lane(), gpu.thread() / 32);
-        // SAFETY: as `run`.
-        unsafe {
-            let mut next = Inputs::default();
-            if h < args.ratio.get() {
-                next = self.inputs(h);
-            }
-            // The convolution has no part in what is above: it may still run.
             gpu.wait_for_previous();
             gpu.let_next_start();
-            if h < args.ratio.get() {
-                self.convolved(h, &mut next);
-            }
             self.fetch();
+            if h < args.ratio.get() { self.inputs(h) } else { Inputs::default() }
+        }
+    }
+
+    /// Decays' logs, summed from the chunk's start, and beta; a warp a v head. What lies past the sequence's end has
+    /// no decay and no beta.
+    #[inline(always)]
+    unsafe fn gates(&self, inputs: Inputs) {
+        let Self { gpu, args, room, .. } = self;
+        let (lane, mut h, mut next) = (gpu.lane(), gpu.thread() / 32, inputs);
+        // SAFETY: as `run`.
+        unsafe {
             while h < args.ratio.get() {
                 let inputs = next;
                 if h + WARPS < args.ratio.get() {
                     next = self.inputs(h + WARPS);
-                    self.convolved(h + WARPS, &mut next);
                 }
                 let a_log = inputs.a_log.value(*gpu, args.A_log.dtype);
                 let dt_bias = inputs.dt_bias.value(*gpu, args.dt_bias.dtype);
@@ -222,66 +205,92 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 // The first of the two is the sum without the second, as an f32 adds up: differences stay at
                 // most 0.
                 let g = [(sum - logs[1]).at_least(sum), sum];
-                let last = f32::from_bits(gpu.shuffle(sum.to_bits(), 31));
                 let at = (h * CHUNK + 2 * lane) * 4;
                 gpu.store_shared8(room.g + at, both(g));
                 gpu.store_shared8(room.beta + at, both(betas));
-                let factors = args.scratch.factors + self.v_head(h) * u64::from(FACTORS);
-                let (mut largest, mut left, mut n) = (0.0f32, 0.0f32, 0);
-                while n < 2 {
-                    let of_token = |two: u64| f32::from_bits((two >> (32 * n)) as u32);
-                    // A key of zeros finds and changes nothing. Without its value no size is lost to it.
-                    let beta = if of_token(inputs.k_squares) == 0.0 { 0.0 } else { betas[n] };
-                    // The exponential of half the log twice: it is not 0 as long as an f32 can be.
-                    let decay = |log: f32| {
-                        let half = exp(log.at_most(0.0) * 0.5);
-                        half * half
-                    };
-                    let (from_start, to_end) = (decay(g[n]), decay(last - g[n]));
-                    let value = beta * of_token(inputs.v_scales);
-                    largest = largest.max(value.abs());
-                    left = left.max(if value == 0.0 { 0.0 } else { to_end });
-                    let four = [value, beta * from_start, from_start, to_end];
-                    let at = factors + u64::from((2 * lane + n as u32) * 16);
-                    gpu.store16(at, Bytes16(four.map(f32::to_bits)));
-                    n += 1;
-                }
-                let mut mask = 16;
-                while mask > 0 {
-                    largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
-                    left = left.max(f32::from_bits(gpu.shuffle_xor(left.to_bits(), mask)));
-                    mask /= 2;
-                }
-                if lane == 0 {
-                    // Values were brought to less than 2^15. What is left is 0 to 1.
-                    let exponent = (left.to_bits() >> 23).clamp(127 - 60, 127);
-                    let four = [(largest * 32768.0).to_bits(), (254 - exponent) << 23, 0, 0];
-                    gpu.store16(factors + u64::from(CHUNK * 16), Bytes16(four));
-                }
                 h += WARPS;
             }
         }
     }
 
-    /// For the v heads from `first` on the decays between blocks of a matrix, in two factors that are at most
-    /// 1, the second times [`RAISED`].
+    /// What the convolution made of two tokens of v head `h`, two f32 each: the key's squares and what the values
+    /// were scaled by.
     #[inline(always)]
-    unsafe fn decays(&self, first: u32) {
+    unsafe fn convolved(&self, lane: u32, h: u32) -> [u64; 2] {
+        let Self { gpu, args, .. } = self;
+        let key = u64::from(self.chunk * args.num_k_heads.get() + self.head) * u64::from(CHUNK);
+        let place = |row: u64| (row + u64::from(2 * lane)) * 4;
+        // SAFETY: as `run`.
+        unsafe {
+            [
+                gpu.load8(args.scratch.k_squares + place(key)),
+                gpu.load8(args.scratch.v_scales + place(self.v_head(h) * u64::from(CHUNK))),
+            ]
+        }
+    }
+
+    /// What the scan multiplies each token of v head `h` with; by a warp.
+    #[inline(always)]
+    unsafe fn factors(&self, lane: u32, h: u32, [k_squares, v_scales]: [u64; 2]) {
         let Self { gpu, args, room, .. } = self;
-        let heads = (args.ratio.get() - first).min(GROUP);
-        let (all, mut i) = (CHUNK + PrepareRoom::COLUMNS, gpu.thread());
-        while i < heads * all {
-            let (n, i_of_head) = (i / all, i % all);
-            // SAFETY: as `run`; the barrier before is past.
+        let of_token = |two: u64, n: usize| f32::from_bits((two >> (32 * n)) as u32);
+        // SAFETY: as `run`; the gates were made before a barrier.
+        unsafe {
+            let at = h * CHUNK * 4 + lane * 8;
+            let (g, betas) = (gpu.load_shared8(room.g + at), gpu.load_shared8(room.beta + at));
+            let last = f32::from_bits(gpu.load_shared4(room.g + (h * CHUNK + CHUNK - 1) * 4));
+            let factors = args.scratch.factors + self.v_head(h) * u64::from(FACTORS);
+            let (mut largest, mut left, mut n) = (0.0f32, 0.0f32, 0);
+            while n < 2 {
+                // A key of zeros finds and changes nothing. Without its value no size is lost to it.
+                let beta = if of_token(k_squares, n) == 0.0 { 0.0 } else { of_token(betas, n) };
+                // The exponential of half the log twice: it is not 0 as long as an f32 can be.
+                let decay = |log: f32| {
+                    let half = exp(log.at_most(0.0) * 0.5);
+                    half * half
+                };
+                let g = of_token(g, n);
+                let (from_start, to_end) = (decay(g), decay(last - g));
+                let value = beta * of_token(v_scales, n);
+                largest = largest.max(value.abs());
+                left = left.max(if value == 0.0 { 0.0 } else { to_end });
+                let four = [value, beta * from_start, from_start, to_end];
+                let at = factors + u64::from((2 * lane + n as u32) * 16);
+                gpu.store16(at, Bytes16(four.map(f32::to_bits)));
+                n += 1;
+            }
+            let mut mask = 16;
+            while mask > 0 {
+                largest = largest.max(f32::from_bits(gpu.shuffle_xor(largest.to_bits(), mask)));
+                left = left.max(f32::from_bits(gpu.shuffle_xor(left.to_bits(), mask)));
+                mask /= 2;
+            }
+            if lane == 0 {
+                // Values were brought to less than 2^15. What is left is 0 to 1.
+                let exponent = (left.to_bits() >> 23).clamp(127 - 60, 127);
+                let four = [(largest * 32768.0).to_bits(), (254 - exponent) << 23, 0, 0];
+                gpu.store16(factors + u64::from(CHUNK * 16), Bytes16(four));
+            }
+        }
+    }
+
+    /// For v head `h`, the `n`th of its group, the decays between blocks of a matrix, in two factors that are at
+    /// most 1, the second times [`RAISED`]; by a warp.
+    #[inline(always)]
+    unsafe fn decays(&self, lane: u32, h: u32, n: u32) {
+        let Self { gpu, room, .. } = self;
+        let mut i = lane;
+        while i < CHUNK + PrepareRoom::COLUMNS {
+            // SAFETY: as `run`; the warp, or all before a barrier, made the gates.
             unsafe {
-                let g = |i: u32| f32::from_bits(gpu.load_shared4(room.g + ((first + n) * CHUNK + i) * 4));
+                let g = |i: u32| f32::from_bits(gpu.load_shared4(room.g + (h * CHUNK + i) * 4));
                 let (to, log, times);
-                if i_of_head < CHUNK {
-                    to = room.to_rows + (n * CHUNK + i_of_head) * 4;
-                    log = g(i_of_head) - g(i_of_head / SIDE * SIDE);
+                if i < CHUNK {
+                    to = room.to_rows + (n * CHUNK + i) * 4;
+                    log = g(i) - g(i / SIDE * SIDE);
                     times = RAISED;
                 } else {
-                    let column = i_of_head - CHUNK;
+                    let column = i - CHUNK;
                     let rows = if column < SIDE { 1 } else { 2 + u32::from(column >= 3 * SIDE) };
                     to = room.from_columns + (n * PrepareRoom::COLUMNS + column) * 4;
                     log = g(rows * SIDE) - g(column - columns_before(rows));
@@ -289,7 +298,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 }
                 gpu.store_shared4(to, (quick::exp(log.at_most(0.0)) * times).to_bits());
             }
-            i += gpu.threads();
+            i += 32;
         }
     }
 
@@ -302,34 +311,46 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
         // no registers for them.
         let thread = gpu.unforeseen(u64::from(first) << 32 | u64::from(gpu.thread())) as u32;
         let (warp, lane) = (thread / 32, thread % 32);
-        // The blocks' row, and the first one's column: 3 0, 3 2, 2 0, 1 0, 2 2, 0 0.
-        let row = (0x02_1233 >> (4 * warp)) & 15;
-        let column = (0x02_0020 >> (4 * warp)) & 15;
+        // The blocks' row, and the first one's column: 2 2, 0 0, 3 0, 3 2, 2 0, 1 0. The first two warps, which
+        // have one block each, have gates to make.
+        let row = (0x12_3302 >> (4 * warp)) & 15;
+        let column = (0x00_2002 >> (4 * warp)) & 15;
+        let heads = (args.ratio.get() - first).min(GROUP);
+        if warp < heads {
+            // SAFETY: as `run`.
+            unsafe { self.decays(lane, first + warp, warp) };
+        }
         let (matrix, line) = (lane / 8, lane % 8);
         let (mut kk, mut qk) = ([[[0.0; 4]; 2]; 2], [[[0.0; 4]; 2]; 2]);
-        let row_bytes = padded(args.dk);
-        let left = (row * SIDE + matrix % 2 * 8 + line) * row_bytes + matrix / 2 * 16;
-        let right = (column * SIDE + matrix / 2 * 8 + line) * row_bytes + matrix % 2 * 16;
-        let mut k16 = 0;
-        while k16 < args.dk / 16 {
-            // SAFETY: as `run`; the barrier before is past.
-            unsafe {
-                let of_k = gpu.load_matrix4::<false>(room.k + left + k16 * 32);
-                let of_q = gpu.load_matrix4::<false>(room.q + left + k16 * 32);
-                let mut block = 0;
-                while block < 2 {
-                    let at = room.k + right + block as u32 * SIDE * row_bytes + k16 * 32;
-                    let [b0, b1, b2, b3] = gpu.load_matrix4::<false>(at);
-                    kk[block][0] = gpu.mma::<F16>(of_k, [b0, b1], kk[block][0]);
-                    kk[block][1] = gpu.mma::<F16>(of_k, [b2, b3], kk[block][1]);
-                    qk[block][0] = gpu.mma::<F16>(of_q, [b0, b1], qk[block][0]);
-                    qk[block][1] = gpu.mma::<F16>(of_q, [b2, b3], qk[block][1]);
-                    block += 1;
+        // Rows of 128 bytes, and in each the piece of 16 of the first columns, see `Scratch::q`. What is left of the
+        // last 64 columns is zeros.
+        let left = (row * SIDE + matrix % 2 * 8 + line) * 128;
+        let right = (column * SIDE + matrix / 2 * 8 + line) * 128;
+        let (of_left, of_right) = ((line ^ (matrix / 2)) * 16, (line ^ (matrix % 2)) * 16);
+        let mut atom = 0;
+        while atom < PrepareRoom::keys(args.dk) {
+            let mut k16 = 0;
+            while k16 < CHUNK / 16 {
+                // SAFETY: as `run`; the barrier before is past.
+                unsafe {
+                    let left = atom + left + (of_left ^ (k16 * 32));
+                    let of_k = gpu.load_matrix4::<false>(room.k + left);
+                    let of_q = gpu.load_matrix4::<false>(room.q + left);
+                    let mut block = 0;
+                    while block < 2 {
+                        let at = room.k + atom + right + block as u32 * SIDE * 128 + (of_right ^ (k16 * 32));
+                        let [b0, b1, b2, b3] = gpu.load_matrix4::<false>(at);
+                        kk[block][0] = gpu.mma::<F16>(of_k, [b0, b1], kk[block][0]);
+                        kk[block][1] = gpu.mma::<F16>(of_k, [b2, b3], kk[block][1]);
+                        qk[block][0] = gpu.mma::<F16>(of_q, [b0, b1], qk[block][0]);
+                        qk[block][1] = gpu.mma::<F16>(of_q, [b2, b3], qk[block][1]);
+                        block += 1;
+                    }
                 }
+                k16 += 1;
             }
-            k16 += 1;
+            atom += ATOM;
         }
-        let heads = (args.ratio.get() - first).min(GROUP);
         let matrices = self.v_head(first) * u64::from(CHUNK * CHUNK * 2);
         // Q and K are read no longer.
         gpu.barrier();
@@ -353,7 +374,17 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 self.invert(thread);
             } else {
                 let (thread, threads) = (thread - heads * CHUNK, PREPARE_THREADS - heads * CHUNK);
+                let (h, mut convolved) = (first + thread / 32, [0; 2]);
+                if thread / 32 < heads {
+                    convolved = self.convolved(lane, h);
+                }
                 self.put(heads, args.scratch.p + matrices, thread, threads);
+                if thread / 32 < heads {
+                    self.factors(lane, h, convolved);
+                }
+                if first + GROUP >= args.ratio.get() {
+                    self.bring_next(thread, threads);
+                }
             }
             gpu.barrier();
             if warp < heads * (SIDES - 1) {
@@ -557,6 +588,27 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 gpu.store_shared2(at + padded(CHUNK), (words[word] >> 16) as u16);
             }
             word += 1;
+        }
+    }
+
+    /// Asks for the q and k of the block that follows this one on its multiprocessor to be brought near. Blocks of one
+    /// launch begin and copy together: so some of that is done while they compute.
+    #[inline(always)]
+    unsafe fn bring_next(&self, thread: u32, threads: u32) {
+        let Self { gpu, args, .. } = self;
+        // Not known beforehand, so that no register keeps what follows from it, see `group`.
+        let at_once = gpu.unforeseen(u64::from(args.at_once)) as u32;
+        let (last, number) = (gpu.blocks()[0] - 1, gpu.block()[0].saturating_add(at_once));
+        if number <= last {
+            let (chunk, head) = args.num_k_heads.divide(last - number);
+            let bytes = PrepareRoom::keys(args.dk);
+            let from = u64::from(chunk * args.num_k_heads.get() + head) * u64::from(bytes);
+            let mut line = thread * 128;
+            while line < bytes {
+                gpu.bring_near(args.scratch.q + from + u64::from(line));
+                gpu.bring_near(args.scratch.k + from + u64::from(line));
+                line += threads * 128;
+            }
         }
     }
 
