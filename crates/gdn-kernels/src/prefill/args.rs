@@ -254,6 +254,9 @@ pub struct Args {
     pub num_v_heads: Divisor,
     /// By 2 HK + HV.
     pub all_heads: Divisor,
+    /// By the 16 bytes of a key. No kernel asks for it any more. Where arguments lie decides how ptxas gives the scan's
+    /// registers out, so it goes with the next change of the scan, which is measured.
+    pub key_words: Divisor,
     /// By the blocks of the scan for a v head.
     pub slices: Divisor,
     /// By DK.
@@ -270,8 +273,6 @@ pub struct Args {
     pub conv_width: u32,
     /// Chunks that the scan has in shared memory, 1 to 3.
     pub stages: u32,
-    /// Blocks of the preparation that find room at once, as far as one knows: a hint.
-    pub at_once: u32,
     /// Whether the gate is a sigmoid rather than a silu.
     pub sigmoid: u32,
     /// Whether rows of q, k, v, z and of the taps begin at multiples of four elements, and the taps are four
@@ -385,6 +386,10 @@ pub const DIAGONAL_ROW: u32 = SIDE * 4 + 16;
 /// Where things are in the shared memory of a block of the preparation, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct PrepareRoom {
+    /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
+    pub g: u32,
+    /// `[R][CHUNK]`, f32.
+    pub beta: u32,
     /// `[GROUP][CHUNK]`, f32: the decay from the first row of a row's block to the row, times [`RAISED`].
     pub to_rows: u32,
     /// `[GROUP][SIDES (SIDES - 1) / 2][SIDE]`, f32: those from the columns left of a row of blocks to its
@@ -396,10 +401,6 @@ pub struct PrepareRoom {
     pub k: u32,
     /// `[GROUP][PrepareRoom::HEAD]`, in the place of q and k.
     pub heads: u32,
-    /// `[R][CHUNK]`, f32: the decays' logs, summed from the chunk's start.
-    pub g: u32,
-    /// `[R][CHUNK]`, f32.
-    pub beta: u32,
     /// How many bytes all take.
     pub bytes: u32,
 }
@@ -427,15 +428,14 @@ impl PrepareRoom {
     /// For keys of `dk` numbers, `ratio` v heads a key head.
     #[inline(always)]
     pub const fn new(dk: u32, ratio: u32) -> Self {
-        // What is the same for all layers comes first.
-        let from_columns = GROUP * CHUNK * 4;
+        let beta = ratio * CHUNK * 4;
+        let to_rows = 2 * beta;
+        let from_columns = to_rows + GROUP * CHUNK * 4;
         let q = from_columns + GROUP * Self::COLUMNS * 4;
         let keys = Self::keys(dk);
         let heads = (if ratio < GROUP { ratio } else { GROUP }) * Self::HEAD;
-        let g = q + if heads < 2 * keys { 2 * keys } else { heads };
-        let beta = g + ratio * CHUNK * 4;
-        let bytes = beta + ratio * CHUNK * 4;
-        Self { to_rows: 0, from_columns, q, k: q + keys, heads: q, g, beta, bytes }
+        let most = if heads < 2 * keys { 2 * keys } else { heads };
+        Self { g: 0, beta, to_rows, from_columns, q, k: q + keys, heads: q, bytes: q + most }
     }
 }
 

@@ -190,8 +190,8 @@ impl<G: TensorCore> Block<'_, G> {
                 i += 1;
             }
             // Those of the tokens before, too, come from further away than the weights: they are asked for first.
-            let all_before = self.before + u64::from(first) >= u64::from(TAPS - 1);
             let mut before = [[0; WIDTH as usize]; TAPS as usize - 1];
+            let all_before = self.before + u64::from(first) >= u64::from(TAPS - 1);
             if has && first < end && all_before {
                 before = [3, 2, 1].map(|back| self.input::<FORM>(x - back * args.q.row_stride));
             }
@@ -200,9 +200,15 @@ impl<G: TensorCore> Block<'_, G> {
             if has {
                 (taps, bias) = self.weights::<FORM>(own);
             }
-            [window[0], window[1], window[2]] = before.map(|input| self.widened::<FORM>(input));
-            if has && first < end && !all_before {
-                self.fill_window::<FORM>(x, first, own, &mut window);
+            if has && first < end {
+                // Widened here and not above, where it would wait for them before the weights are asked for.
+                if all_before {
+                    window[0] = self.widened::<FORM>(before[0]);
+                    window[1] = self.widened::<FORM>(before[1]);
+                    window[2] = self.widened::<FORM>(before[2]);
+                } else {
+                    self.fill_window::<FORM>(x, first, own, &mut window);
+                }
             }
             loop {
                 // Whether a run of the warp goes on.

@@ -382,9 +382,6 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 if thread / 32 < heads {
                     self.factors(lane, h, convolved);
                 }
-                if first + GROUP >= args.ratio.get() {
-                    self.bring_next(thread, threads);
-                }
             }
             gpu.barrier();
             if warp < heads * (SIDES - 1) {
@@ -588,27 +585,6 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 gpu.store_shared2(at + padded(CHUNK), (words[word] >> 16) as u16);
             }
             word += 1;
-        }
-    }
-
-    /// Asks for the q and k of the block that follows this one on its multiprocessor to be brought near. Blocks of one
-    /// launch begin and copy together: so some of that is done while they compute.
-    #[inline(always)]
-    unsafe fn bring_next(&self, thread: u32, threads: u32) {
-        let Self { gpu, args, .. } = self;
-        // Not known beforehand, so that no register keeps what follows from it, see `group`.
-        let at_once = gpu.unforeseen(u64::from(args.at_once)) as u32;
-        let (last, number) = (gpu.blocks()[0] - 1, gpu.block()[0].saturating_add(at_once));
-        if number <= last {
-            let (chunk, head) = args.num_k_heads.divide(last - number);
-            let bytes = PrepareRoom::keys(args.dk);
-            let from = u64::from(chunk * args.num_k_heads.get() + head) * u64::from(bytes);
-            let mut line = thread * 128;
-            while line < bytes {
-                gpu.bring_near(args.scratch.q + from + u64::from(line));
-                gpu.bring_near(args.scratch.k + from + u64::from(line));
-                line += threads * 128;
-            }
         }
     }
 

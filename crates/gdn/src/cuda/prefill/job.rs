@@ -35,9 +35,6 @@ const MOST_BY_GROUP: u32 = 128;
 /// Threads of the convolution that a multiprocessor has registers for.
 const CONVOLVE_ROOM: u64 = 512;
 
-/// Blocks of the preparation that it has registers for.
-const PREPARE_ROOM: u32 = 4;
-
 /// Blocks of the norm that it has registers for.
 const NORM_ROOM: u64 = 4;
 /// Bytes of shared memory of which a block cannot make use.
@@ -169,8 +166,6 @@ pub(crate) struct Job {
     args: Args,
     convolve: Step,
     prepare: Step,
-    /// Blocks of the preparation that find room at once: of the first window, and beside a scan.
-    at_once: [u32; 2],
     /// What makes the states that segments begin with.
     states: Option<[Step; 2]>,
     scan: Step,
@@ -306,6 +301,7 @@ impl Job {
             num_k_heads: divisor(hk as u32)?,
             num_v_heads: divisor(hv as u32)?,
             all_heads: divisor((2 * hk + hv) as u32)?,
+            key_words: divisor(dk / 8)?,
             slices: divisor(slices)?,
             head_k_dim: divisor(dk)?,
             group_v_dim: divisor(ratio as u32 * dv)?,
@@ -314,7 +310,6 @@ impl Job {
             dv,
             conv_width: layer.conv_width as u32,
             stages,
-            at_once: 0,
             sigmoid: u32::from(layer.gate == Gate::Sigmoid),
             wide: u32::from(wide),
             wide_z,
@@ -381,9 +376,6 @@ impl Job {
             shared: 0,
             cluster: 1,
         };
-        let left = profile.multiprocessors.saturating_sub(scan_blocks);
-        let at_once = [profile.multiprocessors, if left > 0 { left } else { profile.multiprocessors }]
-            .map(|multiprocessors| multiprocessors * PREPARE_ROOM);
         let prepare = Step {
             kernel: "gdn_prefill_prepare",
             args,
@@ -442,19 +434,7 @@ impl Job {
                 return Err(ArgumentError::Value { argument: "layout", got, expected }.into());
             }
         }
-        Ok(Some(Self {
-            chunks,
-            window,
-            slots,
-            args,
-            convolve,
-            prepare,
-            at_once,
-            states,
-            scan,
-            norm,
-            early_norm,
-        }))
+        Ok(Some(Self { chunks, window, slots, args, convolve, prepare, states, scan, norm, early_norm }))
     }
 
     /// The windows' launches, in an order in which each finds done what it needs. A window's norm comes
@@ -489,16 +469,13 @@ impl Job {
         let segments = if w.is_multiple_of(2) { self.args.segments } else { self.args.segments.next() };
         let args =
             Args { first_chunk, end_chunk, scratch: self.slots[w as usize % 2], segments, ..self.args };
-        let of_chunks = |step: Step| Step { blocks: step.blocks * (end_chunk - first_chunk), ..step };
+        let of_chunks = |step: Step| Step { args, blocks: step.blocks * (end_chunk - first_chunk), ..step };
         match stage {
-            Stage::Convolve => of_chunks(Step { args, ..self.convolve }),
-            Stage::Prepare => {
-                let at_once = self.at_once[usize::from(w > 0)];
-                of_chunks(Step { args: Args { at_once, ..args }, ..self.prepare })
-            }
+            Stage::Convolve => of_chunks(self.convolve),
+            Stage::Prepare => of_chunks(self.prepare),
             Stage::States(i) => Step { args, ..self.states.map_or(self.scan, |steps| steps[i]) },
             Stage::Scan(_) => Step { args, ..self.scan },
-            Stage::Norm(_) => of_chunks(Step { args, ..self.norm }),
+            Stage::Norm(_) => of_chunks(self.norm),
         }
     }
 
