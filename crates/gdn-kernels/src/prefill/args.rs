@@ -36,8 +36,8 @@ pub const COMBINE_BYTES: u32 = 2 * COMBINE_HALF;
 pub const COMBINE_HALF: u32 = COMBINE_ROWS * COMBINE_COLUMNS * 4 + COMBINE_ROWS * COMBINE_COLUMNS / 16 * 4;
 /// Room for what brings M of a v head back.
 pub const SCALES_OF_M: u32 = COMBINE_COLUMNS / 16;
-/// Threads of a block of the convolution; twice as many where all of them find room at once. The tokens of a thread
-/// begin at multiples of 8.
+/// Threads of a block of the convolution; or twice or half as many, where inputs are read 16 bytes at a time. A thread has at
+/// least 8 tokens, and theirs begin at multiples of 8.
 pub const CONVOLVE_THREADS: u32 = 64;
 /// P is stored as so many times what it is. No number of it is larger than 1 and a little: what decays make
 /// small is a normal f16 down to 2^-28.

@@ -53,8 +53,24 @@ struct Block<'a, G> {
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.
 #[inline(always)]
 pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, args: &Args) {
-    let (chunk, number) = args.all_heads.divide(gpu.block()[0]);
     let (hk, dk, dv) = (args.num_k_heads.get(), args.dk, args.dv);
+    // Values first, queries and keys last: the preparation needs these alone, and what was written last, the second-level
+    // cache has. And blocks beside one another go through the same code.
+    let (chunks, _) = args.all_heads.divide(gpu.blocks()[0]);
+    let values = chunks * args.num_v_heads.get();
+    let number = gpu.block()[0];
+    let (which, chunk, head);
+    let (key_head, feature, dim, channel);
+    if number < values {
+        (chunk, head) = args.num_v_heads.divide(number);
+        let (group, within) = args.ratio.divide(head);
+        which = 2;
+        (key_head, feature, dim, channel) = (group, within * dv, dv, 2 * hk * dk + head * dv);
+    } else {
+        let (row, of_keys) = args.num_k_heads.divide(number - values);
+        (which, chunk, head) = (row % 2, row / 2, of_keys);
+        (key_head, feature, dim, channel) = (head, 0, dk, (which * hk + head) * dk);
+    }
     // SAFETY: the caller's promises, here and below.
     unsafe {
         let Some((sequence, before)) = Sequence::of_chunk(gpu, args, args.first_chunk + chunk) else {
@@ -64,16 +80,6 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
             return;
         }
         let tokens = (sequence.len - before).min(u64::from(CHUNK)) as u32;
-        let (which, head) = if number < 2 * hk {
-            if number < hk { (0, number) } else { (1, number - hk) }
-        } else {
-            (2, number - 2 * hk)
-        };
-        let (mut key_head, mut feature, mut dim, mut channel) = (head, 0, dk, number * dk);
-        if which == 2 {
-            let (group, within) = args.ratio.divide(head);
-            (key_head, feature, dim, channel) = (group, within * dv, dv, 2 * hk * dk + head * dv);
-        }
         let block = Block {
             gpu,
             args,
@@ -90,14 +96,31 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
         };
         // First: afterwards nobody needs to know the sequence.
         block.keep_windows();
-        if ANY {
-            block.convolve::<OTHER, LANES>();
-        } else if args.q.dtype == BF16 {
-            block.convolve::<WIDE_BF16, LANES>();
-        } else {
-            block.convolve::<WIDE_F16, LANES>();
+        match (ANY, args.q.dtype, which) {
+            (true, _, 2) => block.convolve::<OTHER, LANES, false>(),
+            (true, ..) => block.convolve::<OTHER, LANES, true>(),
+            (_, BF16, 2) => block.convolve::<WIDE_BF16, LANES, false>(),
+            (_, BF16, _) => block.convolve::<WIDE_BF16, LANES, true>(),
+            (_, _, 2) => block.convolve::<WIDE_F16, LANES, false>(),
+            _ => block.convolve::<WIDE_F16, LANES, true>(),
         }
     }
+}
+
+/// What a thread has of its run of tokens.
+struct Run {
+    /// The tokens' end, counted from the chunk's start; past it rows are zeros.
+    end: u32,
+    /// Whether the lane has features. Lanes without have inputs and taps of 0.
+    has: bool,
+    /// Inputs that are on their way, and where the next are that are asked for.
+    coming: [[u32; WIDTH as usize]; AHEAD as usize],
+    next: u64,
+    /// Inputs of the last tokens: each token's is at its number.
+    window: [[f32; WIDTH as usize]; TAPS as usize],
+    taps: [[f32; TAPS as usize]; WIDTH as usize],
+    bias: [f32; WIDTH as usize],
+    put: Put,
 }
 
 /// Where what a lane has of a run of tokens goes.
@@ -127,6 +150,23 @@ impl Put {
         // SAFETY: the caller's promise.
         unsafe {
             gpu.store16(self.to + u64::from(behind * self.row_bytes) + u64::from(piece), Bytes16(words));
+        }
+    }
+
+    /// Zeros for the next tokens, with which it is done.
+    ///
+    /// # Safety
+    /// As [`Put::row`].
+    #[inline(always)]
+    unsafe fn zeros(&mut self, gpu: &impl TensorCore) {
+        let mut i = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while self.is_put && i < AHEAD {
+                self.row(gpu, i, [0; 4]);
+                i += 1;
+            }
+            self.numbers(gpu, [0; AHEAD as usize]);
         }
     }
 
@@ -161,122 +201,151 @@ impl<G: TensorCore> Block<'_, G> {
         x + u64::from(self.key_head) * head_step + u64::from(self.feature * size(self.args.q.dtype))
     }
 
-    /// A run of tokens: convolved, normed or scaled, and put where products find them. So many lanes have a
-    /// token's features, each [`WIDTH`].
+    /// A run of tokens: convolved, normed (`IS_KEY`: of queries and keys) or scaled, and put where products find them. So
+    /// many lanes have a token's features, each [`WIDTH`].
     #[inline(always)]
-    unsafe fn convolve<const FORM: u32, const LANES: u32>(&self) {
+    unsafe fn convolve<const FORM: u32, const LANES: u32, const IS_KEY: bool>(&self) {
         let Self { gpu, args, dim, .. } = *self;
         // A multiple of 8, see `CONVOLVE_THREADS`. That a block has threads the compiler need not know.
-        let run = (CHUNK * LANES).checked_div(gpu.threads()).unwrap_or(CHUNK);
-        let first = gpu.thread() / LANES * run;
+        let len = (CHUNK * LANES).checked_div(gpu.threads()).unwrap_or(CHUNK);
+        let first = gpu.thread() / LANES * len;
         let own = gpu.lane() % LANES * WIDTH;
-        let has = own < dim;
-        let mut put = self.put::<LANES>(first, own);
         let x =
             self.x() + u64::from(own) * u64::from(size(args.q.dtype)) + self.row(first) * args.q.row_stride;
+        let mut run = Run {
+            end: self.tokens.min(first + len),
+            has: own < dim,
+            coming: [[0; WIDTH as usize]; AHEAD as usize],
+            next: x,
+            window: [[0.0; WIDTH as usize]; TAPS as usize],
+            taps: [[0.0; TAPS as usize]; WIDTH as usize],
+            bias: [0.0; WIDTH as usize],
+            put: self.put::<LANES, IS_KEY>(first, own),
+        };
         // SAFETY: as `run`.
         unsafe {
-            // Inputs that are on their way, and those of the tokens before: each token's is at its number.
-            let mut coming = [[0; WIDTH as usize]; AHEAD as usize];
-            let mut window = [[0.0f32; WIDTH as usize]; TAPS as usize];
-            let end = self.tokens.min(first + run);
-            let (mut token, mut next) = (first, x);
             let mut i = 0;
             while i < AHEAD {
-                if has && first + i < end {
-                    coming[i as usize] = self.input::<FORM>(next);
+                if run.has && first + i < run.end {
+                    run.coming[i as usize] = self.input::<FORM>(run.next);
                 }
-                next += args.q.row_stride;
+                run.next += args.q.row_stride;
                 i += 1;
             }
             // Those of the tokens before, too, come from further away than the weights: they are asked for first.
             let mut before = [[0; WIDTH as usize]; TAPS as usize - 1];
             let all_before = self.before + u64::from(first) >= u64::from(TAPS - 1);
-            if has && first < end && all_before {
+            if run.has && first < run.end && all_before {
                 before = [3, 2, 1].map(|back| self.input::<FORM>(x - back * args.q.row_stride));
             }
-            // Lanes without features have inputs and taps of 0.
-            let (mut taps, mut bias) = ([[0.0; TAPS as usize]; WIDTH as usize], [0.0; WIDTH as usize]);
-            if has {
-                (taps, bias) = self.weights::<FORM>(own);
+            if run.has {
+                (run.taps, run.bias) = self.weights::<FORM>(own);
             }
-            if has && first < end {
+            if run.has && first < run.end {
                 // Widened here and not above, where it would wait for them before the weights are asked for.
                 if all_before {
-                    window[0] = self.widened::<FORM>(before[0]);
-                    window[1] = self.widened::<FORM>(before[1]);
-                    window[2] = self.widened::<FORM>(before[2]);
+                    run.window[0] = self.widened::<FORM>(before[0]);
+                    run.window[1] = self.widened::<FORM>(before[1]);
+                    run.window[2] = self.widened::<FORM>(before[2]);
                 } else {
-                    self.fill_window::<FORM>(x, first, own, &mut window);
+                    self.fill_window::<FORM>(x, first, own, &mut run.window);
                 }
             }
-            loop {
-                // Whether a run of the warp goes on.
-                let goes_on = gpu.ballot(token < end) != 0;
-                let mut numbers = [0; AHEAD as usize];
-                let mut i = 0;
-                while goes_on && i < AHEAD as usize {
-                    let newest = (i + TAPS as usize - 1) % TAPS as usize;
-                    window[newest] = self.widened::<FORM>(coming[i]);
-                    let mut values = [0.0f32; WIDTH as usize];
-                    let mut c = 0;
-                    while c < WIDTH as usize {
-                        let (mut sum, mut tap) = (bias[c], 0);
-                        while tap < TAPS as usize {
-                            if FORM != OTHER || tap as u32 + args.conv_width >= TAPS {
-                                sum = Lanes::mul_add(window[(i + tap) % TAPS as usize][c], taps[c][tap], sum);
-                            }
-                            tap += 1;
-                        }
-                        values[c] = quick::silu(sum);
-                        c += 1;
-                    }
-                    // Here, where what was there before is needed no longer: its registers are free, and nothing is
-                    // moved when this has come.
-                    if has && token + i as u32 + AHEAD < end {
-                        coming[i] = self.input::<FORM>(next);
-                    }
-                    next += args.q.row_stride;
-                    let (kept, factor) = if self.which < 2 {
-                        self.key::<LANES>(&values)
+            // All tokens of all lanes are there nearly always: then there is nothing to ask on the way, and what a token waits
+            // for is behind what the next one has to do.
+            let mut left = len;
+            if FORM != OTHER && gpu.ballot(run.end < first + len) == 0 {
+                while left > 0 {
+                    left -= AHEAD;
+                    self.next_four::<FORM, LANES, IS_KEY>(&mut run, [AHEAD, left]);
+                }
+            } else {
+                let mut there = run.end.saturating_sub(first);
+                while left > 0 {
+                    left -= AHEAD;
+                    let of_these = there.min(AHEAD);
+                    there -= of_these;
+                    // Whether a run of the warp goes on.
+                    if gpu.ballot(of_these > 0) != 0 {
+                        self.next_four::<FORM, LANES, IS_KEY>(&mut run, [of_these, there]);
                     } else {
-                        self.value::<LANES>(&values)
-                    };
-                    let [a, b, c, d, e, f, g, h] = values.map(|value| value * factor);
-                    let words =
-                        [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
-                    let is_there = token + (i as u32) < end;
-                    numbers[i] = if is_there { kept.to_bits() } else { 0 };
-                    if put.is_put && is_there {
-                        put.row(gpu, i as u32, words);
+                        run.put.zeros(gpu);
                     }
-                    i += 1;
-                }
-                // Past the sequence's end there are zeros.
-                if token + AHEAD > end {
-                    let mut i = end.saturating_sub(token);
-                    while put.is_put && i < AHEAD {
-                        put.row(gpu, i, [0; 4]);
-                        i += 1;
-                    }
-                }
-                put.numbers(gpu, numbers);
-                token += AHEAD;
-                if token == first + run {
-                    break;
                 }
             }
         }
     }
 
+    /// The next tokens of a run, of which so many are there, and so many after them. Rows of others are zeros.
+    #[inline(always)]
+    unsafe fn next_four<const FORM: u32, const LANES: u32, const IS_KEY: bool>(
+        &self,
+        run: &mut Run,
+        [of_these, behind]: [u32; 2],
+    ) {
+        let Self { gpu, args, .. } = *self;
+        let mut numbers = [0; AHEAD as usize];
+        let mut i = 0;
+        // SAFETY: as `run`.
+        unsafe {
+            while i < AHEAD as usize {
+                let mut values = [[0.0f32; WIDTH as usize]; 2];
+                let mut n = 0;
+                while n < 2 {
+                    let at = i + n;
+                    let newest = (at + TAPS as usize - 1) % TAPS as usize;
+                    run.window[newest] = self.widened::<FORM>(run.coming[at]);
+                    let mut c = 0;
+                    while c < WIDTH as usize {
+                        let (mut sum, mut tap) = (run.bias[c], 0);
+                        while tap < TAPS as usize {
+                            if FORM != OTHER || tap as u32 + args.conv_width >= TAPS {
+                                let input = run.window[(at + tap) % TAPS as usize][c];
+                                sum = Lanes::mul_add(input, run.taps[c][tap], sum);
+                            }
+                            tap += 1;
+                        }
+                        values[n][c] = quick::silu(sum);
+                        c += 1;
+                    }
+                    // Here, where what was there before is needed no longer: its registers are free, and nothing is
+                    // moved when this has come.
+                    if run.has && (at as u32) < behind {
+                        run.coming[at] = self.input::<FORM>(run.next);
+                    }
+                    run.next += args.q.row_stride;
+                    n += 1;
+                }
+                let (kept, factors) =
+                    if IS_KEY { self.keys::<LANES>(&values) } else { self.values::<LANES>(&values) };
+                n = 0;
+                while n < 2 {
+                    let mut words = [0; 4];
+                    if ((i + n) as u32) < of_these {
+                        let [a, b, c, d, e, f, g, h] = values[n].map(|value| value * factors[n]);
+                        words =
+                            [gpu.pack_f16(a, b), gpu.pack_f16(c, d), gpu.pack_f16(e, f), gpu.pack_f16(g, h)];
+                        numbers[i + n] = kept[n].to_bits();
+                    }
+                    if run.put.is_put {
+                        run.put.row(gpu, (i + n) as u32, words);
+                    }
+                    n += 1;
+                }
+                i += 2;
+            }
+            run.put.numbers(gpu, numbers);
+        }
+    }
+
     /// Where a lane's features of a run of tokens go, the first of which is `own`.
     #[inline(always)]
-    fn put<const LANES: u32>(&self, first: u32, own: u32) -> Put {
+    fn put<const LANES: u32, const IS_KEY: bool>(&self, first: u32, own: u32) -> Put {
         let Self { gpu, args, dim, .. } = *self;
         let place =
             |heads: u32| (u64::from(self.chunk) * u64::from(heads) + u64::from(self.head)) * u64::from(CHUNK);
         let is_first = gpu.lane() % LANES == 0;
-        if self.which < 2 {
+        if IS_KEY {
             let place = place(args.num_k_heads.get());
             let scratch = if self.which == 0 { args.scratch.q } else { args.scratch.k };
             // Whole atoms are written.
@@ -308,32 +377,57 @@ impl<G: TensorCore> Block<'_, G> {
         }
     }
 
-    /// Of a query or key the sum of squares, and what it is multiplied with.
+    /// Of two queries or keys the sums of squares, and what they are multiplied with.
     #[inline(always)]
-    fn key<const LANES: u32>(&self, values: &[f32; WIDTH as usize]) -> (f32, f32) {
-        let (mut squares, mut i) = (0.0, 0);
-        while i < WIDTH as usize {
-            squares = Lanes::mul_add(values[i], values[i], squares);
-            i += 1;
-        }
-        let sum = self.gpu.sum::<LANES>(squares);
-        (sum, quick::inverse_root(sum + self.args.l2norm_eps))
+    fn keys<const LANES: u32>(&self, values: &[[f32; WIDTH as usize]; 2]) -> ([f32; 2], [f32; 2]) {
+        let squares = values.map(|values| {
+            let (mut sum, mut i) = (0.0, 0);
+            while i < WIDTH as usize {
+                sum = Lanes::mul_add(values[i], values[i], sum);
+                i += 1;
+            }
+            sum
+        });
+        let sum = self.together::<LANES>(squares, |a, b| a + b);
+        let factor = quick::inverse_root(sum + self.args.l2norm_eps);
+        (self.both::<LANES>(sum), self.both::<LANES>(factor))
     }
 
-    /// What values are multiplied with afterwards, and before.
+    /// What two tokens' values are multiplied with afterwards, and before.
     #[inline(always)]
-    fn value<const LANES: u32>(&self, values: &[f32; WIDTH as usize]) -> (f32, f32) {
-        let (mut largest, mut mask, mut i) = (0.0f32, LANES / 2, 0);
-        while i < WIDTH as usize {
-            largest = largest.max(values[i].abs());
-            i += 1;
-        }
+    fn values<const LANES: u32>(&self, values: &[[f32; WIDTH as usize]; 2]) -> ([f32; 2], [f32; 2]) {
+        let largest = values.map(|values| {
+            let (mut largest, mut i) = (0.0f32, 0);
+            while i < WIDTH as usize {
+                largest = largest.max(values[i].abs());
+                i += 1;
+            }
+            largest
+        });
+        let (factor, back) = power(self.together::<LANES>(largest, f32::max));
+        (self.both::<LANES>(back), self.both::<LANES>(factor))
+    }
+
+    /// What two tokens' lanes have, taken together: half of the lanes end with the first token's, the others with the second's.
+    #[inline(always)]
+    fn together<const LANES: u32>(&self, [first, second]: [f32; 2], join: impl Fn(f32, f32) -> f32) -> f32 {
+        let gpu = self.gpu;
+        let of = |x: f32, mask| f32::from_bits(gpu.shuffle_xor(x.to_bits(), mask));
+        let is_second = gpu.lane() & (LANES / 2) != 0;
+        let (own, sent) = if is_second { (second, first) } else { (first, second) };
+        let (mut all, mut mask) = (join(own, of(sent, LANES / 2)), LANES / 4);
         while mask > 0 {
-            largest = largest.max(f32::from_bits(self.gpu.shuffle_xor(largest.to_bits(), mask)));
+            all = join(all, of(all, mask));
             mask /= 2;
         }
-        let (factor, back) = power(largest);
-        (back, factor)
+        all
+    }
+
+    /// What [`Self::together`] left, of both tokens in all lanes.
+    #[inline(always)]
+    fn both<const LANES: u32>(&self, own: f32) -> [f32; 2] {
+        let other = f32::from_bits(self.gpu.shuffle_xor(own.to_bits(), LANES / 2));
+        if self.gpu.lane() & (LANES / 2) != 0 { [other, own] } else { [own, other] }
     }
 
     /// The taps, oldest input's first, and the bias of some channels.

@@ -35,12 +35,12 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         args.z.dtype == args.out.dtype && args.wide_z == 2 && args.wide_out == 2 && args.dv == 128;
     // SAFETY: the caller's promises; what a form takes as known is so.
     unsafe {
-        if is_of_two && args.z.dtype == BF16 {
-            block::<BF16, 128, G>(gpu, args);
-        } else if is_of_two && args.z.dtype == F16 {
-            block::<F16, 128, G>(gpu, args);
-        } else {
-            block::<F32, 0, G>(gpu, args);
+        match (is_of_two, args.z.dtype, args.sigmoid == 0) {
+            (true, BF16, true) => block::<BF16, 128, true, G>(gpu, args),
+            (true, BF16, false) => block::<BF16, 128, false, G>(gpu, args),
+            (true, F16, true) => block::<F16, 128, true, G>(gpu, args),
+            (true, F16, false) => block::<F16, 128, false, G>(gpu, args),
+            _ => block::<F32, 0, true, G>(gpu, args),
         }
     }
 }
@@ -51,9 +51,13 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn block<const DTYPE: u32, const DV: u32, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
+unsafe fn block<const DTYPE: u32, const DV: u32, const SILU: bool, G: TensorCore + AsyncCopy>(
+    gpu: &G,
+    args: &Args,
+) {
     let is_known = DTYPE != F32;
     let dv = if is_known { DV } else { args.dv };
+    let is_silu = if is_known { SILU } else { args.sigmoid == 0 };
     let [of_z, of_out] = if is_known { [DTYPE; 2] } else { [args.z.dtype, args.out.dtype] };
     let [wide_z, wide_out] = if is_known { [2; 2] } else { [args.wide_z, args.wide_out] };
     // From the window's last chunk to its first: what the scan wrote last, the second-level cache has.
@@ -79,6 +83,7 @@ unsafe fn block<const DTYPE: u32, const DV: u32, G: TensorCore + AsyncCopy>(gpu:
         let (key_head, within) = args.ratio.divide(head);
         let element = u64::from(size(of_z));
         let [of_row, of_out_head, of_column] = args.out.strides;
+        let of_column = if is_known { element } else { of_column };
         // The columns of step `i` for the lane, and their gates.
         let column = |i: u32| i * COLUMNS + lane % 4 * 8;
         let z = args.z.address
@@ -164,7 +169,7 @@ unsafe fn block<const DTYPE: u32, const DV: u32, G: TensorCore + AsyncCopy>(gpu:
                 let z = z.numbers(gpu, of_z, wide_z);
                 let mut n = 0;
                 while n < 8 {
-                    let gate = if args.sigmoid == 0 { quick::silu(z[n]) } else { quick::sigmoid(z[n]) };
+                    let gate = if is_silu { quick::silu(z[n]) } else { quick::sigmoid(z[n]) };
                     y[n] = o[n] * scale * gate;
                     n += 1;
                 }

@@ -213,6 +213,16 @@ pub fn cases() -> Vec<Case> {
     let bytes = numbers.iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect();
     let launch = Launch::new([count.div_ceil(256), 1, 1], 256);
     add("gdn_probe_math", entries::gdn_probe_math, launch, bytes, count * 4 * math::WORDS as u32, count);
+    // Every mantissa.
+    let launch = Launch::new([(1 << 23) / math::MANTISSAS / 256, 1, 1], 256);
+    add(
+        "gdn_probe_inverses",
+        entries::gdn_probe_inverses,
+        launch,
+        vec![0; 16],
+        (1 << 23) / math::MANTISSAS * 4,
+        0,
+    );
 
     for (name, matrices, emulated, matrices_emulated, bf16) in [
         (

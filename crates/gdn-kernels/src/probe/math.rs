@@ -48,3 +48,28 @@ pub unsafe fn functions(gpu: &impl Gpu, args: &Args) {
         }
     }
 }
+
+/// Mantissas that a thread of [`inverses`] tries.
+pub const MANTISSAS: u32 = 4096;
+
+/// Tries `quick::inverse` on numbers of every mantissa, [`MANTISSAS`] a thread, at both ends of what it is for: how many
+/// thread by thread are not the nearest to the inverse.
+///
+/// # Safety
+/// A word for each thread is writable at `args.to`.
+#[inline(always)]
+pub unsafe fn inverses(gpu: &impl Gpu, args: &Args) {
+    let [block, ..] = gpu.block();
+    let thread = block * gpu.threads() + gpu.thread();
+    let (mut wrong, mut i) = (0, 0);
+    while i < MANTISSAS {
+        let mantissa = (thread * MANTISSAS + i) % (1 << 23);
+        for power in [-120, 0, 121] {
+            let x = f32::from_bits(((127 + power) as u32) << 23 | mantissa);
+            wrong += u32::from(quick::inverse(x).to_bits() != 1.0f32.over(x).to_bits());
+        }
+        i += 1;
+    }
+    // SAFETY: this thread's own word.
+    unsafe { gpu.store4(args.to + 4 * u64::from(thread), wrong) }
+}

@@ -40,16 +40,19 @@ pub(super) const WHOLE: Profile = Profile {
     wgmma: true,
     window: None,
     threads: None,
+    convolve_threads: None,
     cutting: Cutting::ByHeads,
 };
 
-/// As little shared memory as any device has, windows of two chunks, blocks with twice the rows where these fit.
+/// As little shared memory as any device has, windows of two chunks, blocks of the scan with twice the rows where these fit,
+/// threads of the convolution with as many tokens as they can have.
 pub(super) const SMALL: Profile = Profile {
     multiprocessors: 132,
     shared: 99 << 10,
     wgmma: false,
     window: Some(2),
     threads: Some(256),
+    convolve_threads: Some(32),
     cutting: Cutting::ByHeads,
 };
 
@@ -87,7 +90,7 @@ fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
     let mut others = vec![small(layer)];
     if layer.heads().head_k_dim() > 128 {
         // There a block of half the rows has another number of chunks in shared memory.
-        others.push(Profile { threads: Some(128), ..WHOLE });
+        others.push(Profile { threads: Some(128), convolve_threads: Some(128), ..WHOLE });
     }
     for profile in others {
         let mut other = before.clone();
@@ -470,6 +473,22 @@ pub(super) fn scans() {
             let job = Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap();
             let (_, step) = job.steps().find(|(_, step)| step.kernel.contains("_scan_")).unwrap();
             assert_eq!((step.kernel, step.threads), (kernel, threads), "{heads:?}");
+        });
+    }
+}
+
+/// How many threads have a chunk's tokens: as few as leave no multiprocessor idle for long.
+pub(super) fn convolutions() {
+    let profile = Profile { multiprocessors: 9, ..WHOLE };
+    let (bf16, f32) = (Dtype::BF16, Dtype::F32);
+    for (dtype, tokens, threads) in [(bf16, 64, 128), (bf16, 640, 64), (bf16, 2048, 32), (f32, 2048, 64)] {
+        let options = Options { dtype, ..Options::new([1, 2, 128, 128]) };
+        let mut batch = Batch::new(&options, Form::default(), &[tokens]);
+        batch.prefill_by(None, |call| {
+            let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
+            let job = Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap();
+            let (_, step) = job.steps().next().unwrap();
+            assert_eq!(step.threads, threads, "{dtype:?}, {tokens}");
         });
     }
 }

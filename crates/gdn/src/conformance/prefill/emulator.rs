@@ -1,5 +1,7 @@
 //! The cases on the emulated GPU, which checks every access and runs blocks and threads in a random order.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use gdn_kernels::{
     emulator::{self, Memory, Place, Thread},
     entries,
@@ -62,8 +64,8 @@ impl Streams {
     }
 }
 
-/// Runs a call on the emulator. The kernels that it took.
-pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static str> {
+/// Runs a call on the emulator. The kernels that it took, and their blocks' threads.
+pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<(&'static str, u32)> {
     let plan = Plan::new(call).unwrap();
     let memory = Memory::new();
     let placed: Vec<_> = extents(&plan)
@@ -96,7 +98,7 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
         let launch = emulator::Launch::new([step.blocks, 1, 1], step.threads).shared(step.shared);
         let launch = launch.seed(i as u64 * 31 + 7).beside(beside).early(early);
         emulator::run_in_step(&memory, launch, |gpu| kernel(&step, gpu));
-        kernels.push(step.kernel);
+        kernels.push((step.kernel, step.threads));
     }
     for (extent, address) in placed.iter().filter(|(extent, _)| extent.access != Access::Reads) {
         let (bytes, stored) = memory.read(*address);
@@ -110,20 +112,31 @@ pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<&'static
     kernels
 }
 
+/// The kernels that calls took, and with how many threads.
+type Seen = BTreeMap<&'static str, BTreeSet<u32>>;
+
+fn see(seen: &mut Seen, kernels: Vec<(&'static str, u32)>) {
+    for (kernel, threads) in kernels {
+        seen.entry(kernel).or_default().insert(threads);
+    }
+}
+
 #[test]
 fn the_oracle_on_the_emulator() {
-    let mut seen = std::collections::BTreeSet::new();
-    cases::oracle(&mut |call, profile| seen.extend(emulate(call, profile)));
+    let mut seen = Seen::new();
+    cases::oracle(&mut |call, profile| see(&mut seen, emulate(call, profile)));
     assert_eq!(seen.len(), 11, "{seen:?}");
+    assert_eq!(Vec::from_iter(&seen["gdn_prefill_convolve_128"]), [&32, &64, &128]);
 }
 
 #[test]
 fn long_keys_on_the_emulator() {
-    let mut seen = std::collections::BTreeSet::new();
-    cases::long_keys(&mut |call, profile| seen.extend(emulate(call, profile)));
+    let mut seen = Seen::new();
+    cases::long_keys(&mut |call, profile| see(&mut seen, emulate(call, profile)));
     for kernel in ["gdn_prefill_scan_192", "gdn_prefill_scan_256"] {
-        assert!(seen.contains(kernel), "{seen:?}");
+        assert!(seen.contains_key(kernel), "{seen:?}");
     }
+    assert_eq!(Vec::from_iter(&seen["gdn_prefill_convolve_256"]), [&32, &64, &128]);
 }
 
 #[test]
@@ -143,6 +156,11 @@ fn hostile_inputs_on_the_emulator() {
 #[test]
 fn the_scan_is_chosen_by_layer_and_device() {
     cases::scans();
+}
+
+#[test]
+fn the_convolution_is_shared_out_by_layer_and_device() {
+    cases::convolutions();
 }
 
 #[test]
@@ -184,7 +202,7 @@ fn beside_the_cpu_on_the_emulator() {
 
 #[test]
 fn segments_on_the_emulator() {
-    let mut seen = std::collections::BTreeSet::new();
-    segments::segments(&mut |call, profile| seen.extend(emulate(call, profile)));
+    let mut seen = Seen::new();
+    segments::segments(&mut |call, profile| see(&mut seen, emulate(call, profile)));
     assert_eq!(seen.len(), 17, "{seen:?}");
 }

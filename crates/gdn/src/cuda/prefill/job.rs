@@ -34,6 +34,10 @@ const MOST_BY_GROUP: u32 = 128;
 
 /// Threads of the convolution that a multiprocessor has registers for.
 const CONVOLVE_ROOM: u64 = 512;
+/// Threads that a block of it may have where inputs are read 16 bytes at a time.
+const CONVOLVE_CHOICE: [u32; 3] = [2 * CONVOLVE_THREADS, CONVOLVE_THREADS, CONVOLVE_THREADS / 2];
+/// What a thread begins with takes as long as so many tokens (535 instructions and 198, where heads have 128 features).
+const CONVOLVE_BEGINS: u32 = 3;
 
 /// Blocks of the norm that it has registers for.
 const NORM_ROOM: u64 = 4;
@@ -110,9 +114,10 @@ pub(crate) struct Profile {
     pub(crate) shared: u32,
     /// Whether it has `wgmma`.
     pub(crate) wgmma: bool,
-    /// Tests choose windows of few chunks, and the threads of a block of the scan.
+    /// Tests choose windows of few chunks, and the threads of a block of the scan and of the convolution.
     pub(crate) window: Option<usize>,
     pub(crate) threads: Option<u32>,
+    pub(crate) convolve_threads: Option<u32>,
     /// How long sequences are cut into segments.
     pub(crate) cutting: Cutting,
 }
@@ -126,6 +131,7 @@ impl Profile {
             wgmma: Target::Sm90a.runs_on(info.compute_capability),
             window: None,
             threads: None,
+            convolve_threads: None,
             cutting: if gpu.segments { Cutting::ByHeads } else { Cutting::Never },
         }
     }
@@ -357,12 +363,20 @@ impl Job {
             && element == 2
             && is_wide(element * 2, fields.iter().flat_map(|f| [f.address, f.row_stride, f.head_step]))
             && tokens.conv_bias.is_none();
-        // Twice the threads of a block where all find room at once: tokens that a thread has come one after the other.
+        // The fewer threads a block has, the more tokens a thread, one after the other: for less that each begins with, but
+        // only as long as the device has enough to do with threads that all find room at once.
         let all_heads = (2 * hk + hv) as u32;
-        let convolve_threads = {
-            let threads = u64::from(window) * u64::from(all_heads) * u64::from(2 * CONVOLVE_THREADS);
-            let has_room = threads <= u64::from(profile.multiprocessors) * CONVOLVE_ROOM;
-            if has_room && by_16_bytes { 2 * CONVOLVE_THREADS } else { CONVOLVE_THREADS }
+        let lanes = if dk.max(dv) <= 128 { 16 } else { 32 };
+        let convolve_threads = if by_16_bytes {
+            let took = |threads: &u32| {
+                let all = u64::from(window.min(chunks)) * u64::from(all_heads) * u64::from(*threads);
+                let rounds = all.div_ceil(u64::from(profile.multiprocessors.max(1)) * CONVOLVE_ROOM);
+                rounds * u64::from(CONVOLVE_BEGINS + CHUNK as u32 * lanes / threads)
+            };
+            let best = || CONVOLVE_CHOICE.into_iter().min_by_key(took).unwrap_or(CONVOLVE_THREADS);
+            profile.convolve_threads.unwrap_or_else(best)
+        } else {
+            CONVOLVE_THREADS
         };
         let convolve = Step {
             kernel: match dk.max(dv) {
