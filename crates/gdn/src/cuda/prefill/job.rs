@@ -137,6 +137,18 @@ impl Profile {
     }
 }
 
+/// Threads of a block of the convolution for so many chunks, heads of q, k and v, and features at most. The fewer, the more
+/// tokens a thread has, one after the other: so the less there is to begin with, as long as no multiprocessor is idle.
+fn convolve_threads(profile: Profile, chunks: u32, heads: u32, features: u32) -> u32 {
+    let of_token = if features <= 128 { 16 } else { 32 };
+    let room = u64::from(profile.multiprocessors.max(1)) * CONVOLVE_ROOM;
+    let took = |threads: &u32| {
+        let rounds = (u64::from(chunks) * u64::from(heads) * u64::from(*threads)).div_ceil(room);
+        rounds * u64::from(CONVOLVE_BEGINS + CHUNK as u32 * of_token / threads)
+    };
+    CONVOLVE_CHOICE.into_iter().min_by_key(took).unwrap_or(CONVOLVE_THREADS)
+}
+
 /// One launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Step {
@@ -363,20 +375,11 @@ impl Job {
             && element == 2
             && is_wide(element * 2, fields.iter().flat_map(|f| [f.address, f.row_stride, f.head_step]))
             && tokens.conv_bias.is_none();
-        // The fewer threads a block has, the more tokens a thread, one after the other: for less that each begins with, but
-        // only as long as the device has enough to do with threads that all find room at once.
         let all_heads = (2 * hk + hv) as u32;
-        let lanes = if dk.max(dv) <= 128 { 16 } else { 32 };
-        let convolve_threads = if by_16_bytes {
-            let took = |threads: &u32| {
-                let all = u64::from(window.min(chunks)) * u64::from(all_heads) * u64::from(*threads);
-                let rounds = all.div_ceil(u64::from(profile.multiprocessors.max(1)) * CONVOLVE_ROOM);
-                rounds * u64::from(CONVOLVE_BEGINS + CHUNK as u32 * lanes / threads)
-            };
-            let best = || CONVOLVE_CHOICE.into_iter().min_by_key(took).unwrap_or(CONVOLVE_THREADS);
-            profile.convolve_threads.unwrap_or_else(best)
-        } else {
-            CONVOLVE_THREADS
+        let convolve_threads = match profile.convolve_threads {
+            _ if !by_16_bytes => CONVOLVE_THREADS,
+            Some(threads) => threads,
+            None => convolve_threads(profile, window.min(chunks), all_heads, dk.max(dv)),
         };
         let convolve = Step {
             kernel: match dk.max(dv) {
