@@ -16,6 +16,8 @@ use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
 
 /// Bytes of a row of outputs: 16 for each warp.
 const ROW: u32 = THREADS / 32 * 16;
+/// DV of what the kernel has forms for.
+const KNOWN_DV: u32 = 128;
 /// Columns that four lanes get at a time.
 const COLUMNS: u32 = 32;
 
@@ -32,31 +34,29 @@ fn place(row: u32, warp: u32) -> u32 {
 #[inline(always)]
 pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     let is_of_two =
-        args.z.dtype == args.out.dtype && args.wide_z == 2 && args.wide_out == 2 && args.dv == 128;
+        args.z.dtype == args.out.dtype && args.wide_z == 2 && args.wide_out == 2 && args.dv == KNOWN_DV;
     // SAFETY: the caller's promises; what a form takes as known is so.
     unsafe {
         match (is_of_two, args.z.dtype, args.sigmoid == 0) {
-            (true, BF16, true) => block::<BF16, 128, true, G>(gpu, args),
-            (true, BF16, false) => block::<BF16, 128, false, G>(gpu, args),
-            (true, F16, true) => block::<F16, 128, true, G>(gpu, args),
-            (true, F16, false) => block::<F16, 128, false, G>(gpu, args),
-            _ => block::<F32, 0, true, G>(gpu, args),
+            (true, BF16, true) => block::<BF16, true, G>(gpu, args),
+            (true, BF16, false) => block::<BF16, false, G>(gpu, args),
+            (true, F16, true) => block::<F16, true, G>(gpu, args),
+            (true, F16, false) => block::<F16, false, G>(gpu, args),
+            _ => block::<F32, true, G>(gpu, args),
         }
     }
 }
 
 /// A block's part. Where `DTYPE` is not f32, gates and results are of that dtype and are moved 16 bytes at a
-/// time, and rows have `DV` columns; otherwise all of that is as the arguments say.
+/// time, rows have [`KNOWN_DV`] columns, and gates are by silu (`SILU`) or sigmoid; otherwise all of that is as the arguments
+/// say.
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn block<const DTYPE: u32, const DV: u32, const SILU: bool, G: TensorCore + AsyncCopy>(
-    gpu: &G,
-    args: &Args,
-) {
+unsafe fn block<const DTYPE: u32, const SILU: bool, G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
     let is_known = DTYPE != F32;
-    let dv = if is_known { DV } else { args.dv };
+    let dv = if is_known { KNOWN_DV } else { args.dv };
     let is_silu = if is_known { SILU } else { args.sigmoid == 0 };
     let [of_z, of_out] = if is_known { [DTYPE; 2] } else { [args.z.dtype, args.out.dtype] };
     let [wide_z, wide_out] = if is_known { [2; 2] } else { [args.wide_z, args.wide_out] };

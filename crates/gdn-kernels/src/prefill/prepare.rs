@@ -72,12 +72,12 @@ pub unsafe fn run<G: TensorCore + AsyncCopy>(gpu: &G, args: &Args) {
         let room = PrepareRoom::new(args.dk, args.ratio.get());
         let block = Block { gpu, args, room, sequence, before, tokens, chunk, head };
         let inputs = block.begin();
-        // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to
-        // keep the products there are no registers.
         gpu.wait_copies::<0>();
         gpu.barrier();
         block.gates(inputs);
         gpu.sync_warp();
+        // Where there are many v heads, q and k are copied and multiplied anew for each group of them: to
+        // keep the products there are no registers.
         let mut first = 0;
         loop {
             block.group(first);

@@ -449,6 +449,14 @@ fn refusals() {
     assert_eq!(most, prefill_scratch_bytes(&layer([16, 32, 128, 128]), 20_000_000, 1000));
 }
 
+/// The launches of one sequence of so many tokens, with as much scratch memory as they like; nothing is launched.
+fn with_job(options: &Options, tokens: usize, profile: Profile, see: impl Fn(Job)) {
+    Batch::new(options, Form::default(), &[tokens]).prefill_by(None, |call| {
+        let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
+        see(Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap());
+    });
+}
+
 /// Which kernel scans, and with how many threads: four warps together wherever they can, few blocks or many.
 pub(super) fn scans() {
     let hopper = Profile { multiprocessors: 132, ..WHOLE };
@@ -467,10 +475,7 @@ pub(super) fn scans() {
         ([16, 32, 128, 128], ampere, "gdn_prefill_scan_128", 256),
         ([4, 8, 192, 192], ampere, "gdn_prefill_scan_192", 128),
     ] {
-        let mut batch = Batch::new(&Options::new(heads), Form::default(), &[3]);
-        batch.prefill_by(None, |call| {
-            let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
-            let job = Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap();
+        with_job(&Options::new(heads), 3, profile, |job| {
             let (_, step) = job.steps().find(|(_, step)| step.kernel.contains("_scan_")).unwrap();
             assert_eq!((step.kernel, step.threads), (kernel, threads), "{heads:?}");
         });
@@ -483,10 +488,7 @@ pub(super) fn convolutions() {
     let (bf16, f32) = (Dtype::BF16, Dtype::F32);
     for (dtype, tokens, threads) in [(bf16, 64, 128), (bf16, 640, 64), (bf16, 2048, 32), (f32, 2048, 64)] {
         let options = Options { dtype, ..Options::new([1, 2, 128, 128]) };
-        let mut batch = Batch::new(&options, Form::default(), &[tokens]);
-        batch.prefill_by(None, |call| {
-            let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
-            let job = Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap();
+        with_job(&options, tokens, profile, |job| {
             let (_, step) = job.steps().next().unwrap();
             assert_eq!(step.threads, threads, "{dtype:?}, {tokens}");
         });
@@ -508,11 +510,8 @@ pub(super) fn windows() {
         ([1, 48, 64, 64], 640, None, 1, vec![prepare, Stage::Scan(0), Stage::Norm(0)]),
         ([1, 48, 64, 64], 704, None, 1, vec![prepare, Stage::Scan(0)]),
     ] {
-        let mut batch = Batch::new(&Options::new(heads), Form::default(), &[tokens]);
-        batch.prefill_by(None, |call| {
-            let plan = super::moved(&Plan::new(call).unwrap(), |at| DeviceAddress(at.addr() as u64));
-            let profile = Profile { window, ..hopper };
-            let job = Job::new(&plan, (DeviceAddress(256), usize::MAX), profile).unwrap().unwrap();
+        let profile = Profile { window, ..hopper };
+        with_job(&Options::new(heads), tokens, profile, |job| {
             for (stage, step) in job.steps() {
                 let is_scan = matches!(stage, Stage::Scan(_));
                 assert_eq!(step.cluster, if is_scan { cluster } else { 1 }, "{heads:?}, {tokens}");
