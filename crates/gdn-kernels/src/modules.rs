@@ -409,7 +409,7 @@ const CONVERGENCE: &[&[Kernel]] = &[&[
 const PROBE: &[&[Kernel]] = &[&[
     Kernel::new("gdn_probe_block_sums"),
     Kernel::new("gdn_probe_block_sums_static"),
-    Kernel::new("gdn_probe_lanes").collectives(Collectives { shuffles: 7, ..Collectives::NONE }),
+    Kernel::new("gdn_probe_lanes").collectives(Collectives { shuffles: 8, ..Collectives::NONE }),
     Kernel::new("gdn_probe_pairs_of_warps"),
     Kernel::new("gdn_probe_math").collectives(Collectives::NONE),
     Kernel::new("gdn_probe_inverses").collectives(Collectives::NONE),

@@ -85,6 +85,7 @@ fn lanes(values: &[u32]) -> Vec<u32> {
                 values[if lane + 5 < 32 { lane + 5 } else { lane }],
                 ballot,
                 (four(lane) + four(lane ^ 1)).to_bits(),
+                values[9],
             ];
             words
         })

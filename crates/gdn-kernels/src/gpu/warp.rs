@@ -18,6 +18,10 @@ pub trait Warp: Gpu {
     /// Waits until all lanes are here. What they wrote before, all can read after. Shuffles do not give that.
     fn sync_warp(&self);
 
+    /// A `value` that all lanes have alike, in a register of the warp's: what is worked out from it, as where the sides of
+    /// a product lie, is worked out once for all of them. What it is where they do not have it alike nobody knows.
+    fn uniform(&self, value: u32) -> u32;
+
     /// This thread within its warp.
     #[inline(always)]
     fn lane(&self) -> u32 {

@@ -45,6 +45,8 @@ pub const RAISED: f32 = 16384.0;
 /// T is stored as so many times what it is, and what it makes of X is so, for no more products on the way from
 /// chunk to chunk: X has as much less of the range of f16. No number of it is larger than 2 and a little.
 pub const T_RAISED: f32 = 16.0;
+/// What S makes of an output is stored as so many times what it is, as what U makes of it is.
+pub const OUT_RAISED: f32 = RAISED * T_RAISED;
 /// v heads of which a block of the preparation inverts the matrices at a time.
 pub const GROUP: u32 = 2;
 /// Taps of the convolution, at most.
@@ -66,10 +68,10 @@ pub struct Scratch {
     pub t: u64,
     /// `[chunks, HV]` atoms: lower(e^D Q K^T), times [`RAISED`].
     pub p: u64,
-    /// `[chunks, HV, CHUNK + 1, 4]`: for each token what its value is multiplied with, what is subtracted of
-    /// what the state has for its key, e^G, and e^(G_last - G). The last row is for all tokens: what no value
-    /// times its beta is larger than, and a power of two that brings the largest of what is left at the
-    /// chunk's end of the tokens that change S close to 1.
+    /// `[chunks, HV, CHUNK + 1, 4]`: for each token what its value is multiplied with, what is multiplied with
+    /// what the state has for its key, less than 0, and added, e^G times [`OUT_RAISED`], and e^(G_last - G), lifted. The
+    /// last row is for all tokens: what no value times its beta is larger than, and the power of two that lifts: that
+    /// brings the largest of what is left at the chunk's end of the tokens that change S close to 1.
     pub factors: u64,
     /// `[chunks, HK, CHUNK]`: the sums of keys' squares.
     pub k_squares: u64,

@@ -6,7 +6,7 @@ use gdn_math::Lanes;
 use super::{
     args::{ATOM, CHUNK, SLICE, WARP_ROWS, state_row},
     states::{Place, States, exchange},
-    tiles::{Tile, Tokens, down_of_update, factor, faded, lefts, packed, scale, sums},
+    tiles::{Tile, Tokens, down_of_update, factor, faded, left_of_state, lefts, packed, scale, sums},
 };
 use crate::gpu::{Accumulators, F16, K_MAJOR, Lefts, OTHER_MAJOR, Operand, Swizzle, TensorCore, Wgmma};
 
@@ -166,23 +166,7 @@ impl<'a, G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Chain<'a, 
             }
             gpu.wgmma_commit();
             beside.product_begun();
-            let mut corrections = [[0.0; 4]; 8];
-            let mut of_states = [[0.0; 2]; 8];
-            let mut tile = 0;
-            while tile < 8 {
-                let at = tile % 2 * 2;
-                let two = [gpu.unpack_f16(words[tile / 2][at]), gpu.unpack_f16(words[tile / 2][at + 1])];
-                let mut c = 0;
-                while c < 2 {
-                    let [value, of_state] = of_tokens[tile][c];
-                    of_states[tile][c] = -of_state;
-                    corrections[tile][c] = value * two[0][c] * up[0];
-                    corrections[tile][c + 2] = value * two[1][c] * up[1];
-                    c += 1;
-                }
-                tile += 1;
-            }
-            gpu.wgmma_wait::<0>();
+            // Read before the product is waited for: the next one would wait for them.
             let mut to_ends = [[0.0; 2]; 8];
             let mut tile = 0;
             while tile < 8 {
@@ -192,13 +176,28 @@ impl<'a, G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Chain<'a, 
                 });
                 tile += 1;
             }
+            let mut corrections = [[0.0; 4]; 8];
+            let mut tile = 0;
+            while tile < 8 {
+                let at = tile % 2 * 2;
+                let two = [gpu.unpack_f16(words[tile / 2][at]), gpu.unpack_f16(words[tile / 2][at + 1])];
+                let mut c = 0;
+                while c < 2 {
+                    let [value, _] = of_tokens[tile][c];
+                    corrections[tile][c] = value * two[0][c] * up[0];
+                    corrections[tile][c + 2] = value * two[1][c] * up[1];
+                    c += 1;
+                }
+                tile += 1;
+            }
+            gpu.wgmma_wait::<0>();
             let mut x = eight(gpu.sums(&mut found));
             let mut tile = 0;
             while tile < 8 {
                 let mut i = 0;
                 while i < 4 {
-                    let found = x[tile][i];
-                    x[tile][i] = Lanes::mul_add(found, of_states[tile][i % 2], corrections[tile][i]);
+                    let [_, of_state] = of_tokens[tile][i % 2];
+                    x[tile][i] = Lanes::mul_add(x[tile][i], of_state, corrections[tile][i]);
                     i += 1;
                 }
                 tile += 1;
@@ -215,7 +214,7 @@ impl<'a, G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Chain<'a, 
                 k16 += 1;
             }
             gpu.wgmma_commit();
-            let all = f32::from_bits(gpu.load_shared4(chunk.factors + (CHUNK - 1) * 16 + 8));
+            let all = left_of_state(gpu, chunk.factors);
             let mut j = 0;
             while j < OWN {
                 faded(&mut self.s[j], all);
@@ -228,7 +227,7 @@ impl<'a, G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Chain<'a, 
             while tile < 8 {
                 let mut i = 0;
                 while i < 4 {
-                    end[tile][i] *= to_ends[tile][i % 2] * lift;
+                    end[tile][i] *= to_ends[tile][i % 2];
                     i += 1;
                 }
                 tile += 1;

@@ -86,22 +86,24 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             // The states come through the last stage.
             let states = self.block.begin();
             if states.at != 0 {
-                self.exchange::<true>(&mut chain, &states, self.stage(GROUP_STAGES - 1).base);
+                self.exchange::<true>(&mut chain, &states, Self::stage(GROUP_STAGES - 1).base);
                 chain.begin();
             }
             if from < to {
                 gpu.mbarrier_wait(self.landed(0), 0);
             }
+            // In a register of the warp's: an argument would be waited for after each chunk.
+            let has_checkpoints = gpu.uniform(self.block.args.has_checkpoints) != 0;
             let mut i = 0;
             loop {
                 if from < to {
                     self.advance(&mut chain, i);
                 }
                 i += 1;
-                if self.block.keeps(i) {
+                if has_checkpoints || from + i >= to {
                     // When nobody needs the chunk any more, the states go through its stage.
                     gpu.barrier_of(CHUNK_IS_FREE, GROUP_THREADS);
-                    let stage = self.stage(i - 1).base;
+                    let stage = Self::stage(i - 1).base;
                     self.block.keep((from + i).min(to), |states| {
                         self.exchange::<false>(&mut chain, states, stage);
                     });
@@ -128,7 +130,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
             loop {
                 if from < to {
                     gpu.mbarrier_wait(self.landed(i), i / GROUP_STAGES % 2);
-                    self.outputs(i, self.stage(i));
+                    self.outputs(i, self.stage_of_all(i));
                 }
                 i += 1;
                 if self.block.keeps(i) {
@@ -146,8 +148,18 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
 
     /// Where the chunk is that is `i` after the first.
     #[inline(always)]
-    fn stage(&self, i: u32) -> Stage {
-        let stage = i % GROUP_STAGES;
+    fn stage(i: u32) -> Stage {
+        Self::at(i % GROUP_STAGES)
+    }
+
+    /// The same, for products: all lanes come together.
+    #[inline(always)]
+    fn stage_of_all(&self, i: u32) -> Stage {
+        Self::at(self.block.gpu.uniform(i % GROUP_STAGES))
+    }
+
+    #[inline(always)]
+    fn at(stage: u32) -> Stage {
         Stage { base: stage * Self::CHUNK_ROOM.bytes, factors: Self::ROOM.factors + stage * FACTORS }
     }
 
@@ -161,7 +173,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
     #[inline(always)]
     unsafe fn fetch(&self, i: u32) {
         let Block { gpu, args, .. } = *self.block;
-        let (stage, landed, chunk) = (self.stage(i), self.landed(i), self.block.from + i);
+        let (stage, landed, chunk) = (Self::stage(i), self.landed(i), self.block.from + i);
         if chunk >= self.block.to {
             return;
         }
@@ -210,7 +222,7 @@ impl<'a, G: Wgmma + TensorCore + AsyncCopy, const TILES: usize, const OWN: usize
     /// Takes S from the chunk's start to its end. Puts S and U, f16, where their outputs are made.
     #[inline(always)]
     unsafe fn advance(&self, chain: &mut Chain<'_, G, TILES, OWN>, after: u32) {
-        let (stage, room, gpu) = (self.stage(after), Self::CHUNK_ROOM, self.block.gpu);
+        let (stage, room, gpu) = (self.stage_of_all(after), Self::CHUNK_ROOM, self.block.gpu);
         let chunk = Chunk {
             k: stage.base + room.k,
             t: stage.base + room.t,

@@ -10,8 +10,8 @@ use gdn_math::{Lanes, layer as math, quick, special::exp};
 
 use super::{
     args::{
-        ATOM, Args, CHUNK, DIAGONAL_ROW, FACTORS, Field, GROUP, PREPARE_THREADS, PrepareRoom, RAISED, SIDE,
-        SIDES, T_RAISED, Vector, padded,
+        ATOM, Args, CHUNK, DIAGONAL_ROW, FACTORS, Field, GROUP, OUT_RAISED, PREPARE_THREADS, PrepareRoom,
+        RAISED, SIDE, SIDES, T_RAISED, Vector, padded,
     },
     element::{Element, size},
     sequence::Sequence,
@@ -241,6 +241,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             let last = f32::from_bits(gpu.load_shared4(room.g + (h * CHUNK + CHUNK - 1) * 4));
             let factors = args.scratch.factors + self.v_head(h) * u64::from(FACTORS);
             let (mut largest, mut left, mut n) = (0.0f32, 0.0f32, 0);
+            let mut fours = [[0.0; 4]; 2];
             while n < 2 {
                 // A key of zeros finds and changes nothing. Without its value no size is lost to it.
                 let beta = if of_token(k_squares, n) == 0.0 { 0.0 } else { of_token(betas, n) };
@@ -254,9 +255,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 let value = beta * of_token(v_scales, n);
                 largest = largest.max(value.abs());
                 left = left.max(if value == 0.0 { 0.0 } else { to_end });
-                let four = [value, beta * from_start, from_start, to_end];
-                let at = factors + u64::from((2 * lane + n as u32) * 16);
-                gpu.store16(at, Bytes16(four.map(f32::to_bits)));
+                fours[n] = [value, -beta * from_start, from_start * OUT_RAISED, to_end];
                 n += 1;
             }
             let mut mask = 16;
@@ -265,10 +264,19 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                 left = left.max(f32::from_bits(gpu.shuffle_xor(left.to_bits(), mask)));
                 mask /= 2;
             }
+            // What is left is 0 to 1.
+            let lift = (254 - (left.to_bits() >> 23).clamp(127 - 60, 127)) << 23;
+            let mut n = 0;
+            while n < 2 {
+                let [value, of_state, from_start, to_end] = fours[n];
+                let four = [value, of_state, from_start, to_end * f32::from_bits(lift)];
+                let at = factors + u64::from((2 * lane + n as u32) * 16);
+                gpu.store16(at, Bytes16(four.map(f32::to_bits)));
+                n += 1;
+            }
             if lane == 0 {
-                // Values were brought to less than 2^15. What is left is 0 to 1.
-                let exponent = (left.to_bits() >> 23).clamp(127 - 60, 127);
-                let four = [(largest * 32768.0).to_bits(), (254 - exponent) << 23, 0, 0];
+                // Values were brought to less than 2^15.
+                let four = [(largest * 32768.0).to_bits(), lift, 0, 0];
                 gpu.store16(factors + u64::from(CHUNK * 16), Bytes16(four));
             }
         }

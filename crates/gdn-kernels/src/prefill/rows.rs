@@ -8,8 +8,8 @@ use super::{
     scan::Block,
     states::Place,
     tiles::{
-        Tile, Tokens, by_triangle, corrected, down_of_update, factor, inverse, lefts, of_state, packed,
-        right, scale, sums, sums_by_atoms,
+        Tile, Tokens, by_triangle, corrected, down_of_update, factor, inverse, left_of_state, lefts,
+        of_state, packed, right, scale, sums, sums_by_atoms,
     },
 };
 use crate::gpu::{AsyncCopy, Bytes16, F16, TensorCore};
@@ -269,10 +269,9 @@ impl<'a, G: TensorCore + AsyncCopy, const TILES: usize, const OWN: usize> Rows<'
         let down = up.map(|up| down_of_update(inverse(up), lift));
         // SAFETY: the caller's promise.
         unsafe {
-            to_end(gpu, base + room.factors + gpu.lane() % 4 * 32, lift, &mut u);
+            to_end(gpu, base + room.factors + gpu.lane() % 4 * 32, &mut u);
             let left = lefts(gpu, &u);
-            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
-            let (k, all) = (base + room.k, f32::from_bits(words[2]));
+            let (k, all) = (base + room.k, left_of_state(gpu, base + room.factors));
             update::<TILES, OWN>(gpu, &left, k, all, down, &mut self.s);
             let mut tile = self.first_beyond();
             while tile < TILES {
@@ -310,20 +309,19 @@ pub(super) unsafe fn from_left(
     }
 }
 
-/// What is left of U at the chunk's end, times `lift`; `factors` is where those of the first token begin for
+/// What is left of U at the chunk's end, lifted; `factors` is where those of the first token begin for
 /// the lane.
 ///
 /// # Safety
 /// As [`factor`].
 #[inline(always)]
-pub(super) unsafe fn to_end(gpu: &impl TensorCore, factors: u32, lift: f32, u: &mut Tokens) {
+pub(super) unsafe fn to_end(gpu: &impl TensorCore, factors: u32, u: &mut Tokens) {
     let mut tile = 0;
     while tile < 8 {
         let mut c = 0;
         while c < 2 {
             // SAFETY: the caller's promise.
             let [.., to_end] = unsafe { factor(gpu, factors, tile, c) };
-            let to_end = to_end * lift;
             u[tile][c] *= to_end;
             u[tile][c + 2] *= to_end;
             c += 1;

@@ -4,7 +4,7 @@
 use gdn_math::Lanes;
 
 use super::{
-    args::{CHUNK, RAISED, T_RAISED, padded},
+    args::{CHUNK, OUT_RAISED, T_RAISED, padded},
     element::power,
 };
 use crate::gpu::{Bytes16, F16, TensorCore};
@@ -143,7 +143,7 @@ pub(super) unsafe fn corrected(
             let mut r = 0;
             while r < 2 {
                 let at = &mut found[tile][2 * r + c];
-                *at = Lanes::mul_add(*at, -of_state, value * two[r][c] * up[r]);
+                *at = Lanes::mul_add(*at, of_state, value * two[r][c] * up[r]);
                 r += 1;
             }
             c += 1;
@@ -165,7 +165,6 @@ pub(super) unsafe fn from_start(gpu: &impl TensorCore, factors: u32, o: &mut Tok
         while c < 2 {
             // SAFETY: the caller's promise.
             let [.., from_start, _] = unsafe { factor(gpu, factors, tile, c) };
-            let from_start = from_start * (RAISED * T_RAISED);
             o[tile][c] *= from_start;
             o[tile][c + 2] *= from_start;
             c += 1;
@@ -184,6 +183,16 @@ pub(super) unsafe fn factor(gpu: &impl TensorCore, factors: u32, tile: usize, co
     // SAFETY: the caller's promise.
     let Bytes16(words) = unsafe { gpu.load_shared16(at) };
     words.map(f32::from_bits)
+}
+
+/// What is left of S at the chunk's end, of the factors that begin at `factors`.
+///
+/// # Safety
+/// As [`factor`].
+#[inline(always)]
+pub(super) unsafe fn left_of_state(gpu: &impl TensorCore, factors: u32) -> f32 {
+    // SAFETY: the caller's promise.
+    f32::from_bits(unsafe { gpu.load_shared4(factors + (CHUNK - 1) * 16 + 8) }) * (1.0 / OUT_RAISED)
 }
 
 /// Where the lane's row of four 8 x 8 matrices begins that are 16 x 16 of a right side: first along the sum,

@@ -16,7 +16,8 @@ use super::{
     segment::Part,
     states::{Place, States, exchange, read_dense, write_dense},
     tiles::{
-        Tile, Tokens, by_triangle, corrected, down_of_update, lefts, packed, scale, split, sums_by_atoms,
+        Tile, Tokens, by_triangle, corrected, down_of_update, left_of_state, lefts, packed, scale, split,
+        sums_by_atoms,
     },
 };
 use crate::gpu::{AsyncCopy, Bytes16, Swizzle, TensorCore};
@@ -362,10 +363,9 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             }
             let mut u: Tokens = [[0.0; 4]; 8];
             by_triangle(gpu, &lefts(gpu, &x), base + room.t, &mut u);
-            to_end(gpu, factors, lift, &mut u);
-            let Bytes16(words) = gpu.load_shared16(base + room.factors + (CHUNK - 1) * 16);
+            to_end(gpu, factors, &mut u);
             let down = [down_0, down_1].map(|down| down_of_update(down, lift));
-            let all = f32::from_bits(words[2]);
+            let all = left_of_state(gpu, base + room.factors);
             update::<TILES, TILES>(gpu, &lefts(gpu, &u), base + room.k, all, down, s);
         }
     }

@@ -67,6 +67,11 @@ impl<G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Group<'_, G, T
                     i += 1;
                 }
             }
+            if group < groups && self.is_there() {
+                self.begin(&mut chain);
+            }
+            // From now on chunks come to where the states came through.
+            gpu.barrier();
             if group < groups {
                 self.rows(&mut chain);
             }
@@ -84,31 +89,38 @@ impl<G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Group<'_, G, T
         self.block.row() < self.block.rows()
     }
 
-    /// From the beginning to the end of the segment in the window.
+    /// What the warp's rows are at the beginning.
     #[inline(always)]
-    unsafe fn rows(&self, chain: &mut Chain<'_, G, TILES, OWN>) {
+    unsafe fn begin(&self, chain: &mut Chain<'_, G, TILES, OWN>) {
         let block = self.block;
         let gpu = block.gpu;
         // SAFETY: as `run`.
         unsafe {
-            if self.is_there() {
-                if let Some(states) = block.initial() {
-                    // Through the last stages, to which chunks come later.
-                    let room = AHEAD * Self::ROOM.stage + gpu.thread() / 32 * chain::ROOM;
-                    chain.exchange::<true>(block.head, &states, block.row(), room);
-                    gpu.fence_async();
-                } else {
-                    block.begin::<TILES>(chain.s.as_flattened_mut());
-                }
-                block.put_start::<TILES>(chain.s.as_flattened());
-                chain.begin();
+            if let Some(states) = block.initial() {
+                // Through the last stages, to which nothing is copied yet.
+                let room = AHEAD * Self::ROOM.stage + gpu.thread() / 32 * chain::ROOM;
+                chain.exchange::<true>(block.head, &states, block.row(), room);
+                gpu.fence_async();
+            } else {
+                block.begin::<TILES>(chain.s.as_flattened_mut());
             }
+            block.put_start::<TILES>(chain.s.as_flattened());
+            chain.begin();
+        }
+    }
+
+    /// From the beginning to the end of the segment in the window.
+    #[inline(always)]
+    unsafe fn rows(&self, chain: &mut Chain<'_, G, TILES, OWN>) {
+        let gpu = self.block.gpu;
+        // SAFETY: as `run`.
+        unsafe {
             let mut i = 0;
             if self.chunks > 0 {
                 gpu.mbarrier_wait(self.landed(0), 0);
             }
             while i < self.chunks {
-                chain.advance(self.chunk(i), &Fetching { group: self, i });
+                chain.advance(self.chunk(gpu.uniform(i % STAGES)), &Fetching { group: self, i });
                 // The warp needs the chunk no more.
                 gpu.sync_warp();
                 if gpu.lane() == 0 {
@@ -119,11 +131,11 @@ impl<G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Group<'_, G, T
         }
     }
 
-    /// Where the chunk is that is `i` after the first.
+    /// The chunk in a stage.
     #[inline(always)]
-    fn chunk(&self, i: u32) -> Chunk {
+    fn chunk(&self, stage: u32) -> Chunk {
         let Block { gpu, has_values, .. } = *self.block;
-        let (stage, base) = (i % STAGES, i % STAGES * Self::ROOM.stage);
+        let base = stage * Self::ROOM.stage;
         let row = gpu.thread() / 32 * WARP_ROWS;
         let has_values = has_values && self.is_there();
         Chunk {
@@ -154,7 +166,8 @@ impl<G: Wgmma + TensorCore, const TILES: usize, const OWN: usize> Group<'_, G, T
         if i >= self.chunks {
             return;
         }
-        let (chunk, landed, to) = (self.chunk(i), self.landed(i), i % STAGES * Self::ROOM.stage);
+        let stage = i % STAGES;
+        let (chunk, landed, to) = (self.chunk(stage), self.landed(i), stage * Self::ROOM.stage);
         let from = block.sources::<TILES>(block.part.from + i);
         let keys = OWN as u32 * ATOM;
         let values = block.slices() * CHUNK * SLICE * 2;

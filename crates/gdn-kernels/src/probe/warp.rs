@@ -4,9 +4,9 @@ use super::Args;
 use crate::gpu::Warp;
 
 /// Words that [`lanes`] writes for each thread.
-pub const WORDS: u32 = 6;
+pub const WORDS: u32 = 7;
 
-/// Shuffles of every kind, a ballot and a sum of 8 lanes: one word each.
+/// Shuffles of every kind, a ballot, a sum of 8 lanes and what the warp has alike: one word each.
 ///
 /// # Safety
 /// Blocks of a multiple of 32 threads; a word a thread readable at `args.from`, and [`WORDS`] a thread
@@ -25,6 +25,7 @@ pub unsafe fn lanes(gpu: &impl Warp, args: &Args) {
         gpu.shuffle_down(value, 5),
         gpu.ballot(value % 3 == 0),
         gpu.sum::<8>(number).to_bits(),
+        gpu.uniform(gpu.shuffle(value, 9)),
     ];
     for (k, word) in (0..).zip(words) {
         // SAFETY: this thread's own words.

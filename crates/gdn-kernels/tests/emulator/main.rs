@@ -339,6 +339,9 @@ fn waits_in_vain_are_found() {
                     gpu.shuffle_xor(0, 1);
                 }
             }),
+            ("unlike values", |_, gpu| {
+                gpu.uniform(gpu.thread() / 16);
+            }),
             ("comes to", |_, gpu| {
                 if gpu.thread() % 32 == 7 {
                     gpu.ballot(true);

@@ -53,6 +53,13 @@ impl Warp for Thread<'_> {
         self.shuffle_from(value, From::Down(distance))
     }
 
+    fn uniform(&self, value: u32) -> u32 {
+        self.collective(WARP, "uniform", value, |_, registers| {
+            let differs = registers.iter().any(|value| **value != *registers[0]);
+            assert!(!differs, "the lanes of a warp have unlike values of what is said to be uniform");
+        })
+    }
+
     fn ballot(&self, yes: bool) -> u32 {
         self.collective(WARP, "a ballot", u32::from(yes), |_, registers| {
             let all = registers.iter().enumerate().fold(0, |all, (lane, yes)| all | **yes << lane);

@@ -16,6 +16,8 @@ unsafe extern "C" {
     fn shuffle_up(lanes: i32, value: i32, distance: i32, clamp: i32) -> i32;
     #[link_name = "llvm.nvvm.shfl.sync.down.i32"]
     fn shuffle_down(lanes: i32, value: i32, distance: i32, clamp: i32) -> i32;
+    #[link_name = "llvm.nvvm.redux.sync.or"]
+    fn or(value: i32, lanes: i32) -> i32;
     #[link_name = "llvm.nvvm.vote.ballot.sync"]
     fn ballot(lanes: i32, yes: bool) -> i32;
     #[link_name = "llvm.nvvm.bar.warp.sync"]
@@ -27,6 +29,13 @@ impl<S: Shared> Warp for Nvptx<S> {
     fn shuffle_xor(&self, value: u32, mask: u32) -> u32 {
         // SAFETY: moves a register between lanes, here and below.
         unsafe { shuffle_bfly(ALL, value as i32, mask as i32, WARP) as u32 }
+    }
+
+    #[inline(always)]
+    fn uniform(&self, value: u32) -> u32 {
+        // SAFETY: as above. ptxas puts what comes of it into a register of the warp's, and knows no other way to have one of
+        // what is in the lanes' without asking what is around it.
+        unsafe { or(value as i32, ALL) as u32 }
     }
 
     #[inline(always)]

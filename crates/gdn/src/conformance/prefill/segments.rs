@@ -19,6 +19,10 @@ use crate::{
 /// Sequences of 3 chunks and more, in segments of one and two.
 const CUT: Cutting = Cutting::As(Cut { from: 3, most: 3, shortest: 1, longest: 2 });
 
+/// Sequences of 4 chunks and more, in segments of up to 6: more than a block has room for, so that chunks come to where
+/// others were, and the states that a sequence begins with.
+const LONG_CUT: Cutting = Cutting::As(Cut { from: 4, most: 2, shortest: 1, longest: 6 });
+
 /// Blocks and windows whose bits are held to those of one window.
 const OTHERS: [(Profile, Option<usize>); 3] = [(SMALL, Some(2)), (SMALL, Some(1)), (WHOLE, Some(3))];
 
@@ -26,13 +30,16 @@ const OTHERS: [(Profile, Option<usize>); 3] = [(SMALL, Some(2)), (SMALL, Some(1)
 pub(super) fn segments(run: &mut Run<'_>) {
     for heads in [[1, 2, 64, 64], [1, 1, 128, 96], [1, 1, 96, 192], [1, 1, 64, 256]] {
         let options = Options { dtype: Dtype::BF16, ..Options::new(heads) };
-        check(&Batch::new(&options, Form::default(), &[200]), &format!("{heads:?}"), &OTHERS[..2], run);
+        check(&Batch::new(&options, Form::default(), &[200]), &format!("{heads:?}"), CUT, &OTHERS[..2], run);
     }
+    let batch =
+        Batch::new(&Options { dtype: Dtype::BF16, ..Options::new([1, 1, 64, 128]) }, Form::default(), &[700]);
+    check(&batch, "long segments", LONG_CUT, &[(WHOLE, Some(4))], run);
     hostile(run);
     for (state_dtype, state_order) in [(Dtype::BF16, [2, 3]), (Dtype::F16, [3, 2])] {
         let form = Form { state_dtype, state_order, ..Form::default() };
         let batch = Batch::new(&Options::new([1, 1, 64, 64]), form, &[200]);
-        check(&batch, &format!("states of {state_dtype}, {state_order:?}"), &OTHERS[..1], run);
+        check(&batch, &format!("states of {state_dtype}, {state_order:?}"), CUT, &OTHERS[..1], run);
     }
     batches(run);
     checkpoints(run);
@@ -82,13 +89,19 @@ fn of(profile: Profile, window: Option<usize>, cutting: Cutting) -> Profile {
 }
 
 /// Holds a batch to the oracle, and other windows and blocks to the same bits. What it leaves.
-fn check(before: &Batch, what: &str, others: &[(Profile, Option<usize>)], run: &mut Run<'_>) -> Batch {
+fn check(
+    before: &Batch,
+    what: &str,
+    cutting: Cutting,
+    others: &[(Profile, Option<usize>)],
+    run: &mut Run<'_>,
+) -> Batch {
     let mut first = before.clone();
-    first.prefill_by(None, |call| run(call, of(WHOLE, None, CUT)));
+    first.prefill_by(None, |call| run(call, of(WHOLE, None, cutting)));
     first.check_to(PRECISION, before, what);
     for (profile, window) in others {
         let mut other = before.clone();
-        other.prefill_by(None, |call| run(call, of(*profile, *window, CUT)));
+        other.prefill_by(None, |call| run(call, of(*profile, *window, cutting)));
         assert!(results(&first) == results(&other), "{what}: windows of {window:?} give other bits");
     }
     first
@@ -102,7 +115,7 @@ fn batches(run: &mut Run<'_>) {
     let mut before = Batch::new(&options, Form::default(), &lens);
     before.has_initial_state = Some(vec![1, 0, 1, 0, 1, 1, 0, 1, 1]);
     before.slots[6] = -1;
-    let whole = check(&before, "a batch", &OTHERS, run);
+    let whole = check(&before, "a batch", CUT, &OTHERS, run);
     for (i, (start, len)) in before.starts().into_iter().zip(lens).enumerate().filter(|(i, _)| *i != 6) {
         for cutting in [CUT, Cutting::Never] {
             if len > 128 && matches!(cutting, Cutting::Never) {
