@@ -39,10 +39,10 @@ const MOST_CALLS: usize = 50;
 /// A graph of fewer calls takes about so long: starting it takes some microseconds.
 const GRAPH_SECONDS: f64 = 0.01;
 
-/// A stream of its own, and the device on it: the default one cannot be captured.
+/// A stream of its own, and the GPU on it, which does the work as before: the default one cannot be captured.
 fn on_own_stream(gpu: &Gpu) -> Result<(Arc<CudaStream>, Gpu), CudaError> {
     let stream = gpu.context().new_stream().map_err(driver(gpu.info().ordinal, "cuStreamCreate"))?;
-    let gpu = Gpu::on(&stream)?;
+    let gpu = gpu.on_stream(&stream);
     Ok((stream, gpu))
 }
 
@@ -176,5 +176,21 @@ impl Bench {
             .try_for_each(|_| self.graphs[usize::from(copy)].launch())
             .and_then(|()| self.stream.synchronize())
             .map_err(driver(ordinal, "cuGraphLaunch"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_timed_is_done_as_the_gpu_is_to_do_it() {
+        let gpu = match Gpu::new(0) {
+            Ok(gpu) => gpu.segments(true).programmatic(false).check_pointers(false),
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let (stream, own) = on_own_stream(&gpu).unwrap();
+        assert!(Arc::ptr_eq(own.stream(), &stream) && !Arc::ptr_eq(own.stream(), gpu.stream()));
+        assert!(own.segments && !own.programmatic && !own.check_pointers);
     }
 }

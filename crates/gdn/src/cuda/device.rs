@@ -231,6 +231,11 @@ impl Gpu {
         &self.info
     }
 
+    /// The same on another stream of its context.
+    pub(super) fn on_stream(&self, stream: &Arc<CudaStream>) -> Self {
+        Self { stream: Arc::clone(stream), ..self.clone() }
+    }
+
     pub(super) fn context(&self) -> &Arc<CudaContext> {
         self.stream.context()
     }
