@@ -34,7 +34,7 @@ pub(super) fn segments(run: &mut Run<'_>) {
     }
     let batch =
         Batch::new(&Options { dtype: Dtype::BF16, ..Options::new([1, 1, 64, 128]) }, Form::default(), &[700]);
-    check(&batch, "long segments", LONG_CUT, &[(WHOLE, Some(4))], run);
+    check(&batch, "long segments", LONG_CUT, &[(WHOLE, Some(4)), (SMALL, Some(5))], run);
     hostile(run);
     for (state_dtype, state_order) in [(Dtype::BF16, [2, 3]), (Dtype::F16, [3, 2])] {
         let form = Form { state_dtype, state_order, ..Form::default() };
