@@ -23,6 +23,9 @@ const CUT: Cutting = Cutting::As(Cut { from: 3, most: 3, shortest: 1, longest: 2
 /// others were, and the states that a sequence begins with.
 const LONG_CUT: Cutting = Cutting::As(Cut { from: 4, most: 2, shortest: 1, longest: 6 });
 
+/// The same in up to six segments of two: more than `combine` has room for.
+const MANY_CUT: Cutting = Cutting::As(Cut { from: 4, most: 8, shortest: 1, longest: 2 });
+
 /// Blocks and windows whose bits are held to those of one window.
 const OTHERS: [(Profile, Option<usize>); 3] = [(SMALL, Some(2)), (SMALL, Some(1)), (WHOLE, Some(3))];
 
@@ -35,6 +38,7 @@ pub(super) fn segments(run: &mut Run<'_>) {
     let batch =
         Batch::new(&Options { dtype: Dtype::BF16, ..Options::new([1, 1, 64, 128]) }, Form::default(), &[700]);
     check(&batch, "long segments", LONG_CUT, &[(WHOLE, Some(4)), (SMALL, Some(5))], run);
+    check(&batch, "many segments", MANY_CUT, &[(WHOLE, Some(5)), (SMALL, Some(6))], run);
     hostile(run);
     for (state_dtype, state_order) in [(Dtype::BF16, [2, 3]), (Dtype::F16, [3, 2])] {
         let form = Form { state_dtype, state_order, ..Form::default() };
