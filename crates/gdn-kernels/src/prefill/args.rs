@@ -257,7 +257,7 @@ pub struct Args {
     /// By 2 HK + HV.
     pub all_heads: Divisor,
     /// By the 16 bytes of a key. No kernel asks for it any more. Where arguments lie decides how ptxas gives the scan's
-    /// registers out, so it goes with the next change of the scan, which is measured.
+    /// registers out: without it the scan has to be measured anew.
     pub key_words: Divisor,
     /// By the blocks of the scan for a v head.
     pub slices: Divisor,

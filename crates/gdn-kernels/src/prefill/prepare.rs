@@ -268,10 +268,10 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
             let lift = (254 - (left.to_bits() >> 23).clamp(127 - 60, 127)) << 23;
             let mut n = 0;
             while n < 2 {
-                let [value, of_state, from_start, to_end] = fours[n];
-                let four = [value, of_state, from_start, to_end * f32::from_bits(lift)];
+                let [.., to_end] = &mut fours[n];
+                *to_end *= f32::from_bits(lift);
                 let at = factors + u64::from((2 * lane + n as u32) * 16);
-                gpu.store16(at, Bytes16(four.map(f32::to_bits)));
+                gpu.store16(at, Bytes16(fours[n].map(f32::to_bits)));
                 n += 1;
             }
             if lane == 0 {
