@@ -124,12 +124,13 @@ kernels! { "decode_few":
     gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 4, BULK>, 2, 2>;
 }
 
-// The convolution by the numbers that a head has at most, the scan by those of a key, and by the tiles of S that are
+// The convolution by the numbers that a head has at most, and for many tokens, the scan by those of a key, and by the tiles of S that are
 // in registers.
 kernels! { "prefill":
-    gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<16, false, _>;
-    gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<32, false, _>;
-    gdn_prefill_convolve_any(PrefillArgs) = prefill::convolve::run::<32, true, _>;
+    gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<16, false, false, _>;
+    gdn_prefill_convolve_128_ahead(PrefillArgs) = prefill::convolve::run::<16, false, true, _>;
+    gdn_prefill_convolve_256(PrefillArgs) = prefill::convolve::run::<32, false, false, _>;
+    gdn_prefill_convolve_any(PrefillArgs) = prefill::convolve::run::<32, true, false, _>;
     gdn_prefill_prepare(PrefillArgs) = prefill::prepare::run;
     gdn_prefill_scan_64(PrefillArgs) = prefill::scan::run::<8, 8, _>;
     gdn_prefill_scan_96(PrefillArgs) = prefill::scan::run::<12, 12, _>;

@@ -365,6 +365,7 @@ const PREFILL: &[&[Kernel]] = &[
         Kernel { blocks: 4, ..prefill("gdn_prefill_prepare", 192).hmma(8) },
         Kernel { blocks: 4, ..prefill("gdn_prefill_norm", 256) },
     ],
+    &[Kernel { blocks: 16, shared: 4 << 10, ..Kernel::new("gdn_prefill_convolve_128_ahead").threads(32) }],
     &[Kernel { blocks: 4, ..Kernel::new("gdn_prefill_convolve_256").threads(128) }],
     &[Kernel { blocks: 6, ..Kernel::new("gdn_prefill_convolve_any").threads(64) }],
     &[scan("gdn_prefill_scan_64").hmma(136)],

@@ -39,6 +39,11 @@ pub const SCALES_OF_M: u32 = COMBINE_COLUMNS / 16;
 /// Threads of a block of the convolution; or twice or half as many, where inputs are read 16 bytes at a time. A thread has at
 /// least 8 tokens, and theirs begin at multiples of 8.
 pub const CONVOLVE_THREADS: u32 = 64;
+/// With so few for heads of up to 128 features, which is 32 tokens a thread, inputs come to shared memory, further ahead than
+/// there are registers for. With fewer tokens a thread would begin later by that.
+pub const CONVOLVE_AHEAD_THREADS: u32 = CONVOLVE_THREADS / 2;
+/// Bytes of shared memory that a thread has for them.
+pub const CONVOLVE_BYTES: u32 = 8 * 16;
 /// P is stored as so many times what it is. No number of it is larger than 1 and a little: what decays make
 /// small is a normal f16 down to 2^-28.
 pub const RAISED: f32 = 16384.0;

@@ -4,17 +4,23 @@
 use gdn_math::{Lanes, quick};
 
 use super::{
-    args::{ATOM, Args, BF16, CHUNK, F32, SLICE, TAPS},
+    args::{ATOM, Args, BF16, CHUNK, CONVOLVE_BYTES, F32, SLICE, TAPS},
     element::{load, load4, of_vector, power, size, store, widened},
     sequence::Sequence,
 };
-use crate::gpu::{Bytes16, TensorCore};
+use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
 
 /// Features of a thread.
 const WIDTH: u32 = 8;
 
 /// Tokens whose inputs are on their way, and whose numbers are written at once.
 const AHEAD: u32 = TAPS;
+
+/// Where inputs land in shared memory: a token's of a warp, those of [`AHEAD`] tokens, and those of the next.
+const SLOT: u32 = 32 * 16;
+const LANDING: u32 = AHEAD * SLOT;
+const LANDINGS: u32 = 2;
+const _: () = assert!(32 * CONVOLVE_BYTES == LANDINGS * LANDING);
 
 /// How inputs lie in memory.
 const WIDE_BF16: u32 = 0;
@@ -44,7 +50,8 @@ struct Block<'a, G> {
 }
 
 /// The kernel, for heads of up to `8 * LANES` features. Where it is not for `ANY` inputs they have 16 bits
-/// each and are read 16 bytes at a time, there are four taps, which are read together, and no bias.
+/// each and are read 16 bytes at a time, there are four taps, which are read together, and no bias. They land in shared memory
+/// (`LANDS`), twice as far ahead as there are registers for, or in registers.
 ///
 /// It waits for no kernel before it: it is the first of a call, or of a window. That of a second window may run
 /// beside the preparation of the first, whose inputs and outputs it has no part in.
@@ -52,7 +59,10 @@ struct Block<'a, G> {
 /// # Safety
 /// The arguments describe tensors that are there and are as it says, and the grid was made for them.
 #[inline(always)]
-pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, args: &Args) {
+pub unsafe fn run<const LANES: u32, const ANY: bool, const LANDS: bool, G: TensorCore + AsyncCopy>(
+    gpu: &G,
+    args: &Args,
+) {
     let (hk, dk, dv) = (args.num_k_heads.get(), args.dk, args.dv);
     // Values first, queries and keys last: the preparation needs these alone, and what was written last, the second-level
     // cache has. And blocks beside one another go through the same code.
@@ -97,12 +107,12 @@ pub unsafe fn run<const LANES: u32, const ANY: bool, G: TensorCore>(gpu: &G, arg
         // First: afterwards nobody needs to know the sequence.
         block.keep_windows();
         match (ANY, args.q.dtype, which) {
-            (true, _, 2) => block.convolve::<OTHER, LANES, false>(),
-            (true, ..) => block.convolve::<OTHER, LANES, true>(),
-            (_, BF16, 2) => block.convolve::<WIDE_BF16, LANES, false>(),
-            (_, BF16, _) => block.convolve::<WIDE_BF16, LANES, true>(),
-            (_, _, 2) => block.convolve::<WIDE_F16, LANES, false>(),
-            _ => block.convolve::<WIDE_F16, LANES, true>(),
+            (true, _, 2) => block.convolve::<OTHER, LANDS, LANES, false>(),
+            (true, ..) => block.convolve::<OTHER, LANDS, LANES, true>(),
+            (_, BF16, 2) => block.convolve::<WIDE_BF16, LANDS, LANES, false>(),
+            (_, BF16, _) => block.convolve::<WIDE_BF16, LANDS, LANES, true>(),
+            (_, _, 2) => block.convolve::<WIDE_F16, LANDS, LANES, false>(),
+            _ => block.convolve::<WIDE_F16, LANDS, LANES, true>(),
         }
     }
 }
@@ -113,8 +123,9 @@ struct Run {
     end: u32,
     /// Whether the lane has features. Lanes without have inputs and taps of 0.
     has: bool,
-    /// Inputs that are on their way, and where the next are that are asked for.
+    /// Inputs that are on their way, or where they land; and where the next are that are asked for.
     coming: [[u32; WIDTH as usize]; AHEAD as usize],
+    landing: u32,
     next: u64,
     /// Inputs of the last tokens: each token's is at its number.
     window: [[f32; WIDTH as usize]; TAPS as usize],
@@ -187,7 +198,7 @@ impl Put {
     }
 }
 
-impl<G: TensorCore> Block<'_, G> {
+impl<G: TensorCore + AsyncCopy> Block<'_, G> {
     /// The sequence's row `token`, counted from the chunk's start.
     #[inline(always)]
     fn row(&self, token: u32) -> u64 {
@@ -204,7 +215,7 @@ impl<G: TensorCore> Block<'_, G> {
     /// A run of tokens: convolved, normed (`IS_KEY`: of queries and keys) or scaled, and put where products find them. So
     /// many lanes have a token's features, each [`WIDTH`].
     #[inline(always)]
-    unsafe fn convolve<const FORM: u32, const LANES: u32, const IS_KEY: bool>(&self) {
+    unsafe fn convolve<const FORM: u32, const LANDS: bool, const LANES: u32, const IS_KEY: bool>(&self) {
         let Self { gpu, args, dim, .. } = *self;
         // A multiple of 8, see `CONVOLVE_THREADS`. That a block has threads the compiler need not know.
         let len = (CHUNK * LANES).checked_div(gpu.threads()).unwrap_or(CHUNK);
@@ -216,6 +227,7 @@ impl<G: TensorCore> Block<'_, G> {
             end: self.tokens.min(first + len),
             has: own < dim,
             coming: [[0; WIDTH as usize]; AHEAD as usize],
+            landing: gpu.thread() / 32 * (32 * CONVOLVE_BYTES) + gpu.lane() * 16,
             next: x,
             window: [[0.0; WIDTH as usize]; TAPS as usize],
             taps: [[0.0; TAPS as usize]; WIDTH as usize],
@@ -225,8 +237,14 @@ impl<G: TensorCore> Block<'_, G> {
         // SAFETY: as `run`.
         unsafe {
             let mut i = 0;
-            while i < AHEAD {
-                if run.has && first + i < run.end {
+            while i < if LANDS { LANDINGS * AHEAD } else { AHEAD } {
+                let is_there = run.has && first + i < run.end;
+                if LANDS {
+                    gpu.copy16(run.landing + i * SLOT, run.next, is_there);
+                    if i % AHEAD == AHEAD - 1 {
+                        gpu.commit_copies();
+                    }
+                } else if is_there {
                     run.coming[i as usize] = self.input::<FORM>(run.next);
                 }
                 run.next += args.q.row_stride;
@@ -257,7 +275,7 @@ impl<G: TensorCore> Block<'_, G> {
             if FORM != OTHER && gpu.ballot(run.end < first + len) == 0 {
                 while left > 0 {
                     left -= AHEAD;
-                    self.next_four::<FORM, LANES, IS_KEY>(&mut run, [AHEAD, left]);
+                    self.next_four::<FORM, LANDS, LANES, IS_KEY>(&mut run, [AHEAD, left]);
                 }
             } else {
                 let mut there = run.end.saturating_sub(first);
@@ -267,18 +285,22 @@ impl<G: TensorCore> Block<'_, G> {
                     there -= of_these;
                     // Whether a run of the warp goes on.
                     if gpu.ballot(of_these > 0) != 0 {
-                        self.next_four::<FORM, LANES, IS_KEY>(&mut run, [of_these, there]);
+                        self.next_four::<FORM, LANDS, LANES, IS_KEY>(&mut run, [of_these, there]);
                     } else {
                         run.put.zeros(gpu);
                     }
                 }
+            }
+            // Nothing is on its way any more but where a run ends before the block's last token.
+            if LANDS {
+                gpu.wait_copies::<0>();
             }
         }
     }
 
     /// The next tokens of a run, of which so many are there, and so many after them. Rows of others are zeros.
     #[inline(always)]
-    unsafe fn next_four<const FORM: u32, const LANES: u32, const IS_KEY: bool>(
+    unsafe fn next_four<const FORM: u32, const LANDS: bool, const LANES: u32, const IS_KEY: bool>(
         &self,
         run: &mut Run,
         [of_these, behind]: [u32; 2],
@@ -288,12 +310,20 @@ impl<G: TensorCore> Block<'_, G> {
         let mut i = 0;
         // SAFETY: as `run`.
         unsafe {
+            if LANDS {
+                gpu.wait_copies::<{ LANDINGS - 1 }>();
+            }
             while i < AHEAD as usize {
                 let mut values = [[0.0f32; WIDTH as usize]; 2];
                 let mut n = 0;
                 while n < 2 {
                     let at = i + n;
                     let newest = (at + TAPS as usize - 1) % TAPS as usize;
+                    let slot = run.landing + at as u32 * SLOT;
+                    if LANDS {
+                        let Bytes16([a, b, c, d]) = gpu.load_shared16(slot);
+                        run.coming[at] = [a, b, c, d, 0, 0, 0, 0];
+                    }
                     run.window[newest] = self.widened::<FORM>(run.coming[at]);
                     let mut c = 0;
                     while c < WIDTH as usize {
@@ -310,7 +340,11 @@ impl<G: TensorCore> Block<'_, G> {
                     }
                     // Here, where what was there before is needed no longer: its registers are free, and nothing is
                     // moved when this has come.
-                    if run.has && (at as u32) < behind {
+                    if LANDS {
+                        // Where there is none, zeros: that is faster than to ask.
+                        let is_there = run.has && at as u32 + (LANDINGS - 1) * AHEAD < behind;
+                        gpu.copy16(slot, run.next, is_there);
+                    } else if run.has && (at as u32) < behind {
                         run.coming[at] = self.input::<FORM>(run.next);
                     }
                     run.next += args.q.row_stride;
@@ -333,6 +367,10 @@ impl<G: TensorCore> Block<'_, G> {
                     n += 1;
                 }
                 i += 2;
+            }
+            if LANDS {
+                gpu.commit_copies();
+                run.landing ^= LANDING;
             }
             run.put.numbers(gpu, numbers);
         }

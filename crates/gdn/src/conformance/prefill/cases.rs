@@ -482,7 +482,8 @@ pub(super) fn scans() {
     }
 }
 
-/// How many threads have a chunk's tokens: as few as leave no multiprocessor idle for long.
+/// How many threads have a chunk's tokens: as few as leave no multiprocessor idle for long. Where a thread has 32, inputs land
+/// in shared memory.
 pub(super) fn convolutions() {
     let profile = Profile { multiprocessors: 9, ..WHOLE };
     let (bf16, f32) = (Dtype::BF16, Dtype::F32);
@@ -491,6 +492,12 @@ pub(super) fn convolutions() {
         with_job(&options, tokens, profile, |job| {
             let (_, step) = job.steps().next().unwrap();
             assert_eq!(step.threads, threads, "{dtype:?}, {tokens}");
+            let (ahead, shared) = (threads == 32, if threads == 32 { 32 * 128 } else { 0 });
+            assert_eq!(
+                (step.kernel.ends_with("_ahead"), step.shared),
+                (ahead, shared),
+                "{dtype:?}, {tokens}"
+            );
         });
     }
 }

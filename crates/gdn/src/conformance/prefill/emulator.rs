@@ -27,7 +27,7 @@ macro_rules! kernels {
 
 fn kernel(step: &Step, gpu: &Thread<'_>) {
     kernels!(step, gpu:
-        gdn_prefill_convolve_128 gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
+        gdn_prefill_convolve_128 gdn_prefill_convolve_128_ahead gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
         gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128 gdn_prefill_scan_192 gdn_prefill_scan_256
         gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
         gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128
@@ -125,8 +125,9 @@ fn see(seen: &mut Seen, kernels: Vec<(&'static str, u32)>) {
 fn the_oracle_on_the_emulator() {
     let mut seen = Seen::new();
     cases::oracle(&mut |call, profile| see(&mut seen, emulate(call, profile)));
-    assert_eq!(seen.len(), 11, "{seen:?}");
-    assert_eq!(Vec::from_iter(&seen["gdn_prefill_convolve_128"]), [&32, &64, &128]);
+    assert_eq!(seen.len(), 12, "{seen:?}");
+    assert_eq!(Vec::from_iter(&seen["gdn_prefill_convolve_128"]), [&64, &128]);
+    assert_eq!(Vec::from_iter(&seen["gdn_prefill_convolve_128_ahead"]), [&32]);
 }
 
 #[test]
@@ -204,5 +205,5 @@ fn beside_the_cpu_on_the_emulator() {
 fn segments_on_the_emulator() {
     let mut seen = Seen::new();
     segments::segments(&mut |call, profile| see(&mut seen, emulate(call, profile)));
-    assert_eq!(seen.len(), 17, "{seen:?}");
+    assert_eq!(seen.len(), 18, "{seen:?}");
 }

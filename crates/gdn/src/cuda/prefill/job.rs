@@ -4,8 +4,9 @@ use cudarc::driver::sys::CUstream;
 use gdn_kernels::{
     modules::Target,
     prefill::args::{
-        Args, CONVOLVE_THREADS, GROUP_ROWS, GROUP_STAGES, GROUP_THREADS, Indices, PREPARE_THREADS,
-        PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS, THREADS, norm_bytes,
+        Args, CONVOLVE_AHEAD_THREADS, CONVOLVE_BYTES, CONVOLVE_THREADS, GROUP_ROWS, GROUP_STAGES,
+        GROUP_THREADS, Indices, PREPARE_THREADS, PrepareRoom, SLICE, ScanRoom, Scratch, Strided, TAPS,
+        THREADS, norm_bytes,
     },
     split::Divisor,
 };
@@ -381,16 +382,18 @@ impl Job {
             Some(threads) => threads,
             None => convolve_threads(profile, window.min(chunks), all_heads, dk.max(dv)),
         };
+        let ahead = dk.max(dv) <= 128 && convolve_threads == CONVOLVE_AHEAD_THREADS;
         let convolve = Step {
             kernel: match dk.max(dv) {
                 _ if !by_16_bytes => "gdn_prefill_convolve_any",
+                ..=128 if ahead => "gdn_prefill_convolve_128_ahead",
                 ..=128 => "gdn_prefill_convolve_128",
                 _ => "gdn_prefill_convolve_256",
             },
             args,
             blocks: all_heads,
             threads: convolve_threads,
-            shared: 0,
+            shared: if ahead { convolve_threads * CONVOLVE_BYTES } else { 0 },
             cluster: 1,
         };
         let prepare = Step {
