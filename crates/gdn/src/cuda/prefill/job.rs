@@ -256,13 +256,15 @@ impl Job {
             dv.is_multiple_of(rows) && room(rows, by_group, stages) <= profile.shared
         };
         let halves = count((hv * heads.head_v_dim() / SLICE as usize).checked_mul(num_sequences));
+        // Whether scans run beside the other windows' kernels.
+        let has_side = window < chunks;
         let can_group = profile.wgmma && dk <= MOST_BY_GROUP && has(GROUP_ROWS, true, GROUP_STAGES);
         // Four warps multiply together where the device can and there are rows for them: that is faster however
         // few blocks there are. Otherwise as few blocks as multiprocessors have half the rows each, and twice as
         // many run side by side; where there are other kernels to run beside them, as few as a quarter. Of long
         // keys blocks of all rows are as good with room for the next chunk.
         let threads = profile.threads.unwrap_or_else(|| {
-            let most = if window < chunks { profile.multiprocessors / 4 } else { profile.multiprocessors };
+            let most = if has_side { profile.multiprocessors / 4 } else { profile.multiprocessors };
             let is_few = segments.is_cut == 0 && halves.is_some_and(|halves| halves <= most);
             let has_next = dk > MOST_BY_GROUP && has(2 * SLICE, false, 2);
             if is_few && !can_group && !has_next { 128 } else { 256 }
@@ -418,13 +420,13 @@ impl Job {
         let threads = if by_group { GROUP_THREADS } else { threads };
         // A block of the scan takes up to a sixth longer beside another kernel's on the other multiprocessor of
         // its pair than beside one of its own kind. Two of a cluster get such a pair.
-        let cluster = if by_group && window < chunks && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
+        let cluster = if by_group && has_side && scan_blocks.is_multiple_of(2) { 2 } else { 1 };
         let scan = Step { kernel, args, blocks: scan_blocks, threads, shared, cluster };
         // Where all blocks of the norm find room at once they may begin early, but on the multiprocessors that the
         // scan leaves free no more of them than on any when they are shared out: the others would have nothing to
         // do in the end.
         let of_one = (u64::from(chunks) * hv as u64).div_ceil(u64::from(profile.multiprocessors.max(1)));
-        let early_norm = window >= chunks && of_one <= NORM_ROOM;
+        let early_norm = !has_side && of_one <= NORM_ROOM;
         let least = if early_norm { (profile.shared / of_one as u32 - RESERVED) & !15 } else { 0 };
         let norm = Step {
             kernel: "gdn_prefill_norm",

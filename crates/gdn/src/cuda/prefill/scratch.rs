@@ -118,7 +118,8 @@ fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
 /// windows, the next one is made while one is scanned, so two take turns. The states that go on from one to the
 /// next come last.
 pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
-    let bytes = |slot: Scratch, at: u64| slot.carry[0] - at;
+    // What follows begins at a multiple of 256, too.
+    let bytes = |slot: Scratch, at: u64| (slot.carry[0] - at).next_multiple_of(256);
     let first = slot(layer, at, window);
     let (state, mut end) = (first.carry[1] - first.carry[0], at + bytes(first, at));
     let mut other = first;
@@ -173,6 +174,30 @@ mod tests {
         }
         let (window, ..) = memory(&layer([4, 8, 128, 128]), 0, [32768, 1], None, Cutting::ByHeads);
         assert!(window > 32768 / CHUNK);
+    }
+
+    /// Tensors of 128-byte rows begin at such multiples, whatever the heads and chunks: in the second window's memory, too, and
+    /// so do states.
+    #[test]
+    fn all_begins_at_multiples_of_256() {
+        for heads in [[1, 1, 64, 64], [1, 3, 96, 96], [2, 4, 128, 128], [16, 48, 128, 128]] {
+            for (chunks, window) in [(5, 3), (7, 7), (4, 1)] {
+                let (slots, bytes) = slots(&layer(heads), 4096, chunks, window);
+                for slot in slots {
+                    let Scratch { q, k, v, t, p, factors, carry, .. } = slot;
+                    for at in [q, k, v, t, p, factors, carry[0], carry[1]] {
+                        assert!(at.is_multiple_of(256), "{heads:?}, {window} of {chunks}: {slot:?}");
+                    }
+                    let state = (heads[1] * heads[2] * heads[3] * 4) as u64;
+                    assert!(
+                        carry[0].max(carry[1]) + state <= 4096 + bytes,
+                        "{heads:?}, {window} of {chunks}"
+                    );
+                }
+                let (first, second) = (slots[0], slots[1]);
+                assert!(window == chunks || second.q >= first.out_scales, "{heads:?}, {window} of {chunks}");
+            }
+        }
     }
 
     /// Two windows, or one, take what is allowed at most, but for a chunk and states.
