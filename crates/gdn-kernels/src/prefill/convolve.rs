@@ -291,7 +291,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                     }
                 }
             }
-            // Nothing is on its way any more but where a run ends before the block's last token.
+            // For those past the end, zeros.
             if LANDS {
                 gpu.wait_copies::<0>();
             }
