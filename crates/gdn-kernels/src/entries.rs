@@ -124,8 +124,8 @@ kernels! { "decode_few":
     gdn_decode_bf16_few_128(DecodeArgs) shared held = decode::few::run::<Rows<Bf16, 8, 8, 2, 4, BULK>, 2, 2>;
 }
 
-// The convolution by the numbers that a head has at most, and for many tokens, the scan by those of a key, and by the tiles of S that are
-// in registers.
+// The convolution by the numbers that a head has at most, and with inputs that come further ahead; the scan by those of a key,
+// and by the tiles of S that are in registers.
 kernels! { "prefill":
     gdn_prefill_convolve_128(PrefillArgs) = prefill::convolve::run::<16, false, false, _>;
     gdn_prefill_convolve_128_ahead(PrefillArgs) = prefill::convolve::run::<16, false, true, _>;

@@ -106,7 +106,7 @@ impl Scratch {
         let k_squares = factors + chunks * hv * FACTORS as u64;
         let v_scales = k_squares + chunks * hk * TOKENS * 4;
         let out_scales = v_scales + chunks * hv * TOKENS * 4;
-        let carry = out_scales + (chunks * hv * dv * 4).next_multiple_of(256);
+        let carry = (out_scales + chunks * hv * dv * 4).next_multiple_of(256);
         let state = hv * dv * dk * 4;
         let bytes = carry + 2 * state - at;
         Self {

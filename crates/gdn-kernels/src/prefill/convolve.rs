@@ -16,7 +16,8 @@ const WIDTH: u32 = 8;
 /// Tokens whose inputs are on their way, and whose numbers are written at once.
 const AHEAD: u32 = TAPS;
 
-/// Where inputs land in shared memory: a token's of a warp, those of [`AHEAD`] tokens, and those of the next.
+/// Where inputs land in shared memory: a token's of a warp, and those of [`AHEAD`] tokens, of which there are two that take
+/// turns.
 const SLOT: u32 = 32 * 16;
 const LANDING: u32 = AHEAD * SLOT;
 const LANDINGS: u32 = 2;

@@ -27,7 +27,8 @@ macro_rules! kernels {
 
 fn kernel(step: &Step, gpu: &Thread<'_>) {
     kernels!(step, gpu:
-        gdn_prefill_convolve_128 gdn_prefill_convolve_128_ahead gdn_prefill_convolve_256 gdn_prefill_convolve_any gdn_prefill_prepare gdn_prefill_norm
+        gdn_prefill_convolve_128 gdn_prefill_convolve_128_ahead gdn_prefill_convolve_256 gdn_prefill_convolve_any
+        gdn_prefill_prepare gdn_prefill_norm
         gdn_prefill_scan_64 gdn_prefill_scan_96 gdn_prefill_scan_128 gdn_prefill_scan_192 gdn_prefill_scan_256
         gdn_prefill_transition_64 gdn_prefill_transition_96 gdn_prefill_transition_128 gdn_prefill_combine
         gdn_prefill_scan_group_64 gdn_prefill_scan_group_96 gdn_prefill_scan_group_128

@@ -384,20 +384,16 @@ impl Job {
             Some(threads) => threads,
             None => convolve_threads(profile, window.min(chunks), all_heads, dk.max(dv)),
         };
-        let ahead = dk.max(dv) <= 128 && convolve_threads == CONVOLVE_AHEAD_THREADS;
-        let convolve = Step {
-            kernel: match dk.max(dv) {
-                _ if !by_16_bytes => "gdn_prefill_convolve_any",
-                ..=128 if ahead => "gdn_prefill_convolve_128_ahead",
-                ..=128 => "gdn_prefill_convolve_128",
-                _ => "gdn_prefill_convolve_256",
-            },
-            args,
-            blocks: all_heads,
-            threads: convolve_threads,
-            shared: if ahead { convolve_threads * CONVOLVE_BYTES } else { 0 },
-            cluster: 1,
+        let (kernel, shared) = match dk.max(dv) {
+            _ if !by_16_bytes => ("gdn_prefill_convolve_any", 0),
+            ..=128 if convolve_threads == CONVOLVE_AHEAD_THREADS => {
+                ("gdn_prefill_convolve_128_ahead", CONVOLVE_AHEAD_THREADS * CONVOLVE_BYTES)
+            }
+            ..=128 => ("gdn_prefill_convolve_128", 0),
+            _ => ("gdn_prefill_convolve_256", 0),
         };
+        let convolve =
+            Step { kernel, args, blocks: all_heads, threads: convolve_threads, shared, cluster: 1 };
         let prepare = Step {
             kernel: "gdn_prefill_prepare",
             args,

@@ -118,8 +118,7 @@ fn slot(layer: &Layer, at: u64, chunks: usize) -> Scratch {
 /// windows, the next one is made while one is scanned, so two take turns. The states that go on from one to the
 /// next come last.
 pub(crate) fn slots(layer: &Layer, at: u64, chunks: usize, window: usize) -> ([Scratch; 2], u64) {
-    // What follows begins at a multiple of 256, too.
-    let bytes = |slot: Scratch, at: u64| (slot.carry[0] - at).next_multiple_of(256);
+    let bytes = |slot: Scratch, at: u64| slot.carry[0] - at;
     let first = slot(layer, at, window);
     let (state, mut end) = (first.carry[1] - first.carry[0], at + bytes(first, at));
     let mut other = first;
