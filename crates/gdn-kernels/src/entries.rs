@@ -166,7 +166,7 @@ kernels! { "probe":
     gdn_probe_lanes(probe::Args) = probe::warp::lanes;
     gdn_probe_pairs_of_warps(probe::Args) = probe::warp::pairs_of_warps;
     gdn_probe_math(probe::Args) = probe::math::functions;
-    gdn_probe_inverses(probe::Args) = probe::math::inverses;
+    gdn_probe_logistics(probe::Args) = probe::math::logistics;
     gdn_probe_product_bf16(probe::Args) = probe::tensor_core::product::<Bf16, _>;
     gdn_probe_product_f16(probe::Args) = probe::tensor_core::product::<F16, _>;
     gdn_probe_matrices_bf16(probe::Args) shared 1536 = probe::tensor_core::products_of_matrices::<Bf16, _>;

@@ -413,7 +413,7 @@ const PROBE: &[&[Kernel]] = &[&[
     Kernel::new("gdn_probe_lanes").collectives(Collectives { shuffles: 8, ..Collectives::NONE }),
     Kernel::new("gdn_probe_pairs_of_warps"),
     Kernel::new("gdn_probe_math").collectives(Collectives::NONE),
-    Kernel::new("gdn_probe_inverses").collectives(Collectives::NONE),
+    Kernel::new("gdn_probe_logistics").collectives(Collectives::NONE),
     Kernel::new("gdn_probe_product_bf16").collectives(Collectives { products: 1, ..Collectives::NONE }),
     Kernel::new("gdn_probe_product_f16").collectives(Collectives { products: 1, ..Collectives::NONE }),
     Kernel::new("gdn_probe_matrices_bf16").hmma(2),

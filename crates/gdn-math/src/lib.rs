@@ -11,18 +11,14 @@
 //! | `lanes.rs` | [`Lanes`]: what a register of f32 must be able to do, and one f32 as the simplest of them |
 //! | `element.rs` | bf16 and f16 to and from f32, by their bits |
 //! | `special.rs` | exp, log1p, sigmoid, silu, softplus |
-//! | `quick.rs` | exp, sigmoid, silu, inverse root for what is rounded to 16 bits afterwards |
+//! | `quick.rs` | exp and inverse root for what is rounded to 16 bits afterwards |
 //! | `straight.rs` | [`Straight`]: an f32 that divides and takes roots without a branch, with the same bits |
 //! | `layer.rs` | the formulas of the layer: decay, beta, convolution, the delta rule's step, the two norms |
 //!
 //! No dependencies. On the host it uses `std` for one thing, the fused multiply-add of an f32.
 
 #![no_std]
-#![cfg_attr(
-    target_arch = "nvptx64",
-    feature(core_intrinsics, link_llvm_intrinsics),
-    allow(internal_features)
-)]
+#![cfg_attr(target_arch = "nvptx64", feature(core_intrinsics), allow(internal_features))]
 
 #[cfg(not(target_arch = "nvptx64"))]
 extern crate std;

@@ -71,6 +71,11 @@ pub trait Gpu {
     /// Two numbers to the nearest bf16, as [`Gpu::f16_pair`].
     fn bf16_pair(&self, low: f32, high: f32) -> u32;
 
+    /// `1 / (1 + 2^(place - 32))` by what the machine has for powers of two and for inverses, within 4e-7 of it where `place` is
+    /// from 8 to 128 ([`LOGISTIC`]); 1 below, 0 from there on, NaN of NaN. Last places differ from one kind of GPU to another, and
+    /// a place has few enough values for all of them to be tried.
+    fn logistic(&self, place: f32) -> f32;
+
     /// The same number, of which the compiler does not know that it is: what is computed from it is not
     /// computed ahead of time, where it would take up registers.
     fn unforeseen(&self, number: u64) -> u64;
@@ -200,6 +205,11 @@ pub trait Gpu {
     /// thread touches them between the barriers before and after.
     unsafe fn store_shared2(&self, at: u32, value: u16);
 }
+
+/// Where [`Gpu::logistic`] is neither 1 nor 0, and where it is 1/2.
+pub const LOGISTIC: core::ops::Range<f32> = 8.0..128.0;
+/// See [`LOGISTIC`].
+pub const LOGISTIC_MIDDLE: f32 = 32.0;
 
 /// 16 bytes that travel together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

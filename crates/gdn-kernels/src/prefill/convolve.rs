@@ -5,7 +5,7 @@ use gdn_math::{Lanes, quick};
 
 use super::{
     args::{ATOM, Args, BF16, CHUNK, CONVOLVE_BYTES, F32, SLICE, TAPS},
-    element::{load, load4, of_vector, power, size, store, widened},
+    element::{load, load4, of_vector, power, silu, size, store, widened},
     sequence::Sequence,
 };
 use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
@@ -336,7 +336,7 @@ impl<G: TensorCore + AsyncCopy> Block<'_, G> {
                             }
                             tap += 1;
                         }
-                        values[n][c] = quick::silu(sum);
+                        values[n][c] = silu(gpu, sum);
                         c += 1;
                     }
                     // Here, where what was there before is needed no longer: its registers are free, and nothing is

@@ -5,11 +5,11 @@
 //! and results are 16 bytes. Gates come through shared memory as well: registers for them would leave a
 //! multiprocessor room for fewer blocks.
 
-use gdn_math::{Lanes, layer as math, quick};
+use gdn_math::{Lanes, layer as math};
 
 use super::{
     args::{Args, BF16, CHUNK, F16, F32, THREADS, gates_row},
-    element::{Eight, of_vector, size, store8},
+    element::{Eight, of_vector, sigmoid, silu, size, store8},
     sequence::Sequence,
 };
 use crate::gpu::{AsyncCopy, Bytes16, TensorCore};
@@ -169,7 +169,7 @@ unsafe fn block<const DTYPE: u32, const SILU: bool, G: TensorCore + AsyncCopy>(g
                 let z = z.numbers(gpu, of_z, wide_z);
                 let mut n = 0;
                 while n < 8 {
-                    let gate = if is_silu { quick::silu(z[n]) } else { quick::sigmoid(z[n]) };
+                    let gate = if is_silu { silu(gpu, z[n]) } else { sigmoid(gpu, z[n]) };
                     y[n] = o[n] * scale * gate;
                     n += 1;
                 }

@@ -1,11 +1,13 @@
 //! The probes with something to do: one table for the emulator and for the device.
 
+use core::ops::Range;
 use std::{vec, vec::Vec};
 
 use super::{Args, hopper, math, tensor_core, warp, wgmma};
 use crate::{
     emulator::{Launch, Memory, Place, Thread, run_in_step},
     entries,
+    gpu::{LOGISTIC, LOGISTIC_MIDDLE},
     modules::{PROBES, Target},
 };
 
@@ -156,6 +158,15 @@ fn numbers() -> Vec<f32> {
     steps.chain(special).collect()
 }
 
+/// Where the logistic function is asked for: where it is 1 and 0, both ends of that, and in between.
+fn places() -> Vec<f32> {
+    let Range { start, end } = LOGISTIC;
+    let ends = [start, end].into_iter().flat_map(|x| [x.next_down(), x, x.next_up()]);
+    let far = [0.0, -0.0, f32::from_bits(1), f32::MIN_POSITIVE, f32::MAX, f32::MIN, f32::INFINITY];
+    let far = far.into_iter().chain([f32::NEG_INFINITY, f32::NAN, LOGISTIC_MIDDLE]);
+    (-1000..1000).map(|i| i as f32 * 0.1371).chain(ends).chain(far).collect()
+}
+
 /// A kernel on the emulator.
 pub type Kernel = unsafe fn(&Thread<'_>, &Args);
 
@@ -213,16 +224,11 @@ pub fn cases() -> Vec<Case> {
     let bytes = numbers.iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect();
     let launch = Launch::new([count.div_ceil(256), 1, 1], 256);
     add("gdn_probe_math", entries::gdn_probe_math, launch, bytes, count * 4 * math::WORDS as u32, count);
-    // Every mantissa.
-    let launch = Launch::new([(1 << 23) / math::MANTISSAS / 256, 1, 1], 256);
-    add(
-        "gdn_probe_inverses",
-        entries::gdn_probe_inverses,
-        launch,
-        vec![0; 16],
-        (1 << 23) / math::MANTISSAS * 4,
-        0,
-    );
+    let places = places();
+    let count = places.len() as u32;
+    let bytes = places.iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect();
+    let launch = Launch::new([count.div_ceil(256), 1, 1], 256);
+    add("gdn_probe_logistics", entries::gdn_probe_logistics, launch, bytes, count * 4, count);
 
     for (name, matrices, emulated, matrices_emulated, bf16) in [
         (

@@ -1,4 +1,5 @@
-//! The arithmetic of `gdn-math` on a thread: the same bits as on the host.
+//! The arithmetic of `gdn-math` on a thread: the same bits as on the host. And the one function that each kind of GPU has its
+//! own numbers for.
 
 use gdn_math::{
     Lanes, quick,
@@ -9,7 +10,7 @@ use super::Args;
 use crate::gpu::Gpu;
 
 /// Words that [`functions`] writes for each thread.
-pub const WORDS: usize = 12;
+pub const WORDS: usize = 10;
 
 /// What [`functions`] makes of a number.
 #[inline(always)]
@@ -25,8 +26,6 @@ pub fn all(x: f32) -> [f32; WORDS] {
         x.over(positive.plus(3.0)),
         x.mul_add(x, positive),
         quick::exp(x),
-        quick::sigmoid(x),
-        quick::silu(x),
         quick::inverse_root(positive),
     ]
 }
@@ -49,27 +48,19 @@ pub unsafe fn functions(gpu: &impl Gpu, args: &Args) {
     }
 }
 
-/// Mantissas that a thread of [`inverses`] tries.
-pub const MANTISSAS: u32 = 4096;
-
-/// Tries `quick::inverse` on numbers of every mantissa, [`MANTISSAS`] a thread, at both ends of what it is for: how many
-/// thread by thread are not the nearest to the inverse.
+/// `Gpu::logistic` of each number.
 ///
 /// # Safety
-/// A word for each thread is writable at `args.to`.
+/// `args.count` numbers are readable at `args.from`, and as many writable at `args.to`.
 #[inline(always)]
-pub unsafe fn inverses(gpu: &impl Gpu, args: &Args) {
+pub unsafe fn logistics(gpu: &impl Gpu, args: &Args) {
     let [block, ..] = gpu.block();
-    let thread = block * gpu.threads() + gpu.thread();
-    let (mut wrong, mut i) = (0, 0);
-    while i < MANTISSAS {
-        let mantissa = (thread * MANTISSAS + i) % (1 << 23);
-        for power in [-120, 0, 121] {
-            let x = f32::from_bits(((127 + power) as u32) << 23 | mantissa);
-            wrong += u32::from(quick::inverse(x).to_bits() != 1.0f32.over(x).to_bits());
+    let i = block * gpu.threads() + gpu.thread();
+    if i < args.count {
+        // SAFETY: this thread's own numbers.
+        unsafe {
+            let place = f32::from_bits(gpu.load4(args.from + 4 * u64::from(i)));
+            gpu.store4(args.to + 4 * u64::from(i), gpu.logistic(place).to_bits());
         }
-        i += 1;
     }
-    // SAFETY: this thread's own word.
-    unsafe { gpu.store4(args.to + 4 * u64::from(thread), wrong) }
 }

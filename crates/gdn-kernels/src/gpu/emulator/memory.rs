@@ -6,7 +6,10 @@ use core::{
 };
 use std::{format, string::String, vec, vec::Vec};
 
-use super::order::{Clocks, Touches, Waits};
+use super::{
+    logistic::Logistic,
+    order::{Clocks, Touches, Waits},
+};
 
 /// What fills a buffer before anything is stored to it.
 pub const POISON: u8 = 0xA5;
@@ -22,6 +25,7 @@ pub struct Memory {
     clusters: Cell<u32>,
     launches: RefCell<Vec<Past>>,
     beside: RefCell<Beside>,
+    pub(super) logistic: Logistic,
 }
 
 /// A launch, as later ones know it.
@@ -199,6 +203,11 @@ impl Memory {
     /// No buffers.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same on a machine of such numbers.
+    pub fn of(logistic: Logistic) -> Self {
+        Self { logistic, ..Self::default() }
     }
 
     /// A buffer that kernels read. Its address.

@@ -26,6 +26,7 @@
 
 mod async_copy;
 mod hopper;
+mod logistic;
 mod memory;
 mod order;
 mod schedule;
@@ -41,6 +42,7 @@ use std::vec::Vec;
 use corosensei::Yielder;
 use gdn_math::element;
 
+pub use logistic::Logistic;
 pub use memory::{Memory, POISON, Place};
 
 use self::{
@@ -284,6 +286,10 @@ impl Gpu for Thread<'_> {
 
     fn bf16_pair(&self, low: f32, high: f32) -> u32 {
         pair(low, high, element::bf16_of_f32)
+    }
+
+    fn logistic(&self, place: f32) -> f32 {
+        self.cluster.memory.logistic.at(place)
     }
 
     fn block_anew(&self) -> u32 {

@@ -210,6 +210,20 @@ impl<S: Shared> Gpu for Nvptx<S> {
     }
 
     #[inline(always)]
+    fn logistic(&self, place: f32) -> f32 {
+        let value: f32;
+        // SAFETY: as above.
+        unsafe {
+            asm!(
+                "ex2.approx.ftz.f32 {0}, {1};",
+                "\tfma.rn.f32 {0}, {0}, 0f2F800000, 0f3F800000;",
+                "\trcp.approx.ftz.f32 {0}, {0};",
+                out(reg32) value, in(reg32) place, options(pure, nomem, nostack));
+        }
+        value
+    }
+
+    #[inline(always)]
     fn unforeseen(&self, mut number: u64) -> u64 {
         // SAFETY: does nothing.
         unsafe { asm!("/* {} */", inout(reg64) number, options(nomem, nostack)) };

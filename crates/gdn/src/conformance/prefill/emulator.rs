@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use gdn_kernels::{
-    emulator::{self, Memory, Place, Thread},
+    emulator::{self, Logistic, Memory, Place, Thread},
     entries,
 };
 
@@ -66,9 +66,18 @@ impl Streams {
 }
 
 /// Runs a call on the emulator. The kernels that it took, and their blocks' threads.
-pub(super) fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<(&'static str, u32)> {
+fn emulate(call: &mut Call<'_, '_>, profile: Profile) -> Vec<(&'static str, u32)> {
+    emulate_with(Logistic::default(), call, profile)
+}
+
+/// The same with a GPU's own numbers.
+pub(super) fn emulate_with(
+    logistic: Logistic,
+    call: &mut Call<'_, '_>,
+    profile: Profile,
+) -> Vec<(&'static str, u32)> {
     let plan = Plan::new(call).unwrap();
-    let memory = Memory::new();
+    let memory = Memory::of(logistic);
     let placed: Vec<_> = extents(&plan)
         .into_iter()
         .map(|extent| {

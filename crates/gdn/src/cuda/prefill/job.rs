@@ -37,8 +37,8 @@ const MOST_BY_GROUP: u32 = 128;
 const CONVOLVE_ROOM: u64 = 512;
 /// Threads that a block of it may have where inputs are read 16 bytes at a time.
 const CONVOLVE_CHOICE: [u32; 3] = [2 * CONVOLVE_THREADS, CONVOLVE_THREADS, CONVOLVE_THREADS / 2];
-/// What a thread begins with takes as long as so many tokens (535 instructions and 198, where heads have 128 features).
-const CONVOLVE_BEGINS: u32 = 3;
+/// What a thread begins with takes as long as so many tokens (535 instructions and 134, where heads have 128 features).
+const CONVOLVE_BEGINS: u32 = 4;
 
 /// Blocks of the norm that it has registers for.
 const NORM_ROOM: u64 = 4;
@@ -382,7 +382,12 @@ impl Job {
         let convolve_threads = match profile.convolve_threads {
             _ if !by_16_bytes => CONVOLVE_THREADS,
             Some(threads) => threads,
-            None => convolve_threads(profile, window.min(chunks), all_heads, dk.max(dv)),
+            None => {
+                // As many as there are likely to be: half of the sequences end within a chunk that begins one more.
+                let likely = (tokens.num_tokens / CHUNK).saturating_add(num_sequences / 2);
+                let likely = window.min(u32::try_from(likely).unwrap_or(u32::MAX)).max(1);
+                convolve_threads(profile, likely, all_heads, dk.max(dv))
+            }
         };
         let (kernel, shared) = match dk.max(dv) {
             _ if !by_16_bytes => ("gdn_prefill_convolve_any", 0),
