@@ -46,10 +46,12 @@ fn expected(case: &Case) -> Vec<u32> {
             input.iter().flat_map(|x| math::all(f32::from_bits(*x))).map(f32::to_bits).collect()
         }
         "gdn_probe_logistics" => {
-            let logistic = |place: f64| if place < 128.0 { 1.0 / (1.0 + (place - 32.0).exp2()) } else { 0.0 };
-            // What is next to 1 is so far from what is next to that.
-            let nearest = |place: f32| if place < 8.0 { 1.0 } else { logistic(f64::from(place)) as f32 };
-            let nearest = |place: f32| if place.is_nan() { place } else { nearest(place) };
+            let logistic = |place: f64| 1.0 / (1.0 + (place - 32.0).exp2());
+            let nearest = |place: f32| match place {
+                ..8.0 => 1.0,
+                128.0.. => 0.0,
+                _ => logistic(f64::from(place)) as f32,
+            };
             input.iter().map(|place| nearest(f32::from_bits(*place)).to_bits()).collect()
         }
         "gdn_probe_pipeline" => {

@@ -272,3 +272,53 @@ pub(super) fn power(largest: f32) -> (f32, f32) {
     let up = (of(127 + 14) - exponent).clamp(of(0) - (60 << 23), of(60));
     (f32::from_bits(up), f32::from_bits(of(127) - up))
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use std::{cell::Cell, format};
+
+    use super::*;
+    use crate::emulator::{Launch, Memory, run};
+
+    /// Holds silu and sigmoid to f64 at numbers from some to others, relative to it.
+    fn check([from, to]: [f32; 2], bound: f64) {
+        let count = Cell::new(0);
+        run(&Memory::new(), Launch::new([1; 3], 1), |gpu| {
+            for i in 0..=200_000 {
+                let x = from + (to - from) * (i as f32 / 200_000.0);
+                let exact = 1.0 / (1.0 + (-f64::from(x)).exp());
+                let errors = [(sigmoid(gpu, x), exact), (silu(gpu, x), exact * f64::from(x))]
+                    .map(|(got, exact)| (f64::from(got) - exact).abs() / exact.abs().max(f64::MIN_POSITIVE));
+                assert!(errors.iter().all(|e| *e <= bound), "{}", format!("at {x:e} off by {errors:?}"));
+                count.set(count.get() + 1);
+            }
+        });
+        assert_eq!(count.get(), 200_001);
+    }
+
+    #[test]
+    fn silu_and_sigmoid_are_near() {
+        check([-20.0, 20.0], 2e-6);
+        check([-1.0, 1.0], 2e-6);
+        check([20.0, 1e4], 2e-6);
+        check([-66.0, -20.0], 4e-6);
+    }
+
+    #[test]
+    fn silu_and_sigmoid_at_the_ends() {
+        run(&Memory::new(), Launch::new([1; 3], 1), |gpu| {
+            for x in [-67.0, -1e4, f32::MIN] {
+                assert_eq!([sigmoid(gpu, x), silu(gpu, x)], [0.0, 0.0]);
+            }
+            for x in [20.0, 1e4, f32::MAX, f32::INFINITY] {
+                assert_eq!([sigmoid(gpu, x), silu(gpu, x)], [1.0, x]);
+            }
+            assert_eq!([sigmoid(gpu, 0.0), silu(gpu, 0.0), silu(gpu, -0.0)], [0.5, 0.0, 0.0]);
+            assert!(
+                [f32::NAN, -f32::NAN].iter().all(|x| sigmoid(gpu, *x).is_nan() && silu(gpu, *x).is_nan())
+            );
+            assert_eq!(sigmoid(gpu, f32::NEG_INFINITY), 0.0);
+            assert!(silu(gpu, f32::NEG_INFINITY).is_nan());
+        });
+    }
+}

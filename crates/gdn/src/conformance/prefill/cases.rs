@@ -90,7 +90,7 @@ fn check_batch(before: &Batch, what: &str, run: &mut Run<'_>) {
     let mut others = vec![small(layer)];
     if layer.heads().head_k_dim() > 128 {
         // There a block of half the rows has another number of chunks in shared memory.
-        others.push(Profile { threads: Some(128), convolve_threads: Some(128), ..WHOLE });
+        others.push(Profile { threads: Some(128), convolve_threads: Some(64), ..WHOLE });
     }
     for profile in others {
         let mut other = before.clone();
