@@ -38,7 +38,9 @@ impl Gpu {
     /// an ill-conditioned one as much as a change of the inputs by 2^-11 makes), before they are rounded to
     /// the dtypes of outputs and states: for f32 too. A result has the same bits whatever the batch, the slot
     /// and the neighbours, and cut at any multiple of [`CHUNK`](crate::CHUNK) with f32 states.
-    /// [`Gpu::segments`] trades the last of these for the time of a long sequence of few heads.
+    /// [`Gpu::segments`] trades the last of these for the time of a long sequence of few heads. On another kind
+    /// of GPU the last bit may be another: silu and the gate are made by what the machine has for powers of two
+    /// and for inverses.
     ///
     /// `scratch` is [`prefill_scratch_bytes`] bytes or more, at a multiple of 256.
     ///
