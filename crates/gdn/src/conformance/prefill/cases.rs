@@ -487,7 +487,9 @@ pub(super) fn scans() {
 pub(super) fn convolutions() {
     let profile = Profile { multiprocessors: 9, ..WHOLE };
     let (bf16, f32) = (Dtype::BF16, Dtype::F32);
-    for (dtype, tokens, threads) in [(bf16, 64, 128), (bf16, 640, 64), (bf16, 2048, 32), (f32, 2048, 64)] {
+    for (dtype, tokens, threads) in
+        [(bf16, 64, 128), (bf16, 576, 128), (bf16, 640, 64), (bf16, 2048, 32), (f32, 2048, 64)]
+    {
         let options = Options { dtype, ..Options::new([1, 2, 128, 128]) };
         with_job(&options, tokens, profile, |job| {
             let (_, step) = job.steps().next().unwrap();

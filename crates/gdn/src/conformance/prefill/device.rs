@@ -1,6 +1,5 @@
-//! The cases on a GPU, which must give the emulator's bits, where that has the GPU's own numbers for the one function that
-//! is not rounded to the nearest. Where there is none, the tests say that they are
-//! skipped.
+//! The cases on a GPU, which must give the emulator's bits: that has the GPU's own numbers for the one function that is not
+//! rounded to the nearest. Where there is no GPU, the tests say that they are skipped.
 
 use std::{
     ffi::CString,

@@ -11,7 +11,7 @@ use gdn_kernels::{
     split::Divisor,
 };
 
-use super::scratch::{SOME_BLOCKS, chunks, memory};
+use super::scratch::{SOME_BLOCKS, chunks, likely_chunks, memory};
 use crate::{
     argument::{ArgumentError, Because},
     cuda::{
@@ -37,7 +37,7 @@ const MOST_BY_GROUP: u32 = 128;
 const CONVOLVE_ROOM: u64 = 512;
 /// Threads that a block of it may have where inputs are read 16 bytes at a time.
 const CONVOLVE_CHOICE: [u32; 3] = [2 * CONVOLVE_THREADS, CONVOLVE_THREADS, CONVOLVE_THREADS / 2];
-/// What a thread begins with takes as long as so many tokens (535 instructions and 134, where heads have 128 features).
+/// What a thread begins with takes as long as so many tokens (535 instructions and some 130, where heads have 128 features).
 const CONVOLVE_BEGINS: u32 = 4;
 
 /// Blocks of the norm that it has registers for.
@@ -383,10 +383,8 @@ impl Job {
             _ if !by_16_bytes => CONVOLVE_THREADS,
             Some(threads) => threads,
             None => {
-                // As many as there are likely to be: half of the sequences end within a chunk that begins one more.
-                let likely = (tokens.num_tokens / CHUNK).saturating_add(num_sequences / 2);
-                let likely = window.min(u32::try_from(likely).unwrap_or(u32::MAX)).max(1);
-                convolve_threads(profile, likely, all_heads, dk.max(dv))
+                let likely = number(likely_chunks(tokens.num_tokens, num_sequences))?;
+                convolve_threads(profile, window.min(likely), all_heads, dk.max(dv))
             }
         };
         let (kernel, shared) = match dk.max(dv) {

@@ -65,6 +65,11 @@ pub(super) fn chunks(num_tokens: usize, num_sequences: usize) -> usize {
     (num_tokens / CHUNK).saturating_add(num_sequences)
 }
 
+/// Chunks that there are likely to be: half of the sequences need one more than their tokens fill, all together.
+pub(super) fn likely_chunks(num_tokens: usize, num_sequences: usize) -> usize {
+    (num_tokens / CHUNK + num_sequences / 2).max(1)
+}
+
 /// Chunks of a window. The scan of a window runs beside the other kernels of its neighbours, so one sequence,
 /// which has few blocks of a scan, goes in several. Several sequences fill the device with their scans, and so
 /// do segments of one; windows would only cut these in pieces.
